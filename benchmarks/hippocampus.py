@@ -1,0 +1,108 @@
+"""Stock nnU-Net against PDDDPM on the Medical Segmentation Decathlon's hippocampus, with nnU-Net's own commands."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+DATASET_ID = 4
+DATASET = 'Dataset004_Hippocampus'
+PLANS = 'nnUNetPlansReduced'
+CONFIGURATION = '3d_fullres'
+STOCK_TRAINER = 'nnUNetTrainerBenchmark'
+SPLIT_SEED = 2210
+NUM_TEST = 50
+NUM_FOLDS = 3
+HERE = Path(__file__).resolve().parent
+
+
+def find_data(argument: str | None) -> Path:
+    """Folder that holds `Dataset004_Hippocampus`, from the argument or `NNUNET_PDDDPM_DATA`."""
+    value = argument or os.environ.get('NNUNET_PDDDPM_DATA')
+    if value is None:
+        sys.exit(f'Say where {DATASET} lies: pass -data FOLDER or set NNUNET_PDDDPM_DATA.')
+    folder = Path(value) / DATASET
+    if not (folder / 'dataset.json').is_file():
+        sys.exit(f'{folder} holds no dataset.json; -data must name the folder that contains {DATASET}.')
+    return folder
+
+
+def nnunet_environment(work: Path) -> dict[str, str]:
+    """Environment of the nnU-Net commands: its three folders below `work`, the benchmark trainers, one data worker."""
+    return {**os.environ, 'nnUNet_raw': str(work / 'nnUNet_raw'), 'nnUNet_results': str(work / 'nnUNet_results'),
+            'nnUNet_preprocessed': str(work / 'nnUNet_preprocessed'),
+            'nnUNet_extTrainer': os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')]),
+            'nnUNet_n_proc_DA': '1', 'nnUNet_def_n_proc': '2', 'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
+
+
+def call(work: Path, *command: str) -> None:
+    """Run an nnU-Net command beside this Python and stop at its first failure."""
+    executable = Path(sys.executable).parent / command[0]
+    print('$', ' '.join(command), flush=True)
+    subprocess.run([str(executable), *command[1:]], env=nnunet_environment(work), check=True)
+
+
+def prepare(work: Path, data: Path) -> None:
+    """Split off the test cases, write the raw data set, plan, reduce the plan, preprocess, write the folds."""
+    raw = work / 'nnUNet_raw' / DATASET
+    preprocessed = work / 'nnUNet_preprocessed' / DATASET
+    if (preprocessed / f'{PLANS}.json').is_file():
+        return
+    cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(cases))
+    test = sorted(cases[i] for i in order[:NUM_TEST])
+    development = [cases[i] for i in order[NUM_TEST:]]
+    for case in cases:
+        part = 'Ts' if case in test else 'Tr'
+        for kind, suffix in (('images', '_0000'), ('labels', '')):
+            target = raw / (kind + part)
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(data / f'{kind}Tr' / f'{case}{suffix}.nii.gz', target / f'{case}{suffix}.nii.gz')
+    description = json.loads((data / 'dataset.json').read_text())
+    description['numTraining'] = len(development)
+    (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
+
+    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-np', '2',
+         '--verify_dataset_integrity')
+    plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
+    plans['plans_name'] = PLANS
+    configuration = plans['configurations'][CONFIGURATION]
+    configuration['batch_size'] = 2
+    configuration['architecture']['arch_kwargs']['features_per_stage'] = [16, 32, 64, 128]
+    (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
+    folds = [sorted(development[f::NUM_FOLDS]) for f in range(NUM_FOLDS)]
+    splits = [{'train': sorted(set(development) - set(fold)), 'val': fold} for fold in folds]
+    (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
+
+
+def train(work: Path, trainer: str, fold: int) -> None:
+    """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted."""
+    folder = work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / f'fold_{fold}'
+    if (folder / 'validation' / 'summary.json').is_file():
+        return
+    call(work, 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS,
+         '-device', 'cpu', '--c')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('-data', help='folder that contains Dataset004_Hippocampus (or set NNUNET_PDDDPM_DATA)')
+    parser.add_argument('-o', required=True, help='work folder: nnU-Net\'s three folders and the predictions')
+    parser.add_argument('--stages', nargs='+', default=['prepare', 'stock', 'pdddpm', 'evaluate'])
+    args = parser.parse_args()
+    work = Path(args.o).resolve()
+    if 'prepare' in args.stages:
+        prepare(work, find_data(args.data))
+    if 'stock' in args.stages:
+        for fold in range(NUM_FOLDS):
+            train(work, STOCK_TRAINER, fold)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,97 @@
+"""The forward process and its reverse step. A process is one small class with three methods, so that trainer and
+samplers do not know which they hold:
+
+    marginal(x0, x_pre, t, noise)            a draw of x_t in training
+    start(x_pre, t, noise)                   the first state of a truncated reverse chain
+    step(x, x0_hat, x_pre, t, s, noise)      from level t down to level s, given the denoiser's estimate of x0
+
+`x0`, `x_pre` and `x` are coded masks (B, C, ...), `noise` is standard normal of the same shape, levels are integers
+0..T, one for the batch or a tensor (B,) of them.
+"""
+from __future__ import annotations
+
+from typing import Protocol, Union
+
+import torch
+from torch import Tensor
+
+Level = Union[int, Tensor]
+
+
+class ForwardProcess(Protocol):
+    """What trainer and samplers ask of a process: see the module's docstring."""
+
+    def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor: ...
+
+    def start(self, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor: ...
+
+    def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor: ...
+
+
+def at_level(values: Tensor, t: Level, like: Tensor) -> Tensor:
+    """values[t] on `like`'s device, float32, shaped (1 or B, 1, 1, ...) to multiply `like` (B, C, ...)."""
+    index = torch.as_tensor(t, device=values.device)
+    return values[index].to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def q_sample(x0: Tensor, t: Level, noise: Tensor, abar: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps: Ho et al. 2020 (arXiv 2006.11239), eq. 4."""
+    return at_level(abar.sqrt(), t, x0) * x0 + at_level((1 - abar).sqrt(), t, x0) * noise
+
+
+def eps_from_x0(x: Tensor, x0: Tensor, t: Level, abar: Tensor) -> Tensor:
+    """The noise that makes x_t of x0: q_sample solved for eps. Zero at t = 0, where x_t holds no noise."""
+    denominator = at_level((1 - abar).sqrt(), t, x)
+    eps = (x - at_level(abar.sqrt(), t, x) * x0) / denominator.clamp(min=1e-12)
+    return torch.where(denominator > 0, eps, torch.zeros_like(eps))
+
+
+def x0_from_eps(x: Tensor, eps: Tensor, t: Level, abar: Tensor) -> Tensor:
+    """The clean mask under x_t for a given noise: q_sample solved for x0 (Ho et al. 2020, eq. 15)."""
+    return (x - at_level((1 - abar).sqrt(), t, x) * eps) / at_level(abar.sqrt(), t, x)
+
+
+def ddim_step(x: Tensor, x0_hat: Tensor, t: Level, s: Level, noise: Tensor, abar: Tensor, eta: float = 0.0) -> Tensor:
+    """One reverse step from level t to any lower level s: Song et al. 2021 (arXiv 2010.02502), eqs. 12 and 16.
+
+        eps_hat = (x_t - sqrt(abar_t) x0_hat) / sqrt(1 - abar_t)
+        sigma   = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)
+        x_s     = sqrt(abar_s) x0_hat + sqrt(1 - abar_s - sigma^2) eps_hat + sigma z
+
+    eta = 0 is deterministic DDIM, eta = 1 the ancestral DDPM step. At s = 0 the result is x0_hat itself.
+
+    Raises:
+        ValueError: if eta is outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f'eta is {eta}, it must lie in [0, 1].')
+    abar_t, abar_s = at_level(abar, t, x), at_level(abar, s, x)
+    noise_t, noise_s = at_level(1 - abar, t, x), at_level(1 - abar, s, x)
+    sigma = eta * (noise_s / noise_t * (1 - abar_t / abar_s)).clamp(min=0).sqrt()
+    eps_hat = eps_from_x0(x, x0_hat, t, abar)
+    return abar_s.sqrt() * x0_hat + (noise_s - sigma ** 2).clamp(min=0).sqrt() * eps_hat + sigma * noise
+
+
+class GaussianProcess:
+    """The DDPM forward process, started for prediction at the noised pre-segmentation.
+
+    PD-DDPM (Guo et al., arXiv 2210.17408): the chain starts at x_t' = sqrt(abar_t') x_pre + sqrt(1 - abar_t') eps, on
+    the assumption that at t' the noised pre-segmentation and the noised truth are hard to tell apart.
+    """
+
+    def __init__(self, abar: Tensor, eta: float = 0.0) -> None:
+        """`abar`: abar_0..abar_T from `schedule`; `eta`: stochasticity of the reverse steps in [0, 1]."""
+        self.abar = abar
+        self.eta = eta
+
+    def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x0); the pre-segmentation has no part in it."""
+        return q_sample(x0, t, noise, self.abar)
+
+    def start(self, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        """The noised pre-segmentation; at t = 0 the pre-segmentation itself, bit for bit."""
+        return q_sample(x_pre, t, noise, self.abar)
+
+    def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
+        """`ddim_step` with this process's eta."""
+        return ddim_step(x, x0_hat, t, s, noise, self.abar, self.eta)

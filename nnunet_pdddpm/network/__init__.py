@@ -1,0 +1,1 @@
+"""The modules nnU-Net sees: the denoiser, and the refiner that joins it to the frozen stock network."""

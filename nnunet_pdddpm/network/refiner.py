@@ -1,0 +1,172 @@
+"""The one network that nnU-Net sees: the frozen stock network, the denoiser, and how to sample."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, probabilities_to_logits
+from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, x0_from_eps
+from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
+from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS, SCHEDULES, truncated_levels
+from nnunet_pdddpm.network.denoiser import Denoiser
+from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
+
+
+@dataclass(frozen=True)
+class DiffusionDesign:
+    """What a trained denoiser cannot be used without knowing; fixed per trainer class."""
+    schedule: str = 'cosine'
+    coding: MaskCoding = MaskCoding()
+    parameterisation: str = 'x0'
+    """'x0': the denoiser gives logits of the clean mask; 'eps': it gives the noise."""
+    condition_on_presegmentation: bool = False
+    """Whether the denoiser sees the pre-segmentation's probabilities as further channels."""
+
+
+class NoisyBatch(NamedTuple):
+    """What the denoiser is trained on, in the place of nnU-Net's `data`."""
+    image: Tensor
+    """(B, image channels, ...) preprocessed patch."""
+    noisy: Tensor
+    """(B, C, ...) coded mask x_t."""
+    t: Tensor
+    """(B,) noise levels."""
+    presegmentation: Tensor
+    """(B, C, ...) probabilities of the pre-segmentation."""
+
+    def to(self, *args: Any, **kwargs: Any) -> NoisyBatch:
+        """All parts moved as `Tensor.to` moves one."""
+        return NoisyBatch(*(part.to(*args, **kwargs) for part in self))
+
+
+class Refiner(nn.Module):
+    """Frozen pre-segmenter + denoiser + sampling settings, one state dict.
+
+    `forward(image)` pre-segments, noises, takes the reverse steps and returns bounded float32 logits whose softmax
+    (sigmoid for regions) is the mean of the sampled probabilities. `forward(NoisyBatch)` is the denoiser alone, for
+    training. The same image always gives the same result: the noise depends on the seed and the sample's number.
+    """
+
+    has_regions: Tensor
+    t_max: Tensor
+
+    def __init__(self, presegmenter: nn.Module, unet: nn.Module, num_channels: int, design: DiffusionDesign) -> None:
+        """
+        Args:
+            presegmenter: the stock network, without deep supervision; frozen here.
+            unet: a second network of the same plans, taken over as the denoiser's.
+            num_channels: number C of segmentation heads (classes, or regions).
+            design: see `DiffusionDesign`.
+        """
+        super().__init__()
+        self.design = design
+        self.num_channels = num_channels
+        self.abar = SCHEDULES[design.schedule]()
+        self.presegmenter = presegmenter.requires_grad_(False).eval()
+        self.denoiser = Denoiser(unet, num_channels * (2 if design.condition_on_presegmentation else 1))
+        self.register_buffer('has_regions', torch.tensor(False))
+        self.register_buffer('t_max', torch.tensor(NUM_TIMESTEPS))
+        for name, value in asdict(SamplingSettings()).items():
+            dtype = torch.float64 if isinstance(value, float) else torch.int64
+            self.register_buffer(name, torch.tensor(value, dtype=dtype))
+        self.configure(SamplingSettings(), t_max=NUM_TIMESTEPS, has_regions=False)
+
+    def configure(self, settings: SamplingSettings, t_max: int, has_regions: bool) -> None:
+        """Store sampling settings, the highest trained level, and whether the heads are regions (sigmoid).
+
+        Raises:
+            ValueError: if a setting, or its override in the environment, is out of range.
+        """
+        settings.check(t_max)
+        for name, value in {**asdict(settings), 't_max': t_max, 'has_regions': has_regions}.items():
+            getattr(self, name).fill_(value)
+        self._read_buffers()
+
+    def stored_settings(self) -> SamplingSettings:
+        """The sampling settings in the state dict, without the environment's overrides."""
+        return SamplingSettings(**{name: getattr(self, name).item() for name in asdict(SamplingSettings())})
+
+    def _read_buffers(self) -> None:
+        """Read buffers into Python once, since reading them at every tile would wait for the GPU."""
+        self.regions = bool(self.has_regions)
+        self.settings = effective_settings(self.stored_settings(), int(self.t_max))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; then reads the sampling settings that came with the weights, with the overrides."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._read_buffers()
+        return result
+
+    def train(self, mode: bool = True) -> Refiner:
+        """As nn.Module's, but the pre-segmenter stays in eval mode."""
+        super().train(mode)
+        self.presegmenter.eval()
+        return self
+
+    @property
+    def decoder(self) -> Any:
+        """The denoiser's decoder, whose `deep_supervision` nnU-Net switches."""
+        return self.denoiser.unet.decoder
+
+    def process(self, eta: float) -> ForwardProcess:
+        """The forward process this network is trained and sampled with."""
+        return GaussianProcess(self.abar, eta)
+
+    @torch.compiler.disable(recursive=False)  # the sampling loop stays Python; the two networks below it are compiled
+    def forward(self, x: Tensor | NoisyBatch) -> Tensor | list[Tensor]:
+        """(B, image channels, ...) image -> (B, C, ...) logits; `NoisyBatch` -> the denoiser's raw output."""
+        if isinstance(x, NoisyBatch):
+            return self.denoiser(x.image, self._mask_channels(x.noisy, x.presegmentation), x.t)
+        return self.sample(x, self.settings)
+
+    @torch.no_grad()
+    def sample(self, image: Tensor, settings: SamplingSettings) -> Tensor:
+        """Mean of `settings.samples` refined masks of a patch, as logits.
+
+        Args:
+            image: (B, image channels, ...).
+            settings: with t_start = 0 or blend = 1 the stock network's own output is returned, untouched.
+
+        Returns:
+            (B, C, ...) float32 logits within +-13.8.
+        """
+        stock_logits = self.presegmenter(image)
+        if settings.is_stock:
+            return stock_logits
+        stock = logits_to_probabilities(stock_logits, self.regions)
+        x_pre = self.design.coding.encode(harden(stock_logits, self.regions))
+        levels = truncated_levels(settings.t_start, settings.steps)
+        process = self.process(settings.eta)
+        mean = torch.zeros_like(stock)
+        for sample in range(settings.samples):
+            draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
+            x = refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
+            mean += self.probabilities(x) / settings.samples
+        return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
+
+    def denoise(self, image: Tensor, x: Tensor, t: Level, presegmentation: Tensor) -> Tensor:
+        """The denoiser's estimate of the clean coded mask under x_t, (B, C, ...) float32."""
+        level = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        output = self.denoiser(image, self._mask_channels(x, presegmentation), level)
+        output = (output[0] if isinstance(output, list) else output).float()
+        coding = self.design.coding
+        if self.design.parameterisation == 'x0':
+            return coding.encode(logits_to_probabilities(output, self.regions))
+        return x0_from_eps(x, output, t, self.abar).clamp(coding.low, coding.high)
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Coded mask at level 0 to probabilities; classes sum to one."""
+        p = self.design.coding.decode(x)
+        if self.regions:
+            return p
+        total = p.sum(1, keepdim=True)
+        return torch.where(total > 0, p / total.clamp(min=1e-12), 1 / self.num_channels)
+
+    def _mask_channels(self, x: Tensor, presegmentation: Tensor) -> Tensor:
+        if self.design.condition_on_presegmentation:
+            return torch.cat([x, self.design.coding.encode(presegmentation)], 1)
+        return x

@@ -1,0 +1,1 @@
+"""The trainer and the stock models it builds on."""

@@ -1,0 +1,153 @@
+"""Stock models as pre-segmenters: find them, load them safely, check that they fit, choose one per training case."""
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+PRESEGMENTER_VARIABLE = 'nnUNet_pdddpm_presegmenter'
+DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
+CHECKPOINT = 'checkpoint_final.pth'
+
+# What nnU-Net writes into a checkpoint beside tensors: numpy scalars in the log and in the plans.
+_NUMPY_CORE: Any = np._core if hasattr(np, '_core') else np.core  # numpy 2 renamed it
+_NUMPY_SCALARS = [np.dtype, _NUMPY_CORE.multiarray.scalar, *{type(np.dtype(t)) for t in 'bBhHiIlLqQefd?'}]
+
+
+class PresegmenterError(ValueError):
+    """The stock model is missing, cannot be read, or does not fit what is to be trained on it."""
+
+
+def presegmenter_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
+    """Folder of the stock model: its `fold_X` folders are below it.
+
+    That is `nnUNetTrainer__PLANS__CONFIGURATION` in nnU-Net's results, unless the environment variable
+    `nnUNet_pdddpm_presegmenter` names another trainer, or a model folder by its path.
+
+    Raises:
+        PresegmenterError: if the variable names a folder that does not exist.
+    """
+    named = os.environ.get(PRESEGMENTER_VARIABLE, DEFAULT_PRESEGMENTER)
+    if os.sep in named:
+        folder = Path(named)
+        if not folder.is_dir():
+            raise PresegmenterError(f'{PRESEGMENTER_VARIABLE} names the model folder {folder}, which does not exist.')
+        return folder
+    return Path(str(nnUNet_results)) / dataset_name / f'{named}__{plans_name}__{configuration}'
+
+
+def checkpoint_file(model_folder: Path, fold: int | str) -> Path:
+    """Path of a fold's final checkpoint, whether it exists or not."""
+    return model_folder / f'fold_{fold}' / CHECKPOINT
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """An nnU-Net checkpoint on the CPU, read with `weights_only=True`: nothing in it is executed.
+
+    Raises:
+        PresegmenterError: if the file is missing, truncated, holds more than tensors and numbers, or is no nnU-Net
+            checkpoint.
+    """
+    if not file.is_file():
+        raise PresegmenterError(f'The stock model {file} does not exist: train it first with nnUNetv2_train, or name '
+                                f'another trained model in {PRESEGMENTER_VARIABLE}.')
+    if not zipfile.is_zipfile(file):
+        raise PresegmenterError(f'The stock model {file} is truncated or no checkpoint; train or copy it again.')
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise PresegmenterError(f'The stock model {file} cannot be read ({_first_line(error)}); train or copy it '
+                                f'again.') from error
+    except pickle.UnpicklingError as error:
+        raise PresegmenterError(f'The stock model {file} holds objects that nnU-Net does not write and is not loaded '
+                                f'({_first_line(error)}).') from error
+    if not isinstance(checkpoint, dict) or not {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys():
+        raise PresegmenterError(f'{file} is no nnU-Net v2 checkpoint: it has no network_weights, init_args and '
+                                f'trainer_name.')
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], configuration: str, fold: int | str,
+               dataset_json: dict[str, Any]) -> None:
+    """Refuse a stock model that was trained on other labels, channels, plans, configuration or fold.
+
+    Raises:
+        PresegmenterError: naming the file, what differs, and both values.
+    """
+    theirs = checkpoint['init_args']
+    stated: dict[str, tuple[Any, Any]] = {}
+    if {'plans', 'configuration', 'fold', 'dataset_json'} - theirs.keys():
+        raise PresegmenterError(f'The stock model {file} does not say what it was trained on; train it again.')
+    stated['configuration'] = (theirs['configuration'], configuration)
+    stated['fold'] = (theirs['fold'], fold)
+    for key in ('labels', 'channel_names', 'regions_class_order'):
+        stated[key] = (theirs['dataset_json'].get(key), dataset_json.get(key))
+    for what, (of_stock, here) in stated.items():
+        if of_stock != here:
+            raise _misfit(file, what, of_stock, here)
+    stock_plans, our_plans = theirs['plans'], plans
+    of_stock = PlansManager(stock_plans).get_configuration(configuration).configuration
+    here = PlansManager(our_plans).get_configuration(configuration).configuration
+    for key in ('spacing', 'patch_size', 'normalization_schemes', 'architecture', 'previous_stage'):
+        if of_stock.get(key) != here.get(key):
+            raise _misfit(file, f'the plans\' {key}', of_stock.get(key), here.get(key))
+    for key in ('transpose_forward', 'foreground_intensity_properties_per_channel'):
+        if stock_plans.get(key) != our_plans.get(key):
+            raise _misfit(file, f'the plans\' {key}', stock_plans.get(key), our_plans.get(key))
+
+
+def _misfit(file: Path, what: str, of_stock: Any, here: Any) -> PresegmenterError:
+    return PresegmenterError(f'The stock model {file} does not fit: {what} was {of_stock} when it was trained and is '
+                             f'{here} here. Train the stock model with these plans and this data set first.')
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What a stock model has to fit: the arguments every nnU-Net trainer is made with."""
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+
+    @property
+    def model_folder(self) -> Path:
+        """See `presegmenter_folder`."""
+        return presegmenter_folder(self.plans['dataset_name'], self.plans['plans_name'], self.configuration)
+
+    def stock_weights(self, fold: int | str) -> dict[str, Tensor]:
+        """Network weights of the stock model of a fold, checked to fit; raises `PresegmenterError`."""
+        file = checkpoint_file(self.model_folder, fold)
+        checkpoint = load_checkpoint(file)
+        check_fits(checkpoint, file, self.plans, self.configuration, fold, self.dataset_json)
+        return checkpoint['network_weights']
+
+
+def held_out_folds(cases: Sequence[str], splits: Sequence[dict[str, list[str]]], own_fold: int | str,
+                   trained_folds: Sequence[int]) -> dict[str, int]:
+    """For each training case the trained stock fold in which it is a validation case, where there is one.
+
+    A case without one is left out: it has to be pre-segmented in-fold, by the model that was trained on it.
+
+    Args:
+        cases: identifiers of the training cases of `own_fold`.
+        splits: nnU-Net's splits_final.json.
+        own_fold: the fold being trained; its stock model saw these cases.
+        trained_folds: folds whose stock model is there.
+    """
+    holder = {case: fold for fold in trained_folds if fold < len(splits) and fold != own_fold
+              for case in splits[fold]['val'] if case not in splits[fold]['train']}
+    return {case: holder[case] for case in cases if case in holder}

@@ -1,0 +1,295 @@
+"""PDDDPMTrainer: trains the denoiser that refines the user's own stock nnU-Net, within nnU-Net's hooks."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
+from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
+from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides
+from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
+from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds
+from nnunet_pdddpm.versions import require_nnunet
+
+STARTS = ('truth', 'presegmentation', 'mixed')
+
+
+class PDDDPMTrainer(nnUNetTrainer):
+    """nnU-Net trainer of the denoiser; everything not written here is nnU-Net's own."""
+
+    design = DiffusionDesign()
+    network: nn.Module
+    loss: nn.Module
+    enable_deep_supervision: bool
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        require_nnunet()
+        environment_overrides()  # a wrong value is refused before anything is written
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        ### Some hyperparameters for you to fiddle with
+        # what the noise is added to in training: the truth, the pre-segmentation, or either with equal chance
+        self.training_starts = 'mixed'
+        # noise levels 1..t_max are trained, sampling may start at any of them
+        self.t_max = 960
+        # sampling settings that go into the model
+        self.sampling = SamplingSettings()
+        # start from the stock model's weights, or from nnU-Net's initialisation
+        self.warm_start = True
+        # pre-segment each training case by the stock model of the fold that held it out
+        self.out_of_fold = True
+        # the denoiser's weights are averaged with this decay for validation, saving and prediction
+        self.averaging_decay = 0.999
+        self.noise_seed = 12345
+
+        self.out_of_fold_presegmenters: dict[int, nn.Module] = {}
+        self.held_out_in: dict[str, int] = {}  # training case -> stock fold that held it out
+        self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
+        self._restored = False
+        self._average_in_network = False
+
+    # building -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                   num_input_channels: int, num_output_channels: int,
+                                   enable_deep_supervision: bool = True) -> nn.Module:
+        """The refiner around two networks of the plans. Called by nnU-Net in training and in prediction."""
+        require_nnunet()
+        stock, unet = (nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, deep_supervision)
+            for deep_supervision in (False, enable_deep_supervision))
+        return Refiner(stock, unet, num_output_channels, cls.design)
+
+    def initialize(self) -> None:
+        """Find and check the stock model first, then initialise as nnU-Net does and put the stock weights in."""
+        stock_weights = None if self._restored else self.context.stock_weights(self.fold)
+        super().initialize()
+        self.refiner.configure(self.sampling, self.t_max, self.label_manager.has_regions)
+        if stock_weights is not None:
+            self.print_to_log_file(f'Pre-segmenter: {checkpoint_file(self.context.model_folder, self.fold)}')
+            self.refiner.presegmenter.load_state_dict(stock_weights)
+            if self.warm_start:
+                self.refiner.denoiser.warm_start(stock_weights)
+        self.averaged = AveragedModel(self.refiner.denoiser, multi_avg_fn=average_weights(self.averaging_decay))
+        self.optimizer.register_state_dict_post_hook(self._add_weights_before_averaging)
+        self.optimizer.register_load_state_dict_pre_hook(self._take_weights_before_averaging)
+
+    @property
+    def refiner(self) -> Refiner:
+        """The network without the wrappers of DDP and torch.compile."""
+        network: Any = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        network = network._orig_mod if isinstance(network, OptimizedModule) else network
+        return cast(Refiner, network)
+
+    @property
+    def context(self) -> TrainingContext:
+        """What a stock model has to fit."""
+        return TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+
+    def _build_loss(self) -> nn.Module:
+        """nnU-Net's loss for logits of the clean mask; the mean squared error for predicted noise."""
+        loss = super()._build_loss()
+        self.full_resolution_loss = loss.loss if self.enable_deep_supervision else loss
+        return loss if self.design.parameterisation == 'x0' else nn.MSELoss()
+
+    # data and training ----------------------------------------------------------------------------------------------
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """nnU-Net's data sets; the stock models of the other folds are loaded for the training cases they held out."""
+        dataset_tr, dataset_val = super().get_tr_and_val_datasets()
+        if self.out_of_fold:
+            self._load_out_of_fold_presegmenters(list(dataset_tr.identifiers))
+        return dataset_tr, dataset_val
+
+    def _load_out_of_fold_presegmenters(self, cases: Sequence[str]) -> None:
+        splits_file = join(self.preprocessed_dataset_folder_base, 'splits_final.json')
+        splits = load_json(splits_file) if isfile(splits_file) else []
+        folder = self.context.model_folder
+        trained = [fold for fold in range(len(splits)) if checkpoint_file(folder, fold).is_file()]
+        self.held_out_in = held_out_folds(cases, splits, self.fold, trained)
+        for fold in sorted(set(self.held_out_in.values())):
+            network = nnUNetTrainer.build_network_architecture(
+                self.plans_manager, self.configuration_manager, self.num_input_channels,
+                self.label_manager.num_segmentation_heads, False)
+            network.load_state_dict(self.context.stock_weights(fold))
+            self.out_of_fold_presegmenters[fold] = network.to(self.device).requires_grad_(False).eval()
+        in_fold = [case for case in cases if case not in self.held_out_in]
+        self.print_to_log_file(f'{len(self.held_out_in)} of {len(cases)} training cases are pre-segmented by the '
+                               f'stock model that held them out (folds {sorted(self.out_of_fold_presegmenters)}).')
+        if in_fold:
+            missing = sorted(set(range(len(splits))) - set(trained))
+            self.print_to_log_file(f'{len(in_fold)} training cases are pre-segmented by a stock model that was trained '
+                                   f'on them, since no other does (stock folds not trained: {missing}): '
+                                   f'{", ".join(in_fold)}')
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net's; the noise starts at the same place in this epoch whether training was interrupted or not."""
+        super().on_train_epoch_start()
+        for generator in (self.level_generator, self.noise_generator):
+            generator.manual_seed((self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank)
+
+    def train_step(self, batch: dict) -> dict:
+        """Pre-segment and noise the batch, then nnU-Net's step on it."""
+        target = batch['target']
+        full_resolution = (target[0] if isinstance(target, list) else target).to(self.device, non_blocking=True)
+        noisy, noise = self.make_noisy_batch(batch['data'].to(self.device, non_blocking=True), full_resolution,
+                                             batch['keys'])
+        if self.design.parameterisation == 'eps':
+            target = noise
+        losses = super().train_step({**batch, 'data': noisy, 'target': target})
+        self.averaged.update_parameters(self.refiner.denoiser)
+        return losses
+
+    @torch.no_grad()
+    def make_noisy_batch(self, image: Tensor, target: Tensor, keys: Sequence[str]) -> tuple[NoisyBatch, Tensor]:
+        """A training batch for the denoiser.
+
+        Args:
+            image: (B, image channels, ...) augmented patches.
+            target: (B, 1, ...) label maps, or (B, regions (+ 1 for the ignore label), ...) region masks.
+            keys: (B,) the cases they come from.
+
+        Returns:
+            The batch, and the noise (B, C, ...) in it.
+        """
+        coding, regions = self.design.coding, self.label_manager.has_regions
+        logits = self.presegment(image, keys)
+        x_pre = coding.encode(harden(logits, regions))
+        x0 = self._coded_target(target, x_pre)
+        t = torch.randint(1, self.t_max + 1, (len(image),), generator=self.level_generator)
+        noise = torch.randn(x_pre.shape, generator=self.noise_generator, device=self.device)
+        from_truth = {'truth': 1.0, 'presegmentation': 0.0, 'mixed': 0.5}[self.training_starts]
+        is_truth = (torch.rand(len(image), generator=self.level_generator) < from_truth).to(self.device)
+        clean = torch.where(is_truth.reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
+        x = self.refiner.process(0.0).marginal(clean, x_pre, t, noise)
+        return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(logits, regions)), noise
+
+    def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
+        """Stock logits (B, C, ...) of patches, each by the stock model of the fold that held its case out."""
+        folds = [self.held_out_in.get(str(key)) for key in keys]
+        logits: Tensor | None = None
+        with torch.autocast('cuda', enabled=self.device.type == 'cuda'):
+            for fold in set(folds):
+                network = self.refiner.presegmenter if fold is None else self.out_of_fold_presegmenters[fold]
+                index = [i for i, f in enumerate(folds) if f == fold]
+                of_fold = network(image[index])
+                if logits is None:
+                    logits = of_fold.new_empty((len(folds), *of_fold.shape[1:]))
+                logits[index] = of_fold
+        assert logits is not None
+        return logits
+
+    def _coded_target(self, target: Tensor, x_pre: Tensor) -> Tensor:
+        """The truth as coded channels; where it is to be ignored, the pre-segmentation stands in."""
+        ignore = self.label_manager.ignore_label
+        if self.label_manager.has_regions:
+            masks = target[:, :x_pre.shape[1]].float()
+            ignored = target[:, -1:].bool() if ignore is not None else None
+        else:
+            ignored = target == ignore if ignore is not None else None
+            masks = one_hot(target if ignored is None else target.masked_fill(ignored, 0), x_pre.shape[1])
+        x0 = self.design.coding.encode(masks)
+        return x0 if ignored is None else torch.where(ignored, x_pre, x0)
+
+    # validation -----------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """As nnU-Net's, with the averaged weights in the network until the epoch's end."""
+        super().on_validation_epoch_start()
+        self._swap_average()
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's step on the refined output, and once more on the stock output of the same patches."""
+        with self._full_resolution():
+            target = batch['target'][0] if isinstance(batch['target'], list) else batch['target']
+            stock_batch = {**batch, 'target': target.clone()}  # nnU-Net's step writes into its target
+            refined = super().validation_step({**batch, 'target': target})
+            refined_network, self.network = self.network, self.refiner.presegmenter
+            try:
+                stock = super().validation_step(stock_batch)
+            finally:
+                self.network = refined_network
+        return {**refined, **{f'stock_{k}': v for k, v in stock.items()}}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """As nnU-Net's, and the stock Dice on the same patches in the log."""
+        self._swap_average()
+        super().on_validation_epoch_end(val_outputs)
+        collated = collate_outputs(val_outputs)
+        counts = np.stack([collated[f'stock_{k}_hard'].sum(0) for k in ('tp', 'fp', 'fn')])
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, counts)
+            counts = np.sum(gathered, 0)
+        tp, fp, fn = counts
+        with np.errstate(invalid='ignore'):
+            dice = 2 * tp / (2 * tp + fp + fn)
+        self.print_to_log_file('Pseudo dice of the stock model on the same patches', [np.round(d, 4) for d in dice])
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As nnU-Net's, with the averaged weights."""
+        self._swap_average()
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self._swap_average()
+
+    @contextmanager
+    def _full_resolution(self) -> Iterator[None]:
+        """Within it nnU-Net's code sees a trainer without deep supervision: sampling has no coarser outputs."""
+        before = self.enable_deep_supervision, self.loss, self.refiner.decoder.deep_supervision
+        self.enable_deep_supervision, self.loss = False, self.full_resolution_loss
+        self.refiner.decoder.deep_supervision = False
+        try:
+            yield
+        finally:
+            self.enable_deep_supervision, self.loss, self.refiner.decoder.deep_supervision = before
+
+    # checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with the averaged weights in it, under its name only once it is whole."""
+        partial = Path(filename + '.partial')
+        self._swap_average()
+        try:
+            super().save_checkpoint(str(partial))
+        finally:
+            self._swap_average()
+        if partial.is_file():
+            os.replace(partial, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As nnU-Net's. The pre-segmenter comes from the checkpoint: no stock model need be there."""
+        self._restored = True
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _swap_average(self) -> None:
+        swap_parameters(self.refiner.denoiser, self.averaged.module)
+        self._average_in_network = not self._average_in_network
+
+    def _add_weights_before_averaging(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """The optimizer's state holds the weights it moves; the checkpoint's network weights are their average."""
+        moved = self.averaged.module if self._average_in_network else self.refiner.denoiser
+        state['denoiser_before_averaging'] = moved.state_dict()
+        state['averaged_updates'] = self.averaged.n_averaged.clone()
+
+    def _take_weights_before_averaging(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        self.averaged.module.load_state_dict(self.refiner.denoiser.state_dict())
+        self.averaged.n_averaged.copy_(state.pop('averaged_updates'))
+        self.refiner.denoiser.load_state_dict(state.pop('denoiser_before_averaging'))

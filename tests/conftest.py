@@ -1,0 +1,117 @@
+"""A phantom data set with trained stock models, made once a test session with nnU-Net's own code."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_pdddpm.demo.phantom import write_dataset
+
+DATASET_ID = 701
+DATASET = f'Dataset{DATASET_ID}_Phantom'
+PLANS = 'nnUNetPlansTiny'
+STOCK, REFINED = 'nnUNetTrainerTiny', 'PDDDPMTrainerTiny'
+torch.set_num_threads(2)
+
+
+def run_command(*command: str, environment: dict[str, str] | None = None, cwd: Path | None = None,
+                binaries: Path = Path(sys.executable).parent) -> subprocess.CompletedProcess[str]:
+    """Run a console command of the environment; stdout and stderr come back together."""
+    return subprocess.run([str(binaries / command[0]), *command[1:]], env={**os.environ, **(environment or {})},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
+
+
+def succeed(*command: str, **kwargs) -> str:
+    """Run a command that must exit with 0 and return what it printed."""
+    result = run_command(*command, **kwargs)
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+def train(trainer: str, fold: int | str, *flags: str, configuration: str = '3d_fullres', **kwargs) -> str:
+    """`nnUNetv2_train` on the phantoms."""
+    return succeed('nnUNetv2_train', str(DATASET_ID), configuration, str(fold), '-tr', trainer, '-p', PLANS,
+                   '-device', 'cpu', *flags, **kwargs)
+
+
+def predict(output: Path, trainer: str, *flags: str, folds: tuple[int, ...] = (0,), source: Path | None = None,
+            **kwargs) -> str:
+    """The unmodified `nnUNetv2_predict` on the held-out phantoms."""
+    source = source or Path(os.environ['nnUNet_raw']) / DATASET / 'imagesTs'
+    return succeed('nnUNetv2_predict', '-i', str(source), '-o', str(output), '-d', str(DATASET_ID), '-c', '3d_fullres',
+                   '-tr', trainer, '-p', PLANS, '-f', *map(str, folds), '-device', 'cpu', '-npp', '1', '-nps', '1',
+                   *flags, **kwargs)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's three folders, with trained models in them."""
+    root: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.root / 'nnUNet_raw' / DATASET
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / 'nnUNet_preprocessed' / DATASET
+
+    def model(self, trainer: str, configuration: str = '3d_fullres') -> Path:
+        return self.root / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{configuration}'
+
+
+@pytest.fixture(scope='session')
+def workspace(tmp_path_factory) -> Workspace:
+    """A planned and preprocessed phantom data set, split into three folds, with small plans."""
+    work = Workspace(tmp_path_factory.mktemp('nnunet'))
+    os.environ.update({name: str(work.root / name) for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')})
+    os.environ.update(nnUNet_extTrainer=str(Path(__file__).parent / 'trainers'), nnUNet_n_proc_DA='0',
+                      nnUNet_def_n_proc='1', nnUNet_pdddpm_presegmenter=STOCK, OMP_WAIT_POLICY='PASSIVE')
+    write_dataset(work.raw, num_training=9, num_test=2, shape=(20, 26, 22))
+    succeed('nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', '3d_fullres', '-np', '1', '-npfp', '1',
+            environment={'nnUNet_n_proc_DA': '1'})
+    plans = json.loads((work.preprocessed / 'nnUNetPlans.json').read_text())
+    plans['plans_name'] = PLANS
+    configuration = plans['configurations']['3d_fullres']
+    configuration.update(patch_size=[16, 24, 16], batch_size=2)
+    configuration['architecture']['arch_kwargs'].update(
+        n_stages=3, features_per_stage=[8, 16, 16], kernel_sizes=[[3, 3, 3]] * 3,
+        strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2]], n_conv_per_stage=[1, 1, 1], n_conv_per_stage_decoder=[1, 1])
+    (work.preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
+    cases = sorted(p.name[:-7] for p in (work.raw / 'labelsTr').glob('*.nii.gz'))
+    splits = [{'train': [c for c in cases if c not in cases[f::3]], 'val': cases[f::3]} for f in range(3)]
+    (work.preprocessed / 'splits_final.json').write_text(json.dumps(splits))
+    return work
+
+
+@pytest.fixture(scope='session')
+def stock(workspace: Workspace) -> Workspace:
+    """The workspace with trained stock folds 0, 1 and 2."""
+    for fold in range(3):
+        train(STOCK, fold)
+    return workspace
+
+
+@pytest.fixture(scope='session')
+def refined(stock: Workspace) -> Workspace:
+    """The workspace with trained stock folds 0 to 2 and PDDDPM folds 0 and 1."""
+    for fold in range(2):
+        (stock.model(REFINED)).mkdir(parents=True, exist_ok=True)
+        (stock.model(REFINED) / f'log_{fold}.txt').write_text(train(REFINED, fold))
+    return stock
+
+
+@pytest.fixture
+def scratch_results(stock: Workspace, tmp_path: Path, monkeypatch) -> Path:
+    """An own results folder that holds a copy of the stock models, for tests that damage or retrain something."""
+    results = tmp_path / 'nnUNet_results'
+    shutil.copytree(stock.model(STOCK), results / DATASET / stock.model(STOCK).name)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    return results

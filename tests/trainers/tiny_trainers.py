@@ -1,0 +1,39 @@
+"""Trainers of a few iterations for the tests, found through nnUNet_extTrainer."""
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
+
+
+class FewIterations:
+    """Mixin: two epochs of eight iterations, a checkpoint after each, and data drawn alike in every run."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 2
+        self.num_iterations_per_epoch = 8
+        self.num_val_iterations_per_epoch = 2
+        self.save_every = 1
+
+    def on_epoch_start(self):
+        np.random.seed(self.current_epoch)
+        torch.manual_seed(self.current_epoch)
+        super().on_epoch_start()
+
+
+class nnUNetTrainerTiny(FewIterations, nnUNetTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 30
+
+
+class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
+    pass
+
+
+class PDDDPMTrainerTinyPaper(FewIterations, PDDDPMTrainerPaper):
+    pass
