@@ -16,6 +16,9 @@ DATASET = 'Dataset004_Hippocampus'
 PLANS = 'nnUNetPlansReduced'
 CONFIGURATION = '3d_fullres'
 STOCK_TRAINER = 'nnUNetTrainerBenchmark'
+CONTROL_TRAINER = 'nnUNetTrainerBenchmarkLonger'
+PDDDPM_TRAINERS = ('PDDDPMTrainerBenchmark', 'PDDDPMTrainerBenchmarkAdamW')
+STAGES = ('prepare', 'stock', 'pdddpm', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 50
 NUM_FOLDS = 3
@@ -93,8 +96,10 @@ def train(work: Path, trainer: str, fold: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-data', help='folder that contains Dataset004_Hippocampus (or set NNUNET_PDDDPM_DATA)')
-    parser.add_argument('-o', required=True, help='work folder: nnU-Net\'s three folders and the predictions')
-    parser.add_argument('--stages', nargs='+', default=['prepare', 'stock', 'pdddpm', 'evaluate'])
+    parser.add_argument('-o', required=True, help="work folder: nnU-Net's three folders, predictions and measurements")
+    parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / 'hippocampus.md'),
+                        help='the table to write')
+    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES))
     args = parser.parse_args()
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
@@ -102,6 +107,14 @@ def main() -> None:
     if 'stock' in args.stages:
         for fold in range(NUM_FOLDS):
             train(work, STOCK_TRAINER, fold)
+    if 'pdddpm' in args.stages:
+        for trainer in (*PDDDPM_TRAINERS, CONTROL_TRAINER):
+            train(work, trainer, 0)
+    if 'evaluate' in args.stages:
+        os.environ.update(nnunet_environment(work))
+        from hippocampus_evaluation import evaluate, write_table  # reads nnU-Net's folders from the environment
+        evaluate(work)
+        write_table(work, Path(args.table))
 
 
 if __name__ == '__main__':

@@ -1,19 +1,26 @@
 """Short CPU trainers for the benchmarks, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
-They differ from their parents in two things only: ten epochs of 250 iterations, and bf16 autocast on the CPU
-(nnU-Net trains in fp32 there), which halves the time of an iteration. Stock and PDDDPM are treated alike.
+All use bf16 autocast on the CPU (nnU-Net trains in fp32 there), which halves the time of an iteration, and nnU-Net's
+250 iterations an epoch: ten epochs of stock training; five of refinement, with either optimizer; and, as the control,
+the stock model trained for those five epochs more.
 """
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_pdddpm.training.presegmenters import TrainingContext
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 
 
 class ShortCPUTraining:
     """Mixin: see the module's docstring."""
 
+    epochs = 5
+
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 10
+        self.num_epochs = self.epochs
 
     def train_step(self, batch: dict) -> dict:
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu'):
@@ -25,4 +32,33 @@ class ShortCPUTraining:
 
 
 class nnUNetTrainerBenchmark(ShortCPUTraining, nnUNetTrainer):
-    pass
+    epochs = 10
+
+
+class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
+    """The control: the trained stock model of the fold, trained on with a new learning rate schedule."""
+
+    def initialize(self):
+        super().initialize()
+        context = TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+        self.network.load_state_dict(context.stock_weights(self.fold))
+
+
+class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
+    """nnU-Net's SGD: learning rate 0.01, Nesterov momentum 0.99, polynomial decay."""
+
+
+class PDDDPMTrainerBenchmarkAdamW(PDDDPMTrainerBenchmark):
+    """AdamW: learning rate 5e-4 with polynomial decay, after a first epoch of warm-up at a fifth of it."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.network.parameters(), 5e-4, weight_decay=1e-2)
+
+        class WarmUp(PolyLRScheduler):
+            def step(self, current_step=None):
+                super().step(current_step)
+                if current_step == 0:
+                    for group in optimizer.param_groups:
+                        group['lr'] /= 5
+
+        return optimizer, WarmUp(optimizer, 5e-4, self.num_epochs)

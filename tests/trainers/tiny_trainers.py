@@ -18,6 +18,10 @@ class FewIterations:
         self.num_val_iterations_per_epoch = 2
         self.save_every = 1
 
+    def initialize(self):
+        torch.manual_seed(0)
+        super().initialize()
+
     def on_epoch_start(self):
         np.random.seed(self.current_epoch)
         torch.manual_seed(self.current_epoch)

@@ -1,0 +1,20 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+SOURCES := $(shell find nnunet_pdddpm trainers -name '*.py') setup.cfg pyproject.toml README.md
+
+.PHONY: demo test lint
+demo: .venv/installed
+	.venv/bin/nnUNetv2_pdddpm_demo -o demo
+
+test: .venv/installed
+	.venv/bin/pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+# a wheel install: it is the one in which nnU-Net finds the trainers with no environment variable
+.venv/installed: $(SOURCES)
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -q ".[test]"
+	touch $@

@@ -1,0 +1,114 @@
+"""`nnUNetv2_pdddpm_demo`: phantoms in, table and picture out, with nnU-Net's own commands in between."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nnunet_pdddpm.demo.phantom import LABELS, write_dataset
+from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice
+
+DATASET_ID = 701
+DATASET = f'Dataset{DATASET_ID}_Phantom'
+PLANS = 'nnUNetPlansDemo'
+CONFIGURATION = '3d_fullres'
+STOCK, PDDDPM = 'nnUNetTrainer_5epochs', 'PDDDPMTrainer_5epochs'
+NUM_TRAINING, NUM_TEST = 20, 6
+
+
+class Demo:
+    """The demo's folder and the commands that fill it; finished training is kept when it is run again."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder = folder
+        self.device = device
+        self.raw = folder / 'nnUNet_raw' / DATASET
+        self.preprocessed = folder / 'nnUNet_preprocessed' / DATASET
+        self.results = folder / 'nnUNet_results' / DATASET
+        (folder / 'logs').mkdir(parents=True, exist_ok=True)
+
+    def call(self, log: str, *command: str, echo: tuple[str, ...] = ()) -> float:
+        """Run an nnU-Net command with its output in logs/<log>; return its seconds.
+
+        Lines that contain one of `echo` are shown. Exits with the end of the log if the command fails.
+        """
+        beside = Path(sys.executable).parent / command[0]
+        executable = str(beside) if beside.exists() else shutil.which(command[0])
+        if executable is None:
+            sys.exit(f'{command[0]} is not installed beside this Python: pip install "nnunetv2>=2.8,<3".')
+        environment = {**os.environ, 'nnUNet_pdddpm_presegmenter': STOCK, 'nnUNet_n_proc_DA': '1',
+                       **{name: str(self.folder / name)
+                          for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')}}
+        file = self.folder / 'logs' / f'{log}.log'
+        print(f'$ {" ".join(command)}    (log: {file})', flush=True)
+        start = time.monotonic()
+        with open(file, 'w') as out, subprocess.Popen([executable, *command[1:]], env=environment, text=True,
+                                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            for line in process.stdout or ():
+                out.write(line)
+                if any(word in line for word in echo):
+                    print('   ', line.rstrip(), flush=True)
+        if process.returncode != 0:
+            sys.exit(f'{command[0]} failed; the end of {file}:\n' + ''.join(file.read_text().splitlines(True)[-15:]))
+        return time.monotonic() - start
+
+    def prepare(self) -> None:
+        """Write the raw data, plan, make the plans small enough for a CPU, preprocess."""
+        if not (self.preprocessed / f'{PLANS}.json').is_file():
+            write_dataset(self.raw, NUM_TRAINING, NUM_TEST)
+            self.call('plan_and_preprocess', 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID),
+                      '-c', CONFIGURATION, '-np', '2', '-npfp', '2', '--verify_dataset_integrity')
+            plans = json.loads((self.preprocessed / 'nnUNetPlans.json').read_text())
+            plans['plans_name'] = PLANS
+            configuration = plans['configurations'][CONFIGURATION]
+            configuration['batch_size'] = 2
+            architecture = configuration['architecture']['arch_kwargs']
+            architecture['features_per_stage'] = [f // 4 for f in architecture['features_per_stage']]
+            (self.preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
+
+    def train(self, trainer: str) -> None:
+        """Train fold 0 unless it is trained, continuing where an earlier run was interrupted."""
+        fold = self.results / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0'
+        if not (fold / 'validation' / 'summary.json').is_file():
+            self.call(f'train_{trainer}', 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, '0', '-tr', trainer,
+                      '-p', PLANS, '-device', self.device, '--c', echo=('Epoch ', 'Pseudo dice', 'pre-segmented'))
+
+    def predict(self, trainer: str, name: str) -> float:
+        """Predict the held-out cases into predictions/<name>; seconds per case."""
+        seconds = self.call(f'predict_{name}', 'nnUNetv2_predict', '-i', str(self.raw / 'imagesTs'),
+                            '-o', str(self.folder / 'predictions' / name), '-d', str(DATASET_ID),
+                            '-c', CONFIGURATION, '-p', PLANS, '-tr', trainer, '-f', '0', '-device', self.device,
+                            '--save_probabilities', '-npp', '1', '-nps', '1')
+        return seconds / NUM_TEST
+
+
+def main() -> None:
+    """Entry point of `nnUNetv2_pdddpm_demo`."""
+    parser = argparse.ArgumentParser(description='Train stock nnU-Net and PDDDPMTrainer on a phantom data set and '
+                                                 'compare them. About 8 minutes on two CPU cores, no download.')
+    parser.add_argument('-o', default='demo', help='folder for everything the demo writes (default: demo)')
+    parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='as in nnUNetv2_train')
+    args = parser.parse_args()
+    demo = Demo(Path(args.o).resolve(), args.device)
+    demo.prepare()
+    for trainer in (STOCK, PDDDPM):
+        demo.train(trainer)
+    seconds = {'stock': demo.predict(STOCK, 'stock'), 'pdddpm': demo.predict(PDDDPM, 'pdddpm')}
+
+    truth, predictions = demo.raw / 'labelsTs', demo.folder / 'predictions'
+    foreground = {name: label for name, label in LABELS.items() if label > 0}
+    dice = {name: mean_dice(truth, predictions / name, foreground) for name in seconds}
+    summary = {'dice': dice, 'seconds_per_case': {k: round(v, 2) for k, v in seconds.items()}, 'cases': NUM_TEST}
+    (demo.folder / 'summary.json').write_text(json.dumps(summary, indent=1))
+    draw_figure(demo.raw, predictions, demo.folder / 'demo.png')
+    print('\n' + format_table(summary))
+    print(f'\nTable: {demo.folder / "summary.json"}\nPicture: {demo.folder / "demo.png"}')
+
+
+if __name__ == '__main__':
+    main()

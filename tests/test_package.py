@@ -1,0 +1,72 @@
+"""The wheel: `-tr PDDDPMTrainer` is found with no environment variable, and uninstalling leaves no trace."""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from conftest import DATASET, DATASET_ID, PLANS, STOCK, Workspace
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def clean_environment(tmp_path_factory) -> Path:
+    """Site-packages of a new venv with nnunetv2 in it and nothing of this project; its dependencies are borrowed."""
+    venv = tmp_path_factory.mktemp('clean') / 'venv'
+    subprocess.run([sys.executable, '-m', 'venv', str(venv)], check=True)
+    subprocess.run([str(venv / 'bin' / 'pip'), 'install', '-q', '--no-deps', f'nnunetv2=={version("nnunetv2")}'],
+                   check=True)
+    site = next((venv / 'lib').glob('python*')) / 'site-packages'
+    # behind the venv's own site-packages, so that nnunetv2 and this project never come from there
+    (site / 'borrowed.pth').write_text(sysconfig.get_paths()['purelib'] + '\n')
+    return site
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob('*') if '__pycache__' not in p.parts}
+
+
+def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clean_environment, stock: Workspace,
+                                                                           tmp_path):
+    site, binaries = clean_environment, clean_environment.parents[2] / 'bin'
+    before = listing(site / 'nnunetv2')
+    source = tmp_path / 'source'
+    source.mkdir()
+    for name in ('nnunet_pdddpm', 'trainers'):
+        shutil.copytree(PROJECT / name, source / name)
+    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(PROJECT / name, source)
+    subprocess.run([str(binaries / 'pip'), 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(source)], check=True)
+    wheel, = tmp_path.glob('nnunet_pdddpm-*.whl')
+    subprocess.run([str(binaries / 'pip'), 'install', '-q', '--no-deps', str(wheel)], check=True)
+
+    results, elsewhere = tmp_path / 'results', tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    shutil.copytree(stock.model(STOCK), results / DATASET / f'nnUNetTrainer__{PLANS}__3d_fullres')
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(('nnUNet', 'PYTHON', 'VIRTUAL_ENV'))}
+    environment.update(nnUNet_raw=os.environ['nnUNet_raw'], nnUNet_preprocessed=os.environ['nnUNet_preprocessed'],
+                       nnUNet_results=str(results))
+
+    def run(*command: str) -> str:
+        result = subprocess.run([str(binaries / command[0]), *command[1:]], env=environment, cwd=elsewhere, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert result.returncode == 0, result.stdout[-3000:]
+        return result.stdout
+
+    used = run('python', '-c', 'import nnunet_pdddpm, nnunetv2; print(nnunet_pdddpm.__file__, nnunetv2.__file__)')
+    assert all(Path(p).is_relative_to(site) for p in used.split())
+    run('nnUNetv2_train', str(DATASET_ID), '3d_fullres', '0', '-tr', 'PDDDPMTrainer_1epoch', '-p', PLANS, '-device',
+        'cpu')
+    run('nnUNetv2_predict', '-i', str(stock.raw / 'imagesTs'), '-o', str(tmp_path / 'predicted'), '-d',
+        str(DATASET_ID), '-c', '3d_fullres', '-tr', 'PDDDPMTrainer_1epoch', '-p', PLANS, '-f', '0', '-device', 'cpu')
+    assert {p.name for p in (tmp_path / 'predicted').glob('*.nii.gz')} == {'phantom_009.nii.gz', 'phantom_010.nii.gz'}
+
+    subprocess.run([str(binaries / 'pip'), 'uninstall', '-q', '-y', 'nnunet-pdddpm'], check=True)
+    assert listing(site / 'nnunetv2') == before
+    assert not (site / 'nnunet_pdddpm').exists()

@@ -1,0 +1,168 @@
+"""PDDDPMTrainer within nnU-Net's training."""
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, train
+
+from nnunet_pdddpm.diffusion.coding import harden, one_hot
+from nnunet_pdddpm.diffusion.process import at_level
+from nnunet_pdddpm.network.settings import SamplingSettings
+
+
+@pytest.fixture
+def trainer(scratch_results):
+    """An initialised trainer of fold 0 with its data loaders."""
+    trainer = make_trainer(REFINED, 0)
+    trainer.on_train_start()
+    return trainer
+
+
+def weights(model: Path, fold: int) -> dict:
+    return torch.load(model / f'fold_{fold}' / 'checkpoint_final.pth', weights_only=False)
+
+
+def test_training_leaves_what_nnunet_expects_and_logs_the_stock_dice(refined: Workspace):
+    fold = refined.model(REFINED) / 'fold_0'
+    for name in ('checkpoint_final.pth', 'checkpoint_best.pth', 'progress.png', 'validation/summary.json'):
+        assert (fold / name).is_file(), name
+    assert not list(fold.glob('*.partial'))
+    log = (refined.model(REFINED) / 'console.txt').read_text()
+    assert '6 of 6 training cases are pre-segmented by the stock model that held them out (folds [1, 2])' in log
+    assert log.count('Pseudo dice of the stock model on the same patches') == 2
+
+
+def test_the_stock_model_is_embedded_frozen_and_unchanged(refined: Workspace):
+    checkpoint, stock = weights(refined.model(REFINED), 0), weights(refined.model(STOCK), 0)
+    for name, value in stock['network_weights'].items():
+        torch.testing.assert_close(checkpoint['network_weights'][f'presegmenter.{name}'], value, rtol=0, atol=0)
+    trained = len(checkpoint['optimizer_state']['state'])
+    total = len(checkpoint['optimizer_state']['param_groups'][0]['params'])
+    assert 0 < trained < total  # the frozen parameters have no optimizer state
+
+
+def test_before_the_first_iteration_the_refined_result_is_the_stock_result(trainer):
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        counts = trainer.validation_step(next(trainer.dataloader_val))
+        trainer.on_validation_epoch_end([counts])
+    for name in ('tp_hard', 'fp_hard', 'fn_hard'):
+        np.testing.assert_array_equal(counts[name], counts[f'stock_{name}'])
+
+
+def test_each_case_is_presegmented_by_the_fold_that_held_it_out(trainer):
+    held_out_in = trainer.held_out_in
+    assert set(held_out_in.values()) == {1, 2}
+    image = torch.randn(2, 1, 16, 24, 16)
+    keys = [next(case for case, fold in held_out_in.items() if fold == wanted) for wanted in (2, 1)]
+    logits = trainer.presegment(image, keys)
+    for i, fold in enumerate((2, 1)):
+        expected = trainer.out_of_fold_presegmenters[fold](image[i:i + 1])
+        torch.testing.assert_close(logits[i:i + 1], expected, rtol=1e-4, atol=1e-4)
+    in_fold = trainer.presegment(image, ['unknown', 'unknown'])
+    torch.testing.assert_close(in_fold, trainer.refiner.presegmenter(image), rtol=1e-4, atol=1e-4)
+
+
+def test_missing_stock_folds_are_named_once_and_their_cases_presegmented_in_fold(scratch_results):
+    shutil.rmtree(scratch_results / DATASET / f'{STOCK}__{PLANS}__3d_fullres' / 'fold_2')
+    trainer = make_trainer(REFINED, 0)
+    trainer.on_train_start()
+    log = Path(trainer.log_file).read_text()
+    assert '3 of 6 training cases are pre-segmented by the stock model that held them out (folds [1])' in log
+    assert log.count('3 training cases are pre-segmented by a stock model that was trained on them') == 1
+    assert 'stock folds not trained: [0, 2]' not in log and 'stock folds not trained: [2]' in log
+    assert 'phantom_002, phantom_005, phantom_008' in log
+
+
+@pytest.mark.parametrize(('starts', 'allowed'), [('truth', {'truth'}), ('presegmentation', {'presegmentation'}),
+                                                 ('mixed', {'truth', 'presegmentation'})])
+def test_noise_is_added_to_what_the_attribute_says(trainer, starts, allowed):
+    trainer.training_starts = starts
+    seen = set()
+    for _ in range(6):
+        batch = next(trainer.dataloader_train)
+        noisy, noise = trainer.make_noisy_batch(batch['data'], batch['target'][0], batch['keys'])
+        assert noisy.t.min() >= 1 and noisy.t.max() <= trainer.t_max
+        x_pre = 2 * harden(trainer.presegment(batch['data'], batch['keys']), False) - 1
+        x0 = 2 * one_hot(batch['target'][0], 3) - 1
+        abar = trainer.refiner.abar
+        clean = (noisy.noisy - at_level((1 - abar).sqrt(), noisy.t, noise) * noise) / at_level(abar.sqrt(), noisy.t,
+                                                                                               noise)
+        for i in range(len(clean)):
+            near = {name for name, mask in (('truth', x0), ('presegmentation', x_pre))
+                    if torch.allclose(clean[i], mask[i], atol=1e-2)}
+            assert near & allowed
+            seen |= near
+    assert seen >= allowed
+
+
+def test_the_average_of_the_weights_is_saved_and_the_weights_themselves_are_kept(refined: Workspace):
+    checkpoint = weights(refined.model(REFINED), 0)
+    moved = checkpoint['optimizer_state']['denoiser_before_averaging']
+    saved = {k.removeprefix('denoiser.'): v for k, v in checkpoint['network_weights'].items()
+             if k.startswith('denoiser.')}
+    assert saved.keys() == moved.keys()
+    assert any(not torch.equal(saved[k], moved[k]) for k in saved)
+    assert int(checkpoint['optimizer_state']['averaged_updates']) == 16
+
+
+def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock, tmp_path, scratch_results):
+    make_trainer(REFINED, 2).run_training()
+    model = scratch_results / DATASET / f'{REFINED}__{PLANS}__3d_fullres'
+    uninterrupted = weights(model, 2)
+    shutil.move(model, tmp_path / 'uninterrupted')
+
+    command = [str(Path(sys.executable).parent / 'nnUNetv2_train'), str(DATASET_ID), '3d_fullres', '2', '-tr', REFINED,
+               '-p', PLANS, '-device', 'cpu']
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    latest = model / 'fold_2' / 'checkpoint_latest.pth'
+    deadline = time.monotonic() + 120
+    while not latest.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (model / 'fold_2' / 'checkpoint_final.pth').exists()
+
+    log = train(REFINED, 2, '--c')
+    assert 'Epoch 1' in log and 'Epoch 0' not in log
+    resumed = weights(model, 2)
+    assert resumed['current_epoch'] == uninterrupted['current_epoch'] == 2
+    for name, value in uninterrupted['network_weights'].items():
+        torch.testing.assert_close(resumed['network_weights'][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    moved, expected = (c['optimizer_state']['denoiser_before_averaging'] for c in (resumed, uninterrupted))
+    for name, value in expected.items():
+        torch.testing.assert_close(moved[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_val_needs_no_stock_model_and_reproduces_the_validation(refined, scratch_results):
+    shutil.rmtree(scratch_results / DATASET / f'{STOCK}__{PLANS}__3d_fullres')
+    model = scratch_results / DATASET / refined.model(REFINED).name
+    shutil.copytree(refined.model(REFINED), model)
+    mask = Path('validation') / 'phantom_000.nii.gz'
+    (model / 'fold_0' / mask).unlink()
+    train(REFINED, 0, '--val')
+    assert (model / 'fold_0' / mask).read_bytes() == (refined.model(REFINED) / 'fold_0' / mask).read_bytes()
+
+
+def test_the_paper_s_trainer_predicts_the_noise_from_the_truth(scratch_results):
+    trainer = make_trainer('PDDDPMTrainerTinyPaper', 0)
+    assert trainer.sampling == SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
+    trainer.sampling = SamplingSettings(t_start=300, steps=3, samples=2, eta=1.0)
+    trainer.num_epochs = 1
+    trainer.run_training()
+    assert isinstance(trainer.loss, torch.nn.MSELoss)
+    # an untrained prediction of unit noise has a mean squared error of about 1 or more; a few steps bring it near 1
+    assert 0 < trainer.logger.get_value('train_losses', -1) < 3
+    logits = trainer.refiner.eval()(torch.randn(1, 1, 16, 24, 16))
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(torch.softmax(logits, 1).sum(1), torch.ones(1, 16, 24, 16))
