@@ -32,16 +32,42 @@ def listing(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob('*') if '__pycache__' not in p.parts}
 
 
+def copy_of_the_project(folder: Path) -> Path:
+    """What the package is built from, without build leftovers; an installation never writes into the checkout."""
+    folder.mkdir()
+    for name in ('nnunet_pdddpm', 'trainers'):
+        shutil.copytree(PROJECT / name, folder / name)
+    for name in ('setup.cfg', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(PROJECT / name, folder)
+    return folder
+
+
+def test_an_editable_install_is_found_through_the_variable_that_the_check_names(clean_environment, tmp_path):
+    binaries = clean_environment.parents[2] / 'bin'
+    source = copy_of_the_project(tmp_path / 'source')
+    subprocess.run([str(binaries / 'pip'), 'install', '-q', '--no-deps', '-e', str(source)], check=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(('nnUNet', 'PYTHON', 'VIRTUAL_ENV'))}
+    environment.update(nnUNet_preprocessed=str(tmp_path), nnUNet_results=str(tmp_path))
+
+    def check() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(binaries / 'nnUNetv2_pdddpm_check')], env=environment, text=True, cwd=tmp_path,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    try:
+        without = check()
+        assert without.returncode == 1
+        assert f'export nnUNet_extTrainer={source / "trainers"}' in without.stdout
+        environment['nnUNet_extTrainer'] = str(source / 'trainers')
+        assert check().returncode == 0
+    finally:
+        subprocess.run([str(binaries / 'pip'), 'uninstall', '-q', '-y', 'nnunet-pdddpm'], check=True)
+
+
 def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clean_environment, stock: Workspace,
                                                                            tmp_path):
     site, binaries = clean_environment, clean_environment.parents[2] / 'bin'
     before = listing(site / 'nnunetv2')
-    source = tmp_path / 'source'
-    source.mkdir()
-    for name in ('nnunet_pdddpm', 'trainers'):
-        shutil.copytree(PROJECT / name, source / name)
-    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(PROJECT / name, source)
+    source = copy_of_the_project(tmp_path / 'source')
     subprocess.run([str(binaries / 'pip'), 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(source)], check=True)
     wheel, = tmp_path.glob('nnunet_pdddpm-*.whl')
     subprocess.run([str(binaries / 'pip'), 'install', '-q', '--no-deps', str(wheel)], check=True)

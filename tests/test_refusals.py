@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,25 @@ def test_a_misfitting_stock_model_of_another_fold_is_refused_too(scratch_results
     trainer = make_trainer(REFINED, 0)
     with pytest.raises(PresegmenterError, match='fold was 2'):
         trainer.on_train_start()
+
+
+def test_a_stock_model_with_another_network_than_the_planned_is_refused(scratch_results):
+    tampered(scratch_results, lambda c: c['network_weights'].update({'encoder.extra.weight': torch.zeros(3)}))
+    with pytest.raises(PresegmenterError, match=r'another network than the plans describe \(encoder.extra.weight'):
+        initialise()
+
+
+@pytest.mark.parametrize('module', ['numpy.core', 'numpy._core'])
+def test_checkpoints_written_with_either_numpy_generation_are_read(scratch_results, tmp_path, module):
+    source, target = stock_file(scratch_results), tmp_path / 'checkpoint.pth'
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, 'w') as rewritten:
+        for item in archive.infolist():
+            content = archive.read(item)
+            if item.filename.endswith('data.pkl'):
+                content = re.sub(rb'cnumpy\._?core\.multiarray\n', b'c%s.multiarray\n' % module.encode(), content)
+                assert b'c%s.multiarray' % module.encode() in content
+            rewritten.writestr(item, content)
+    assert load_checkpoint(target)['trainer_name'] == STOCK
 
 
 class Payload:

@@ -73,7 +73,7 @@ class Refiner(nn.Module):
         for name, value in asdict(SamplingSettings()).items():
             dtype = torch.float64 if isinstance(value, float) else torch.int64
             self.register_buffer(name, torch.tensor(value, dtype=dtype))
-        self.configure(SamplingSettings(), t_max=NUM_TIMESTEPS, has_regions=False)
+        self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
 
     def configure(self, settings: SamplingSettings, t_max: int, has_regions: bool) -> None:
         """Store sampling settings, the highest trained level, and whether the heads are regions (sigmoid).

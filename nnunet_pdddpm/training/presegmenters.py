@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor
+from torch import Tensor, nn
 
 PRESEGMENTER_VARIABLE = 'nnUNet_pdddpm_presegmenter'
 DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
@@ -21,7 +22,9 @@ CHECKPOINT = 'checkpoint_final.pth'
 
 # What nnU-Net writes into a checkpoint beside tensors: numpy scalars in the log and in the plans.
 _NUMPY_CORE: Any = np._core if hasattr(np, '_core') else np.core  # numpy 2 renamed it
-_NUMPY_SCALARS = [np.dtype, _NUMPY_CORE.multiarray.scalar, *{type(np.dtype(t)) for t in 'bBhHiIlLqQefd?'}]
+_NUMPY_SCALARS: list[Any] = [np.dtype, *{type(np.dtype(t)) for t in 'bBhHiIlLqQefd?'},
+                             *((_NUMPY_CORE.multiarray.scalar, f'numpy.{core}.multiarray.scalar')
+                               for core in ('core', '_core'))]
 
 
 class PresegmenterError(ValueError):
@@ -37,7 +40,7 @@ def presegmenter_folder(dataset_name: str, plans_name: str, configuration: str) 
     Raises:
         PresegmenterError: if the variable names a folder that does not exist.
     """
-    named = os.environ.get(PRESEGMENTER_VARIABLE, DEFAULT_PRESEGMENTER)
+    named = os.environ.get(PRESEGMENTER_VARIABLE) or DEFAULT_PRESEGMENTER
     if os.sep in named:
         folder = Path(named)
         if not folder.is_dir():
@@ -70,9 +73,12 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         raise PresegmenterError(f'The stock model {file} cannot be read ({_first_line(error)}); train or copy it '
                                 f'again.') from error
     except pickle.UnpicklingError as error:
-        raise PresegmenterError(f'The stock model {file} holds objects that nnU-Net does not write and is not loaded '
-                                f'({_first_line(error)}).') from error
-    if not isinstance(checkpoint, dict) or not {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys():
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        raise PresegmenterError(f'The stock model {file} holds objects that nnU-Net does not write'
+                                f'{f" ({found[1]})" if found else ""} and is not loaded: use a checkpoint written by '
+                                f'nnUNetv2_train.') from error
+    if not (isinstance(checkpoint, dict) and {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys()
+            and isinstance(checkpoint['init_args'], dict)):
         raise PresegmenterError(f'{file} is no nnU-Net v2 checkpoint: it has no network_weights, init_args and '
                                 f'trainer_name.')
     return checkpoint
@@ -101,6 +107,9 @@ def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], co
         if of_stock != here:
             raise _misfit(file, what, of_stock, here)
     stock_plans, our_plans = theirs['plans'], plans
+    if configuration not in stock_plans.get('configurations', {}):
+        raise _misfit(file, 'the plans\' list of configurations', list(stock_plans.get('configurations', {})),
+                      list(our_plans['configurations']))
     of_stock = PlansManager(stock_plans).get_configuration(configuration).configuration
     here = PlansManager(our_plans).get_configuration(configuration).configuration
     for key in ('spacing', 'patch_size', 'normalization_schemes', 'architecture', 'previous_stage'):
@@ -109,6 +118,22 @@ def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], co
     for key in ('transpose_forward', 'foreground_intensity_properties_per_channel'):
         if stock_plans.get(key) != our_plans.get(key):
             raise _misfit(file, f'the plans\' {key}', stock_plans.get(key), our_plans.get(key))
+
+
+def load_network(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    """Load stock weights into the network that the plans describe.
+
+    Raises:
+        PresegmenterError: if they belong to another network, as those of a trainer with its own architecture do.
+    """
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        name = sorted(expected.items() ^ found.items())[0][0]
+        raise PresegmenterError(f'The stock model {file} has another network than the plans describe ({name}: '
+                                f'{found.get(name)} instead of {expected.get(name)}); PDDDPM refines stock models '
+                                f'whose trainer builds the planned network.')
+    network.load_state_dict(weights)
 
 
 def _misfit(file: Path, what: str, of_stock: Any, here: Any) -> PresegmenterError:

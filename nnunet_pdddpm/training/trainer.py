@@ -23,7 +23,7 @@ from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
-from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds
+from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds, load_network
 from nnunet_pdddpm.versions import require_nnunet
 
 STARTS = ('truth', 'presegmentation', 'mixed')
@@ -82,8 +82,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         super().initialize()
         self.refiner.configure(self.sampling, self.t_max, self.label_manager.has_regions)
         if stock_weights is not None:
-            self.print_to_log_file(f'Pre-segmenter: {checkpoint_file(self.context.model_folder, self.fold)}')
-            self.refiner.presegmenter.load_state_dict(stock_weights)
+            file = checkpoint_file(self.context.model_folder, self.fold)
+            self.print_to_log_file(f'Pre-segmenter: {file}')
+            load_network(self.refiner.presegmenter, stock_weights, file)
             if self.warm_start:
                 self.refiner.denoiser.warm_start(stock_weights)
         self.averaged = AveragedModel(self.refiner.denoiser, multi_avg_fn=average_weights(self.averaging_decay))
@@ -127,7 +128,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             network = nnUNetTrainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, self.num_input_channels,
                 self.label_manager.num_segmentation_heads, False)
-            network.load_state_dict(self.context.stock_weights(fold))
+            load_network(network, self.context.stock_weights(fold), checkpoint_file(folder, fold))
             self.out_of_fold_presegmenters[fold] = network.to(self.device).requires_grad_(False).eval()
         in_fold = [case for case in cases if case not in self.held_out_in]
         self.print_to_log_file(f'{len(self.held_out_in)} of {len(cases)} training cases are pre-segmented by the '

@@ -1,0 +1,74 @@
+"""The demo's table and picture."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+matplotlib.use('agg')
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def mean_dice(truth: Path, predictions: Path, labels: dict[str, int]) -> dict[str, float]:
+    """Dice per label name and their `mean`, averaged over cases, by nnU-Net's evaluator.
+
+    Args:
+        truth: folder of label maps; `predictions` holds one of the same name for each.
+        predictions: folder of predicted label maps.
+        labels: name to value of the labels to score.
+    """
+    metrics = compute_metrics_on_folder(str(truth), str(predictions), str(predictions / 'summary.json'), SimpleITKIO(),
+                                        '.nii.gz', list(labels.values()), num_processes=1)
+    dice = {name: float(metrics['mean'][label]['Dice']) for name, label in labels.items()}
+    return {**dice, 'mean': float(np.mean(list(dice.values())))}
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """The table that the demo prints, from what it writes into summary.json."""
+    labels = list(summary['dice']['stock'])
+    lines = ['Dice on held-out cases'.ljust(24) + ''.join(label.rjust(9) for label in labels) + 's/case'.rjust(9)]
+    for name, title in (('stock', 'stock nnU-Net'), ('pdddpm', 'refined (PDDDPM)')):
+        lines.append(title.ljust(24) + ''.join(f'{summary["dice"][name][label]:9.4f}' for label in labels)
+                     + f'{summary["seconds_per_case"][name]:9.1f}')
+    return '\n'.join([*lines, f'{summary["cases"]} cases; seconds include starting the program and file I/O'])
+
+
+def entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Predictive entropy in [0, 1] of class probabilities (C, ...): 0 certain, 1 all classes equally likely."""
+    p = np.clip(probabilities.astype(np.float64), 1e-12, 1)
+    return -(p * np.log(p)).sum(0) / np.log(len(p))
+
+
+def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:
+    """PNG with image, truth, stock mask, refined mask and uncertainty side by side, one row a case.
+
+    Args:
+        raw: raw data set with imagesTs and labelsTs.
+        predictions: folder with `stock` and `pdddpm`, predicted with --save_probabilities.
+        file: the PNG to write.
+        num_cases: rows.
+    """
+    cases = sorted(p.name[:-len('.nii.gz')] for p in (raw / 'labelsTs').glob('*.nii.gz'))[:num_cases]
+    titles = ['image', 'truth', 'stock nnU-Net', 'refined', 'uncertainty']
+    figure, axes = plt.subplots(len(cases), len(titles), figsize=(2.6 * len(titles), 2.9 * len(cases)), squeeze=False)
+    for row, case in zip(axes, cases, strict=True):
+        image, truth, stock, refined = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (
+            raw / 'imagesTs' / f'{case}_0000.nii.gz', raw / 'labelsTs' / f'{case}.nii.gz',
+            predictions / 'stock' / f'{case}.nii.gz', predictions / 'pdddpm' / f'{case}.nii.gz'))
+        uncertainty = entropy(np.load(predictions / 'pdddpm' / f'{case}.npz')['probabilities'])
+        z = int(np.argmax((truth == 2).sum((1, 2))))
+        row[0].imshow(image[z], cmap='gray')
+        row[0].set_ylabel(case)
+        for axis, mask in zip(row[1:4], (truth, stock, refined), strict=True):
+            axis.imshow(mask[z], vmin=0, vmax=2, cmap='viridis', interpolation='nearest')
+        row[4].imshow(uncertainty[z], vmin=0, vmax=1, cmap='magma')
+        for axis, title in zip(row, titles, strict=True):
+            axis.set(xticks=[], yticks=[], title=title if row is axes[0] else '')
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
