@@ -87,7 +87,7 @@ def prepare(work: Path, data: Path) -> None:
 def train(work: Path, trainer: str, fold: int) -> None:
     """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted."""
     folder = work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / f'fold_{fold}'
-    if (folder / 'validation' / 'summary.json').is_file():
+    if (folder / 'checkpoint_final.pth').is_file():
         return
     call(work, 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS,
          '-device', 'cpu', '--c')

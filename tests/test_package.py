@@ -23,8 +23,12 @@ def clean_environment(tmp_path_factory) -> Path:
     subprocess.run([str(venv / 'bin' / 'pip'), 'install', '-q', '--no-deps', f'nnunetv2=={version("nnunetv2")}'],
                    check=True)
     site = next((venv / 'lib').glob('python*')) / 'site-packages'
-    # behind the venv's own site-packages, so that nnunetv2 and this project never come from there
-    (site / 'borrowed.pth').write_text(sysconfig.get_paths()['purelib'] + '\n')
+    borrowed = venv / 'borrowed'
+    borrowed.mkdir()
+    for entry in Path(sysconfig.get_paths()['purelib']).iterdir():
+        if not entry.name.lower().startswith(('nnunet', '__editable__')):
+            (borrowed / entry.name).symlink_to(entry)
+    (site / 'borrowed.pth').write_text(f'{borrowed}\n')
     return site
 
 

@@ -29,9 +29,13 @@ class ForwardProcess(Protocol):
 
 
 def at_level(values: Tensor, t: Level, like: Tensor) -> Tensor:
-    """values[t] on `like`'s device, float32, shaped (1 or B, 1, 1, ...) to multiply `like` (B, C, ...)."""
-    index = torch.as_tensor(t, device=values.device)
-    return values[index].to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
+    """values[t] as factors of `like` (B, C, ...): see `per_item`."""
+    return per_item(values[torch.as_tensor(t, device=values.device)], like)
+
+
+def per_item(values: Tensor, like: Tensor) -> Tensor:
+    """() or (B,) values on `like`'s device, float32, shaped (1 or B, 1, 1, ...) to multiply `like` (B, C, ...)."""
+    return values.to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def q_sample(x0: Tensor, t: Level, noise: Tensor, abar: Tensor) -> Tensor:
@@ -65,11 +69,12 @@ def ddim_step(x: Tensor, x0_hat: Tensor, t: Level, s: Level, noise: Tensor, abar
     """
     if not 0 <= eta <= 1:
         raise ValueError(f'eta is {eta}, it must lie in [0, 1].')
-    abar_t, abar_s = at_level(abar, t, x), at_level(abar, s, x)
-    noise_t, noise_s = at_level(1 - abar, t, x), at_level(1 - abar, s, x)
-    sigma = eta * (noise_s / noise_t * (1 - abar_t / abar_s)).clamp(min=0).sqrt()
+    # in float64: at low levels abar_t and abar_s nearly cancel
+    abar_t, abar_s = (abar[torch.as_tensor(level, device=abar.device)] for level in (t, s))
+    variance = eta ** 2 * (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
+    of_eps = (1 - abar_s - variance).clamp(min=0).sqrt()
     eps_hat = eps_from_x0(x, x0_hat, t, abar)
-    return abar_s.sqrt() * x0_hat + (noise_s - sigma ** 2).clamp(min=0).sqrt() * eps_hat + sigma * noise
+    return per_item(abar_s.sqrt(), x) * x0_hat + per_item(of_eps, x) * eps_hat + per_item(variance.sqrt(), x) * noise
 
 
 class GaussianProcess:
@@ -88,10 +93,12 @@ class GaussianProcess:
         """x_t ~ q(x_t | x0); the pre-segmentation has no part in it."""
         return q_sample(x0, t, noise, self.abar)
 
+    @torch.compiler.disable  # the level is a Python number: torch.compile would make a graph for every one
     def start(self, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
         """The noised pre-segmentation; at t = 0 the pre-segmentation itself, bit for bit."""
         return q_sample(x_pre, t, noise, self.abar)
 
+    @torch.compiler.disable
     def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
         """`ddim_step` with this process's eta."""
         return ddim_step(x, x0_hat, t, s, noise, self.abar, self.eta)

@@ -52,7 +52,7 @@ def t_at_snr(abar: Tensor, ratio: float) -> int:
     """
     if not ratio > 0:
         raise ValueError(f'A signal-to-noise ratio is positive, got {ratio}.')
-    at_or_below = torch.nonzero(abar <= ratio / (1 + ratio))
+    at_or_below = torch.nonzero(abar / (1 - abar) <= ratio)
     return int(at_or_below[0]) if len(at_or_below) else len(abar) - 1
 
 

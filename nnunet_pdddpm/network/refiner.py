@@ -116,13 +116,17 @@ class Refiner(nn.Module):
         """The forward process this network is trained and sampled with."""
         return GaussianProcess(self.abar, eta)
 
-    @torch.compiler.disable(recursive=False)  # the sampling loop stays Python; the two networks below it are compiled
+    # Under torch.compile the sampling loop stays Python (a graph of it would be made anew for every level) and the two
+    # networks that it calls are compiled: hence `disable` without recursion on every frame above them.
+
+    @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor | NoisyBatch) -> Tensor | list[Tensor]:
         """(B, image channels, ...) image -> (B, C, ...) logits; `NoisyBatch` -> the denoiser's raw output."""
         if isinstance(x, NoisyBatch):
             return self.denoiser(x.image, self._mask_channels(x.noisy, x.presegmentation), x.t)
         return self.sample(x, self.settings)
 
+    @torch.compiler.disable(recursive=False)
     @torch.no_grad()
     def sample(self, image: Tensor, settings: SamplingSettings) -> Tensor:
         """Mean of `settings.samples` refined masks of a patch, as logits.
@@ -141,13 +145,15 @@ class Refiner(nn.Module):
         x_pre = self.design.coding.encode(harden(stock_logits, self.regions))
         levels = truncated_levels(settings.t_start, settings.steps)
         process = self.process(settings.eta)
+        eager_refine = torch.compiler.disable(refine, recursive=False)
         mean = torch.zeros_like(stock)
         for sample in range(settings.samples):
             draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
-            x = refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
+            x = eager_refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
             mean += self.probabilities(x) / settings.samples
         return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
 
+    @torch.compiler.disable(recursive=False)
     def denoise(self, image: Tensor, x: Tensor, t: Level, presegmentation: Tensor) -> Tensor:
         """The denoiser's estimate of the clean coded mask under x_t, (B, C, ...) float32."""
         level = torch.as_tensor(t, device=x.device).expand(x.shape[0])
