@@ -42,6 +42,7 @@ class Demo:
         if executable is None:
             sys.exit(f'{command[0]} is not installed beside this Python: pip install "nnunetv2>=2.8,<3".')
         environment = {**os.environ, 'nnUNet_pdddpm_presegmenter': STOCK, 'nnUNet_n_proc_DA': '1',
+                       'OMP_WAIT_POLICY': 'PASSIVE',  # on a CPU, training and data loading share the cores
                        **{name: str(self.folder / name)
                           for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')}}
         file = self.folder / 'logs' / f'{log}.log'
@@ -66,9 +67,11 @@ class Demo:
             plans = json.loads((self.preprocessed / 'nnUNetPlans.json').read_text())
             plans['plans_name'] = PLANS
             configuration = plans['configurations'][CONFIGURATION]
-            configuration['batch_size'] = 2
+            configuration.update(batch_size=2, patch_size=[24, 32, 24])
             architecture = configuration['architecture']['arch_kwargs']
             architecture['features_per_stage'] = [f // 4 for f in architecture['features_per_stage']]
+            for convolutions in ('n_conv_per_stage', 'n_conv_per_stage_decoder'):
+                architecture[convolutions] = [1] * len(architecture[convolutions])
             (self.preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
 
     def train(self, trainer: str) -> None:
