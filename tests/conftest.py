@@ -43,9 +43,10 @@ def train(trainer: str, fold: int | str, *flags: str, configuration: str = '3d_f
                    '-device', 'cpu', *flags, **kwargs)
 
 
-def make_trainer(trainer: str, fold: int | str, configuration: str = '3d_fullres') -> nnUNetTrainer:
+def make_trainer(trainer: str, fold: int | str, configuration: str = '3d_fullres',
+                 dataset: int = DATASET_ID) -> nnUNetTrainer:
     """The trainer that `nnUNetv2_train` would make, in this process: importing nnU-Net takes longer than training."""
-    return get_trainer_from_args(str(DATASET_ID), configuration, fold, trainer, PLANS, device=torch.device('cpu'))
+    return get_trainer_from_args(str(dataset), configuration, fold, trainer, PLANS, device=torch.device('cpu'))
 
 
 def predict(output: Path, trainer: str, *flags: str, folds: tuple[int, ...] = (0,), source: Path | None = None,
@@ -82,20 +83,26 @@ def workspace(tmp_path_factory) -> Workspace:
     os.environ.update(nnUNet_extTrainer=str(Path(__file__).parent / 'trainers'), nnUNet_n_proc_DA='0',
                       nnUNet_def_n_proc='1', nnUNet_pdddpm_presegmenter=STOCK, OMP_WAIT_POLICY='PASSIVE')
     write_dataset(work.raw, num_training=9, num_test=2, shape=(20, 26, 22))
-    succeed('nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', '3d_fullres', '-np', '1', '-npfp', '1',
-            environment={'nnUNet_n_proc_DA': '1'})
-    plans = json.loads((work.preprocessed / 'nnUNetPlans.json').read_text())
-    plans['plans_name'] = PLANS
-    configuration = plans['configurations']['3d_fullres']
-    configuration.update(patch_size=[16, 24, 16], batch_size=2)
-    configuration['architecture']['arch_kwargs'].update(
-        n_stages=3, features_per_stage=[8, 16, 16], kernel_sizes=[[3, 3, 3]] * 3,
-        strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2]], n_conv_per_stage=[1, 1, 1], n_conv_per_stage_decoder=[1, 1])
-    (work.preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
-    cases = sorted(p.name[:-7] for p in (work.raw / 'labelsTr').glob('*.nii.gz'))
-    splits = [{'train': [c for c in cases if c not in cases[f::3]], 'val': cases[f::3]} for f in range(3)]
-    (work.preprocessed / 'splits_final.json').write_text(json.dumps(splits))
+    plan_and_preprocess(work.raw, work.preprocessed, '3d_fullres')
     return work
+
+
+def plan_and_preprocess(raw: Path, preprocessed: Path, *configurations: str) -> None:
+    """nnU-Net's command, then plans of a size for tests, and three folds."""
+    succeed('nnUNetv2_plan_and_preprocess', '-d', raw.name[7:10], '-c', *configurations, '-npfp', '1',
+            '-np', *['1'] * len(configurations), environment={'nnUNet_n_proc_DA': '1'})
+    plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
+    plans['plans_name'] = PLANS
+    for name in configurations:
+        dims = 2 if name == '2d' else 3
+        plans['configurations'][name].update(patch_size=[16, 24, 16][-dims:], batch_size=2)
+        plans['configurations'][name]['architecture']['arch_kwargs'].update(
+            n_stages=3, features_per_stage=[8, 16, 16], kernel_sizes=[[3] * dims] * 3,
+            strides=[[1] * dims, [2] * dims, [2] * dims], n_conv_per_stage=[1, 1, 1], n_conv_per_stage_decoder=[1, 1])
+    (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
+    cases = sorted(p.name[:-7] for p in (raw / 'labelsTr').glob('*.nii.gz'))
+    splits = [{'train': [c for c in cases if c not in cases[f::3]], 'val': cases[f::3]} for f in range(3)]
+    (preprocessed / 'splits_final.json').write_text(json.dumps(splits))
 
 
 @pytest.fixture(scope='session')

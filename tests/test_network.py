@@ -349,3 +349,16 @@ def test_each_network_is_compiled_once_and_not_for_every_level_of_the_chain():
     """Compiling takes minutes on a GPU, and torch gives up on a function after eight times."""
     assert SETTINGS.steps == 3
     assert compiled_run()[0][2] == 2  # the pre-segmenter and the denoiser
+
+
+def test_a_training_step_under_ddp_reaches_every_trained_parameter(tmp_path):
+    refiner = make_refiner(trained=False).train()
+    refiner.decoder.deep_supervision = True
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(refiner)
+        for _ in range(2):  # a parameter without gradient in the first step would make the second fail
+            sum(output.square().mean() for output in wrapped(noisy_batch())).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in refiner.denoiser.parameters())
