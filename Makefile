@@ -16,5 +16,6 @@ lint: .venv/installed
 # a wheel install: it is the one in which nnU-Net finds the trainers with no environment variable
 .venv/installed: $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	rm -rf build  # a module that is gone from the sources must not stay in the wheel
 	.venv/bin/pip install -q ".[test]"
 	touch $@

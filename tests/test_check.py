@@ -18,10 +18,22 @@ from nnunetv2.utilities import find_objects
 import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import look_up
+from nnunet_pdddpm.training.presegmenters import TrainingContext
 
 CHECKOUT = Path(__file__).parents[1]
 FOLDERS = ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')
 STOCK, REFINED = f'nnUNetTrainer__{PLANS}__3d_fullres', f'PDDDPMTrainer__{PLANS}__3d_fullres'
+
+
+def architecture(dims: int) -> dict:
+    """The smallest U-Net that plans can describe."""
+    return {'network_class_name': 'dynamic_network_architectures.architectures.unet.PlainConvUNet',
+            '_kw_requires_import': ['conv_op', 'norm_op', 'dropout_op', 'nonlin'],
+            'arch_kwargs': {'n_stages': 2, 'features_per_stage': [2, 2], 'conv_op': f'torch.nn.Conv{dims}d',
+                            'kernel_sizes': [[3] * dims] * 2, 'strides': [[1] * dims, [2] * dims],
+                            'n_conv_per_stage': [1, 1], 'n_conv_per_stage_decoder': [1], 'conv_bias': True,
+                            'norm_op': None, 'norm_op_kwargs': None, 'dropout_op': None, 'dropout_op_kwargs': None,
+                            'nonlin': 'torch.nn.LeakyReLU', 'nonlin_kwargs': None}}
 
 
 class Checker:
@@ -51,13 +63,14 @@ class Checker:
         return problems[0]
 
     def train(self, model: str, fold: int | str, **changes) -> Path:
-        """Write a checkpoint as nnU-Net does, but without weights."""
+        """Write a checkpoint as nnU-Net does."""
         plans = json.loads((self.preprocessed / f'{PLANS}.json').read_text())
         dataset_json = json.loads((self.preprocessed / 'dataset.json').read_text())
         file = self.results / model / f'fold_{fold}' / 'checkpoint_final.pth'
         file.parent.mkdir(parents=True)
         init_args = {'plans': plans, 'configuration': '3d_fullres', 'fold': fold, 'dataset_json': dataset_json}
-        torch.save({'network_weights': {}, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
+        weights = TrainingContext(plans, '3d_fullres', dataset_json).planned_network().state_dict()
+        torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
 
 
@@ -74,10 +87,12 @@ def checker(tmp_path, monkeypatch, capsys) -> Checker:
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     checker = Checker(tmp_path, capsys)
     plans = {'dataset_name': DATASET, 'plans_name': PLANS, 'configurations': {
-        name: {'data_identifier': f'{PLANS}_{name}', 'patch_size': [16] * int(name[0]), 'architecture': {}}
+        name: {'data_identifier': f'{PLANS}_{name}', 'patch_size': [16] * int(name[0]),
+               'architecture': architecture(int(name[0]))}
         for name in ('2d', '3d_fullres')}}
     (checker.preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
-    (checker.preprocessed / 'dataset.json').write_text(json.dumps({'labels': {'background': 0, 'organ': 1}}))
+    (checker.preprocessed / 'dataset.json').write_text(json.dumps(
+        {'labels': {'background': 0, 'organ': 1}, 'channel_names': {'0': 'CT'}}))
     (checker.preprocessed / f'{PLANS}_3d_fullres').mkdir()
     return checker
 

@@ -109,11 +109,13 @@ def test_refinement_changes_the_probabilities_of_the_stock_model(refined):
 
 @pytest.mark.parametrize('override', [{'t_start': '900'}, {'steps': '3'}, {'samples': '2'}, {'blend': '0.5'},
                                       {'seed': '7'}])
-def test_environment_variables_change_the_sampling(refined, monkeypatch, override):
+def test_environment_variables_change_the_sampling_and_it_is_said_once(refined, monkeypatch, capsys, override):
     before = predict_in_process(refined, REFINED)[1]
+    assert 'The environment overrides' not in capsys.readouterr().out
     for name, value in override.items():
         monkeypatch.setenv(f'nnUNet_pdddpm_{name}', value)
     assert not np.array_equal(predict_in_process(refined, REFINED)[1], before)
+    assert capsys.readouterr().out.count('The environment overrides the sampling settings of the model') == 1
 
 
 @pytest.mark.parametrize(('variable', 'value', 'says'), [

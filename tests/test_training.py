@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, train
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnunet_pdddpm.diffusion.coding import harden, one_hot
 from nnunet_pdddpm.diffusion.process import at_level
@@ -27,8 +29,8 @@ def trainer(scratch_results):
     return trainer
 
 
-def weights(model: Path, fold: int) -> dict:
-    return torch.load(model / f'fold_{fold}' / 'checkpoint_final.pth', weights_only=False)
+def weights(model: Path, fold: int, name: str = 'checkpoint_final.pth') -> dict:
+    return torch.load(model / f'fold_{fold}' / name, weights_only=False)
 
 
 def test_training_leaves_what_nnunet_expects_and_logs_the_stock_dice(refined: Workspace):
@@ -38,16 +40,18 @@ def test_training_leaves_what_nnunet_expects_and_logs_the_stock_dice(refined: Wo
     assert not list(fold.glob('*.partial'))
     log = (refined.model(REFINED) / 'console.txt').read_text()
     assert '6 of 6 training cases are pre-segmented by the stock model that held them out (folds [1, 2])' in log
-    assert log.count('Pseudo dice of the stock model on the same patches') == 2
+    assert log.count('Stock pseudo dice on the same patches') == 2
 
 
 def test_the_stock_model_is_embedded_frozen_and_unchanged(refined: Workspace):
     checkpoint, stock = weights(refined.model(REFINED), 0), weights(refined.model(STOCK), 0)
     for name, value in stock['network_weights'].items():
         torch.testing.assert_close(checkpoint['network_weights'][f'presegmenter.{name}'], value, rtol=0, atol=0)
-    trained = len(checkpoint['optimizer_state']['state'])
-    total = len(checkpoint['optimizer_state']['param_groups'][0]['params'])
-    assert 0 < trained < total  # the frozen parameters have no optimizer state
+    trainer = make_trainer(REFINED, 0)
+    trainer.initialize()
+    names = [name for name, _ in trainer.network.named_parameters()]
+    moved = [names[i] for i in checkpoint['optimizer_state']['state']]
+    assert moved and all(name.startswith('denoiser.') for name in moved)
 
 
 def test_before_the_first_iteration_the_refined_result_is_the_stock_result(trainer):
@@ -66,7 +70,7 @@ def test_each_case_is_presegmented_by_the_fold_that_held_it_out(trainer):
     keys = [next(case for case, fold in held_out_in.items() if fold == wanted) for wanted in (2, 1)]
     logits = trainer.presegment(image, keys)
     for i, fold in enumerate((2, 1)):
-        expected = trainer.out_of_fold_presegmenters[fold](image[i:i + 1])
+        expected = trainer.out_of_fold_presegmenters[str(fold)](image[i:i + 1])
         torch.testing.assert_close(logits[i:i + 1], expected, rtol=1e-4, atol=1e-4)
     in_fold = trainer.presegment(image, ['unknown', 'unknown'])
     torch.testing.assert_close(in_fold, trainer.refiner.presegmenter(image), rtol=1e-4, atol=1e-4)
@@ -160,9 +164,71 @@ def test_the_paper_s_trainer_predicts_the_noise_from_the_truth(scratch_results):
     trainer.sampling = SamplingSettings(t_start=300, steps=3, samples=2, eta=1.0)
     trainer.num_epochs = 1
     trainer.run_training()
+    batch = next(trainer.dataloader_train)
+    target = batch['target']
+    noisy, noise = trainer.make_noisy_batch(batch['data'], target, batch['keys'])
+    abar = trainer.refiner.abar
+    truth = (noisy.noisy - at_level((1 - abar).sqrt(), noisy.t, noise) * noise) / at_level(abar.sqrt(), noisy.t, noise)
+    torch.testing.assert_close(truth, one_hot(target, 3), rtol=0, atol=1e-4)  # coded 0/1
     assert isinstance(trainer.loss, torch.nn.MSELoss)
     # an untrained prediction of unit noise has a mean squared error of about 1 or more; a few steps bring it near 1
     assert 0 < trainer.logger.get_value('train_losses', -1) < 3
     logits = trainer.refiner.eval()(torch.randn(1, 1, 16, 24, 16))
     assert torch.isfinite(logits).all()
     torch.testing.assert_close(torch.softmax(logits, 1).sum(1), torch.ones(1, 16, 24, 16))
+
+
+def test_every_trained_parameter_of_the_paper_s_network_has_a_gradient_as_ddp_demands(scratch_results):
+    trainer = make_trainer('PDDDPMTrainerTinyPaper', 0)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    without = [name for name, p in trainer.network.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_the_settings(refined, scratch_results):
+    trainer = make_trainer(REFINED, 0)
+    trainer.initialize()
+    trainer.refiner.configure(SamplingSettings(t_start=7), trainer.t_max, False)  # as another model's would
+    other = refined.model(REFINED) / 'fold_1' / 'checkpoint_final.pth'
+    load_pretrained_weights(trainer.network, str(other))
+    trainer.on_train_start()
+    stock = weights(refined.model(STOCK), 0)['network_weights']
+    for name, value in trainer.refiner.presegmenter.state_dict().items():
+        assert torch.equal(value, stock[name]), name
+    name = 'denoiser.unet.encoder.stages.0.0.convs.0.conv.mask_conv.weight'
+    assert torch.equal(trainer.network.state_dict()[name], weights(refined.model(REFINED), 1)['network_weights'][name])
+    assert trainer.refiner.settings == trainer.sampling
+
+
+def test_mirroring_is_that_of_the_stock_model(scratch_results):
+    file = scratch_results / DATASET / f'{STOCK}__{PLANS}__3d_fullres' / 'fold_0' / 'checkpoint_final.pth'
+    checkpoint = torch.load(file, weights_only=False)
+    torch.save({**checkpoint, 'inference_allowed_mirroring_axes': (1,)}, file)
+    trainer = make_trainer(REFINED, 0)
+    trainer.on_train_start()
+    assert trainer.inference_allowed_mirroring_axes == (1,)
+    mirroring = [t for t in trainer.dataloader_train.data_loader.transforms.transforms
+                 if isinstance(t, MirrorTransform)]
+    assert [t.allowed_axes for t in mirroring] == [(1,)]
+
+
+def test_sampling_variables_do_not_reach_into_training(scratch_results, monkeypatch):
+    monkeypatch.setenv('nnUNet_pdddpm_t_start', '0')
+    trainer = make_trainer(REFINED, 0)
+    trainer.initialize()
+    assert trainer.refiner.settings == trainer.sampling != SamplingSettings(t_start=0)
+
+
+def test_without_checkpointing_an_earlier_checkpoint_stays(trainer):
+    final = Path(trainer.output_folder) / 'checkpoint_best.pth'
+    final.write_bytes(b'earlier')
+    Path(f'{final}.partial').write_bytes(b'left by a kill')
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(final))
+    assert final.read_bytes() == b'earlier'
+    trainer.disable_checkpointing = False
+    trainer.save_checkpoint(str(final))
+    assert weights(final.parent.parent, 0, final.name)['trainer_name'] == REFINED
+    assert not Path(f'{final}.partial').exists()

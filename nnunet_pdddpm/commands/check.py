@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
-from nnunet_pdddpm.commands.check_dataset import check_dataset, row
+from nnunet_pdddpm.commands.check_dataset import TRAINER, check_dataset, row
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, SamplingSettings, effective_settings
 from nnunet_pdddpm.versions import require_nnunet
 
-TRAINER = 'PDDDPMTrainer'
 SHIM = Path('nnunetv2', 'training', 'nnUNetTrainer', 'variants', 'pdddpm')
 
 

@@ -13,9 +13,9 @@ import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
 from nnunet_pdddpm.training.presegmenters import (
     CHECKPOINT,
-    PRESEGMENTER_VARIABLE,
     PresegmenterError,
     TrainingContext,
     checkpoint_file,
@@ -152,7 +152,7 @@ def check_stock(context: TrainingContext, folder: Path, problems: list[str]) -> 
     row('stock model', f'trained folds: {_listed(folds)} in {folder}')
     for fold in folds:
         try:
-            context.stock_weights(fold)
+            context.stock_network(fold)
         except PresegmenterError as error:
             problems.append(str(error))
     return folds

@@ -41,7 +41,8 @@ class Demo:
         executable = str(beside) if beside.exists() else shutil.which(command[0])
         if executable is None:
             sys.exit(f'{command[0]} is not installed beside this Python: pip install "nnunetv2>=2.8,<3".')
-        environment = {**os.environ, 'nnUNet_pdddpm_presegmenter': STOCK, 'nnUNet_n_proc_DA': '1',
+        kept = {k: v for k, v in os.environ.items() if not k.startswith('nnUNet_pdddpm_')}
+        environment = {**kept, 'nnUNet_pdddpm_presegmenter': STOCK, 'nnUNet_n_proc_DA': '1',
                        'OMP_WAIT_POLICY': 'PASSIVE',  # on a CPU, training and data loading share the cores
                        **{name: str(self.folder / name)
                           for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')}}
@@ -79,7 +80,7 @@ class Demo:
         fold = self.results / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0'
         if not (fold / 'validation' / 'summary.json').is_file():
             self.call(f'train_{trainer}', 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, '0', '-tr', trainer,
-                      '-p', PLANS, '-device', self.device, '--c', echo=('Epoch ', 'Pseudo dice', 'pre-segmented'))
+                      '-p', PLANS, '-device', self.device, '--c', echo=('Epoch ', 'seudo dice', 'pre-segmented'))
 
     def predict(self, trainer: str, name: str) -> float:
         """Predict the held-out cases into predictions/<name>; seconds per case."""

@@ -35,7 +35,7 @@ def at_level(values: Tensor, t: Level, like: Tensor) -> Tensor:
 
 def per_item(values: Tensor, like: Tensor) -> Tensor:
     """() or (B,) values on `like`'s device, float32, shaped (1 or B, 1, 1, ...) to multiply `like` (B, C, ...)."""
-    return values.to(device=like.device, dtype=torch.float32).reshape(-1, *[1] * (like.ndim - 1))
+    return values.float().to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def q_sample(x0: Tensor, t: Level, noise: Tensor, abar: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS, SCHEDULES, truncated
 from nnunet_pdddpm.network.denoiser import Denoiser
 from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
 
+_refine = torch.compiler.disable(refine, recursive=False)
+
 
 @dataclass(frozen=True)
 class DiffusionDesign:
@@ -71,34 +73,45 @@ class Refiner(nn.Module):
         self.register_buffer('has_regions', torch.tensor(False))
         self.register_buffer('t_max', torch.tensor(NUM_TIMESTEPS))
         for name, value in asdict(SamplingSettings()).items():
-            dtype = torch.float64 if isinstance(value, float) else torch.int64
+            dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
             self.register_buffer(name, torch.tensor(value, dtype=dtype))
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
 
     def configure(self, settings: SamplingSettings, t_max: int, has_regions: bool) -> None:
-        """Store sampling settings, the highest trained level, and whether the heads are regions (sigmoid).
+        """Store and use sampling settings, the highest trained level, and whether the heads are regions (sigmoid).
 
         Raises:
-            ValueError: if a setting, or its override in the environment, is out of range.
+            ValueError: if a setting is out of range.
         """
         settings.check(t_max)
         for name, value in {**asdict(settings), 't_max': t_max, 'has_regions': has_regions}.items():
             getattr(self, name).fill_(value)
-        self._read_buffers()
+        self.use_stored_settings()
 
     def stored_settings(self) -> SamplingSettings:
         """The sampling settings in the state dict, without the environment's overrides."""
-        return SamplingSettings(**{name: getattr(self, name).item() for name in asdict(SamplingSettings())})
+        values: dict[str, Any] = {name: getattr(self, name).item() for name in asdict(SamplingSettings())}
+        values.update({name: round(value, 6) for name, value in values.items() if isinstance(value, float)})
+        return SamplingSettings(**values)
 
-    def _read_buffers(self) -> None:
-        """Read buffers into Python once, since reading them at every tile would wait for the GPU."""
+    def use_stored_settings(self) -> None:
+        """Sample with the settings in the state dict, read once: at every tile that would wait for the GPU."""
         self.regions = bool(self.has_regions)
-        self.settings = effective_settings(self.stored_settings(), int(self.t_max))
+        self.settings = self.stored_settings()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's; then reads the sampling settings that came with the weights, with the overrides."""
+        """As nn.Module's; then samples with the settings that came with the weights, or the environment's overrides.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        before = self.settings
         result = super().load_state_dict(state_dict, strict, assign)
-        self._read_buffers()
+        self.use_stored_settings()
+        stored = self.settings
+        self.settings = effective_settings(stored, int(self.t_max))
+        if self.settings not in (stored, before):  # nnU-Net loads the weights anew for every case
+            print(f'The environment overrides the sampling settings of the model: {self.settings}')
         return result
 
     def train(self, mode: bool = True) -> Refiner:
@@ -126,8 +139,8 @@ class Refiner(nn.Module):
             return self.denoiser(x.image, self._mask_channels(x.noisy, x.presegmentation), x.t)
         return self.sample(x, self.settings)
 
-    @torch.compiler.disable(recursive=False)
     @torch.no_grad()
+    @torch.compiler.disable(recursive=False)
     def sample(self, image: Tensor, settings: SamplingSettings) -> Tensor:
         """Mean of `settings.samples` refined masks of a patch, as logits.
 
@@ -136,7 +149,7 @@ class Refiner(nn.Module):
             settings: with t_start = 0 or blend = 1 the stock network's own output is returned, untouched.
 
         Returns:
-            (B, C, ...) float32 logits within +-13.8.
+            (B, C, ...) float32 logits within +-13.9, unless they are the stock network's own.
         """
         stock_logits = self.presegmenter(image)
         if settings.is_stock:
@@ -145,11 +158,10 @@ class Refiner(nn.Module):
         x_pre = self.design.coding.encode(harden(stock_logits, self.regions))
         levels = truncated_levels(settings.t_start, settings.steps)
         process = self.process(settings.eta)
-        eager_refine = torch.compiler.disable(refine, recursive=False)
         mean = torch.zeros_like(stock)
         for sample in range(settings.samples):
             draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
-            x = eager_refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
+            x = _refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
             mean += self.probabilities(x) / settings.samples
         return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
+from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+
 ENVIRONMENT_PREFIX = 'nnUNet_pdddpm_'
 
 
@@ -30,8 +32,8 @@ class SamplingSettings:
         Raises:
             ValueError: with a sentence that names the setting, its value and its range.
         """
-        ranges = {'t_start': (0, t_max), 'steps': (1, max(self.t_start, 1)), 'samples': (1, 10_000), 'eta': (0, 1),
-                  'blend': (0, 1), 'seed': (0, 2 ** 31 - 1)}
+        ranges = {'t_start': (0, t_max), 'steps': (1, self.t_start or NUM_TIMESTEPS), 'samples': (1, 10_000),
+                  'eta': (0, 1), 'blend': (0, 1), 'seed': (0, 2 ** 31 - 1)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -47,7 +49,7 @@ class SamplingSettings:
 
 
 OVERRIDABLE = {'t_start': int, 'steps': int, 'samples': int, 'blend': float, 'seed': int}
-OTHER_VARIABLES = ('presegmenter',)
+PRESEGMENTER_VARIABLE = f'{ENVIRONMENT_PREFIX}presegmenter'
 
 
 def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[str, int | float]:
@@ -58,13 +60,12 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
     """
     overrides: dict[str, int | float] = {}
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        name = variable[len(ENVIRONMENT_PREFIX):]
-        if name in OTHER_VARIABLES:
+        # compared without case, since Windows gives names in upper case
+        name = variable.lower().removeprefix(ENVIRONMENT_PREFIX.lower())
+        if name == variable.lower() or variable.lower() == PRESEGMENTER_VARIABLE.lower() or not text:
             continue
         if name not in OVERRIDABLE:
-            known = ', '.join(ENVIRONMENT_PREFIX + n for n in (*OVERRIDABLE, *OTHER_VARIABLES))
+            known = ', '.join([*(ENVIRONMENT_PREFIX + n for n in OVERRIDABLE), PRESEGMENTER_VARIABLE])
             raise ValueError(f'The environment variable {variable} is unknown; the known ones are {known}. Unset it.')
         kind = OVERRIDABLE[name]
         try:

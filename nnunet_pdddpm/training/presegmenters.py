@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-PRESEGMENTER_VARIABLE = 'nnUNet_pdddpm_presegmenter'
+from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
+
 DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
 CHECKPOINT = 'checkpoint_final.pth'
 
@@ -41,7 +44,7 @@ def presegmenter_folder(dataset_name: str, plans_name: str, configuration: str) 
         PresegmenterError: if the variable names a folder that does not exist.
     """
     named = os.environ.get(PRESEGMENTER_VARIABLE) or DEFAULT_PRESEGMENTER
-    if os.sep in named:
+    if os.sep in named or '/' in named:
         folder = Path(named)
         if not folder.is_dir():
             raise PresegmenterError(f'{PRESEGMENTER_VARIABLE} names the model folder {folder}, which does not exist.')
@@ -112,7 +115,8 @@ def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], co
                       list(our_plans['configurations']))
     of_stock = PlansManager(stock_plans).get_configuration(configuration).configuration
     here = PlansManager(our_plans).get_configuration(configuration).configuration
-    for key in ('spacing', 'patch_size', 'normalization_schemes', 'architecture', 'previous_stage'):
+    for key in ('spacing', 'patch_size', 'normalization_schemes', 'use_mask_for_norm', 'preprocessor_name',
+                'resampling_fn_data', 'resampling_fn_data_kwargs', 'architecture', 'previous_stage'):
         if of_stock.get(key) != here.get(key):
             raise _misfit(file, f'the plans\' {key}', of_stock.get(key), here.get(key))
     for key in ('transpose_forward', 'foreground_intensity_properties_per_channel'):
@@ -153,12 +157,26 @@ class TrainingContext:
         """See `presegmenter_folder`."""
         return presegmenter_folder(self.plans['dataset_name'], self.plans['plans_name'], self.configuration)
 
-    def stock_weights(self, fold: int | str) -> dict[str, Tensor]:
-        """Network weights of the stock model of a fold, checked to fit; raises `PresegmenterError`."""
+    def stock_checkpoint(self, fold: int | str) -> dict[str, Any]:
+        """Checkpoint of the stock model of a fold, checked to fit; raises `PresegmenterError`."""
         file = checkpoint_file(self.model_folder, fold)
         checkpoint = load_checkpoint(file)
         check_fits(checkpoint, file, self.plans, self.configuration, fold, self.dataset_json)
-        return checkpoint['network_weights']
+        return checkpoint
+
+    def stock_network(self, fold: int | str) -> nn.Module:
+        """The stock network of a fold, frozen and in eval mode, on the CPU; raises `PresegmenterError`."""
+        weights, network = self.stock_checkpoint(fold)['network_weights'], self.planned_network()
+        load_network(network, weights, checkpoint_file(self.model_folder, fold))
+        return network.requires_grad_(False).eval()
+
+    def planned_network(self) -> nn.Module:
+        """A new network as the plans describe it, without deep supervision."""
+        plans = PlansManager(self.plans)
+        configuration = plans.get_configuration(self.configuration)
+        return nnUNetTrainer.build_network_architecture(
+            plans, configuration, determine_num_input_channels(plans, configuration, self.dataset_json),
+            plans.get_label_manager(self.dataset_json).num_segmentation_heads, False)
 
 
 def held_out_folds(cases: Sequence[str], splits: Sequence[dict[str, list[str]]], own_fold: int | str,

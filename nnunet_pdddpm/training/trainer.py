@@ -57,9 +57,10 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.averaging_decay = 0.999
         self.noise_seed = 12345
 
-        self.out_of_fold_presegmenters: dict[int, nn.Module] = {}
+        self.out_of_fold_presegmenters = nn.ModuleDict()  # by fold, as a string
         self.held_out_in: dict[str, int] = {}  # training case -> stock fold that held it out
         self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
+        self._stock_checkpoint: Any = None
         self._restored = False
         self._average_in_network = False
 
@@ -74,22 +75,29 @@ class PDDDPMTrainer(nnUNetTrainer):
         stock, unet = (nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, deep_supervision)
             for deep_supervision in (False, enable_deep_supervision))
+        if not enable_deep_supervision:  # DDP asks for a gradient of every parameter that requires one
+            unet.decoder.seg_layers[:-1].requires_grad_(False)
         return Refiner(stock, unet, num_output_channels, cls.design)
 
     def initialize(self) -> None:
         """Find and check the stock model first, then initialise as nnU-Net does and put the stock weights in."""
-        stock_weights = None if self._restored else self.context.stock_weights(self.fold)
+        if not self._restored:
+            self._stock_checkpoint = self.context().stock_checkpoint(self.fold)
         super().initialize()
-        self.refiner.configure(self.sampling, self.t_max, self.label_manager.has_regions)
-        if stock_weights is not None:
-            file = checkpoint_file(self.context.model_folder, self.fold)
-            self.print_to_log_file(f'Pre-segmenter: {file}')
-            load_network(self.refiner.presegmenter, stock_weights, file)
+        if not self._restored:
+            self._embed_stock_model()
             if self.warm_start:
-                self.refiner.denoiser.warm_start(stock_weights)
+                self.refiner.denoiser.warm_start(self._stock_checkpoint['network_weights'])
         self.averaged = AveragedModel(self.refiner.denoiser, multi_avg_fn=average_weights(self.averaging_decay))
         self.optimizer.register_state_dict_post_hook(self._add_weights_before_averaging)
         self.optimizer.register_load_state_dict_pre_hook(self._take_weights_before_averaging)
+
+    def _embed_stock_model(self) -> None:
+        file = checkpoint_file(self.context().model_folder, self.fold)
+        load_network(self.refiner.presegmenter, self._stock_checkpoint['network_weights'], file)
+        self.refiner.configure(self.sampling, self.t_max, self.label_manager.has_regions)
+        self.mirror_axes = self._stock_checkpoint.get('inference_allowed_mirroring_axes')
+        self.print_to_log_file(f'Pre-segmenter: {file}')
 
     @property
     def refiner(self) -> Refiner:
@@ -98,7 +106,6 @@ class PDDDPMTrainer(nnUNetTrainer):
         network = network._orig_mod if isinstance(network, OptimizedModule) else network
         return cast(Refiner, network)
 
-    @property
     def context(self) -> TrainingContext:
         """What a stock model has to fit."""
         return TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
@@ -111,6 +118,21 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     # data and training ----------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """As nnU-Net's. `-pretrained_weights` are for the denoiser: the pre-segmenter is put back."""
+        if not self.was_initialized:
+            self.initialize()
+        elif not self._restored:
+            self._embed_stock_model()
+        self._stock_checkpoint = None
+        super().on_train_start()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        """As nnU-Net's, but mirroring as the stock model was trained: it sees the same patches."""
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = self.mirror_axes
+        return rotation, dummy_2d, initial_patch_size, self.mirror_axes
+
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's data sets; the stock models of the other folds are loaded for the training cases they held out."""
         dataset_tr, dataset_val = super().get_tr_and_val_datasets()
@@ -121,18 +143,15 @@ class PDDDPMTrainer(nnUNetTrainer):
     def _load_out_of_fold_presegmenters(self, cases: Sequence[str]) -> None:
         splits_file = join(self.preprocessed_dataset_folder_base, 'splits_final.json')
         splits = load_json(splits_file) if isfile(splits_file) else []
-        folder = self.context.model_folder
+        folder = self.context().model_folder
         trained = [fold for fold in range(len(splits)) if checkpoint_file(folder, fold).is_file()]
         self.held_out_in = held_out_folds(cases, splits, self.fold, trained)
         for fold in sorted(set(self.held_out_in.values())):
-            network = nnUNetTrainer.build_network_architecture(
-                self.plans_manager, self.configuration_manager, self.num_input_channels,
-                self.label_manager.num_segmentation_heads, False)
-            load_network(network, self.context.stock_weights(fold), checkpoint_file(folder, fold))
-            self.out_of_fold_presegmenters[fold] = network.to(self.device).requires_grad_(False).eval()
+            self.out_of_fold_presegmenters[str(fold)] = self.context().stock_network(fold).to(self.device)
         in_fold = [case for case in cases if case not in self.held_out_in]
+        folds = sorted(map(int, self.out_of_fold_presegmenters))
         self.print_to_log_file(f'{len(self.held_out_in)} of {len(cases)} training cases are pre-segmented by the '
-                               f'stock model that held them out (folds {sorted(self.out_of_fold_presegmenters)}).')
+                               f'stock model that held them out (folds {folds}).')
         if in_fold:
             missing = sorted(set(range(len(splits))) - set(trained))
             self.print_to_log_file(f'{len(in_fold)} training cases are pre-segmented by a stock model that was trained '
@@ -142,8 +161,9 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """As nnU-Net's; the noise starts at the same place in this epoch whether training was interrupted or not."""
         super().on_train_epoch_start()
-        for generator in (self.level_generator, self.noise_generator):
-            generator.manual_seed((self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank)
+        seed = (self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank
+        self.level_generator.manual_seed(seed)
+        self.noise_generator.manual_seed(seed + 500)
 
     def train_step(self, batch: dict) -> dict:
         """Pre-segment and noise the batch, then nnU-Net's step on it."""
@@ -187,7 +207,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         logits: Tensor | None = None
         with torch.autocast('cuda', enabled=self.device.type == 'cuda'):
             for fold in set(folds):
-                network = self.refiner.presegmenter if fold is None else self.out_of_fold_presegmenters[fold]
+                network = self.refiner.presegmenter if fold is None else self.out_of_fold_presegmenters[str(fold)]
                 index = [i for i, f in enumerate(folds) if f == fold]
                 of_fold = network(image[index])
                 if logits is None:
@@ -241,7 +261,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         tp, fp, fn = counts
         with np.errstate(invalid='ignore'):
             dice = 2 * tp / (2 * tp + fp + fn)
-        self.print_to_log_file('Pseudo dice of the stock model on the same patches', [np.round(d, 4) for d in dice])
+        self.print_to_log_file('Stock pseudo dice on the same patches', [np.round(d, 4) for d in dice])
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As nnU-Net's, with the averaged weights."""
@@ -272,13 +292,15 @@ class PDDDPMTrainer(nnUNetTrainer):
             super().save_checkpoint(str(partial))
         finally:
             self._swap_average()
-        if partial.is_file():
+        if self.local_rank == 0 and not self.disable_checkpointing:
             os.replace(partial, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net's. The pre-segmenter comes from the checkpoint: no stock model need be there."""
         self._restored = True
         super().load_checkpoint(filename_or_checkpoint)
+        self.refiner.use_stored_settings()  # overrides are for prediction
+        self.mirror_axes = self.inference_allowed_mirroring_axes
 
     def _swap_average(self) -> None:
         swap_parameters(self.refiner.denoiser, self.averaged.module)
