@@ -38,17 +38,18 @@ def find_data(argument: str | None) -> Path:
 
 def nnunet_environment(work: Path) -> dict[str, str]:
     """Environment of the nnU-Net commands: its three folders below `work`, the benchmark trainers, one data worker."""
-    return {**os.environ, 'nnUNet_raw': str(work / 'nnUNet_raw'), 'nnUNet_results': str(work / 'nnUNet_results'),
+    kept = {k: v for k, v in os.environ.items() if not k.startswith('nnUNet_pdddpm_')}
+    return {**kept, 'nnUNet_raw': str(work / 'nnUNet_raw'), 'nnUNet_results': str(work / 'nnUNet_results'),
             'nnUNet_preprocessed': str(work / 'nnUNet_preprocessed'),
             'nnUNet_extTrainer': os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')]),
             'nnUNet_n_proc_DA': '1', 'nnUNet_def_n_proc': '2', 'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
 
 
-def call(work: Path, *command: str) -> None:
-    """Run an nnU-Net command beside this Python and stop at its first failure."""
+def call(work: Path, *command: str, **variables: str) -> None:
+    """Run an nnU-Net command beside this Python, with further environment variables; stop at the first failure."""
     executable = Path(sys.executable).parent / command[0]
-    print('$', ' '.join(command), flush=True)
-    subprocess.run([str(executable), *command[1:]], env=nnunet_environment(work), check=True)
+    print('$', *(f'{name}={value}' for name, value in variables.items()), *command, flush=True)
+    subprocess.run([str(executable), *command[1:]], env={**nnunet_environment(work), **variables}, check=True)
 
 
 def prepare(work: Path, data: Path) -> None:
@@ -112,6 +113,7 @@ def main() -> None:
             train(work, trainer, 0)
     if 'evaluate' in args.stages:
         os.environ.update(nnunet_environment(work))
+        sys.path.append(str(HERE / 'trainers'))
         from hippocampus_evaluation import evaluate, write_table  # reads nnU-Net's folders from the environment
         evaluate(work)
         write_table(work, Path(args.table))

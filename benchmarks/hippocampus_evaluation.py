@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, replace
@@ -12,15 +13,16 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from benchmark_trainers import PDDDPMTrainerBenchmark, nnUNetTrainerBenchmark, nnUNetTrainerBenchmarkLonger
 from hippocampus import (
     CONFIGURATION,
     CONTROL_TRAINER,
     DATASET,
-    NUM_TEST,
     PDDDPM_TRAINERS,
     PLANS,
     SPLIT_SEED,
     STOCK_TRAINER,
+    call,
 )
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -32,9 +34,9 @@ NUM_VALIDATION = 20
 SWEEP = [SamplingSettings(t_start=t, steps=k) for t in (300, 500, 700, 900) for k in (1, 3)]
 
 
-def load(work: Path, trainer: str, mirroring: bool = False) -> nnUNetPredictor:
-    """Fold 0 of a trained model, as nnU-Net's predictor."""
-    predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device('cpu'), allow_tqdm=False)
+def load(work: Path, trainer: str) -> nnUNetPredictor:
+    """Fold 0 of a trained model, as nnU-Net's predictor without mirroring."""
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(
         str(work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}'), (0,))
     return predictor
@@ -65,10 +67,34 @@ def measure(predictor: nnUNetPredictor, images: Path, labels: Path, cases: list[
             mask, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
                 logits, predictor.plans_manager, predictor.configuration_manager, predictor.label_manager, properties,
                 return_probabilities=True)
-            of_truth = np.take_along_axis(probabilities, truth[None].astype(int), 0)[0]
-            results[name].append({'case': case, 'dice': [dice(mask == label, truth == label) for label in (1, 2)],
-                                  'nll': float(-np.log(np.clip(of_truth, 1e-6, 1)).mean()), 'seconds': seconds})
+            results[name].append(score(case, mask, probabilities, truth, seconds))
     return results
+
+
+def predict_by_command(work: Path, trainer: str, raw: Path, cases: list[str],
+                       settings: SamplingSettings | None = None) -> list[dict[str, Any]]:
+    """As `measure`, by the unmodified `nnUNetv2_predict` with its defaults (mirroring, fp32); seconds with all I/O."""
+    output = work / 'predictions' / trainer
+    variables = {} if settings is None else {f'nnUNet_pdddpm_{name}': str(getattr(settings, name))
+                                             for name in ('t_start', 'steps', 'samples', 'blend', 'seed')}
+    start = time.perf_counter()
+    call(work, 'nnUNetv2_predict', '-i', str(raw / 'imagesTs'), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION,
+         '-p', PLANS, '-tr', trainer, '-f', '0', '-device', 'cpu', '--save_probabilities', '-npp', '1', '-nps', '1',
+         **variables)
+    seconds = (time.perf_counter() - start) / len(cases)
+    entries = []
+    for case in cases:
+        mask, truth = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f'{case}.nii.gz'))).round().astype(np.uint8)
+                       for folder in (output, raw / 'labelsTs'))
+        entries.append(score(case, mask, np.load(output / f'{case}.npz')['probabilities'], truth, seconds))
+    return entries
+
+
+def score(case: str, mask: np.ndarray, probabilities: np.ndarray, truth: np.ndarray, seconds: float) -> dict[str, Any]:
+    """One entry of the measurements: Dice of labels 1 and 2, negative log-likelihood in nats a voxel."""
+    of_truth = np.take_along_axis(probabilities, truth[None].astype(int), 0)[0]
+    return {'case': case, 'dice': [dice(mask == label, truth == label) for label in (1, 2)],
+            'nll': float(-np.log(np.clip(of_truth, 1e-6, 1)).mean()), 'seconds': seconds}
 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
@@ -106,18 +132,16 @@ def evaluate(work: Path) -> None:
     best = max(itertools.product(PDDDPM_TRAINERS, map(json.dumps, map(asdict, SWEEP))),
                key=lambda pair: mean_dice(done[f'validation {pair[0]}'][pair[1]]))
     keep('chosen', {'trainer': best[0], 'settings': json.loads(best[1])})
-    for name, trainer, mirroring in (('stock', STOCK_TRAINER, False), ('stock, mirroring', STOCK_TRAINER, True),
-                                     ('control: stock trained longer', CONTROL_TRAINER, False)):
+    chosen = SamplingSettings(**json.loads(best[1]))
+    for name, trainer, settings in (('stock', STOCK_TRAINER, None), ('control', CONTROL_TRAINER, None),
+                                    ('refined', best[0], chosen)):
+        if f'{name}, command' not in done:
+            keep(f'{name}, command', predict_by_command(work, trainer, raw, test, settings))
+    for name, trainer in (('stock', STOCK_TRAINER), ('control', CONTROL_TRAINER)):
         if name not in done:
-            keep(name, measure(load(work, trainer, mirroring), raw / 'imagesTs', raw / 'labelsTs', test,
-                               {name: None})[name])
+            keep(name, measure(load(work, trainer), raw / 'imagesTs', raw / 'labelsTs', test, {name: None})[name])
     if 'refined' not in done:
-        rows = test_rows(SamplingSettings(**json.loads(best[1])))
-        keep('refined', measure(load(work, best[0]), raw / 'imagesTs', raw / 'labelsTs', test, rows))
-    if 'refined, mirroring' not in done:
-        row = {'chosen': SamplingSettings(**json.loads(best[1]))}
-        keep('refined, mirroring', measure(load(work, best[0], True), raw / 'imagesTs', raw / 'labelsTs', test,
-                                           row)['chosen'])
+        keep('refined', measure(load(work, best[0]), raw / 'imagesTs', raw / 'labelsTs', test, test_rows(chosen)))
 
 
 def mean_dice(entries: list[dict[str, Any]]) -> float:
@@ -141,19 +165,24 @@ def write_table(work: Path, file: Path) -> None:
     """The markdown table from measurements.json."""
     done = json.loads((work / 'measurements.json').read_text())
     chosen, stock = done['chosen'], done['stock']
+    preprocessed = work / 'nnUNet_preprocessed' / DATASET
+    folds = json.loads((preprocessed / 'splits_final.json').read_text())
+    plans = json.loads((preprocessed / f'{PLANS}.json').read_text())['configurations'][CONFIGURATION]
     header = ('| | Dice anterior | Dice posterior | mean ± sd over cases | Δ to stock (95 % interval) | won / lost '
               '| NLL | s/case |\n|---|---|---|---|---|---|---|---|')
     settings = chosen['settings']
     lines = [
         '# Hippocampus: stock nnU-Net against PDDDPM', '',
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
-        f'Machine: {platform.machine()}, 2 CPU cores, torch {torch.__version__}. Data: Medical Segmentation Decathlon '
-        f'Task04, 200 cases: {NUM_TEST} test cases split off first (seed {SPLIT_SEED}), 150 in three folds. One fold, '
-        'one training seed: differences of 0.002 are within the noise of training.', '',
-        'Reduced plans: patch 40x56x40, PlainConvUNet with 16-32-64-128 features, batch 2, bf16 autocast. Stock: 10 '
-        'epochs of 250 iterations, three folds. PDDDPM: fold 0, warm start, 4 epochs, out-of-fold pre-segmentations, '
-        'half of the noise on the truth and half on the pre-segmentation. Control: the stock model of fold 0 trained '
-        'for 4 epochs more.', '',
+        f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: Medical '
+        f'Segmentation Decathlon Task04; {len(stock)} test cases split off first (seed {SPLIT_SEED}), the others in '
+        f'{len(folds)} folds of about {len(folds[0]["val"])}. One fold, one training seed: differences of about 0.002 '
+        'are within the noise of training.', '',
+        f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
+        f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
+        f'{nnUNetTrainerBenchmark.epochs} epochs, every fold. PDDDPM: fold 0, {PDDDPMTrainerBenchmark.epochs} epochs, '
+        'warm start, out-of-fold pre-segmentations, half of the noise on the truth and half on the pre-segmentation. '
+        f'Control: the stock model of fold 0 trained for {nnUNetTrainerBenchmarkLonger.epochs} epochs more.', '',
         f'## Chosen on {NUM_VALIDATION} validation cases of fold 0', '',
         'Mean Dice, n = 1. The best pair of optimizer and settings goes on to the test cases.', '',
         '| t_start | k | ' + ' | '.join(PDDDPM_TRAINERS) + ' |', '|---|---|' + '---|' * len(PDDDPM_TRAINERS),
@@ -163,15 +192,18 @@ def write_table(work: Path, file: Path) -> None:
         lines.append(f'| {row.t_start} | {row.steps} | ' + ' | '.join(f'{s:.4f}' for s in scores) + ' |')
     lines += [
         '', f'Chosen: {chosen["trainer"]}, t_start={settings["t_start"]}, k={settings["steps"]}.', '',
-        f'## {NUM_TEST} test cases, without mirroring', '',
-        'k reverse steps, n samples, blend: weight of the stock probabilities. Seconds: median over cases of the '
-        'network part, on a machine that was not otherwise idle; compare them within a factor of two only.', '',
+        f'## {len(stock)} test cases, without mirroring', '',
+        'bf16 autocast. k reverse steps, n samples, blend: weight of the stock probabilities. Seconds: median over '
+        'cases of the network part, on a machine that was not otherwise idle; compare them within a factor of two only.', '',
         header, table_row('stock', stock, stock),
-        table_row('control: stock trained longer', done['control: stock trained longer'], stock),
+        table_row('control: stock trained longer', done['control'], stock),
         *(table_row(name, entries, stock) for name, entries in done['refined'].items()), '',
-        f'## {NUM_TEST} test cases, with nnU-Net\'s mirroring (8 network calls where there was one)', '',
-        header, table_row('stock', done['stock, mirroring'], done['stock, mirroring']),
-        table_row('PDDDPM, chosen settings', done['refined, mirroring'], done['stock, mirroring']), '',
+        f'## {len(stock)} test cases by the unmodified `nnUNetv2_predict`', '',
+        'With its defaults: mirroring (8 network calls where there was one) and fp32. Seconds with all input and '
+        'output.', '',
+        header, *(table_row(title, done[f'{name}, command'], done['stock, command']) for name, title in (
+            ('stock', 'stock'), ('control', 'control: stock trained longer'), ('refined', 'PDDDPM, chosen settings'))),
+        '',
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('\n'.join(lines))

@@ -67,8 +67,10 @@ def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) ->
         for axis, mask in zip(row[1:4], (truth, stock, refined), strict=True):
             axis.imshow(mask[z], vmin=0, vmax=2, cmap='viridis', interpolation='nearest')
         row[4].imshow(uncertainty[z], vmin=0, vmax=1, cmap='magma')
-        for axis, title in zip(row, titles, strict=True):
-            axis.set(xticks=[], yticks=[], title=title if row is axes[0] else '')
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
