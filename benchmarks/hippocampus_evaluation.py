@@ -193,7 +193,7 @@ def write_table(work: Path, file: Path) -> None:
         '', f'Chosen: {chosen["trainer"]}, t_start={settings["t_start"]}, k={settings["steps"]}.', '',
         f'## {len(stock)} test cases, without mirroring', '',
         'bf16 autocast. k reverse steps, n samples, blend: weight of the stock probabilities. Seconds: median over '
-        'cases of the network part, on a machine that was not otherwise idle: compare them within a factor of two only.',
+        'cases of the network part, on a machine that was not otherwise idle: compare within a factor of two only.',
         '',
         header, table_row('stock', stock, stock),
         table_row('control: stock trained longer', done['control'], stock),
