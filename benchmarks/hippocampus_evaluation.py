@@ -132,8 +132,7 @@ def evaluate(work: Path) -> None:
                key=lambda pair: mean_dice(done[f'validation {pair[0]}'][pair[1]]))
     keep('chosen', {'trainer': best[0], 'settings': json.loads(best[1])})
     chosen = SamplingSettings(**json.loads(best[1]))
-    for name, trainer, settings in (('stock', STOCK_TRAINER, None), ('control', CONTROL_TRAINER, None),
-                                    ('refined', best[0], chosen)):
+    for name, trainer, settings in (('stock', STOCK_TRAINER, None), ('refined', best[0], chosen)):
         if f'{name}, command' not in done:
             keep(f'{name}, command', predict_by_command(work, trainer, raw, test, settings))
     for name, trainer in (('stock', STOCK_TRAINER), ('control', CONTROL_TRAINER)):
@@ -202,7 +201,7 @@ def write_table(work: Path, file: Path) -> None:
         'With its defaults: mirroring (8 network calls where there was one) and fp32. Seconds with all input and '
         'output.', '',
         header, *(table_row(title, done[f'{name}, command'], done['stock, command']) for name, title in (
-            ('stock', 'stock'), ('control', 'control: stock trained longer'), ('refined', 'PDDDPM, chosen settings'))),
+            ('stock', 'stock'), ('refined', 'PDDDPM, chosen settings'))),
         '',
     ]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -220,12 +220,15 @@ def test_untrained_refiner_segments_as_the_stock_network(kind, chain):
 
 @designs
 @heads
-def test_results_are_finite_float32_under_inference_mode_and_autocast(design, regions):
-    refiner, image = make_refiner(design=design, regions=regions), patch(PLAIN_2D)
+@pytest.mark.parametrize(('device', 'dtype'), [
+    ('cpu', torch.bfloat16), ('cpu', torch.float16),
+    pytest.param('cuda', torch.float16, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA'))])
+def test_results_are_finite_float32_under_inference_mode_and_autocast(design, regions, device, dtype):
+    refiner, image = make_refiner(design=design, regions=regions).to(device), patch(PLAIN_2D).to(device)
     expected = refiner(image)
     with torch.inference_mode():
         assert torch.equal(refiner(image), expected)
-        with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=dtype):
             logits = refiner(image)
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all() and logits.abs().max() <= 13.9
