@@ -54,6 +54,15 @@ def test_the_stock_model_is_embedded_frozen_and_unchanged(refined: Workspace):
     assert moved and all(name.startswith('denoiser.') for name in moved)
 
 
+def test_the_first_epoch_warms_up(trainer):
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    rates = []
+    for trainer.current_epoch in (0, 1):
+        trainer.lr_scheduler.step(trainer.current_epoch)
+        rates.append(trainer.optimizer.param_groups[0]['lr'])
+    assert rates == pytest.approx([5e-4 / 5, 5e-4 * 0.5 ** 0.9])
+
+
 def test_before_the_first_iteration_the_refined_result_is_the_stock_result(trainer):
     with torch.no_grad():
         trainer.on_validation_epoch_start()

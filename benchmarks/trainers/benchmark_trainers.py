@@ -6,7 +6,6 @@ the stock model trained for those four epochs more. Validation is left out of th
 own cases.
 """
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.training.presegmenters import TrainingContext
@@ -49,21 +48,13 @@ class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
         self.network.load_state_dict(context.stock_weights(self.fold))
 
 
-class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
-    """nnU-Net's SGD: learning rate 0.01, Nesterov momentum 0.99, polynomial decay."""
+class PDDDPMTrainerBenchmarkAdamW(ShortCPUTraining, PDDDPMTrainer):
+    """The default: AdamW, learning rate 5e-4 with polynomial decay, a fifth of it in the first epoch."""
 
 
-class PDDDPMTrainerBenchmarkAdamW(PDDDPMTrainerBenchmark):
-    """AdamW: learning rate 5e-4 with polynomial decay, after a first epoch of warm-up at a fifth of it."""
+class PDDDPMTrainerBenchmarkSGD(ShortCPUTraining, PDDDPMTrainer):
+    """nnU-Net's optimizer: SGD, learning rate 0.01 with polynomial decay, Nesterov momentum 0.99."""
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.network.parameters(), 5e-4, weight_decay=1e-2)
-
-        class WarmUp(PolyLRScheduler):
-            def step(self, current_step=None):
-                super().step(current_step)
-                if current_step == 0:
-                    for group in optimizer.param_groups:
-                        group['lr'] /= 5
-
-        return optimizer, WarmUp(optimizer, 5e-4, self.num_epochs)
+        self.initial_lr, self.weight_decay = 1e-2, 3e-5
+        return nnUNetTrainer.configure_optimizers(self)
