@@ -179,7 +179,8 @@ def write_table(work: Path, file: Path) -> None:
         f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
         f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
         f'{nnUNetTrainerBenchmark.epochs} epochs, every fold. PDDDPM: fold 0, {PDDDPMTrainerBenchmarkAdamW.epochs} '
-        'epochs, warm start, out-of-fold pre-segmentations, half of the noise on the truth and half on the pre-segmentation. '
+        'epochs, warm start, out-of-fold pre-segmentations, half of the noise on the truth and half on the '
+        'pre-segmentation. '
         f'Control: the stock model of fold 0 trained for {nnUNetTrainerBenchmarkLonger.epochs} epochs more.', '',
         f'## Chosen on {NUM_VALIDATION} validation cases of fold 0', '',
         'Mean Dice, n = 1. The best pair of optimizer and settings goes on to the test cases.', '',
