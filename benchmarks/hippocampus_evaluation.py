@@ -135,11 +135,11 @@ def evaluate(work: Path) -> None:
     for name, trainer, settings in (('stock', STOCK_TRAINER, None), ('refined', best[0], chosen)):
         if f'{name}, command' not in done:
             keep(f'{name}, command', predict_by_command(work, trainer, raw, test, settings))
+    if 'refined' not in done:
+        keep('refined', measure(load(work, best[0]), raw / 'imagesTs', raw / 'labelsTs', test, test_rows(chosen)))
     for name, trainer in (('stock', STOCK_TRAINER), ('control', CONTROL_TRAINER)):
         if name not in done:
             keep(name, measure(load(work, trainer), raw / 'imagesTs', raw / 'labelsTs', test, {name: None})[name])
-    if 'refined' not in done:
-        keep('refined', measure(load(work, best[0]), raw / 'imagesTs', raw / 'labelsTs', test, test_rows(chosen)))
 
 
 def mean_dice(entries: list[dict[str, Any]]) -> float:

@@ -45,7 +45,7 @@ class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
     def initialize(self):
         super().initialize()
         context = TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
-        self.network.load_state_dict(context.stock_weights(self.fold))
+        self.network.load_state_dict(context.stock_checkpoint(self.fold)['network_weights'])
 
 
 class PDDDPMTrainerBenchmarkAdamW(ShortCPUTraining, PDDDPMTrainer):
