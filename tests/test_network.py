@@ -294,7 +294,7 @@ def test_a_lowered_t_start_lowers_the_steps_and_a_raised_one_keeps_them(override
 
 
 def test_steps_are_checked_against_the_t_start_of_the_loaded_model(override):
-    """A new network has t_start = 500 until the model's weights are in; 800 steps are none too many for those."""
+    """A new network has t_start = 700 until the model's weights are in; 800 steps are none too many for those."""
     state = make_refiner(settings=SamplingSettings(t_start=900, steps=3)).state_dict()
     override(steps=800)
     fresh = Refiner(unet(PLAIN_2D, 1), unet(PLAIN_2D, 2), CLASSES, X0)

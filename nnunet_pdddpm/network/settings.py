@@ -13,7 +13,7 @@ ENVIRONMENT_PREFIX = 'nnUNet_pdddpm_'
 @dataclass(frozen=True)
 class SamplingSettings:
     """Sampling settings of plain `nnUNetv2_predict`. Checked together by `check`."""
-    t_start: int = 500
+    t_start: int = 700
     """Level at which the noised pre-segmentation enters the chain, 0 (no refinement) to the highest trained level."""
     steps: int = 1
     """Reverse steps k from t_start down to 0, 1 to t_start."""
