@@ -193,14 +193,15 @@ def write_table(work: Path, file: Path) -> None:
         '', f'Chosen: {chosen["trainer"]}, t_start={settings["t_start"]}, k={settings["steps"]}.', '',
         f'## {len(stock)} test cases, without mirroring', '',
         'bf16 autocast. k reverse steps, n samples, blend: weight of the stock probabilities. Seconds: median over '
-        'cases of the network part, on a machine that was not otherwise idle: compare within a factor of two only.',
+        'cases of the network part, on a machine that was not otherwise idle: only a rough guide.',
         '',
         header, table_row('stock', stock, stock),
         table_row('control: stock trained longer', done['control'], stock),
         *(table_row(name, entries, stock) for name, entries in done['refined'].items()), '',
         f'## {len(stock)} test cases by the unmodified `nnUNetv2_predict`', '',
         'With its defaults: mirroring (8 network calls where there was one) and fp32. Seconds with all input and '
-        'output.', '',
+        'output, while other work ran on the machine, in the one run more than in the other: not to be compared. '
+        f'Network calls a tile: stock 8, PDDDPM {8 * (1 + settings["steps"] * settings["samples"])}.', '',
         header, *(table_row(title, done[f'{name}, command'], done['stock, command']) for name, title in (
             ('stock', 'stock'), ('refined', 'PDDDPM, chosen settings'))),
         '',
