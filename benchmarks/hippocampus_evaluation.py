@@ -132,7 +132,8 @@ def evaluate(work: Path) -> None:
                key=lambda pair: mean_dice(done[f'validation {pair[0]}'][pair[1]]))
     keep('chosen', {'trainer': best[0], 'settings': json.loads(best[1])})
     chosen = SamplingSettings(**json.loads(best[1]))
-    for name, trainer, settings in (('stock', STOCK_TRAINER, None), ('refined', best[0], chosen)):
+    for name, trainer, settings in (('stock', STOCK_TRAINER, None), ('default', best[0], SamplingSettings()),
+                                    ('refined', best[0], chosen)):
         if f'{name}, command' not in done:
             keep(f'{name}, command', predict_by_command(work, trainer, raw, test, settings))
     if 'refined' not in done:
@@ -199,11 +200,13 @@ def write_table(work: Path, file: Path) -> None:
         table_row('control: stock trained longer', done['control'], stock),
         *(table_row(name, entries, stock) for name, entries in done['refined'].items()), '',
         f'## {len(stock)} test cases by the unmodified `nnUNetv2_predict`', '',
-        'With its defaults: mirroring (8 network calls where there was one) and fp32. Seconds with all input and '
-        'output, while other work ran on the machine, in the one run more than in the other: not to be compared. '
-        f'Network calls a tile: stock 8, PDDDPM {8 * (1 + settings["steps"] * settings["samples"])}.', '',
+        'With its defaults: mirroring (8 network calls where there was one) and fp32. Seconds with start of the '
+        'program, input and output, one command after the other on an otherwise idle machine. Network calls a tile: '
+        f'stock 8, PDDDPM 16 with its default settings, {8 * (1 + settings["steps"] * settings["samples"])} with the '
+        'chosen ones.', '',
         header, *(table_row(title, done[f'{name}, command'], done['stock, command']) for name, title in (
-            ('stock', 'stock'), ('refined', 'PDDDPM, chosen settings'))),
+            ('stock', 'stock'), ('default', 'PDDDPM, default settings (t_start=700 k=1 n=1)'),
+            ('refined', 'PDDDPM, chosen settings'))),
         '',
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
