@@ -13,7 +13,7 @@ from nnunet_pdddpm.diffusion.coding import MaskCoding, harden
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import truncated_levels
 from nnunet_pdddpm.network.denoiser import Denoiser
-from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, SamplingSettings
 
 CHANNELS, CLASSES = 2, 3
@@ -28,6 +28,7 @@ X0, EPS = DiffusionDesign(), DiffusionDesign('linear', MaskCoding(0, 1), 'eps')
 CONDITIONED = DiffusionDesign(condition_on_presegmentation=True)
 designs = pytest.mark.parametrize('design', [X0, EPS, CONDITIONED], ids=['x0', 'eps', 'conditioned'])
 SETTINGS = SamplingSettings(t_start=300, steps=3, eta=0.5, seed=4)
+LOW = SamplingSettings(t_start=200)
 
 
 def unet(kind, seed, deep_supervision=False):
@@ -69,7 +70,7 @@ def make_refiner(kind=PLAIN_2D, design=X0, settings=SETTINGS, regions=False, tra
     refiner.denoiser.warm_start(stock.state_dict())
     if trained:
         shaken(refiner.denoiser)
-    refiner.configure(settings, 1000, regions)
+    refiner.configure(settings, LOW, 1000, regions)
     return refiner.eval()
 
 
@@ -197,7 +198,7 @@ def test_result_is_the_mean_of_the_samples(regions, design):
 def test_blend_mixes_probabilities_linearly(regions):
     image, refiner = patch(PLAIN_2D), make_refiner(regions=regions)
     refined, stock = (probabilities(logits, regions) for logits in (refiner(image), refiner.presegmenter(image)))
-    refiner.configure(SamplingSettings(300, 3, eta=0.5, seed=4, blend=0.3), 1000, regions)
+    refiner.configure(SamplingSettings(300, 3, eta=0.5, seed=4, blend=0.3), LOW, 1000, regions)
     torch.testing.assert_close(probabilities(refiner(image), regions), 0.7 * refined + 0.3 * stock, rtol=0, atol=1e-5)
 
 
@@ -255,10 +256,11 @@ def test_the_most_certain_logits_survive_nnunets_half_precision_accumulation(reg
 def test_settings_and_weights_travel_in_the_state_dict(kind, regions):
     settings = SamplingSettings(t_start=123, steps=4, samples=2, eta=0.3, blend=0.7, seed=99)
     refiner = make_refiner(kind, settings=settings, regions=regions)
-    refiner.configure(settings, 321, regions)
+    refiner.configure(settings, LOW, 321, regions)
     fresh = make_refiner(kind, settings=SamplingSettings(), regions=not regions, seed=7)
     fresh.load_state_dict(refiner.state_dict())
-    assert fresh.settings == fresh.stored_settings() == settings
+    assert fresh.settings == fresh.stored_settings(MASK) == settings
+    assert fresh.sample_settings == fresh.stored_settings(SAMPLES) == LOW
     assert int(fresh.t_max) == 321 and fresh.regions == regions
     assert torch.equal(fresh(patch(kind)), refiner(patch(kind)))
 
@@ -266,13 +268,13 @@ def test_settings_and_weights_travel_in_the_state_dict(kind, regions):
 @pytest.mark.parametrize('name, value', [('t_start', 401), ('steps', 301), ('samples', 0), ('blend', 1.5)])
 def test_a_state_dict_with_a_setting_out_of_range_is_refused_by_name(name, value):
     refiner = make_refiner()
-    refiner.configure(SETTINGS, 400, False)
+    refiner.configure(SETTINGS, LOW, 400, False)
     state = refiner.state_dict()
     state[name] = torch.tensor(value, dtype=state[name].dtype)
     with pytest.raises(ValueError, match=f'{name}={value}.*out of range'):
         make_refiner().load_state_dict(state)
     with pytest.raises(ValueError, match=f'{name}={value}.*out of range'):
-        refiner.configure(SamplingSettings(**{**vars(SETTINGS), name: value}), 400, False)
+        refiner.configure(SamplingSettings(**{**vars(SETTINGS), name: value}), LOW, 400, False)
 
 
 def test_environment_overrides_what_a_loaded_model_has_stored_and_leaves_that_as_it_is(override):
@@ -280,7 +282,7 @@ def test_environment_overrides_what_a_loaded_model_has_stored_and_leaves_that_as
     override(t_start=200, steps=5, samples=2, blend=0.25, seed=11, presegmenter='nnUNetTrainer')
     fresh.load_state_dict(state)
     assert fresh.settings == SamplingSettings(t_start=200, steps=5, samples=2, eta=0.5, blend=0.25, seed=11)
-    assert fresh.stored_settings() == SETTINGS
+    assert fresh.stored_settings(MASK) == SETTINGS
     expected = make_refiner(settings=SamplingSettings(t_start=200, steps=5, samples=2, eta=0.5, blend=0.25, seed=11))
     assert torch.equal(fresh(patch(PLAIN_2D)), expected(patch(PLAIN_2D)))
 
@@ -317,7 +319,7 @@ def test_steps_are_checked_against_the_t_start_of_the_loaded_model(override):
 ], ids=str)
 def test_a_wrong_override_is_refused_by_name_and_value(override, values, message):
     refiner = make_refiner()
-    refiner.configure(SETTINGS, 400, False)
+    refiner.configure(SETTINGS, LOW, 400, False)
     override(**values)
     with pytest.raises(ValueError, match=message):
         refiner.load_state_dict(refiner.state_dict())

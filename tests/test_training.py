@@ -199,7 +199,8 @@ def test_every_trained_parameter_of_the_paper_s_network_has_a_gradient_as_ddp_de
 def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_the_settings(refined, scratch_results):
     trainer = make_trainer(REFINED, 0)
     trainer.initialize()
-    trainer.refiner.configure(SamplingSettings(t_start=7), trainer.t_max, False)  # as another model's would
+    other_settings = SamplingSettings(t_start=7)  # as another model's would be
+    trainer.refiner.configure(other_settings, other_settings, trainer.t_max, False)
     other = refined.model(REFINED) / 'fold_1' / 'checkpoint_final.pth'
     load_pretrained_weights(trainer.network, str(other))
     trainer.on_train_start()

@@ -5,6 +5,7 @@ samplers do not know which they hold:
     start(x_pre, t, noise)                   the first state of a truncated reverse chain
     step(x, x0_hat, x_pre, t, s, noise)      from level t down to level s, given the denoiser's estimate of x0
 
+and `stochastic`: whether a step uses its noise.
 `x0`, `x_pre` and `x` are coded masks (B, C, ...), `noise` is standard normal of the same shape, levels are integers
 0..T, one for the batch or a tensor (B,) of them.
 """
@@ -20,6 +21,9 @@ Level = Union[int, Tensor]
 
 class ForwardProcess(Protocol):
     """What trainer and samplers ask of a process: see the module's docstring."""
+
+    @property
+    def stochastic(self) -> bool: ...
 
     def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor: ...
 
@@ -88,6 +92,11 @@ class GaussianProcess:
         """`abar`: abar_0..abar_T from `schedule`; `eta`: stochasticity of the reverse steps in [0, 1]."""
         self.abar = abar
         self.eta = eta
+
+    @property
+    def stochastic(self) -> bool:
+        """True unless the steps are those of DDIM."""
+        return self.eta > 0
 
     def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x0); the pre-segmentation has no part in it."""

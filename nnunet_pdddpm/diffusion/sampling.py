@@ -18,8 +18,8 @@ def refine(denoise: Callable[[Tensor, int], Tensor], process: ForwardProcess, x_
         process: the forward process whose chain is reversed.
         x_pre: coded pre-segmentation (B, C, ...).
         levels: t_start = t_0 > ... > t_k = 0, as `schedule.truncated_levels` gives them.
-        draw: returns standard normal noise that broadcasts to x_pre's shape; called for the start
-            and for every step but the last.
+        draw: returns standard normal noise that broadcasts to x_pre's shape; called for the start, and for every
+            step but the last if the process is stochastic.
         callback: told (t, x_t, x0_hat) before every step.
 
     Returns:
@@ -32,7 +32,7 @@ def refine(denoise: Callable[[Tensor, int], Tensor], process: ForwardProcess, x_
         x0_hat = denoise(x, t)
         if callback is not None:
             callback(t, x, x0_hat)
-        x = process.step(x, x0_hat, x_pre, t, s, draw() if s > 0 else torch.zeros_like(x))
+        x = process.step(x, x0_hat, x_pre, t, s, draw() if s > 0 and process.stochastic else torch.zeros_like(x))
     return x
 
 

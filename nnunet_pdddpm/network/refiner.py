@@ -17,6 +17,8 @@ from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
 
 _refine = torch.compiler.disable(refine, recursive=False)
 
+MASK, SAMPLES = '', 'sampler_'  # prefixes of the two sets of sampling settings in the state dict
+
 
 @dataclass(frozen=True)
 class DiffusionDesign:
@@ -72,32 +74,43 @@ class Refiner(nn.Module):
         self.denoiser = Denoiser(unet, num_channels * (2 if design.condition_on_presegmentation else 1))
         self.register_buffer('has_regions', torch.tensor(False))
         self.register_buffer('t_max', torch.tensor(NUM_TIMESTEPS))
-        for name, value in asdict(SamplingSettings()).items():
-            dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
-            self.register_buffer(name, torch.tensor(value, dtype=dtype))
-        self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
+        for prefix in (MASK, SAMPLES):
+            for name, value in asdict(SamplingSettings()).items():
+                dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
+                self.register_buffer(prefix + name, torch.tensor(value, dtype=dtype))
+        self.regions = False  # until weights and settings are loaded or configured
+        self.settings = self.sample_settings = SamplingSettings()
 
-    def configure(self, settings: SamplingSettings, t_max: int, has_regions: bool) -> None:
-        """Store and use sampling settings, the highest trained level, and whether the heads are regions (sigmoid).
+    def configure(self, settings: SamplingSettings, sample_settings: SamplingSettings, t_max: int,
+                  has_regions: bool) -> None:
+        """Store and use what a trained model is sampled with.
+
+        Args:
+            settings: of the mask, as `forward` and plain `nnUNetv2_predict` give it.
+            sample_settings: of the samples that `nnUNetv2_pdddpm_predict` draws.
+            t_max: the highest trained level.
+            has_regions: whether the heads are regions (sigmoid) or classes (softmax).
 
         Raises:
             ValueError: if a setting is out of range.
         """
-        settings.check(t_max)
-        for name, value in {**asdict(settings), 't_max': t_max, 'has_regions': has_regions}.items():
-            getattr(self, name).fill_(value)
+        for prefix, stored in ((MASK, settings), (SAMPLES, sample_settings)):
+            for name, value in asdict(stored.check(t_max)).items():
+                getattr(self, prefix + name).fill_(value)
+        self.t_max.fill_(t_max)
+        self.has_regions.fill_(has_regions)
         self.use_stored_settings()
 
-    def stored_settings(self) -> SamplingSettings:
-        """The sampling settings in the state dict, without the environment's overrides."""
-        values: dict[str, Any] = {name: getattr(self, name).item() for name in asdict(SamplingSettings())}
+    def stored_settings(self, prefix: str) -> SamplingSettings:
+        """The settings of the mask (`MASK`) or the samples (`SAMPLES`) in the state dict, without any override."""
+        values: dict[str, Any] = {name: getattr(self, prefix + name).item() for name in asdict(SamplingSettings())}
         values.update({name: round(value, 6) for name, value in values.items() if isinstance(value, float)})
         return SamplingSettings(**values)
 
     def use_stored_settings(self) -> None:
         """Sample with the settings in the state dict, read once: at every tile that would wait for the GPU."""
         self.regions = bool(self.has_regions)
-        self.settings = self.stored_settings()
+        self.settings, self.sample_settings = self.stored_settings(MASK), self.stored_settings(SAMPLES)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; then samples with the settings that came with the weights, or the environment's overrides.
@@ -166,8 +179,15 @@ class Refiner(nn.Module):
         return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
 
     @torch.compiler.disable(recursive=False)
-    def denoise(self, image: Tensor, x: Tensor, t: Level, presegmentation: Tensor) -> Tensor:
-        """The denoiser's estimate of the clean coded mask under x_t, (B, C, ...) float32."""
+    def denoise(self, image: Tensor, x: Tensor, t: Level, presegmentation: Tensor | None) -> Tensor:
+        """The denoiser's estimate of the clean coded mask under x_t, (B, C, ...) float32.
+
+        Args:
+            image: (B, image channels, ...).
+            x: (B, C, ...) coded mask x_t.
+            t: noise level.
+            presegmentation: (B, C, ...) probabilities of the pre-segmentation, if the design conditions on them.
+        """
         level = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         output = self.denoiser(image, self._mask_channels(x, presegmentation), level)
         output = (output[0] if isinstance(output, list) else output).float()
@@ -184,7 +204,8 @@ class Refiner(nn.Module):
         total = p.sum(1, keepdim=True)
         return torch.where(total > 0, p / total.clamp(min=1e-12), 1 / self.num_channels)
 
-    def _mask_channels(self, x: Tensor, presegmentation: Tensor) -> Tensor:
+    def _mask_channels(self, x: Tensor, presegmentation: Tensor | None) -> Tensor:
         if self.design.condition_on_presegmentation:
+            assert presegmentation is not None
             return torch.cat([x, self.design.coding.encode(presegmentation)], 1)
         return x

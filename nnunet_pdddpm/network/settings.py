@@ -1,4 +1,4 @@
-"""How to sample: the settings that travel in a trained model, and the environment variables that override them."""
+"""How to sample: the settings that travel in a trained model, and what overrides them."""
 from __future__ import annotations
 
 import os
@@ -12,7 +12,7 @@ ENVIRONMENT_PREFIX = 'nnUNet_pdddpm_'
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampling settings of plain `nnUNetv2_predict`. Checked together by `check`."""
+    """How masks are drawn. A model holds two: for its consensus mask, and for the samples. Checked by `check`."""
     t_start: int = 700
     """Level at which the noised pre-segmentation enters the chain, 0 (no refinement) to the highest trained level."""
     steps: int = 1
@@ -76,15 +76,28 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
     return overrides
 
 
-def effective_settings(stored: SamplingSettings, t_max: int) -> SamplingSettings:
-    """The stored settings with the environment's overrides, checked.
+def override(stored: SamplingSettings, overrides: Mapping[str, int | float], t_max: int,
+             source: str) -> SamplingSettings:
+    """The stored settings with some values replaced, checked.
 
     A t_start below the stored number of steps lowers the steps with it, unless the steps are given too.
+
+    Args:
+        stored: the model's settings.
+        overrides: name of a setting -> value.
+        t_max: highest level that the model was trained on.
+        source: where the overrides come from, for the message.
+
+    Raises:
+        ValueError: if a value is out of range.
     """
-    overrides = environment_overrides()
     if not overrides:
         return stored.check(t_max, "the model's sampling settings")
     t_start = int(overrides.get('t_start', stored.t_start))
     steps = int(overrides.get('steps', max(1, min(stored.steps, t_start))))
-    settings = replace(stored, **{**asdict(stored), **overrides, 'steps': steps})
-    return settings.check(t_max, f'the environment variables ({ENVIRONMENT_PREFIX}*)')
+    return replace(stored, **{**asdict(stored), **overrides, 'steps': steps}).check(t_max, source)
+
+
+def effective_settings(stored: SamplingSettings, t_max: int) -> SamplingSettings:
+    """The stored settings with the environment's overrides, checked: see `override`."""
+    return override(stored, environment_overrides(), t_max, f'the environment variables ({ENVIRONMENT_PREFIX}*)')

@@ -50,8 +50,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.training_starts = 'mixed'
         # noise levels 1..t_max are trained, sampling may start at any of them
         self.t_max = 960
-        # sampling settings that go into the model
+        # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
         self.sampling = SamplingSettings()
+        self.sampling_of_samples = SamplingSettings(samples=8)
         # start from the stock model's weights, or from nnU-Net's initialisation
         self.warm_start = True
         # pre-segment each training case by the stock model of the fold that held it out
@@ -98,7 +99,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def _embed_stock_model(self) -> None:
         file = checkpoint_file(self.context().model_folder, self.fold)
         load_network(self.refiner.presegmenter, self._stock_checkpoint['network_weights'], file)
-        self.refiner.configure(self.sampling, self.t_max, self.label_manager.has_regions)
+        self.refiner.configure(self.sampling, self.sampling_of_samples, self.t_max, self.label_manager.has_regions)
         self.mirror_axes = self._stock_checkpoint.get('inference_allowed_mirroring_axes')
         self.print_to_log_file(f'Pre-segmenter: {file}')
 

@@ -82,7 +82,7 @@ class PDDDPMTrainerPaper(PDDDPMTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.training_starts = 'truth'
         self.t_max = 300
-        self.sampling = SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
+        self.sampling = self.sampling_of_samples = SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
         self.warm_start = False  # the stock weights give logits, not noise
         self.enable_deep_supervision = False  # nothing in the paper; noise has no coarser version
         # validation during training takes a sample per patch: 50 patches an epoch would cost more than the training

@@ -1,0 +1,174 @@
+"""nnUNetv2_pdddpm_predict and nnUNetv2_pdddpm_predict_from_modelfolder: nnU-Net's commands, and what samples add."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+
+from nnunet_pdddpm.inference.export import Outputs
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.inference.volume_predictor import PredictionError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`nnUNetv2_pdddpm_predict`."""
+    parser = argparse.ArgumentParser(description='Predict with a PDDDPM model: consensus mask, samples, uncertainty.')
+    add_input_and_output(parser)
+    parser.add_argument('-d', required=True, help='data set, by id or name')
+    parser.add_argument('-c', required=True, help='configuration, such as 3d_fullres')
+    parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
+    parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
+    parser.add_argument('-num_parts', type=int, default=1, help='number of calls that share the work (default: 1)')
+    parser.add_argument('-part_id', type=int, default=0, help='which of them this is, from 0')
+    add_flags(parser)
+    run(parser, parser.parse_args(arguments))
+
+
+def main_modelfolder(arguments: Sequence[str] | None = None) -> None:
+    """`nnUNetv2_pdddpm_predict_from_modelfolder`."""
+    parser = argparse.ArgumentParser(description='As nnUNetv2_pdddpm_predict, with the model given by its folder.')
+    add_input_and_output(parser)
+    parser.add_argument('-m', required=True, help='folder of the model: the one with fold_0 and so on in it')
+    add_flags(parser)
+    parser.set_defaults(num_parts=1, part_id=0)
+    run(parser, parser.parse_args(arguments))
+
+
+def add_input_and_output(parser: argparse.ArgumentParser) -> None:
+    """-i and -o."""
+    parser.add_argument('-i', required=True, help='folder with the images, named as nnU-Net wants them (CASE_0000 …)')
+    parser.add_argument('-o', required=True, help='folder for the results; it is made')
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What both commands have: the flags of their stock namesakes with the same meaning, then those of sampling."""
+    stock = parser.add_argument_group('as in nnUNetv2_predict')
+    stock.add_argument('-f', nargs='+', default=['0', '1', '2', '3', '4'], help='folds (default: 0 1 2 3 4)')
+    stock.add_argument('-chk', default='checkpoint_final.pth', help='checkpoint (default: %(default)s)')
+    stock.add_argument('-step_size', type=float, default=0.5, help='of the sliding window, of a tile (default: 0.5)')
+    stock.add_argument('--disable_tta', action='store_true', help='no mirroring')
+    stock.add_argument('--save_probabilities', action='store_true', help='CASE.npz and .pkl, for nnUNetv2_ensemble')
+    stock.add_argument('--continue_prediction', '--c', action='store_true', help='leave out cases that are complete')
+    for flag, variable, what in (('-npp', 'nnUNet_npp', 'preprocessing'), ('-nps', 'nnUNet_nps', 'export')):
+        stock.add_argument(flag, type=int, default=os.environ.get(variable) or 3,
+                           help=f'processes for {what}, 0 for none (default: {variable}, else 3)')
+    stock.add_argument('-prev_stage_predictions', help='folder with the masks of the previous stage, for a cascade')
+    stock.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
+    stock.add_argument('--not_on_device', action='store_true', help='volumes in main memory, for little GPU memory')
+    stock.add_argument('--disable_progress_bar', action='store_true')
+    stock.add_argument('--verbose', action='store_true')
+
+    sampling = parser.add_argument_group(
+        'sampling', 'In the place of what is stored in the model. With two values the first is for the samples and the '
+                    'second for the consensus mask; one value is for both.')
+    sampling.add_argument('-samples', type=int, help='number of samples')
+    sampling.add_argument('-t_start', type=int, nargs='+', help='noise level at which a chain starts')
+    sampling.add_argument('-steps', type=int, nargs='+', help='denoising steps')
+    sampling.add_argument('-eta', type=float, nargs='+', help='randomness of the steps: 0 DDIM, 1 DDPM')
+    sampling.add_argument('-blend', type=float, help="weight of the stock model's probabilities in the consensus mask")
+    sampling.add_argument('-seed', type=int, help='of the noise')
+    sampling.add_argument('-slice_correlation', type=float, default=0.9,
+                          help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: 0.9)')
+
+    outputs = parser.add_argument_group('further outputs')
+    outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',
+                         help='uncertainty/CASE_uncertainty: entropy in 0 to 1; all: also mutual information, variance '
+                              'and a probability map for each label')
+    outputs.add_argument('--save_samples', action='store_true', help='samples/CASE_s00 and so on')
+    outputs.add_argument('--save_presegmentation', action='store_true', help="presegmentation/CASE: the stock model's")
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Predict; what cannot be done is said in one sentence, with exit status 1."""
+    if not 0 <= args.part_id < args.num_parts:
+        parser.error(f'-part_id is {args.part_id}: with -num_parts {args.num_parts} it must lie in 0 to '
+                     f'{args.num_parts - 1}')
+    if not 0 < args.step_size <= 1:
+        parser.error(f'-step_size is {args.step_size}: it must be above 0 and not above 1')
+    overrides = {}
+    for name in ('samples', 't_start', 'steps', 'eta', 'blend', 'seed'):
+        if (value := getattr(args, name)) is not None:
+            values = value if isinstance(value, list) else [value]
+            if len(values) > 2:
+                parser.error(f'-{name} takes one value or two, got {len(values)}')
+            overrides[name] = (values[0], values[-1])
+    try:
+        predict(args, overrides)
+    except (ValueError, NotImplementedError) as error:
+        sys.exit(f'Error: {error}')
+
+
+def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, int | float]]) -> None:
+    """Load the model, check the input, predict.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong and what to do.
+    """
+    predictor = PDDDPMPredictor(
+        tile_step_size=args.step_size, use_mirroring=not args.disable_tta,
+        perform_everything_on_device=not args.not_on_device, device=prepare_device(args.device),
+        verbose=args.verbose, verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar,
+        overrides=overrides, slice_correlation=args.slice_correlation,
+        outputs=Outputs(uncertainty=args.uncertainty, samples=args.save_samples,
+                        presegmentation=args.save_presegmentation))
+    folder = args.m if hasattr(args, 'm') else model_folder(args)
+    predictor.initialize_from_trained_model_folder(folder, [f if f == 'all' else int(f) for f in args.f], args.chk)
+    find_images(args.i, predictor)
+    if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
+        raise PredictionError(f'This is a cascade: name the folder with the predictions of '
+                              f'{predictor.configuration_manager.previous_stage_name} with -prev_stage_predictions.')
+    predictor.predict_from_files(
+        args.i, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
+        num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
+        folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
+
+
+def model_folder(args: argparse.Namespace) -> str:
+    """Folder of the model that -d, -c, -tr and -p name."""
+    try:
+        return str(get_output_folder(args.d, args.tr, args.p, args.c))
+    except RuntimeError as error:
+        raise PredictionError(f'{str(error).splitlines()[0]} Correct -d, or the variables nnUNet_results, nnUNet_raw '
+                              f'and nnUNet_preprocessed.') from error
+
+
+def prepare_device(name: str) -> torch.device:
+    """The device, with the number of threads that nnU-Net's commands use on it."""
+    if name == 'cuda' and not torch.cuda.is_available() or name == 'mps' and not torch.backends.mps.is_available():
+        raise PredictionError(f'There is no {name} device here: name another with -device, such as -device cpu.')
+    if name == 'cpu':
+        torch.set_num_threads(os.cpu_count() or 1)
+    elif name == 'cuda':
+        torch.set_num_threads(1)
+    return torch.device(name)
+
+
+def find_images(folder: str, predictor: PDDDPMPredictor) -> dict[str, list[Path]]:
+    """Case -> its image files, by channel.
+
+    Raises:
+        PredictionError: if there is none, or a case has not as many channels as the model.
+    """
+    ending = predictor.dataset_json['file_ending']
+    if not Path(folder).is_dir():
+        raise PredictionError(f'The input folder {folder} does not exist.')
+    cases = {Path(files[0]).name[:-len(ending) - 5]: [Path(file) for file in files]
+             for files in create_lists_from_splitted_dataset_folder(folder, ending)}
+    if not cases:
+        raise PredictionError(f'{folder} holds no images named CASE_0000{ending}, which this model reads.')
+    channels = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
+    for case, files in cases.items():
+        if len(files) != channels:
+            raise PredictionError(f'{case} in {folder} has {len(files)} channel files, the model needs {channels} '
+                                  f'({case}_0000{ending} to {case}_{channels - 1:04d}{ending}).')
+    return cases
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,113 @@
+"""One case on its way to its files: exported in the background, put in place when all of it is there, the mask last."""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nnunet_pdddpm.inference.export import CaseExport, as_numpy, label_channels
+from nnunet_pdddpm.inference.summary import CASES, estimated_dice, versions, volumes, write_case
+from nnunet_pdddpm.inference.volume import VolumePrediction
+
+
+class InThisProcess(Executor):
+    """Runs what is submitted at once (`-nps 0`)."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """The finished future."""
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+class ExportQueue:
+    """Background processes for export. Whoever submits faster than they work has to wait: memory stays bounded."""
+
+    def __init__(self, processes: int) -> None:
+        """`processes`: number of background processes, 0 for none."""
+        self.limit = processes + 2
+        self.executor: Executor = \
+            ProcessPoolExecutor(processes, mp_context=get_context('spawn')) if processes else InThisProcess()
+        self.under_way: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Run in the background, once not more than `limit` others are under way."""
+        self.under_way = {future for future in self.under_way if not future.done()}
+        while len(self.under_way) >= self.limit:
+            self.under_way = wait(self.under_way, return_when=FIRST_COMPLETED).not_done
+        future = self.executor.submit(function, *args)
+        self.under_way.add(future)
+        return future
+
+    def __enter__(self) -> ExportQueue:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.executor.shutdown(cancel_futures=True)
+
+
+class CaseUnderWay:
+    """The exports of one case."""
+
+    def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
+                 settings: list[dict[str, Any]], queue: ExportQueue) -> None:
+        """
+        Args:
+            export: writes into its folder, a new one is made.
+            output: folder in which the files are put in the end.
+            num_samples: number of samples that will be added.
+            num_folds: sample number i comes from model i modulo this.
+            settings: of the models, for the summary.
+            queue: where exports run.
+        """
+        self.export, self.output, self.queue, self.settings = export, output, queue, settings
+        self.folds = [i % num_folds for i in range(num_samples)]
+        self.samples: dict[int, Future[dict[str, int]]] = {}
+        shutil.rmtree(export.folder, ignore_errors=True)  # of an earlier run that was cut off
+        export.folder.mkdir(parents=True)
+
+    def add_sample(self, number: int, logits: Tensor) -> None:
+        """Export a sample, logits (C, Z, Y, X)."""
+        self.samples[number] = self.queue.submit(self.export.sample, as_numpy(logits), number)
+
+    def add_rest(self, prediction: VolumePrediction) -> None:
+        """Export the rest, and note what the network's grid is enough for."""
+        spread = prediction.spread
+        self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
+        self.pairwise = {name: spread.pairwise_dice(channel) for name, channel in self.channels.items()}
+        self.unsure = {name: spread.unsure_share([channel]) for name, channel in self.channels.items()}
+        self.row = {'case': self.export.case, 'estimated_dice': estimated_dice(list(self.pairwise.values())),
+                    'uncertain_share': spread.unsure_share(list(self.channels.values())),
+                    'num_samples': len(self.folds), 'settings': self.settings,
+                    'network_calls': prediction.network_calls, 'seconds': round(prediction.seconds, 3),
+                    'versions': versions()}
+        maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
+        self.rest = self.queue.submit(self.export.rest, as_numpy(prediction.logits),
+                                      as_numpy(prediction.presegmentation),
+                                      {name: as_numpy(values) for name, values in maps.items()})
+
+    def done(self) -> bool:
+        """Whether all exports are finished."""
+        return self.rest.done() and all(future.done() for future in self.samples.values())
+
+    def put_in_place(self) -> None:
+        """Wait for the exports and move the files to where they belong."""
+        ml, labels = self.export.voxel_volume_ml(), {}
+        sizes = [self.samples[number].result() for number in range(len(self.folds))]
+        for name, counts in self.rest.result().items():
+            labels[name] = {'volume_ml': counts['voxels'] * ml, **volumes([s[name] for s in sizes], self.folds, ml),
+                            'volume_ml_stock': counts['voxels_stock'] * ml, 'components': counts['components'],
+                            'pairwise_dice': self.pairwise[name], 'uncertain_share': self.unsure[name]}
+        folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
+        write_case(folder / CASES, {**self.row, 'labels': labels})
+        files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]
+        for file in sorted(files, key=lambda file: file == Path(mask)):  # a mask in place says that the case is done
+            (self.output / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / file, self.output / file)
+        shutil.rmtree(folder)

@@ -1,0 +1,185 @@
+"""From the network's grid to files in the geometry of the input image, and what is measured on them there."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+    export_prediction_from_logits,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from scipy import ndimage
+
+FULL_SCALE = 65534
+"""Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written beside the mask."""
+    probabilities: bool = False
+    uncertainty: str = 'none'
+    """'none', 'entropy' or 'all'."""
+    samples: bool = False
+    presegmentation: bool = False
+
+
+@dataclass(frozen=True)
+class CaseExport:
+    """Writes one case into a folder of its own. Its methods run in background processes."""
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    properties: dict[str, Any]
+    """Of the preprocessed image, as nnU-Net's preprocessor gives them."""
+    folder: Path
+    case: str
+    outputs: Outputs
+
+    def files(self, samples: int) -> list[str]:
+        """The files that tell whether a case is complete, relative to the output folder."""
+        ending, case = self.dataset_json['file_ending'], self.case
+        names = [f'{case}{ending}']
+        names += [f'{case}.npz'] if self.outputs.probabilities else []
+        names += [f'presegmentation/{case}{ending}'] if self.outputs.presegmentation else []
+        names += [f'samples/{case}_s{i:02d}{ending}' for i in range(samples)] if self.outputs.samples else []
+        of_maps = {'none': [], 'entropy': ['uncertainty'], 'all': ['uncertainty', 'variance']}[self.outputs.uncertainty]
+        return names + [f'uncertainty/{case}_{name}{ending}' for name in of_maps]
+
+    def sample(self, logits: np.ndarray, number: int) -> dict[str, int]:
+        """Voxels of each label in one sample, logits (C, Z, Y, X); its mask as a file if samples are to be saved."""
+        labels = self.segmentation(logits)
+        if self.outputs.samples:
+            self._write_labels(labels, self.folder / 'samples' / f'{self.case}_s{number:02d}')
+        return self.sizes(labels)
+
+    def rest(self, logits: np.ndarray, stock_logits: np.ndarray, maps: Mapping[str, np.ndarray]
+             ) -> dict[str, dict[str, int]]:
+        """Mask, and what else is to be written but for the samples.
+
+        Args:
+            logits: of the consensus mask (C, Z, Y, X).
+            stock_logits: of the stock model.
+            maps: name -> (Z, Y, X) in [0, 1].
+
+        Returns:
+            label -> voxels of the mask (`voxels`), of the stock model's mask (`voxels_stock`), and the mask's connected
+            `components` (26-connected in 3D, 8-connected in 2D).
+        """
+        file = self.folder / self.case
+        all_maps = self.outputs.uncertainty == 'all'
+        export_prediction_from_logits(logits, self.properties, self.configuration_manager, self.plans_manager,
+                                      self.dataset_json, str(file), self.outputs.probabilities or all_maps)
+        mask = self._reader().read_seg(str(file) + self.dataset_json['file_ending'])[0][0]
+        stock = self.segmentation(stock_logits)
+        if self.outputs.presegmentation:
+            self._write_labels(stock, self.folder / 'presegmentation' / self.case)
+        if self.outputs.uncertainty != 'none':
+            names = list(maps) if all_maps else ['uncertainty']
+            resampled = self._to_image(np.stack([maps[name] for name in names]))
+            for name, values in zip(names, resampled, strict=True):
+                self._write_map(values, name)
+        if all_maps:
+            self._write_probability_maps(Path(f'{file}.npz'))
+        of_mask, of_stock = self.sizes(mask), self.sizes(stock)
+        return {name: {'voxels': of_mask[name], 'voxels_stock': of_stock[name],
+                       'components': int(ndimage.label(np.isin(mask, labels), np.ones((3, 3, 3)))[1])}
+                for name, labels in self.labels().items()}
+
+    def segmentation(self, logits: np.ndarray) -> np.ndarray:
+        """Label map of the original image for logits (C, Z, Y, X), by nnU-Net's own rules."""
+        return convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, self.plans_manager, self.configuration_manager,
+            self.plans_manager.get_label_manager(self.dataset_json), self.properties)
+
+    def labels(self) -> dict[str, tuple[int, ...]]:
+        """Name of each label or region -> the values that it has in a mask."""
+        return foreground_labels(self.dataset_json)
+
+    def sizes(self, labels: np.ndarray) -> dict[str, int]:
+        """Voxels of each label or region in a mask."""
+        return {name: int(np.isin(labels, values).sum()) for name, values in self.labels().items()}
+
+    def voxel_volume_ml(self) -> float:
+        """Of the original image; one without a third dimension counts as 1 mm thick (nnU-Net gives it 999 mm)."""
+        spacing = [float(s) for s in self.properties['spacing']]
+        thickness = 1.0 if np.isclose(spacing[0], 999 * max(spacing[1:])) else spacing[0]
+        return thickness * spacing[1] * spacing[2] / 1000
+
+    def _reader(self) -> Any:
+        return self.plans_manager.image_reader_writer_class()
+
+    def _write_labels(self, labels: np.ndarray, truncated: Path) -> None:
+        truncated.parent.mkdir(exist_ok=True)
+        self._reader().write_seg(labels, str(truncated) + self.dataset_json['file_ending'], self.properties)
+
+    def _to_image(self, maps: np.ndarray) -> np.ndarray:
+        """Maps (M, Z, Y, X) of the network's grid resampled as nnU-Net resamples probabilities; 0 outside the crop."""
+        properties, forward = self.properties, self.plans_manager.transpose_forward
+        original = [properties['spacing'][i] for i in forward]
+        shape = properties['shape_after_cropping_and_before_resampling']
+        spacing = list(self.configuration_manager.spacing)
+        spacing = spacing if len(spacing) == len(shape) else [original[0], *spacing]
+        resampled = self.configuration_manager.resampling_fn_probabilities(maps, shape, spacing, original)
+        whole = np.zeros((len(maps), *properties['shape_before_cropping']), np.float32)
+        for map_, values in zip(whole, np.asarray(resampled, np.float32), strict=True):
+            insert_crop_into_image(map_, values, properties['bbox_used_for_cropping'])
+        return whole.transpose([0, *(1 + i for i in self.plans_manager.transpose_backward)])
+
+    def _write_probability_maps(self, file: Path) -> None:
+        probabilities = np.load(file)['probabilities']
+        for name, channel in label_channels(self.dataset_json, self.plans_manager).items():
+            self._write_map(probabilities[channel], f'probability_{re.sub("[^A-Za-z0-9.-]+", "_", name)}')
+        if not self.outputs.probabilities:
+            file.unlink()
+            file.with_suffix('.pkl').unlink()
+
+    def _write_map(self, values: np.ndarray, name: str) -> None:
+        """Values (z, y, x) in [0, 1] as float32 image `uncertainty/CASE_NAME` in the geometry of the input image.
+
+        The map goes through the data set's own writer as integers, so that whatever that does about axes and affines
+        holds for it too, and is then rewritten as float32. Endings that hold no float (png) keep the 16-bit integers,
+        of which 65534 is 1.
+        """
+        (self.folder / 'uncertainty').mkdir(exist_ok=True)
+        ending = self.dataset_json['file_ending']
+        file = str(self.folder / 'uncertainty' / f'{self.case}_{name}{ending}')
+        integers = np.round(np.clip(values, 0, 1) * FULL_SCALE).astype(np.uint16)
+        self._reader().write_seg(integers, file, self.properties)
+        if ending in ('.nii', '.nii.gz'):
+            written: Any = nibabel.load(file)
+            image = nibabel.Nifti1Image(np.asarray(written.dataobj, np.float32) / FULL_SCALE, None, written.header)
+            image.set_data_dtype(np.float32)
+            nibabel.save(image, file)
+        elif ending in ('.nrrd', '.mha', '.gipl'):
+            sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), sitk.sitkFloat32) / FULL_SCALE, file, True)
+
+
+def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name of each label or region of a data set but background and ignore -> the values that it has in a mask."""
+    labels = {name: tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+              for name, value in dataset_json['labels'].items() if name != 'ignore'}
+    return {name: values for name, values in labels.items() if values != (0,)}
+
+
+def label_channels(dataset_json: Mapping[str, Any], plans_manager: PlansManager) -> dict[str, int]:
+    """Name of each label or region -> its channel in the network's output."""
+    labels = foreground_labels(dataset_json)
+    manager = plans_manager.get_label_manager(dict(dataset_json))
+    if manager.has_regions:
+        return {name: channel for channel, name in enumerate(labels)}
+    return {name: manager.all_labels.index(values[0]) for name, values in labels.items()}
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """To hand over to another process, as nnU-Net does: half precision."""
+    return tensor.half().cpu().numpy()

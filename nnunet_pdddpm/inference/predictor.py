@@ -1,0 +1,129 @@
+"""PDDDPMPredictor: nnU-Net's predictor with whole-volume samples, from files to files."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.data_iterators import PreprocessAdapter
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+from tqdm import tqdm
+
+from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
+from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
+from nnunet_pdddpm.inference.summary import read_case, write_summary
+from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
+
+
+class PDDDPMPredictor(VolumePredictor):
+    """As nnUNetPredictor; beside the masks it writes what several samples of each case say.
+
+    Use it as nnU-Net's: `initialize_from_trained_model_folder`, then `predict_from_files` (mask, further outputs and
+    summary as files), `predict_single_npy_array` and the others (the consensus mask), or `predict_volume` (everything,
+    in the network's grid).
+    """
+
+    def __init__(self, *args: Any, outputs: Outputs = Outputs(), **kwargs: Any) -> None:
+        """
+        Args:
+            args, kwargs: of `VolumePredictor`.
+            outputs: what is written beside the mask.
+        """
+        super().__init__(*args, **kwargs)
+        self.outputs = outputs
+        self._num_cases: int | None = None
+
+    def settings_for_summary(self) -> list[dict[str, Any]]:
+        """What each model is sampled with."""
+        return [{**asdict(settings), 'slice_correlation': self.slice_correlation} for settings in self.fold_settings]
+
+    def _manage_input_and_output_lists(self, list_of_lists_or_source_folder: Any,
+                                       output_folder_or_list_of_truncated_output_files: Any,
+                                       folder_with_segs_from_prev_stage: str | None = None, overwrite: bool = True,
+                                       part_id: int = 0, num_parts: int = 1,
+                                       save_probabilities: bool = False) -> tuple[list, list | None, list]:
+        """As nnUNetPredictor's; a case is left out only if all that is asked for is there.
+
+        Raises:
+            PredictionError: if finished cases were predicted with other settings.
+        """
+        inputs, outputs, previous = super()._manage_input_and_output_lists(
+            list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files,
+            folder_with_segs_from_prev_stage, True, part_id, num_parts, save_probabilities)
+        if not overwrite and outputs is not None:
+            todo = [i for i, file in enumerate(outputs) if not self._is_done(Path(file), save_probabilities)]
+            print(f'{len(outputs) - len(todo)} cases are done, {len(todo)} are left.')
+            inputs, outputs, previous = ([values[i] for i in todo] for values in (inputs, outputs, previous))
+        self._num_cases = len(inputs)
+        return inputs, outputs, previous
+
+    def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
+        row = read_case(truncated.parent, truncated.name)
+        if row is not None and row['settings'] != self.settings_for_summary():
+            raise PredictionError(f'{truncated.parent} holds {truncated.name} predicted with other sampling settings: '
+                                  f'name another output folder, or predict all of it again without '
+                                  f'--continue_prediction.')
+        export = self._export(truncated, {}, save_probabilities)
+        return row is not None and all((truncated.parent / file).is_file() for file in export.files(self.num_samples))
+
+    def _export(self, truncated: Path, properties: dict[str, Any], save_probabilities: bool) -> CaseExport:
+        return CaseExport(self.plans_manager, self.configuration_manager, self.dataset_json, properties,
+                          truncated.with_name(f'.{truncated.name}.partial'), truncated.name,
+                          replace(self.outputs, probabilities=save_probabilities))
+
+    def _internal_get_data_iterator_from_lists_of_filenames(
+            self, input_list_of_lists: list[list[str]], seg_from_prev_stage_files: list | None,
+            output_filenames_truncated: list | None, num_processes: int) -> Iterator[dict[str, Any]]:
+        """As nnUNetPredictor's; with 0 processes in this one."""
+        if num_processes > 0:
+            return super()._internal_get_data_iterator_from_lists_of_filenames(
+                input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes)
+        return iter(PreprocessAdapter(
+            input_list_of_lists, seg_from_prev_stage_files,
+            self.configuration_manager.preprocessor_class(verbose=self.verbose_preprocessing),
+            output_filenames_truncated, self.plans_manager, self.dataset_json, self.configuration_manager))
+
+    def predict_from_files_sequential(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnUNetPredictor's: everything in this process."""
+        arguments = signature(nnUNetPredictor.predict_from_files_sequential).bind(self, *args, **kwargs).arguments
+        arguments.pop('self')
+        return self.predict_from_files(**arguments, num_processes_preprocessing=0, num_processes_segmentation_export=0)
+
+    def predict_from_data_iterator(self, data_iterator: Any, save_probabilities: bool = False,
+                                   num_processes_segmentation_export: int = default_num_processes) -> list[Any]:
+        """As nnUNetPredictor's: files are written for items with an `ofile`, masks returned for those without."""
+        results: list[Any] = []
+        under_way: list[CaseUnderWay] = []
+        output: Path | None = None
+        with ExportQueue(num_processes_segmentation_export) as queue:
+            for item in tqdm(data_iterator, 'Cases', self._num_cases, disable=not self.allow_tqdm):
+                data, properties, file = item['data'], item['data_properties'], item['ofile']
+                if file is None:
+                    results.append(queue.submit(
+                        convert_predicted_logits_to_segmentation_with_correct_shape,
+                        as_numpy(self.predict_logits_from_preprocessed_data(data)), self.plans_manager,
+                        self.configuration_manager, self.label_manager, properties, save_probabilities))
+                    continue
+                output = Path(file).parent
+                print(f'\nPredicting {Path(file).name}:')
+                case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), output, self.num_samples,
+                                    len(self.fold_settings), self.settings_for_summary(), queue)
+                case.add_rest(self.predict_volume(data, case.add_sample))
+                under_way.append(case)
+                for case in [case for case in under_way if case.done()]:
+                    case.put_in_place()
+                    under_way.remove(case)
+            for case in under_way:
+                case.put_in_place()
+            results = [future.result() for future in results]
+        if output is not None:
+            write_summary(output)
+        compute_gaussian.cache_clear()
+        empty_cache(self.device)
+        return results

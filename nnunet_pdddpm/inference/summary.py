@@ -1,0 +1,109 @@
+"""pdddpm_summary.json and .csv: what the samples of each case say in numbers."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import nnunet_pdddpm
+from nnunet_pdddpm.versions import require_nnunet
+
+CASES = 'pdddpm_cases'
+"""Folder with one file per finished case, from which the summary is made: parts of a prediction share it."""
+SUMMARY = 'pdddpm_summary'
+
+
+def volumes(voxels: Sequence[int], folds: Sequence[int], voxel_ml: float) -> dict[str, float | None]:
+    """Volume over the samples.
+
+    Args:
+        voxels: of each sample.
+        folds: model that drew each sample.
+        voxel_ml: volume of a voxel in ml.
+
+    Returns:
+        In ml: mean, standard deviation, 2.5 % and 97.5 % quantile (interpolated, so between the smallest and the
+        largest sample), and, for several models, the standard deviation of their means and the mean one within a model.
+        None for what cannot be told of a single sample.
+    """
+    ml = np.asarray(voxels, float) * voxel_ml
+    several = len(ml) > 1
+    low, high = np.percentile(ml, [2.5, 97.5])
+    row = {'volume_ml_mean': float(ml.mean()), 'volume_ml_sd': float(ml.std(ddof=1)) if several else None,
+           'volume_ml_low': float(low) if several else None, 'volume_ml_high': float(high) if several else None}
+    of_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
+    if len(of_fold) > 1:
+        within = [values.std(ddof=1) for values in of_fold if len(values) > 1]
+        row['volume_ml_sd_between_folds'] = float(np.std([values.mean() for values in of_fold], ddof=1))
+        row['volume_ml_sd_within_folds'] = float(np.mean(within)) if within else None
+    return row
+
+
+def estimated_dice(pairwise: Sequence[float | None]) -> float | None:
+    """Mean pairwise Dice of the samples over the labels that any of them has; None if there is none."""
+    known = [dice for dice in pairwise if dice is not None]
+    return float(np.mean(known)) if known else None
+
+
+def write_case(folder: Path, row: Mapping[str, Any]) -> None:
+    """Row of a finished case as `CASE.json` in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f'{row["case"]}.json', json.dumps(row, indent=2))
+
+
+def read_case(output: Path, case: str) -> dict[str, Any] | None:
+    """Row of a finished case in an output folder, if there is one."""
+    file = output / CASES / f'{case}.json'
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def write_summary(output: Path) -> None:
+    """Collect the rows of all finished cases in an output folder. Several processes may do so at the same time."""
+    written: list[Path] | None = None
+    while (files := sorted((output / CASES).glob('*.json'))) != written:
+        rows = [json.loads(file.read_text()) for file in files]
+        write_atomically(output / f'{SUMMARY}.json', json.dumps({'cases': rows}, indent=2))
+        write_atomically(output / f'{SUMMARY}.csv', _table(rows))
+        written = files  # a case that another process has finished meanwhile: once more
+
+
+def versions() -> dict[str, str]:
+    """Of the software."""
+    return {'nnunet_pdddpm': nnunet_pdddpm.__version__, 'nnunetv2': require_nnunet(), 'torch': torch.__version__,
+            'numpy': np.__version__, 'python': platform.python_version()}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for every case and label."""
+    lines = [{'case': row['case'], 'label': name, **values,
+              **{f'case_{key}': row[key] for key in ('estimated_dice', 'uncertain_share', 'seconds')},
+              **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},
+              **_flat_settings(row['settings']), **row['versions']}
+             for row in rows for name, values in row['labels'].items()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """One column a setting; where the models differ, their values with a slash between them."""
+    flat = [{**{f'{of}_{key}': value for of in ('samples', 'mask') for key, value in model[of].items()},
+             'slice_correlation': model['slice_correlation']} for model in settings]
+    return {key: '/'.join(dict.fromkeys(str(model[key]) for model in flat)) for key in flat[0]}
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write beside and rename: under its name a file is whole or the old one."""
+    partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
+    partial.write_text(text)
+    os.replace(partial, file)

@@ -1,0 +1,190 @@
+"""nnU-Net's predictor, sampling a preprocessed image as a whole: without files, see `predictor.PDDDPMPredictor`."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
+from torch._dynamo import OptimizedModule
+
+from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
+from nnunet_pdddpm.inference.spread import Spread
+from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
+from nnunet_pdddpm.network.refiner import Refiner
+from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
+
+OnSample = Callable[[int, Tensor], None]
+"""Told the number of a sample and its logits (C, Z, Y, X) as soon as it is drawn."""
+
+
+class PredictionError(ValueError):
+    """What was asked for cannot be predicted: the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class FoldSettings:
+    """What one model is sampled with."""
+    samples: SamplingSettings
+    mask: SamplingSettings
+
+    @property
+    def shared(self) -> bool:
+        """Whether the draws of the samples serve for the mask, too."""
+        return all(getattr(self.samples, name) == getattr(self.mask, name)
+                   for name in ('t_start', 'steps', 'eta', 'seed'))
+
+
+class VolumePredictor(nnUNetPredictor):
+    """As nnUNetPredictor; but a volume is sampled as a whole, and every sample can be had.
+
+    The mask is the mean of noise draws with the model's settings for the mask; where those for samples are the same,
+    the samples serve for both. Mirroring is spread over the draws. Several models (folds) share the samples among them.
+    """
+
+    network: Any
+
+    def __init__(self, *args: Any, overrides: Mapping[str, tuple[int | float, int | float]] | None = None,
+                 slice_correlation: float = 0.9, **kwargs: Any) -> None:
+        """
+        Args:
+            args, kwargs: of nnUNetPredictor.
+            overrides: sampling settings in the place of the model's: name -> (for the samples, for the mask).
+            slice_correlation: of the noise of neighbouring slices, for configurations that segment slices (2d).
+
+        Raises:
+            PredictionError: if the correlation lies outside [0, 1].
+        """
+        super().__init__(*args, **kwargs)
+        if not 0 <= slice_correlation <= 1:
+            raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
+        self.overrides = dict(overrides or {})
+        self.slice_correlation = slice_correlation
+        self.fold_settings: list[FoldSettings] = []
+        self.num_samples = 0
+
+    def initialize_from_trained_model_folder(self, model_training_output_dir: str, use_folds: Any,
+                                             checkpoint_name: str = 'checkpoint_final.pth') -> None:
+        """As nnUNetPredictor's.
+
+        Raises:
+            PredictionError: if the folder, a fold or the checkpoint is missing, or it is no PDDDPM model.
+            ValueError: if a sampling setting is out of range for the model.
+        """
+        folder = Path(model_training_output_dir)
+        if not (folder / 'plans.json').is_file():
+            raise PredictionError(f'There is no trained model in {folder}: train it with nnUNetv2_train -tr '
+                                  f'PDDDPMTrainer, or correct -d, -c, -tr and -p (or -m).')
+        for fold in use_folds or ():
+            if not (file := folder / f'fold_{fold}' / checkpoint_name).is_file():
+                raise PredictionError(f'{file} does not exist: name the trained folds with -f and the checkpoint with '
+                                      f'-chk.')
+        super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
+        if isinstance(self.network, OptimizedModule):
+            self.network = self.network._orig_mod
+            self.network.presegmenter.compile()
+            self.network.denoiser.compile()
+        if not isinstance(self.network, Refiner):
+            raise PredictionError(f'The model in {folder} was trained by {self.trainer_name}, which is no PDDDPM '
+                                  f'trainer: predict with nnUNetv2_predict, or name a PDDDPM model with -tr.')
+        self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
+        wanted = self.fold_settings[0].samples.samples
+        self.num_samples = max(wanted, len(self.list_of_parameters))
+        if self.num_samples > wanted:
+            print(f'{self.num_samples} samples instead of {wanted}: one for every fold.')
+
+    def _settings_of(self, parameters: dict[str, Any]) -> FoldSettings:
+        self.refiner.load_state_dict(parameters)
+        t_max, environment = int(self.refiner.t_max), environment_overrides()
+        of_samples, of_mask = ({name: values[i] for name, values in self.overrides.items()} for i in (0, 1))
+        source = 'the command line and environment'
+        of_mask.pop('samples', None)  # the number of samples asked for is not that of the mask's own draws
+        return FoldSettings(override(self.refiner.sample_settings, {**environment, **of_samples}, t_max, source),
+                            override(self.refiner.settings, of_mask, t_max, source))
+
+    @property
+    def refiner(self) -> Refiner:
+        """The network."""
+        return cast(Refiner, self.network)
+
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the consensus mask, as nnUNetPredictor's."""
+        return self.predict_volume(data).logits
+
+    @torch.inference_mode()
+    def predict_volume(self, data: Tensor, on_sample: OnSample | None = None) -> VolumePrediction:
+        """Consensus mask, uncertainty and samples of one preprocessed image.
+
+        Args:
+            data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
+            on_sample: told every sample when it is drawn; the samples are not kept.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(threads, default_num_processes))  # as nnU-Net: the stock result depends on it
+        try:
+            if self.perform_everything_on_device and self.device.type == 'cuda':
+                try:
+                    return self._predict_volume(data, self.device, on_sample)
+                except torch.OutOfMemoryError:
+                    print('The volume does not fit on the device: its arrays are kept in main memory.')
+                    torch.cuda.empty_cache()
+            return self._predict_volume(data, torch.device('cpu'), on_sample)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None) -> VolumePrediction:
+        """`predict_volume` with the volume's arrays on `device`."""
+        start = time.perf_counter()
+        image, unpad = pad_nd_image(data, self.configuration_manager.patch_size, 'constant', {'value': 0}, True, None)
+        unpad = (slice(None), *unpad[1:])
+        folds, regions = len(self.fold_settings), self.refiner.regions
+        volume = Volume(self, image, device)
+        spread = Spread(volume.shape, self.num_samples, folds, regions, device)
+        mask = torch.zeros(volume.shape, device=device)  # mean probabilities of the consensus
+        stock_logits: Tensor | None = None
+        for fold, (parameters, settings) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
+            self.refiner.load_state_dict(parameters)
+            of_fold = volume.start_fold()
+            stock_logits = of_fold.clone() if stock_logits is None else stock_logits.add_(of_fold)
+            samples = range(fold, self.num_samples, folds)
+            own_draws = range(fold, max(settings.mask.samples, folds), folds)
+            blend = 1.0 if settings.mask.is_stock else settings.mask.blend
+            own_draws = own_draws if blend < 1 and not settings.shared else range(0)
+            volume.expect(len(samples) * settings.samples.steps + len(own_draws) * settings.mask.steps)
+            for sample in samples:
+                p = volume.sample(settings.samples, sample, self.num_samples)
+                spread.add(p)
+                if settings.shared and blend < 1:
+                    mask.add_(p, alpha=(1 - blend) / len(samples) / folds)
+                if on_sample is not None:
+                    on_sample(sample, probabilities_to_logits(p[unpad], regions).cpu())
+                del p
+            spread.end_of_fold()
+            for draw in own_draws:
+                mask.add_(volume.sample(settings.mask, draw, max(settings.mask.samples, folds)),
+                          alpha=(1 - blend) / len(own_draws) / folds)
+            if blend > 0:
+                volume.add_stock(mask, blend / folds)
+        volume.progress.close()
+        assert stock_logits is not None
+        stock_logits = stock_logits.div_(folds)[unpad] if folds > 1 else stock_logits[unpad]
+        spread.crop(unpad[1:])
+        only_stock = all(settings.mask.is_stock for settings in self.fold_settings)
+        logits = stock_logits if only_stock else probabilities_to_logits(mask[unpad], regions).cpu()
+        return VolumePrediction(stock_logits, logits, spread, volume.network_calls, time.perf_counter() - start)
+
+    @contextmanager
+    def presegmenting(self) -> Iterator[None]:
+        """Within it the stock network is the network: nnU-Net's code then predicts as for the stock model."""
+        refiner, self.network = self.refiner, self.refiner.presegmenter
+        try:
+            yield
+        finally:
+            self.network = refiner
