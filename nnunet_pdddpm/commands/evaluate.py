@@ -1,0 +1,56 @@
+"""nnUNetv2_pdddpm_evaluate: how good are the masks, probabilities and samples in a folder."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2.configuration import default_num_processes
+
+from nnunet_pdddpm.evaluation.evaluate import evaluate_cases, summarise
+from nnunet_pdddpm.evaluation.folders import open_folders
+from nnunet_pdddpm.evaluation.report import format_tables, write_files
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables and write the files; exit with 1 and one sentence if the input does not allow it."""
+    args = _parser().parse_args(arguments)
+    try:
+        if not 0 <= args.nsd_tolerance < float('inf'):
+            raise ValueError(f'-nsd_tolerance must be a distance in mm, got {args.nsd_tolerance}.')
+        if args.np < 1:
+            raise ValueError(f'-np must be at least 1, got {args.np}.')
+        folders = open_folders(args.pred, args.ref, args.raters, args.djfile, args.pfile, args.chill)
+        results = evaluate_cases(folders, args.nsd_tolerance, args.np, not args.disable_progress_bar)
+        summary = summarise(folders, results, args.nsd_tolerance)
+        files = write_files(summary, args.o or args.pred)
+    except (ValueError, OSError) as error:
+        sys.exit(f'nnUNetv2_pdddpm_evaluate: {error}')
+    print(format_tables(summary))
+    print('Written: ' + ', '.join(map(str, files)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description='Accuracy, calibration and, with samples or several raters, the quality of their distribution. '
+                    'Needs only what nnUNetv2_predict writes; tells what more would need.')
+    parser.add_argument('-pred', type=Path, required=True,
+                        help='output folder of nnUNetv2_pdddpm_predict or nnUNetv2_predict')
+    parser.add_argument('-ref', type=Path, required=True, help='folder with the reference masks')
+    parser.add_argument('-raters', type=Path, help="folder with several raters' masks, CASE__RATER.nii.gz")
+    parser.add_argument('-djfile', type=Path, help='dataset.json (default: the one in -pred)')
+    parser.add_argument('-pfile', type=Path, help='plans.json (default: the one in -pred)')
+    parser.add_argument('-o', type=Path, help='folder for the results (default: -pred)')
+    parser.add_argument('-nsd_tolerance', type=float, default=1.0,
+                        help='mm within which a surface counts as found (default: %(default)s)')
+    parser.add_argument('-np', type=int, default=default_num_processes,
+                        help='number of processes (default: %(default)s)')
+    parser.add_argument('--chill', action='store_true',
+                        help='evaluate what is there if the predictions of some references are missing')
+    parser.add_argument('--disable_progress_bar', action='store_true', help='as in nnUNetv2_predict')
+    return parser
+
+
+if __name__ == '__main__':
+    main()

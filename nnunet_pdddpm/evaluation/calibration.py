@@ -1,0 +1,145 @@
+"""Do probabilities mean what they say, and is the uncertainty high where the mask is wrong?
+
+All functions take voxels as one axis. A region-based model gives one independent probability per region:
+`two_class` makes of it the two-class problem "in the region or not", so that one set of definitions serves both.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+NUM_BINS = 15
+SMALLEST_PROBABILITY = 1e-6
+"""Probabilities are clipped to this before the logarithm: float16 files hold exact zeros."""
+
+
+def two_class(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Region probabilities as one two-class problem over all voxels of all regions.
+
+    Args:
+        probabilities: (R, N) of each region.
+        truth: (R, N) bool, whether a voxel is in the region.
+
+    Returns:
+        Probabilities (2, R * N) and true class (R * N,) of 0 and 1.
+    """
+    inside = probabilities.reshape(-1)
+    return np.stack([1 - inside, inside]), truth.reshape(-1).astype(np.uint8)
+
+
+def negative_log_likelihood(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Mean of -log p(true class) in nats.
+
+    Args:
+        probabilities: (C, N) in [0, 1].
+        truth: (N,) integers below C.
+    """
+    of_truth = probabilities[truth, np.arange(len(truth))]
+    return float(-np.log(np.clip(of_truth, SMALLEST_PROBABILITY, 1)).mean(dtype=np.float64))
+
+
+def brier(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Brier score, mean over voxels of the squared error summed over classes, in [0, 2]; arguments as above."""
+    of_truth = probabilities[truth, np.arange(len(truth))]
+    squares = np.einsum('cn,cn->n', probabilities, probabilities)
+    return float((squares - 2 * of_truth + 1).mean(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Sums over the voxels of each confidence bin; those of several cases can be added.
+
+    Each field is (bins,): number of voxels, sum of their confidences, number of them that are correct.
+    """
+    count: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(self.count + other.count, self.confidence + other.confidence, self.correct + other.correct)
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """ECE (Guo et al., arXiv 1706.04599): |accuracy - mean confidence| of the bins, weighted by their voxels."""
+        return float(np.abs(self.correct - self.confidence).sum() / self.count.sum())
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS) -> Reliability:
+    """Voxels in bins of equal width in confidence, ]0, 1/bins], ..., ]1 - 1/bins, 1].
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        correct: (N,) bool, whether that class is true.
+        bins: number of them.
+    """
+    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    return Reliability(np.bincount(index, minlength=bins), np.bincount(index, confidence, bins),
+                       np.bincount(index, correct, bins))
+
+
+def adaptive_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS) -> float:
+    """ECE with bins of equal numbers of voxels (adaptive ECE, Nguyen and O'Connor, arXiv 1508.05154).
+
+    Arguments as `reliability`. Voxels of equal confidence that straddle two bins are shared between them.
+    """
+    order, shared = _sorted_and_shared(confidence, correct)
+    gaps = (g.sum() for g in np.array_split(shared - confidence[order], min(bins, len(order))))
+    return float(sum(abs(gap) for gap in gaps) / len(order))
+
+
+def area_under_risk_coverage(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
+    """AURC (Geifman et al., arXiv 1805.08206): mean error rate when the k most certain voxels are kept, over all k.
+
+    Args:
+        uncertainty: (N,) any scale, higher is less certain. Voxels of equal uncertainty come in random order: the
+            result is the expectation over it.
+        wrong: (N,) bool.
+
+    Returns:
+        Value in [0, 1], lower is better; it can be no better than the error rate allows.
+    """
+    _, shared = _sorted_and_shared(uncertainty, wrong)
+    return float((np.cumsum(shared) / np.arange(1, len(shared) + 1)).mean())
+
+
+def _sorted_and_shared(key: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order by `key`, and `values` in that order, each replaced by the mean over equal keys; both (N,)."""
+    order = np.argsort(key, kind='stable')
+    in_order = key[order]
+    starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
+    counts = np.diff(starts, append=len(key))
+    return order, np.repeat(np.add.reduceat(values[order].astype(np.float64), starts) / counts, counts)
+
+
+def area_under_roc(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
+    """Chance that a wrong voxel is less certain than a correct one; nan if all are wrong or none is.
+
+    Arguments as `area_under_risk_coverage`.
+    """
+    if wrong.all() or not wrong.any():
+        return float('nan')
+    return float(roc_auc_score(wrong, uncertainty))
+
+
+def normalised_entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy of (C, N) class probabilities in [0, 1]: 0 certain, 1 all classes equally likely; (N,) float32."""
+    clipped = np.clip(probabilities, SMALLEST_PROBABILITY, 1)
+    return -np.einsum('cn,cn->n', clipped, np.log(clipped)) / np.float32(np.log(len(probabilities)))
+
+
+def correlation(estimated: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """`spearman` and `pearson` over the n cases in which neither is nan, and that `n`; nan if n < 3 or one is constant.
+
+    Args:
+        estimated: (cases,).
+        true: (cases,).
+    """
+    both = ~np.isnan(estimated) & ~np.isnan(true)
+    x, y = estimated[both], true[both]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {'n': len(x), 'spearman': float('nan'), 'pearson': float('nan')}
+    return {'n': len(x), 'spearman': float(stats.spearmanr(x, y).statistic),
+            'pearson': float(stats.pearsonr(x, y).statistic)}

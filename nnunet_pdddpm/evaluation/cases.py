@@ -1,0 +1,228 @@
+"""All metrics of one case."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics, region_or_label_to_mask
+
+from nnunet_pdddpm.evaluation.calibration import (
+    Reliability,
+    adaptive_calibration_error,
+    area_under_risk_coverage,
+    area_under_roc,
+    brier,
+    negative_log_likelihood,
+    normalised_entropy,
+    reliability,
+    two_class,
+)
+from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
+from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
+from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
+from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
+
+MARGIN_MM = 10.0
+"""What the box around the reference's foreground is enlarged by."""
+INTERVAL = (0.025, 0.975)
+NAN = float('nan')
+
+
+@dataclass
+class CaseResult:
+    """Values of a case; nan where a metric is undefined, absent where its input is.
+
+    Attributes:
+        labels: by label name, then by metric.
+        voxelwise: calibration and error-uncertainty by region of voxels, `all` and `near`, then by metric.
+        bins: reliability by region of voxels.
+        values: of the case as a whole: `dice`, `estimated_dice`, `samples`, `raters`.
+        best_dice_per_rater: mean over labels, by rater.
+    """
+    case: str
+    labels: dict[str, dict[str, float]]
+    voxelwise: dict[str, dict[str, float]] = field(default_factory=dict)
+    bins: dict[str, Reliability] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    best_dice_per_rater: dict[str, float] = field(default_factory=dict)
+
+
+class _Case:
+    """Reference and prediction of a case, with the voxels of the ignore label known."""
+
+    def __init__(self, folders: Folders, case: str) -> None:
+        self.folders, self.name = folders, case
+        self.reference = folders.read_mask(folders.references / f'{case}{folders.ending}')
+        self.prediction = folders.read_mask(folders.predictions / f'{case}{folders.ending}', self.reference)
+        self.valid = np.ones(self.reference.array.shape, bool)
+        if folders.ignore_label is not None:
+            self.valid = self.reference.array != folders.ignore_label
+        self.voxel_ml = voxel_volume_ml(self.valid.shape, self.reference.spacing)
+
+    def mask(self, of: Mask, label: Label) -> np.ndarray:
+        """(z, y, x) bool of a label or region, False where the reference has the ignore label."""
+        return region_or_label_to_mask(of.array, label) & self.valid
+
+
+def evaluate_case(folders: Folders, case: str, tolerance: float) -> CaseResult:
+    """Every metric that the files of a case allow.
+
+    Args:
+        folders: from `open_folders`.
+        case: one of its cases.
+        tolerance: mm within which a surface counts as found.
+
+    Raises:
+        ValueError: if a file is unreadable or does not fit the reference.
+    """
+    data = _Case(folders, case)
+    result = CaseResult(case, _accuracy(data, tolerance))
+    result.values['dice'] = _nanmean(of['dice'] for of in result.labels.values())
+    _add_voxelwise(data, result)
+    samples = [folders.read_mask(file, data.reference) for file in folders.sample_files(case)]
+    _add_estimates(data, samples, result)
+    _add_samples_and_raters(data, samples, result)
+    return result
+
+
+def _accuracy(data: _Case, tolerance: float) -> dict[str, dict[str, float]]:
+    folders = data.folders
+    by_nnunet = compute_metrics(str(data.reference.file), str(data.prediction.file), folders.reader,
+                                list(folders.labels.values()), folders.ignore_label)['metrics']
+    labels = {}
+    for name, label in folders.labels.items():
+        reference, prediction = (data.mask(mask, label) for mask in (data.reference, data.prediction))
+        distance, surface_dice = hd95_and_surface_dice(reference, prediction, data.reference.spacing, tolerance)
+        volume, true_volume = (int(by_nnunet[label][of]) * data.voxel_ml for of in ('n_pred', 'n_ref'))
+        labels[name] = {'dice': float(by_nnunet[label]['Dice']), 'iou': float(by_nnunet[label]['IoU']),
+                        'hd95_mm': distance, 'surface_dice': surface_dice,
+                        'lesion_f1': lesion_f1(reference, prediction),
+                        'volume_ml': volume, 'reference_volume_ml': true_volume,
+                        'volume_difference_ml': abs(volume - true_volume)}
+    return labels
+
+
+def _add_voxelwise(data: _Case, result: CaseResult) -> None:
+    """Calibration where there are probabilities; error against uncertainty where there are these or a map."""
+    folders = data.folders
+    npz = folders.predictions / f'{data.name}.npz'
+    map_file = folders.predictions / f'{data.name}_uncertainty{folders.ending}'
+    probabilities = folders.read_probabilities(npz, data.reference) if npz.is_file() else None
+    uncertainty = folders.read_map(map_file, data.reference) if map_file.is_file() else None
+    foreground = data.valid & (data.reference.array > 0)
+    wrong = np.zeros(data.valid.shape, bool)
+    for label in folders.labels.values():
+        wrong |= data.mask(data.reference, label) != data.mask(data.prediction, label)
+    for name, voxels in (('all', data.valid), ('near', data.valid & _box_around(foreground, data.reference.spacing))):
+        metrics: dict[str, float] = {}
+        here = None if uncertainty is None else uncertainty[voxels]
+        if probabilities is not None and voxels.any():
+            inside = probabilities[:, voxels]
+            metrics, result.bins[name] = _calibration(data, inside, data.reference.array[voxels])
+            here = _entropy(inside, folders.has_regions) if here is None else here
+        if here is not None and voxels.any():
+            metrics |= {'aurc': area_under_risk_coverage(here, wrong[voxels]),
+                        'auroc': area_under_roc(here, wrong[voxels])}
+        if metrics:
+            result.voxelwise[name] = {'voxels': int(np.count_nonzero(voxels)), **metrics}
+
+
+def _calibration(data: _Case, probabilities: np.ndarray, truth: np.ndarray) -> tuple[dict[str, float], Reliability]:
+    """Metrics and bins of probabilities (C, N) against reference labels (N,)."""
+    if data.folders.has_regions:
+        regions = [region_or_label_to_mask(truth, label) for label in data.folders.labels.values()]
+        probabilities, truth = two_class(probabilities, np.stack(regions))
+    confidence, correct = probabilities.max(0), probabilities.argmax(0) == truth
+    bins = reliability(confidence, correct)
+    return {'nll': negative_log_likelihood(probabilities, truth), 'brier': brier(probabilities, truth),
+            'ece': bins.expected_calibration_error,
+            'adaptive_ece': adaptive_calibration_error(confidence, correct)}, bins
+
+
+def _entropy(probabilities: np.ndarray, of_regions: bool) -> np.ndarray:
+    """Uncertainty (N,) in [0, 1] of probabilities (C, N); that of regions is the mean over them."""
+    if of_regions:
+        return np.mean([normalised_entropy(np.stack([1 - p, p])) for p in probabilities], 0)
+    return normalised_entropy(probabilities)
+
+
+def _box_around(foreground: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """The bounding box of a bool mask, enlarged by MARGIN_MM to all sides, as a mask; empty if the mask is."""
+    box = np.zeros_like(foreground)
+    if foreground.any():
+        sides = []
+        for axis, step in enumerate(spacing):
+            there = np.flatnonzero(foreground.any(tuple(a for a in range(foreground.ndim) if a != axis)))
+            margin = int(MARGIN_MM / step + 1e-6)
+            sides.append(slice(max(0, there[0] - margin), there[-1] + 1 + margin))
+        box[tuple(sides)] = True
+    return box
+
+
+def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None:
+    """The model's own estimate of Dice and its volume interval: from the summary, else from the samples."""
+    entry = data.folders.summary.get(data.name)
+    if entry is not None:
+        result.values['estimated_dice'] = _number(entry.get('estimated_dice'))
+        comparable = bool(data.valid.all())  # the summary's volumes include what the reference ignores
+        for name, of in result.labels.items():
+            given = entry.get('labels', {}).get(name, {})
+            low, high = ((_number(given.get(f'volume_ml_{end}')) if comparable else NAN) for end in ('low', 'high'))
+            of |= {'estimated_dice': _number(given.get('pairwise_dice')), 'volume_low_ml': low, 'volume_high_ml': high}
+    elif len(samples) > 1:
+        for name, label in data.folders.labels.items():
+            masks = np.stack([data.mask(sample, label) for sample in samples])
+            low, high = np.quantile(np.count_nonzero(masks.reshape(len(masks), -1), 1), INTERVAL) * data.voxel_ml
+            result.labels[name] |= {'estimated_dice': mean_of_pairs(dice_of_iou(iou_matrix(masks, masks))),
+                                    'volume_low_ml': float(low), 'volume_high_ml': float(high)}
+        result.values['estimated_dice'] = _nanmean(of['estimated_dice'] for of in result.labels.values())
+    for of in result.labels.values():
+        if 'volume_low_ml' in of:
+            of['reference_in_interval'] = _share_inside([of['reference_volume_ml']], of)
+
+
+def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult) -> None:
+    """Diversity of the samples; with raters, the distances between both. Without samples, the mask is the only one."""
+    rater_files = data.folders.rater_files(data.name)
+    raters = [data.folders.read_mask(file, data.reference) for file in rater_files.values()]
+    drawn = samples or [data.prediction]
+    result.values |= {'samples': len(drawn), 'raters': len(raters)}
+    per_rater = []
+    for name, label in data.folders.labels.items():
+        of = result.labels[name]
+        sample_masks = np.stack([data.mask(mask, label) for mask in drawn])
+        of_samples = iou_matrix(sample_masks, sample_masks)
+        if len(samples) > 1:
+            of['sample_diversity'] = mean_of_pairs(1 - of_samples)
+        if not raters:
+            continue
+        rater_masks = np.stack([data.mask(mask, label) for mask in raters])
+        cross, of_raters = iou_matrix(sample_masks, rater_masks), iou_matrix(rater_masks, rater_masks)
+        per_rater.append(best_dice(cross))
+        of |= {'rater_diversity': mean_of_pairs(1 - of_raters),
+               'ged_squared': ged_squared(cross, of_samples, of_raters),
+               'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
+        if 'volume_low_ml' in of:
+            volumes = np.count_nonzero(rater_masks.reshape(len(raters), -1), 1) * data.voxel_ml
+            of['raters_in_interval'] = _share_inside(volumes, of)
+    if per_rater:
+        result.best_dice_per_rater = dict(zip(rater_files, map(float, np.mean(per_rater, 0)), strict=True))
+
+
+def _share_inside(volumes: Any, of: dict[str, float]) -> float:
+    """Share of volumes in ml within a label's interval, rounding of the summary allowed; nan without one."""
+    low, high = of['volume_low_ml'], of['volume_high_ml']
+    if np.isnan(low) or np.isnan(high):
+        return NAN
+    slack = 1e-6 * max(abs(high), 1e-6)
+    return float(np.mean([low - slack <= volume <= high + slack for volume in volumes]))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else NAN
+
+
+def _nanmean(values: Any) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else NAN

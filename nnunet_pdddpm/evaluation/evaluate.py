@@ -1,0 +1,137 @@
+"""Evaluation of folders: every case, means over cases, and what needs many cases."""
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
+from nnunet_pdddpm.evaluation.cases import INTERVAL, MARGIN_MM, CaseResult, evaluate_case
+from nnunet_pdddpm.evaluation.folders import SUMMARY, Folders
+
+Means = dict[str, float]
+
+
+def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int = 1,
+                   progress_bar: bool = False) -> list[CaseResult]:
+    """All cases, in their order.
+
+    Args:
+        folders: from `open_folders`.
+        tolerance: of the surface Dice, in mm.
+        num_processes: cases that are worked on at once; 1 stays in this process.
+        progress_bar: over the cases.
+
+    Raises:
+        ValueError: if a file is unreadable or does not fit its reference, or memory did not suffice.
+    """
+    work = partial(evaluate_case, folders, tolerance=tolerance)
+    show = partial(tqdm, total=len(folders.cases), disable=not progress_bar)
+    if min(num_processes, len(folders.cases)) == 1:
+        return list(show(map(work, folders.cases)))
+    with ProcessPoolExecutor(min(num_processes, len(folders.cases)), multiprocessing.get_context('spawn')) as pool:
+        try:
+            return list(show(pool.map(work, folders.cases)))
+        except BrokenProcessPool:
+            raise ValueError(f'A process was killed, probably for lack of memory: use fewer than -np {num_processes}.'
+                             ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float) -> dict[str, Any]:
+    """What goes into evaluation.json: settings, means, and the cases.
+
+    A mean over cases leaves out undefined values (nan). As in nnU-Net, `foreground_mean` is the mean over labels of
+    these means, and undefined if one of them is.
+    """
+    labels = {name: _means(result.labels[name] for result in results) for name in folders.labels}
+    both_empty = {name: sum(_is_empty(result.labels[name]) for result in results) for name in folders.labels}
+    pooled = _pooled_bins(results)
+    return {
+        'settings': {'predictions': str(folders.predictions), 'references': str(folders.references),
+                     'raters': None if folders.raters is None else str(folders.raters),
+                     'surface_dice_tolerance_mm': tolerance, 'near_margin_mm': MARGIN_MM, 'calibration_bins': NUM_BINS,
+                     'volume_interval': list(INTERVAL)},
+        'num_cases': len(results),
+        'foreground_mean': {metric: float(np.mean([of[metric] for of in labels.values()]))
+                            for metric in next(iter(labels.values())) if all(metric in of for of in labels.values())},
+        'mean': labels,
+        'both_empty': both_empty,
+        'voxelwise': {where: _means(r.voxelwise[where] for r in results if where in r.voxelwise)
+                      for where in ('all', 'near') if any(where in r.voxelwise for r in results)},
+        'reliability': {where: {'ece': bins.expected_calibration_error, 'voxels': bins.count.tolist(),
+                                'confidence': _ratio(bins.confidence, bins.count),
+                                'accuracy': _ratio(bins.correct, bins.count)} for where, bins in pooled.items()},
+        'estimated_dice': _estimates(folders, results),
+        'best_dice_per_rater': _means(result.best_dice_per_rater for result in results),
+        'samples': sorted({int(result.values['samples']) for result in results}),
+        'raters': sorted({int(result.values['raters']) for result in results}),
+        'not_computed': list(_not_computed(folders, results)),
+        'cases': [{'case': r.case, **r.values, 'labels': r.labels, 'voxelwise': r.voxelwise,
+                   'best_dice_per_rater': r.best_dice_per_rater} for r in results],
+    }
+
+
+def _means(rows: Iterable[dict[str, float]]) -> Means:
+    """Mean of each metric over the rows that have it, nan left out."""
+    rows = list(rows)
+    means = {}
+    for metric in dict.fromkeys(metric for row in rows for metric in row):
+        values = np.array([row[metric] for row in rows if metric in row], float)
+        defined = values[~np.isnan(values)]
+        means[metric] = float(defined.mean()) if defined.size else float('nan')
+    return means
+
+
+def _is_empty(of: dict[str, float]) -> bool:
+    return of['volume_ml'] == 0 and of['reference_volume_ml'] == 0
+
+
+def _ratio(numerator: np.ndarray, count: np.ndarray) -> list[float]:
+    return [float(n / c) if c else float('nan') for n, c in zip(numerator, count, strict=True)]
+
+
+def _pooled_bins(results: Sequence[CaseResult]) -> dict[str, Reliability]:
+    """Reliability over the voxels of all cases, for `all` and `near`."""
+    pooled: dict[str, Reliability] = {}
+    for result in results:
+        for where, bins in result.bins.items():
+            pooled[where] = pooled[where] + bins if where in pooled else bins
+    return pooled
+
+
+def _estimates(folders: Folders, results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:
+    """Correlation of estimated with true Dice over cases, per label and of the cases' mean; empty without estimates."""
+    if not any('estimated_dice' in result.values for result in results):
+        return {}
+    rows: dict[str, list[dict[str, float]]] = {name: [result.labels[name] for result in results]
+                                               for name in folders.labels}
+    rows['case'] = [result.values for result in results]
+    return {name: correlation(*(np.array([of.get(which, np.nan) for of in values])
+                                for which in ('estimated_dice', 'dice'))) for name, values in rows.items()}
+
+
+def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[str]:
+    """One line for each group of metrics whose input is lacking, in all or in some cases."""
+    voxelwise = [result.voxelwise.get('all', {}) for result in results]
+    first_labels = [next(iter(result.labels.values())) for result in results]
+    for metrics, needs, there in (
+            ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),
+            ('error against uncertainty (AURC, AUROC)', f'CASE_uncertainty{folders.ending} or CASE.npz',
+             ['aurc' in v for v in voxelwise]),
+            ('estimated Dice and volume intervals', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
+             ['estimated_dice' in result.values for result in results]),
+            ('sample diversity', f'at least two samples/CASE_sNN{folders.ending}',
+             ['sample_diversity' in of for of in first_labels]),
+            ('distances to several raters (GED, HM-IoU)', f'-raters with CASE__RATER{folders.ending}',
+             [result.values['raters'] > 0 for result in results])):
+        if not all(there):
+            lacking = '' if not any(there) else f' ({there.count(False)} of {len(there)} cases lack it)'
+            yield f'{metrics}: needs {needs}{lacking}'

@@ -1,0 +1,209 @@
+"""What lies in the folders that are compared, and the reading of it, with the checks that need both sides."""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+Label = Union[int, tuple[int, ...]]
+SUMMARY = 'pdddpm_summary.json'
+UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, zlib.error)
+"""What nnU-Net's readers raise at a damaged file."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A label map (z, y, x), its spacing in mm along these axes, and the properties that nnU-Net's reader gives."""
+    file: Path
+    array: np.ndarray
+    spacing: tuple[float, ...]
+    properties: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders, what their data set is, and the cases to compare.
+
+    Attributes:
+        labels: name to label value or, for a region-based data set, to the label values of the region, in the order of
+            the model's channels; background and ignore label left out.
+        known_values: every label value that a mask may hold, the ignore label excepted.
+        summary: the entries of `pdddpm_summary.json` by case; empty if there is none.
+    """
+    predictions: Path
+    references: Path
+    raters: Path | None
+    cases: list[str]
+    ending: str
+    labels: dict[str, Label]
+    has_regions: bool
+    known_values: list[int]
+    ignore_label: int | None
+    reader: BaseReaderWriter
+    summary: dict[str, dict[str, Any]]
+
+    def sample_files(self, case: str) -> list[Path]:
+        """The case's samples in order; empty if they were not saved."""
+        return sorted(file for file in (self.predictions / 'samples').glob(f'*{self.ending}')
+                      if file.name[:-len(self.ending)].rpartition('_s')[0] == case)
+
+    def rater_files(self, case: str) -> dict[str, Path]:
+        """The case's masks by rater; empty without a folder of raters."""
+        files = sorted(self.raters.glob(f'*{self.ending}')) if self.raters is not None else []
+        return {file.name[len(case) + 2:-len(self.ending)]: file for file in files
+                if file.name.startswith(f'{case}__')}
+
+    def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
+        """A label map; raises ValueError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
+        values, properties = self._read(file, like)
+        known = self.known_values + ([] if self.ignore_label is None else [self.ignore_label])
+        unknown = values[~np.isin(values, known)]
+        if unknown.size:
+            raise ValueError(f'{file} has label values such as {unknown[0]:g} that dataset.json does not know '
+                             f'({", ".join(map(str, known))}): correct the mask, or name its data set with -djfile.')
+        array = values.astype(np.uint8 if max(known) < 256 else np.uint16)
+        return Mask(file, array, tuple(map(float, properties['spacing'])), properties)
+
+    def read_map(self, file: Path, like: Mask) -> np.ndarray:
+        """A scalar image (z, y, x) float32 of `like`'s geometry; raises ValueError if not, or not finite."""
+        values, _ = self._read(file, like)
+        if not np.isfinite(values).all():
+            raise ValueError(f'{file} has values that are not finite: predict the case again.')
+        return values
+
+    def _read(self, file: Path, like: Mask | None) -> tuple[np.ndarray, dict[str, Any]]:
+        try:
+            array, properties = self.reader.read_seg(str(file))
+        except UNREADABLE as error:
+            raise ValueError(f'{file} cannot be read ({_in_one_line(error)}).') from error
+        if like is not None:
+            _require_same_geometry(file, array[0], properties, like)
+        return array[0], properties
+
+    def read_probabilities(self, file: Path, like: Mask) -> np.ndarray:
+        """Probabilities (C, z, y, x) float32 as --save_probabilities writes them; raises ValueError if they are not."""
+        try:
+            with np.load(file) as content:
+                array = content['probabilities'].astype(np.float32)
+        except (*UNREADABLE, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f'{file} is not what --save_probabilities writes ({_in_one_line(error)}): predict the '
+                             f'case again.') from error
+        shape = (len(self.labels) if self.has_regions else 1 + max(self.known_values), *like.array.shape)
+        if array.shape != shape:
+            raise ValueError(f'{file} holds an array of shape {array.shape}, but dataset.json and {like.file} need '
+                             f'{shape}: predict the case again.')
+        if not (array.min() >= 0 and array.max() <= 1):  # so written, nan fails as well
+            raise ValueError(f'{file} has values outside of 0 to 1: predict the case again.')
+        return array
+
+
+def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, Any], like: Mask) -> None:
+    """Raise ValueError unless voxels of equal index lie at the same place, within a tenth of a voxel."""
+    def geometry(shape: tuple[int, ...], of: dict[str, Any]) -> dict[str, Any]:
+        sitk, nibabel = of.get('sitk_stuff', {}), of.get('nibabel_stuff', {})
+        affine = nibabel.get('reoriented_affine', nibabel.get('original_affine', np.zeros((4, 4))))
+        return {'shape': shape, 'spacing': of['spacing'], 'origin': sitk.get('origin', affine[:3, 3]),
+                'direction': sitk.get('direction', affine[:3, :3])}
+
+    tolerances = {'shape': 0.0, 'spacing': 1e-3, 'origin': 0.1 * min(like.spacing), 'direction': 1e-3}
+    its = geometry(like.array.shape, like.properties)
+    for name, value in geometry(array.shape, properties).items():
+        if np.shape(value) != np.shape(its[name]) or not np.allclose(value, its[name], rtol=0, atol=tolerances[name]):
+            raise ValueError(f'{file} and {like.file} differ in {name} ({np.round(value, 4).tolist()} and '
+                             f'{np.round(its[name], 4).tolist()}): bring both onto the grid of the same image.')
+
+
+def open_folders(predictions: Path, references: Path, raters: Path | None = None, dataset_json: Path | None = None,
+                 plans: Path | None = None, chill: bool = False) -> Folders:
+    """Look into the folders; reads no image.
+
+    Args:
+        predictions: output folder of nnUNetv2_predict or nnUNetv2_pdddpm_predict.
+        references: folder of label maps of the same names; each needs a prediction unless `chill`.
+        raters: folder of `<case>__<rater><ending>`.
+        dataset_json: by default the one in `predictions`; `plans` likewise.
+        plans: the model's plans.json.
+        chill: compare the cases that have a prediction, as nnUNetv2_evaluate_folder does with --chill.
+
+    Raises:
+        ValueError: naming what is missing or cannot be used, with what to do.
+    """
+    for folder in filter(None, (predictions, references, raters)):
+        if not folder.is_dir():
+            raise ValueError(f'There is no folder {folder}.')
+    dataset = _read_json(dataset_json or predictions / 'dataset.json', '-djfile')
+    plans_content = _read_json(plans or predictions / 'plans.json', '-pfile')
+    try:
+        manager = PlansManager(plans_content).get_label_manager(dataset)
+        ending = str(dataset['file_ending'])
+        values = {name: value for name, value in dataset['labels'].items() if name not in ('background', 'ignore')}
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f'dataset.json and plans.json do not fit together or are not those of a model '
+                         f'({type(error).__name__}: {_in_one_line(error)}): name them with -djfile and -pfile.'
+                         ) from error
+    labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
+                                else int(np.ravel(value)[0]) for name, value in values.items()}
+    cases = _cases(predictions, references, ending, chill)
+    folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
+                      [int(v) for v in manager.all_labels], manager.ignore_label,
+                      _reader(dataset, references / f'{cases[0]}{ending}'), _read_summary(predictions / SUMMARY))
+    if raters is not None and not any(folders.rater_files(case) for case in cases):
+        raise ValueError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
+                         f'{cases[0]}__1{ending}.')
+    return folders
+
+
+def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> list[str]:
+    cases = sorted(file.name[:-len(ending)] for file in references.glob(f'*{ending}'))
+    predicted = [case for case in cases if (predictions / f'{case}{ending}').is_file()]
+    if not predicted:
+        raise ValueError(f'{predictions} and {references} have no *{ending} files of the same name.')
+    missing = sorted(set(cases) - set(predicted))
+    if missing and not chill:
+        raise ValueError(f'{predictions} lacks the prediction of {len(missing)} of {len(cases)} references '
+                         f'({", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}): predict them, or evaluate '
+                         f'the others with --chill.')
+    return predicted
+
+
+def _reader(dataset: dict[str, Any], example: Path) -> BaseReaderWriter:
+    with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of the readers that do not suit
+        try:
+            return determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)()
+        except RuntimeError:
+            raise ValueError(f"None of nnU-Net's readers can read {example}.") from None
+
+
+def _read_json(file: Path, flag: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{file} cannot be read ({_in_one_line(error)}): name the one of the model with {flag}.'
+                         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{file} is not a {file.stem} of nnU-Net: name the one of the model with {flag}.')
+    return content
+
+
+def _read_summary(file: Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        return {}
+    try:
+        return {str(entry['case']): entry for entry in json.loads(file.read_text())['cases']}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{file} is not what nnUNetv2_pdddpm_predict writes ({type(error).__name__}: '
+                         f'{_in_one_line(error)}): predict again, or take it away.') from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())[:300]

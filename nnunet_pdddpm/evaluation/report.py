@@ -1,0 +1,149 @@
+"""The files and the table of an evaluation."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use('agg')
+from matplotlib import pyplot as plt  # noqa: E402
+
+JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', 'evaluation_reliability.png'
+COLUMNS = ('dice', 'iou', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_ml', 'reference_volume_ml',
+           'volume_difference_ml', 'estimated_dice', 'volume_low_ml', 'volume_high_ml', 'reference_in_interval',
+           'sample_diversity', 'rater_diversity', 'ged_squared', 'hm_iou', 'best_dice', 'raters_in_interval')
+"""Metrics of a case and label, in the order of the CSV's columns."""
+TITLES = {'dice': 'Dice', 'hd95_mm': 'HD95 mm', 'surface_dice': 'surf.Dice', 'lesion_f1': 'lesion F1',
+          'volume_difference_ml': '|dV| ml', 'estimated_dice': 'est. Dice', 'reference_in_interval': 'V in int.',
+          'ged_squared': 'GED^2', 'hm_iou': 'HM-IoU', 'best_dice': 'best Dice', 'sample_diversity': 'div. samp.',
+          'rater_diversity': 'div. rat.', 'raters_in_interval': 'V in int.', 'nll': 'NLL', 'brier': 'Brier',
+          'ece': 'ECE', 'adaptive_ece': 'adapt.ECE', 'aurc': 'AURC', 'auroc': 'AUROC'}
+
+
+def write_files(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Write JSON, CSV and, if there are probabilities, the reliability diagram; return the files.
+
+    Everything is written beside first and then renamed: an earlier evaluation is replaced as a whole or not at all. A
+    diagram of an earlier evaluation is removed if this one has none.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {JSON: json.dumps(_without_nan(summary), indent=1).encode(), CSV: _csv(summary).encode()}
+    if summary['reliability']:
+        contents[PNG] = _reliability_diagram(summary['reliability'])
+    beside = {name: folder / f'.{name}.{os.getpid()}' for name in contents}
+    try:
+        for name, content in contents.items():
+            beside[name].write_bytes(content)
+        for name, file in beside.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in beside.values():
+            file.unlink(missing_ok=True)
+    if PNG not in contents:
+        (folder / PNG).unlink(missing_ok=True)
+    return [folder / name for name in contents]
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no nan: null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(of) for of in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _csv(summary: dict[str, Any]) -> str:
+    """One row per case and label; undefined and missing values are empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['case', 'label', *COLUMNS, 'samples', 'raters'])
+    for case in summary['cases']:
+        for name, of in case['labels'].items():
+            values = (of.get(column, np.nan) for column in COLUMNS)
+            writer.writerow([case['case'], name, *('' if np.isnan(value) else f'{value:.6g}' for value in values),
+                             case['samples'], case['raters']])
+    return text.getvalue()
+
+
+def _reliability_diagram(pooled: dict[str, dict[str, Any]]) -> bytes:
+    """PNG: accuracy over confidence with the share of voxels below, for all voxels and those near the foreground."""
+    titles = {'all': 'all voxels', 'near': 'near the reference'}
+    figure, axes = plt.subplots(2, len(pooled), figsize=(4.2 * len(pooled), 5.2), squeeze=False, sharex=True,
+                                height_ratios=[3, 1])
+    for (where, bins), (upper, lower) in zip(pooled.items(), axes.T, strict=True):
+        accuracy, confidence, voxels = (np.array(bins[key], float) for key in ('accuracy', 'confidence', 'voxels'))
+        edges = np.linspace(0, 1, len(voxels) + 1)
+        upper.bar(edges[:-1], accuracy, edges[1], align='edge', color='tab:blue', alpha=0.5, edgecolor='white')
+        upper.plot([0, 1], [0, 1], color='grey', linestyle='--', linewidth=1)
+        upper.plot(confidence, accuracy, 'o', color='black', markersize=3)
+        upper.set(title=f'{titles[where]}: ECE {bins["ece"]:.4f}', ylabel='share correct', ylim=(0, 1))
+        lower.bar(edges[:-1], voxels / voxels.sum(), edges[1], align='edge', color='grey', edgecolor='white')
+        lower.set(xlabel='confidence', ylabel='share of voxels', yscale='log', xlim=(0, 1))
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def format_tables(summary: dict[str, Any]) -> str:
+    """The means that the command prints, and what was not computed."""
+    return '\n'.join(_lines(summary))
+
+
+def _lines(summary: dict[str, Any]) -> Iterator[str]:
+    labels = {**summary['mean'], 'mean': summary['foreground_mean']}
+    tolerance = summary['settings']['surface_dice_tolerance_mm']
+    yield (f'{summary["num_cases"]} cases, means over cases; surface Dice within {tolerance:g} mm')
+    yield from _table(labels, ('dice', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_difference_ml'))
+    empty = {name: count for name, count in summary['both_empty'].items() if count}
+    if empty:
+        yield ('  left out where mask and reference are empty: '
+               + ', '.join(f'{name} in {count} cases' for name, count in empty.items()))
+    if summary['voxelwise']:
+        yield f'Voxels: all, and those near the reference (its box and {summary["settings"]["near_margin_mm"]:g} mm)'
+        yield from _table(summary['voxelwise'], ('nll', 'brier', 'ece', 'adaptive_ece', 'aurc', 'auroc'))
+    if summary['estimated_dice']:
+        yield "Estimated Dice, and the reference's volume in the 95 % interval"
+        yield from _table(labels, ('estimated_dice', 'dice', 'reference_in_interval'))
+        yield '  correlation of estimated with true Dice (Spearman, Pearson, cases): ' + '; '.join(
+            f'{name} {_figure(of["spearman"])}, {_figure(of["pearson"])}, {of["n"]}'
+            for name, of in summary['estimated_dice'].items())
+    samples, raters = (_counts(summary[of]) for of in ('samples', 'raters'))
+    if 'ged_squared' in summary['foreground_mean']:
+        yield f'{samples} samples against {raters} raters'
+        yield from _table(labels, ('ged_squared', 'hm_iou', 'best_dice', 'sample_diversity', 'rater_diversity',
+                                   'raters_in_interval'))
+    elif 'sample_diversity' in summary['foreground_mean']:
+        yield f'{samples} samples'
+        yield from _table(labels, ('sample_diversity',))
+    for line in summary['not_computed']:
+        yield f'Not computed: {line}'
+
+
+def _counts(counts: list[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
+
+
+def _table(rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> Iterator[str]:
+    """Lines of a table with the columns that some row has."""
+    shown = [column for column in columns if any(column in row for row in rows.values())]
+    width = max(map(len, rows)) + 4
+    yield ' ' * width + ''.join(TITLES[column].rjust(12) for column in shown)
+    for name, row in rows.items():
+        yield f'  {name}'.ljust(width) + ''.join(_figure(row.get(column, np.nan)).rjust(12) for column in shown)
+
+
+def _figure(value: float) -> str:
+    return '-' if np.isnan(value) else f'{value:.4f}'
