@@ -9,23 +9,24 @@ from pathlib import Path
 from nnunetv2.configuration import default_num_processes
 
 from nnunet_pdddpm.evaluation.evaluate import evaluate_cases, summarise
-from nnunet_pdddpm.evaluation.folders import open_folders
+from nnunet_pdddpm.evaluation.folders import EvaluationError, open_folders
 from nnunet_pdddpm.evaluation.report import format_tables, write_files
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables and write the files; exit with 1 and one sentence if the input does not allow it."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if not 0 <= args.nsd_tolerance < float('inf'):
+        parser.error(f'-nsd_tolerance must be a distance in mm, got {args.nsd_tolerance}')
+    if args.np < 1:
+        parser.error(f'-np must be at least 1, got {args.np}')
     try:
-        if not 0 <= args.nsd_tolerance < float('inf'):
-            raise ValueError(f'-nsd_tolerance must be a distance in mm, got {args.nsd_tolerance}.')
-        if args.np < 1:
-            raise ValueError(f'-np must be at least 1, got {args.np}.')
         folders = open_folders(args.pred, args.ref, args.raters, args.djfile, args.pfile, args.chill)
         results = evaluate_cases(folders, args.nsd_tolerance, args.np, not args.disable_progress_bar)
         summary = summarise(folders, results, args.nsd_tolerance)
         files = write_files(summary, args.o or args.pred)
-    except (ValueError, OSError) as error:
+    except (EvaluationError, OSError) as error:
         sys.exit(f'nnUNetv2_pdddpm_evaluate: {error}')
     print(format_tables(summary))
     print('Written: ' + ', '.join(map(str, files)))

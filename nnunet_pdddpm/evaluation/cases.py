@@ -74,7 +74,7 @@ def evaluate_case(folders: Folders, case: str, tolerance: float) -> CaseResult:
         tolerance: mm within which a surface counts as found.
 
     Raises:
-        ValueError: if a file is unreadable or does not fit the reference.
+        EvaluationError: if a file is unreadable or does not fit the reference.
     """
     data = _Case(folders, case)
     result = CaseResult(case, _accuracy(data, tolerance))

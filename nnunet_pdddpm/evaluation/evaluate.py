@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
 from nnunet_pdddpm.evaluation.cases import INTERVAL, MARGIN_MM, CaseResult, evaluate_case
-from nnunet_pdddpm.evaluation.folders import SUMMARY, Folders
+from nnunet_pdddpm.evaluation.folders import SUMMARY, EvaluationError, Folders
 
 Means = dict[str, float]
 
@@ -29,7 +29,7 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
         progress_bar: over the cases.
 
     Raises:
-        ValueError: if a file is unreadable or does not fit its reference, or memory did not suffice.
+        EvaluationError: if a file is unreadable or does not fit its reference, or memory did not suffice.
     """
     work = partial(evaluate_case, folders, tolerance=tolerance)
     show = partial(tqdm, total=len(folders.cases), disable=not progress_bar)
@@ -39,8 +39,8 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
         try:
             return list(show(pool.map(work, folders.cases)))
         except BrokenProcessPool:
-            raise ValueError(f'A process was killed, probably for lack of memory: use fewer than -np {num_processes}.'
-                             ) from None
+            raise EvaluationError('A process was killed, probably for lack of memory: use fewer than '
+                                  f'-np {num_processes}.') from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -21,6 +21,10 @@ UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, zlib.
 """What nnU-Net's readers raise at a damaged file."""
 
 
+class EvaluationError(ValueError):
+    """The folders cannot be evaluated; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """A label map (z, y, x), its spacing in mm along these axes, and the properties that nnU-Net's reader gives."""
@@ -64,51 +68,51 @@ class Folders:
                 if file.name.startswith(f'{case}__')}
 
     def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
-        """A label map; raises ValueError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
+        """A label map; raises EvaluationError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
         values, properties = self._read(file, like)
         known = self.known_values + ([] if self.ignore_label is None else [self.ignore_label])
         unknown = values[~np.isin(values, known)]
         if unknown.size:
-            raise ValueError(f'{file} has label values such as {unknown[0]:g} that dataset.json does not know '
-                             f'({", ".join(map(str, known))}): correct the mask, or name its data set with -djfile.')
+            raise EvaluationError(f'{file} has label values such as {unknown[0]:g} that dataset.json does not know '
+                                  f'({", ".join(map(str, known))}): correct the mask, or name its data set with -djfile.')
         array = values.astype(np.uint8 if max(known) < 256 else np.uint16)
         return Mask(file, array, tuple(map(float, properties['spacing'])), properties)
 
     def read_map(self, file: Path, like: Mask) -> np.ndarray:
-        """A scalar image (z, y, x) float32 of `like`'s geometry; raises ValueError if not, or not finite."""
+        """A scalar image (z, y, x) float32 of `like`'s geometry; raises EvaluationError if not, or not finite."""
         values, _ = self._read(file, like)
         if not np.isfinite(values).all():
-            raise ValueError(f'{file} has values that are not finite: predict the case again.')
+            raise EvaluationError(f'{file} has values that are not finite: predict the case again.')
         return values
 
     def _read(self, file: Path, like: Mask | None) -> tuple[np.ndarray, dict[str, Any]]:
         try:
             array, properties = self.reader.read_seg(str(file))
         except UNREADABLE as error:
-            raise ValueError(f'{file} cannot be read ({_in_one_line(error)}).') from error
+            raise EvaluationError(f'{file} cannot be read ({_in_one_line(error)}).') from error
         if like is not None:
             _require_same_geometry(file, array[0], properties, like)
         return array[0], properties
 
     def read_probabilities(self, file: Path, like: Mask) -> np.ndarray:
-        """Probabilities (C, z, y, x) float32 as --save_probabilities writes them; raises ValueError if they are not."""
+        """Probabilities (C, z, y, x) float32 as --save_probabilities writes them; raises EvaluationError if not."""
         try:
             with np.load(file) as content:
                 array = content['probabilities'].astype(np.float32)
         except (*UNREADABLE, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f'{file} is not what --save_probabilities writes ({_in_one_line(error)}): predict the '
-                             f'case again.') from error
+            raise EvaluationError(f'{file} is not what --save_probabilities writes ({_in_one_line(error)}): predict '
+                                  f'the case again.') from error
         shape = (len(self.labels) if self.has_regions else 1 + max(self.known_values), *like.array.shape)
         if array.shape != shape:
-            raise ValueError(f'{file} holds an array of shape {array.shape}, but dataset.json and {like.file} need '
-                             f'{shape}: predict the case again.')
+            raise EvaluationError(f'{file} holds an array of shape {array.shape}, but dataset.json and {like.file} '
+                                  f'need {shape}: predict the case again.')
         if not (array.min() >= 0 and array.max() <= 1):  # so written, nan fails as well
-            raise ValueError(f'{file} has values outside of 0 to 1: predict the case again.')
+            raise EvaluationError(f'{file} has values outside of 0 to 1: predict the case again.')
         return array
 
 
 def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, Any], like: Mask) -> None:
-    """Raise ValueError unless voxels of equal index lie at the same place, within a tenth of a voxel."""
+    """Raise EvaluationError unless voxels of equal index lie at the same place, within a tenth of a voxel."""
     def geometry(shape: tuple[int, ...], of: dict[str, Any]) -> dict[str, Any]:
         sitk, nibabel = of.get('sitk_stuff', {}), of.get('nibabel_stuff', {})
         affine = nibabel.get('reoriented_affine', nibabel.get('original_affine', np.zeros((4, 4))))
@@ -119,8 +123,8 @@ def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, 
     its = geometry(like.array.shape, like.properties)
     for name, value in geometry(array.shape, properties).items():
         if np.shape(value) != np.shape(its[name]) or not np.allclose(value, its[name], rtol=0, atol=tolerances[name]):
-            raise ValueError(f'{file} and {like.file} differ in {name} ({np.round(value, 4).tolist()} and '
-                             f'{np.round(its[name], 4).tolist()}): bring both onto the grid of the same image.')
+            raise EvaluationError(f'{file} and {like.file} differ in {name} ({np.round(value, 4).tolist()} and '
+                                  f'{np.round(its[name], 4).tolist()}): bring both onto the grid of the same image.')
 
 
 def open_folders(predictions: Path, references: Path, raters: Path | None = None, dataset_json: Path | None = None,
@@ -136,11 +140,11 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
         chill: compare the cases that have a prediction, as nnUNetv2_evaluate_folder does with --chill.
 
     Raises:
-        ValueError: naming what is missing or cannot be used, with what to do.
+        EvaluationError: naming what is missing or cannot be used, with what to do.
     """
     for folder in filter(None, (predictions, references, raters)):
         if not folder.is_dir():
-            raise ValueError(f'There is no folder {folder}.')
+            raise EvaluationError(f'There is no folder {folder}.')
     dataset = _read_json(dataset_json or predictions / 'dataset.json', '-djfile')
     plans_content = _read_json(plans or predictions / 'plans.json', '-pfile')
     try:
@@ -148,9 +152,9 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
         ending = str(dataset['file_ending'])
         values = {name: value for name, value in dataset['labels'].items() if name not in ('background', 'ignore')}
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f'dataset.json and plans.json do not fit together or are not those of a model '
-                         f'({type(error).__name__}: {_in_one_line(error)}): name them with -djfile and -pfile.'
-                         ) from error
+        raise EvaluationError(f'dataset.json and plans.json do not fit together or are not those of a model '
+                              f'({type(error).__name__}: {_in_one_line(error)}): name them with -djfile and -pfile.'
+                              ) from error
     labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
                                 else int(np.ravel(value)[0]) for name, value in values.items()}
     cases = _cases(predictions, references, ending, chill)
@@ -158,8 +162,8 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
                       [int(v) for v in manager.all_labels], manager.ignore_label,
                       _reader(dataset, references / f'{cases[0]}{ending}'), _read_summary(predictions / SUMMARY))
     if raters is not None and not any(folders.rater_files(case) for case in cases):
-        raise ValueError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
-                         f'{cases[0]}__1{ending}.')
+        raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
+                              f'{cases[0]}__1{ending}.')
     return folders
 
 
@@ -167,12 +171,12 @@ def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> lis
     cases = sorted(file.name[:-len(ending)] for file in references.glob(f'*{ending}'))
     predicted = [case for case in cases if (predictions / f'{case}{ending}').is_file()]
     if not predicted:
-        raise ValueError(f'{predictions} and {references} have no *{ending} files of the same name.')
+        raise EvaluationError(f'{predictions} and {references} have no *{ending} files of the same name.')
     missing = sorted(set(cases) - set(predicted))
     if missing and not chill:
-        raise ValueError(f'{predictions} lacks the prediction of {len(missing)} of {len(cases)} references '
-                         f'({", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}): predict them, or evaluate '
-                         f'the others with --chill.')
+        raise EvaluationError(f'{predictions} lacks the prediction of {len(missing)} of {len(cases)} references '
+                              f'({", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}): predict them, or evaluate '
+                              f'the others with --chill.')
     return predicted
 
 
@@ -181,17 +185,17 @@ def _reader(dataset: dict[str, Any], example: Path) -> BaseReaderWriter:
         try:
             return determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)()
         except RuntimeError:
-            raise ValueError(f"None of nnU-Net's readers can read {example}.") from None
+            raise EvaluationError(f"None of nnU-Net's readers can read {example}.") from None
 
 
 def _read_json(file: Path, flag: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f'{file} cannot be read ({_in_one_line(error)}): name the one of the model with {flag}.'
-                         ) from error
+        raise EvaluationError(f'{file} cannot be read ({_in_one_line(error)}): name the one of the model with {flag}.'
+                              ) from error
     if not isinstance(content, dict):
-        raise ValueError(f'{file} is not a {file.stem} of nnU-Net: name the one of the model with {flag}.')
+        raise EvaluationError(f'{file} is not a {file.stem} of nnU-Net: name the one of the model with {flag}.')
     return content
 
 
@@ -201,8 +205,8 @@ def _read_summary(file: Path) -> dict[str, dict[str, Any]]:
     try:
         return {str(entry['case']): entry for entry in json.loads(file.read_text())['cases']}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{file} is not what nnUNetv2_pdddpm_predict writes ({type(error).__name__}: '
-                         f'{_in_one_line(error)}): predict again, or take it away.') from error
+        raise EvaluationError(f'{file} is not what nnUNetv2_pdddpm_predict writes ({type(error).__name__}: '
+                              f'{_in_one_line(error)}): predict again, or take it away.') from error
 
 
 def _in_one_line(error: BaseException) -> str:
