@@ -74,16 +74,14 @@ class Folders:
         unknown = values[~np.isin(values, known)]
         if unknown.size:
             raise EvaluationError(f'{file} has label values such as {unknown[0]:g} that dataset.json does not know '
-                                  f'({", ".join(map(str, known))}): correct the mask, or name its data set with -djfile.')
+                                  f'({", ".join(map(str, known))}): correct the mask, or name its data set with '
+                                  '-djfile.')
         array = values.astype(np.uint8 if max(known) < 256 else np.uint16)
         return Mask(file, array, tuple(map(float, properties['spacing'])), properties)
 
     def read_map(self, file: Path, like: Mask) -> np.ndarray:
-        """A scalar image (z, y, x) float32 of `like`'s geometry; raises EvaluationError if not, or not finite."""
-        values, _ = self._read(file, like)
-        if not np.isfinite(values).all():
-            raise EvaluationError(f'{file} has values that are not finite: predict the case again.')
-        return values
+        """A scalar image (z, y, x) float32; raises EvaluationError if it is unreadable or not of `like`'s geometry."""
+        return self._read(file, like)[0]
 
     def _read(self, file: Path, like: Mask | None) -> tuple[np.ndarray, dict[str, Any]]:
         try:
@@ -174,9 +172,9 @@ def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> lis
         raise EvaluationError(f'{predictions} and {references} have no *{ending} files of the same name.')
     missing = sorted(set(cases) - set(predicted))
     if missing and not chill:
+        named = ', '.join(missing[:3]) + (', ...' if len(missing) > 3 else '')
         raise EvaluationError(f'{predictions} lacks the prediction of {len(missing)} of {len(cases)} references '
-                              f'({", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}): predict them, or evaluate '
-                              f'the others with --chill.')
+                              f'({named}): predict them, or evaluate the others with --chill.')
     return predicted
 
 

@@ -1,0 +1,518 @@
+"""`nnUNetv2_pdddpm_evaluate` on folders as prediction commands write them."""
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2
+from scipy.ndimage import gaussian_filter
+from scipy.stats import pearsonr, spearmanr
+from skimage import io
+
+from nnunet_pdddpm.commands.evaluate import main
+from nnunet_pdddpm.demo.phantom import make_case, oblique_direction
+from nnunet_pdddpm.evaluation.calibration import normalised_entropy
+from nnunet_pdddpm.evaluation.overlap import iou_matrix
+from nnunet_pdddpm.evaluation.raters import ged_squared
+from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
+
+SHAPE, SPACING = (14, 18, 16), (2.5, 1.0, 0.8)
+LABELS = {'background': 0, 'organ': 1, 'lesion': 2}
+REGIONS = {'background': 0, 'whole': [1, 2], 'lesion': 2}
+OUTPUTS = ('evaluation.json', 'evaluation.csv', 'evaluation_reliability.png')
+
+
+def write(file: Path, array: np.ndarray, spacing=SPACING, origin=(3.0, -7.0, 11.0), direction=None) -> None:
+    """An image (z, y, x) with an oblique direction; spacing in that order, too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin(origin)
+    image.SetDirection(direction or oblique_direction())
+    sitk.WriteImage(image, str(file))
+
+
+def soft(mask: np.ndarray, seed: int) -> np.ndarray:
+    """Probabilities (3, z, y, x) whose argmax is about the mask."""
+    rng = np.random.default_rng(seed)
+    channels = np.stack([gaussian_filter((mask == c).astype(float), 1) + 0.05 * rng.random(mask.shape)
+                         for c in range(3)])
+    return (channels / channels.sum(0)).astype(np.float16)
+
+
+def variant(mask: np.ndarray, seed: int) -> np.ndarray:
+    """Another plausible mask: moved by up to two voxels."""
+    return np.roll(mask, tuple(np.random.default_rng(seed).integers(-1, 3, 2)), (1, 2))
+
+
+@dataclass
+class Data:
+    """Folders of five cases and the arrays that were written into them."""
+    root: Path
+    references: dict[str, np.ndarray]
+    predictions: dict[str, np.ndarray]
+
+    @property
+    def pred(self) -> Path:
+        return self.root / 'pred'
+
+    @property
+    def ref(self) -> Path:
+        return self.root / 'ref'
+
+    @property
+    def raters(self) -> Path:
+        return self.root / 'raters'
+
+    def describe(self, labels: dict[str, Any], **more: Any) -> None:
+        dataset = {'labels': labels, 'file_ending': '.nii.gz', 'channel_names': {'0': 'T1'}, **more}
+        (self.pred / 'dataset.json').write_text(json.dumps(dataset))
+        (self.pred / 'plans.json').write_text(json.dumps({'label_manager': 'LabelManager'}))
+
+    def add_probabilities(self) -> dict[str, np.ndarray]:
+        arrays = {case: soft(mask, i) for i, (case, mask) in enumerate(self.predictions.items())}
+        for case, array in arrays.items():
+            np.savez_compressed(self.pred / f'{case}.npz', probabilities=array)
+        return arrays
+
+    def add_samples(self, number: int = 4) -> dict[str, np.ndarray]:
+        arrays = {case: np.stack([variant(mask, 10 * i + s) for s in range(number)])
+                  for i, (case, mask) in enumerate(self.predictions.items())}
+        for case, masks in arrays.items():
+            for s, mask in enumerate(masks):
+                write(self.pred / 'samples' / f'{case}_s{s:02d}.nii.gz', mask)
+        return arrays
+
+    def add_raters(self, number: int = 3) -> dict[str, np.ndarray]:
+        arrays = {case: np.stack([variant(mask, 100 * i + r) for r in range(number)])
+                  for i, (case, mask) in enumerate(self.references.items())}
+        for case, masks in arrays.items():
+            for r, mask in enumerate(masks):
+                write(self.raters / f'{case}__dr_{r}.nii.gz', mask)
+        return arrays
+
+    def evaluate(self, *flags: str, raters: bool = False) -> dict[str, Any]:
+        """Run the command in this process; what evaluation.json holds."""
+        main(['-pred', str(self.pred), '-ref', str(self.ref), '-np', '1', '--disable_progress_bar', *flags,
+              *(['-raters', str(self.raters)] if raters else [])])
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f'{constant} is no JSON')
+        return json.loads((self.pred / 'evaluation.json').read_text(), parse_constant=refuse)
+
+    def fails(self, *flags: str, raters: bool = False) -> str:
+        """Run the command, which must exit with one sentence and leave earlier results alone; the sentence."""
+        for name in OUTPUTS:
+            (self.pred / name).write_text('earlier')
+        with pytest.raises(SystemExit) as stop:
+            self.evaluate(*flags, raters=raters)
+        assert all((self.pred / name).read_text() == 'earlier' for name in OUTPUTS)
+        assert not list(self.pred.glob('.evaluation*'))
+        message = str(stop.value.code)
+        assert message.startswith('nnUNetv2_pdddpm_evaluate: ') and '\n' not in message
+        return message
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    """References of five phantoms, and masks that are off by some voxels, as nnUNetv2_predict leaves them."""
+    references = {f'case_{i}': make_case(SHAPE, i)[1] for i in range(5)}
+    made = Data(tmp_path, references, {case: variant(mask, 7 + i) for i, (case, mask) in enumerate(references.items())})
+    for case in references:
+        write(made.ref / f'{case}.nii.gz', made.references[case])
+        write(made.pred / f'{case}.nii.gz', made.predictions[case])
+    made.describe(LABELS)
+    return made
+
+
+def column(results: dict[str, Any], label: str, metric: str) -> list[float]:
+    return [case['labels'][label][metric] for case in results['cases']]
+
+
+# accuracy
+
+@pytest.mark.parametrize('kind', ['labels', 'regions', 'ignore'])
+def test_dice_is_that_of_nnunets_evaluator(data, kind):
+    labels = {'labels': LABELS, 'regions': REGIONS, 'ignore': {**LABELS, 'ignore': 3}}[kind]
+    data.describe(labels, **({'regions_class_order': [1, 2]} if kind == 'regions' else {}))
+    if kind == 'ignore':
+        for case, mask in data.references.items():
+            mask[:4] = 3
+            write(data.ref / f'{case}.nii.gz', mask)
+    compute_metrics_on_folder2(str(data.ref), str(data.pred), str(data.pred / 'dataset.json'),
+                               str(data.pred / 'plans.json'), num_processes=1)
+    theirs = json.loads((data.pred / 'summary.json').read_text())
+    keys = {'whole': '(1, 2)', 'organ': '1', 'lesion': '2'}
+    ours = data.evaluate()
+    for ours_name, theirs_name in (('dice', 'Dice'), ('iou', 'IoU')):
+        assert ours['foreground_mean'][ours_name] == pytest.approx(theirs['foreground_mean'][theirs_name], abs=1e-12)
+        for name, means in ours['mean'].items():
+            assert means[ours_name] == pytest.approx(theirs['mean'][keys[name]][theirs_name], abs=1e-12)
+            assert column(ours, name, ours_name) == pytest.approx(
+                [case['metrics'][keys[name]][theirs_name] for case in theirs['metric_per_case']], abs=1e-12)
+
+
+def test_surfaces_and_volumes_are_in_millimetres_of_the_images_axes(data):
+    results = data.evaluate('-nsd_tolerance', '1.7')
+    for case, reference, prediction in zip(results['cases'], data.references.values(), data.predictions.values(),
+                                           strict=True):
+        expected = hd95_and_surface_dice(reference == 2, prediction == 2, SPACING, 1.7)
+        of = case['labels']['lesion']
+        assert (of['hd95_mm'], of['surface_dice']) == pytest.approx(expected, rel=1e-5)
+        voxel_ml = np.prod(SPACING) / 1000
+        assert of['reference_volume_ml'] == pytest.approx((reference == 2).sum() * voxel_ml, rel=1e-5)
+        assert of['volume_ml'] == pytest.approx((prediction == 2).sum() * voxel_ml, rel=1e-5)
+        assert of['volume_difference_ml'] == pytest.approx(abs(of['volume_ml'] - of['reference_volume_ml']), abs=1e-9)
+
+
+def test_a_plain_folder_of_masks_gives_accuracy_and_names_once_what_the_rest_needs(data, capsys):
+    results = data.evaluate()
+    printed = capsys.readouterr().out
+    assert results['voxelwise'] == results['estimated_dice'] == {}
+    assert 'ged_squared' not in results['foreground_mean']
+    lines = [line for line in printed.splitlines() if line.startswith('Not computed: ')]
+    assert lines == [f'Not computed: {line}' for line in results['not_computed']] and len(lines) == 5
+    for need in ('CASE.npz', 'CASE_uncertainty.nii.gz', 'pdddpm_summary.json', 'samples/CASE_sNN.nii.gz',
+                 '-raters with CASE__RATER.nii.gz'):
+        assert sum(need in line for line in lines) >= 1
+    assert f'{results["mean"]["lesion"]["dice"]:.4f}' in printed
+    assert not (data.pred / OUTPUTS[2]).exists()
+
+
+def test_the_csv_has_a_row_per_case_and_label(data):
+    results = data.evaluate()
+    with open(data.pred / 'evaluation.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['case'], row['label']) for row in rows] == [(case, name) for case in data.references
+                                                            for name in ('organ', 'lesion')]
+    assert [float(row['dice']) for row in rows[1::2]] == pytest.approx(column(results, 'lesion', 'dice'), rel=1e-5)
+    assert {row['ged_squared'] for row in rows} == {''}
+
+
+def test_empty_masks_are_left_out_or_count_as_wrong_but_never_as_right(data, capsys):
+    empty = np.zeros(SHAPE, np.uint8)
+    for name, (reference, prediction) in {'case_0': (empty, empty), 'case_1': (empty, data.predictions['case_1']),
+                                          'case_2': (data.references['case_2'], empty)}.items():
+        write(data.ref / f'{name}.nii.gz', reference)
+        write(data.pred / f'{name}.nii.gz', prediction)
+    results = data.evaluate()
+    both, false_positive, missed = (case['labels']['organ'] for case in results['cases'][:3])
+    diagonal = np.linalg.norm(np.multiply(SHAPE, SPACING))
+    for metric in ('dice', 'hd95_mm', 'surface_dice', 'lesion_f1'):
+        assert both[metric] is None
+        worst = pytest.approx(diagonal, rel=1e-5) if metric == 'hd95_mm' else 0
+        assert false_positive[metric] == missed[metric] == worst
+        assert results['mean']['organ'][metric] == pytest.approx(np.mean(column(results, 'organ', metric)[1:]))
+    assert both['volume_difference_ml'] == 0 < false_positive['volume_difference_ml']
+    assert results['both_empty'] == {'organ': 1, 'lesion': 1}
+    assert 'organ in 1 cases' in capsys.readouterr().out
+
+
+# calibration
+
+def test_calibration_of_probabilities_is_computed_over_all_voxels_and_near_the_reference(data, capsys):
+    probabilities = data.add_probabilities()
+    results = data.evaluate()
+    for i, case in enumerate(data.references):
+        p, truth = probabilities[case].astype(float), data.references[case].astype(int)
+        where = np.argwhere(truth > 0)
+        margin = np.floor(10 / np.array(SPACING) + 1e-6).astype(int)
+        box = tuple(slice(max(0, low), high) for low, high in zip(where.min(0) - margin, where.max(0) + 1 + margin,
+                                                                 strict=True))
+        for name, part in (('all', ...), ('near', box)):
+            of_truth = np.take_along_axis(p, truth[None], 0)[0][part]
+            found = results['cases'][i]['voxelwise'][name]
+            assert found['voxels'] == of_truth.size
+            assert found['nll'] == pytest.approx(-np.log(np.clip(of_truth, 1e-6, 1)).mean(), rel=1e-4)
+    assert results['voxelwise']['all']['nll'] == pytest.approx(
+        np.mean([case['voxelwise']['all']['nll'] for case in results['cases']]))
+    assert sum(results['reliability']['all']['voxels']) == 5 * np.prod(SHAPE)
+    assert (data.pred / OUTPUTS[2]).read_bytes().startswith(b'\x89PNG')
+    assert 'adapt.ECE' in capsys.readouterr().out
+
+
+def test_an_uncertainty_map_takes_the_place_of_the_entropy(data):
+    probabilities = data.add_probabilities()
+    from_entropy = data.evaluate()['voxelwise']['all']
+    for case, array in probabilities.items():
+        flat = array.reshape(3, -1).astype(np.float32)
+        write(data.pred / f'{case}_uncertainty.nii.gz', 1 - normalised_entropy(flat).reshape(SHAPE))
+    from_map = data.evaluate()['voxelwise']['all']
+    assert from_map['auroc'] == pytest.approx(1 - from_entropy['auroc'], abs=1e-6)
+    assert from_map['aurc'] > from_entropy['aurc']
+    assert from_map['nll'] == from_entropy['nll']
+    for case in probabilities:
+        (data.pred / f'{case}.npz').unlink()
+    alone = data.evaluate()
+    assert alone['voxelwise']['all'] == {'voxels': np.prod(SHAPE), **{k: from_map[k] for k in ('aurc', 'auroc')}}
+    assert not (data.pred / OUTPUTS[2]).exists()  # that of the earlier evaluation is gone
+
+
+def test_perfect_uncertainty_has_an_auroc_of_one(data):
+    for case in data.references:
+        wrong = (data.references[case] != data.predictions[case]).astype(np.float32)
+        write(data.pred / f'{case}_uncertainty.nii.gz', wrong)
+    assert data.evaluate()['voxelwise']['all']['auroc'] == 1
+
+
+def test_region_probabilities_are_two_class_problems(data):
+    data.describe(REGIONS, regions_class_order=[1, 2])
+    case, truth = 'case_3', data.references['case_3']
+    p = np.random.default_rng(0).random((2, *SHAPE)).astype(np.float32)
+    np.savez_compressed(data.pred / f'{case}.npz', probabilities=p)
+    results = data.evaluate()
+    inside = np.stack([truth > 0, truth == 2])
+    of_truth = np.where(inside, p, 1 - p)
+    found = results['cases'][3]['voxelwise']['all']
+    assert found['nll'] == pytest.approx(-np.log(np.clip(of_truth, 1e-6, 1)).mean(), rel=1e-4)
+    assert found['brier'] == pytest.approx(2 * ((1 - of_truth) ** 2).mean(), rel=1e-4)
+    assert 'calibration (NLL, Brier, ECE): needs CASE.npz from --save_probabilities (4 of 5 cases lack it)' in results[
+        'not_computed']
+
+
+def test_voxels_of_the_ignore_label_do_not_matter(data):
+    data.describe({**LABELS, 'ignore': 3})
+    for case, mask in data.references.items():
+        mask[:, :, :5] = 3
+        write(data.ref / f'{case}.nii.gz', mask)
+    probabilities, samples = data.add_probabilities(), data.add_samples()
+    data.add_raters()
+    before = data.evaluate(raters=True)
+    rng = np.random.default_rng(0)
+    for case, mask in data.predictions.items():
+        garbage = rng.integers(0, 3, SHAPE).astype(np.uint8)
+        mask[:, :, :5] = garbage[:, :, :5]
+        write(data.pred / f'{case}.nii.gz', mask)
+        probabilities[case][..., :5] = np.eye(3)[garbage[..., :5]].transpose(3, 0, 1, 2)
+        np.savez_compressed(data.pred / f'{case}.npz', probabilities=probabilities[case])
+        samples[case][1, :, :, :5] = garbage[:, :, :5]
+        write(data.pred / 'samples' / f'{case}_s01.nii.gz', samples[case][1])
+    assert data.evaluate(raters=True) == before
+
+
+# estimates, samples and raters
+
+def summary_of(data: Data, estimated: Callable[[int], float]) -> list[dict[str, Any]]:
+    """Entries as nnUNetv2_pdddpm_predict writes them; every other interval holds the reference's volume."""
+    entries = []
+    for i, (case, mask) in enumerate(data.references.items()):
+        labels = {}
+        for name, value in (('organ', 1), ('lesion', 2)):
+            volume = float((mask == value).sum() * np.prod(SPACING) / 1000)
+            low = volume * (0.9 if i % 2 == 0 else 1.1)
+            labels[name] = {'volume_ml': volume, 'volume_ml_mean': volume, 'volume_ml_sd': 0.1, 'volume_ml_low': low,
+                            'volume_ml_high': low + 0.2 * volume, 'pairwise_dice': estimated(i), 'components': 1}
+        entries.append({'case': case, 'labels': labels, 'estimated_dice': estimated(i), 'seconds': 2.5})
+    return entries
+
+
+def test_estimates_of_the_summary_are_compared_with_the_truth(data):
+    entries = summary_of(data, lambda i: [0.9, 0.5, 0.8, 0.7, 0.65][i])
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({'cases': entries, 'settings': {'seed': 0}}))
+    data.add_samples()  # the summary goes first
+    results = data.evaluate()
+    estimated = [entry['estimated_dice'] for entry in entries]
+    for name, true in (('case', [case['dice'] for case in results['cases']]),
+                       ('lesion', column(results, 'lesion', 'dice'))):
+        of = results['estimated_dice'][name]
+        assert of['n'] == 5
+        assert of['spearman'] == pytest.approx(spearmanr(estimated, true).statistic)
+        assert of['pearson'] == pytest.approx(pearsonr(estimated, true).statistic)
+    assert column(results, 'organ', 'reference_in_interval') == [1, 0, 1, 0, 1]
+    assert results['foreground_mean']['reference_in_interval'] == pytest.approx(0.6)
+    assert results['mean']['lesion']['estimated_dice'] == pytest.approx(np.mean(estimated))
+
+
+def test_a_summary_without_a_case_or_a_value_leaves_it_undefined(data):
+    entries = summary_of(data, lambda i: 0.5 + 0.1 * i)[:4]
+    entries[0]['labels'] = {}
+    entries[1]['estimated_dice'] = None
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({'cases': entries}))
+    results = data.evaluate()
+    assert results['cases'][0]['labels']['organ']['estimated_dice'] is None
+    assert results['cases'][1]['estimated_dice'] is None
+    assert results['estimated_dice']['case']['n'] == 3
+    assert any('estimated Dice' in line and '(1 of 5 cases lack it)' in line for line in results['not_computed'])
+
+
+def test_samples_alone_give_estimates_intervals_and_diversity(data):
+    samples = data.add_samples()
+    results = data.evaluate()
+    assert results['samples'] == [4]
+    for case, masks in zip(results['cases'], samples.values(), strict=True):
+        lesions = masks == 2
+        pairs = [(i, j) for i in range(4) for j in range(i)]
+        dice = [2 * (lesions[i] & lesions[j]).sum() / (lesions[i].sum() + lesions[j].sum()) for i, j in pairs]
+        iou = [(lesions[i] & lesions[j]).sum() / (lesions[i] | lesions[j]).sum() for i, j in pairs]
+        of = case['labels']['lesion']
+        assert of['estimated_dice'] == pytest.approx(np.mean(dice))
+        assert of['sample_diversity'] == pytest.approx(1 - np.mean(iou))
+        ends = np.quantile(lesions.sum((1, 2, 3)), (0.025, 0.975)) * np.prod(SPACING) / 1000
+        assert (of['volume_low_ml'], of['volume_high_ml']) == pytest.approx(tuple(ends), rel=1e-5)
+        assert of['reference_in_interval'] == float(ends[0] - 1e-6 <= of['reference_volume_ml'] <= ends[1] + 1e-6)
+
+
+def test_samples_against_raters(data, capsys):
+    samples, raters = data.add_samples(), data.add_raters()
+    results = data.evaluate(raters=True)
+    for case in results['cases']:
+        s, r = (masks[case['case']] == 1 for masks in (samples, raters))
+        cross = iou_matrix(s, r)
+        of = case['labels']['organ']
+        assert of['ged_squared'] == pytest.approx(ged_squared(cross, iou_matrix(s, s), iou_matrix(r, r)))
+        assert of['best_dice'] == pytest.approx((2 * cross / (1 + cross)).max(0).mean())
+        assert cross.mean() <= of['hm_iou'] <= cross.max()
+        volumes = r.sum((1, 2, 3)) * np.prod(SPACING) / 1000
+        inside = [of['volume_low_ml'] - 1e-6 <= v <= of['volume_high_ml'] + 1e-6 for v in volumes]
+        assert of['raters_in_interval'] == pytest.approx(np.mean(inside))
+    assert set(results['best_dice_per_rater']) == {'dr_0', 'dr_1', 'dr_2'}
+    assert '4 samples against 3 raters' in capsys.readouterr().out
+    assert [line.partition(':')[0] for line in results['not_computed']] == [
+        'calibration (NLL, Brier, ECE)', 'error against uncertainty (AURC, AUROC)']
+
+
+def test_without_samples_the_mask_is_the_only_sample(data, capsys):
+    raters = data.add_raters()
+    results = data.evaluate(raters=True)
+    case = results['cases'][2]
+    mask, masks = data.predictions['case_2'][None] == 1, raters['case_2'] == 1
+    assert case['labels']['organ']['ged_squared'] == pytest.approx(
+        ged_squared(iou_matrix(mask, masks), np.ones((1, 1)), iou_matrix(masks, masks)))
+    assert case['samples'] == 1
+    assert '1 samples against 3 raters' in capsys.readouterr().out
+
+
+def test_cases_whose_names_begin_alike_keep_their_files_apart(data):
+    for case in ('case_0_s01', 'case_0_'):
+        write(data.ref / f'{case}.nii.gz', data.references['case_0'])
+        write(data.pred / f'{case}.nii.gz', data.predictions['case_0'])
+    for case, number in (('case_0', 2), ('case_0_s01', 3), ('case_0_', 1)):
+        for s in range(number):
+            write(data.pred / 'samples' / f'{case}_s{s:02d}.nii.gz', data.predictions['case_0'])
+    results = data.evaluate()
+    assert {case['case']: case['samples'] for case in results['cases'][:3]} == {
+        'case_0': 2, 'case_0_': 1, 'case_0_s01': 3}
+
+
+# folders
+
+def test_natural_images(tmp_path, capsys):
+    data = Data(tmp_path, {}, {})
+    data.pred.mkdir()
+    data.ref.mkdir()
+    data.describe({'background': 0, 'cell': 1}, file_ending='.png')
+    masks = [np.zeros((30, 40), np.uint8) for _ in range(2)]
+    masks[0][5:15, 5:25] = masks[1][8:18, 5:25] = 1
+    for folder, mask in zip((data.ref, data.pred), masks, strict=True):
+        io.imsave(folder / 'image.png', mask, check_contrast=False)
+    of = data.evaluate()['cases'][0]['labels']['cell']
+    assert (of['dice'], of['hd95_mm']) == (pytest.approx(0.7), 3)
+    assert of['volume_ml'] == pytest.approx(0.2)
+
+
+def test_the_command_with_two_processes_gives_the_same_files(data):
+    data.add_probabilities()
+    data.evaluate()
+    command = [sys.executable, '-m', 'nnunet_pdddpm.commands.evaluate', '-pred', str(data.pred), '-ref', str(data.ref),
+               '-np', '2', '-o', str(data.root / 'out' / 'deep'), '-djfile', str(data.pred / 'dataset.json'), '-pfile',
+               str(data.pred / 'plans.json')]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert '5/5' in result.stderr  # the progress bar
+    for name in OUTPUTS:
+        assert (data.root / 'out' / 'deep' / name).read_bytes() == (data.pred / name).read_bytes()
+
+
+def test_missing_predictions_are_refused_unless_chill(data):
+    (data.pred / 'case_1.nii.gz').unlink()
+    (data.pred / 'case_4.nii.gz').unlink()
+    message = data.fails()
+    assert '2 of 5 references (case_1, case_4)' in message and '--chill' in message
+    assert [case['case'] for case in data.evaluate('--chill')['cases']] == ['case_0', 'case_2', 'case_3']
+
+
+@pytest.mark.parametrize('which', ['case_2.nii.gz', 'case_2_uncertainty.nii.gz', 'samples/case_2_s00.nii.gz', 'rater'])
+@pytest.mark.parametrize('change', ['shape', 'spacing', 'origin', 'direction'])
+def test_another_geometry_is_refused(data, which, change):
+    array = np.zeros(SHAPE if change != 'shape' else (*SHAPE[:2], SHAPE[2] + 1),
+                     np.float32 if 'uncertainty' in which else np.uint8)
+    file = data.raters / 'case_2__a.nii.gz' if which == 'rater' else data.pred / which
+    write(file, array, spacing=(2.5, 1.0, 0.81) if change == 'spacing' else SPACING,
+          origin=(3.0, -7.0, 11.5) if change == 'origin' else (3.0, -7.0, 11.0),
+          direction=oblique_direction(21) if change == 'direction' else None)
+    message = data.fails(raters=which == 'rater')
+    assert f'differ in {change}' in message and str(file) in message and str(data.ref / 'case_2.nii.gz') in message
+
+
+def test_rounding_of_the_geometry_is_accepted(data):
+    write(data.pred / 'case_2.nii.gz', data.predictions['case_2'], spacing=(2.5001, 1.0, 0.8),
+          origin=(3.01, -7.0, 11.0), direction=oblique_direction(20.001))
+    assert len(data.evaluate()['cases']) == 5
+
+
+def unknown_label(data: Data) -> None:
+    write(data.ref / 'case_0.nii.gz', data.references['case_0'] * 4)
+
+
+def fractional_label(data: Data) -> None:
+    write(data.pred / 'case_0.nii.gz', data.predictions['case_0'] * np.float32(0.5))
+
+
+def damaged(name: str) -> Callable[[Data], None]:
+    return lambda data: (data.pred / name).write_bytes(b'damaged') and None
+
+
+def npz(array: np.ndarray, key: str = 'probabilities') -> Callable[[Data], None]:
+    return lambda data: np.savez(data.pred / 'case_0.npz', **{key: array})
+
+
+def rater_of_another_case(data: Data) -> None:
+    write(data.raters / 'other__1.nii.gz', data.references['case_0'])
+
+
+@pytest.mark.parametrize(('damage', 'words'), [
+    (unknown_label, ['ref/case_0.nii.gz', 'label values such as 4', '(0, 1, 2)', '-djfile']),
+    (fractional_label, ['pred/case_0.nii.gz', 'label values such as 0.5']),
+    (damaged('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read']),
+    (damaged('case_0.npz'), ['pred/case_0.npz is not what --save_probabilities writes']),
+    (npz(np.zeros((3, *SHAPE)), 'softmax'), ['pred/case_0.npz is not what --save_probabilities writes']),
+    (npz(np.zeros((4, *SHAPE))), ['(4, 14, 18, 16)', 'need (3, 14, 18, 16)', 'predict the case again']),
+    (npz(np.full((3, *SHAPE), 1.5)), ['pred/case_0.npz has values outside of 0 to 1']),
+    (npz(np.full((3, *SHAPE), np.nan)), ['pred/case_0.npz has values outside of 0 to 1']),
+    (damaged('pdddpm_summary.json'), ['pdddpm_summary.json is not what nnUNetv2_pdddpm_predict writes']),
+    (damaged('dataset.json'), ['pred/dataset.json cannot be read', '-djfile']),
+    (damaged('plans.json'), ['pred/plans.json cannot be read', '-pfile']),
+    (lambda data: (data.pred / 'dataset.json').write_text('{}'), ['do not fit together', '-djfile']),
+    (lambda data: (data.pred / 'dataset.json').write_text('[]'), ['not a dataset of nnU-Net', '-djfile']),
+    (lambda data: data.describe(LABELS, file_ending='.nrrd'), ['have no *.nrrd files of the same name']),
+])
+def test_unusable_input_is_refused_in_one_sentence(data, damage, words):
+    damage(data)
+    message = data.fails()
+    assert all(word in message for word in words), message
+
+
+def test_unusable_folders_are_refused_in_one_sentence(data):
+    assert f'There is no folder {data.root / "x"}.' in data.fails('-ref', str(data.root / 'x'))
+    assert f'There is no folder {data.raters}.' in data.fails(raters=True)
+    rater_of_another_case(data)
+    assert 'CASE__RATER.nii.gz, such as case_0__1.nii.gz' in data.fails(raters=True)
+    assert 'dataset.json cannot be read' in data.fails('-djfile', str(data.root / 'dataset.json'))
+    assert str(data.pred / 'case_0.nii.gz') in data.fails('-o', str(data.pred / 'case_0.nii.gz'))
+
+
+@pytest.mark.parametrize('flags', [['-np', '0'], ['-nsd_tolerance', '-1'], ['-nsd_tolerance', 'nan']])
+def test_settings_out_of_range_are_refused(data, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.evaluate(*flags)
+    assert stop.value.code == 2
+    assert f'{flags[0]} must be' in capsys.readouterr().err
