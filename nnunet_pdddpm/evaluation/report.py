@@ -146,4 +146,6 @@ def _table(rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> Itera
 
 
 def _figure(value: float) -> str:
-    return '-' if np.isnan(value) else f'{value:.4f}'
+    if np.isnan(value):
+        return '-'
+    return f'{value:.2e}' if 0 < abs(value) < 0.001 else f'{value:.4f}'
