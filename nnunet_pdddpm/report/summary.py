@@ -1,0 +1,121 @@
+"""`pdddpm_summary.json` as the page needs it: cases in the order of review, numbers as text, the histogram."""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_pdddpm.report.volumes import existing
+
+SUMMARY = 'pdddpm_summary.json'
+BIN_WIDTHS = (0.01, 0.02, 0.05, 0.1)
+MAX_BINS = 12
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A bar of the histogram: low <= value < high (the last one includes 1), and how many cases are in it."""
+    low: float
+    high: float
+    count: int
+
+
+def read_json(file: Path) -> Any:
+    """The file's content, or a ValueError that names it."""
+    try:
+        return json.loads(existing(file).read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{file} is no valid JSON ({error}); predict again with --report') from None
+
+
+def read_summary(folder: Path, cases: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The summary of a prediction, and its entries of `cases` in the order of review: worst estimated quality first.
+
+    A case without an estimate comes before all others, for nothing vouches for it; of equal ones, the one with more
+    uncertain voxels comes first.
+
+    Raises:
+        ValueError: no summary, or none of this form, or a case is not in it.
+    """
+    file = folder / SUMMARY
+    summary = read_json(file)
+    entries = summary.get('cases') if isinstance(summary, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get('case'), str)
+                                                for e in entries):
+        raise ValueError(f'{file} has no list "cases" with an entry for each case; predict again with --report')
+    by_name = {entry['case']: entry for entry in entries}
+    absent = [case for case in cases if case not in by_name]
+    if absent:
+        raise ValueError(f'{file} has no entry for case {absent[0]!r}; predict it again without --continue_prediction')
+    return summary, sorted((by_name[case] for case in cases), key=review_order)
+
+
+def review_order(entry: Mapping[str, Any]) -> tuple[float, float, str]:
+    """Key that sorts the summary's entries so that the case to look at first is first."""
+    quality, share = finite(entry.get('estimated_dice')), finite(entry.get('uncertain_share'))
+    return (-math.inf if quality is None else quality), -(share or 0.0), entry['case']
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for what is none: null, NaN, infinity, absent."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def sortable(value: Any) -> str:
+    """A number for the page's script to sort by; '' for what is none."""
+    number = finite(value)
+    return '' if number is None else str(number)
+
+
+def plain(value: Any, digits: int = 2) -> str:
+    """A number for reading; a dash for what is none."""
+    number = finite(value)
+    return '–' if number is None else f'{number:.{digits}f}'
+
+
+def percent(value: Any) -> str:
+    """A share in [0, 1] for reading: '8 %', below 10 % with one digit more."""
+    number = finite(value)
+    return '–' if number is None else f'{100 * number:.{0 if number >= 0.1 else 1}f} %'
+
+
+def volume(value: Any) -> str:
+    """Millilitres for reading, without the unit: three digits that matter, as far as there are such."""
+    number = finite(value)
+    if number is None:
+        return '–'
+    digits = 0 if abs(number) >= 100 else 1 if abs(number) >= 10 else 2 if abs(number) >= 1 else 3
+    return f'{number:.{digits}f}'
+
+
+def interval(label: Mapping[str, Any]) -> str:
+    """'12.3 ml (11.1 to 13.9)' from a label's entry, or '12.3 ml' if it has no interval."""
+    low, high = (finite(label.get(f'volume_ml_{end}')) for end in ('low', 'high'))
+    text = volume(label.get('volume_ml'))
+    if text != '–':
+        text += ' ml'
+    return text if low is None or high is None else f'{text} ({volume(low)} to {volume(high)})'
+
+
+def label_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels of all cases, in the order in which they first appear."""
+    return list(dict.fromkeys(name for entry in entries for name in entry.get('labels', {})))
+
+
+def histogram(qualities: Iterable[float]) -> list[Bin]:
+    """Bars from the worst estimated quality up to 1, of the finest width in BIN_WIDTHS that needs at most MAX_BINS."""
+    values = [min(max(value, 0.0), 1.0) for value in qualities]
+    if not values:
+        return []
+    for width in BIN_WIDTHS:
+        per_unit = round(1 / width)
+        first = min(math.floor(min(values) * per_unit + 1e-9), per_unit - 1)
+        if per_unit - first <= MAX_BINS:
+            break
+    counts = dict.fromkeys(range(first, per_unit), 0)
+    for value in values:
+        counts[min(math.floor(value * per_unit + 1e-9), per_unit - 1)] += 1
+    return [Bin(i / per_unit, (i + 1) / per_unit, count) for i, count in counts.items()]

@@ -1,0 +1,121 @@
+"""Image, masks and uncertainty map of one case, turned so that the page shows them as radiologists look at them."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import io_orientation
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+FULL_SCALE = 65535
+"""What stands for an uncertainty of 1 in the 16-bit maps of file formats without geometry."""
+
+
+@dataclass(frozen=True)
+class DisplayAxes:
+    """How arrays (z, y, x) in a file's order become arrays that go to superior, posterior and left along their axes.
+
+    Attributes:
+        order: the file's axis for each displayed axis.
+        flipped: which displayed axes run against the file's.
+        anatomical: False where the file says nothing of the patient; then both orders are the same.
+    """
+    order: tuple[int, int, int] = (0, 1, 2)
+    flipped: tuple[bool, bool, bool] = (False, False, False)
+    anatomical: bool = False
+
+    @classmethod
+    def of(cls, properties: dict[str, Any]) -> DisplayAxes:
+        """The turn to the nearest anatomical axes, from what an nnU-Net reader says of a file's geometry."""
+        affine = np.eye(4)
+        if len(properties.get('sitk_stuff', {}).get('direction', ())) == 9:
+            to_ras = np.diag([-1.0, -1.0, 1.0])
+            affine[:3, :3] = to_ras @ np.reshape(properties['sitk_stuff']['direction'], (3, 3))
+        elif 'nibabel_stuff' in properties:
+            geometry = properties['nibabel_stuff']
+            affine = np.asarray(geometry.get('reoriented_affine', geometry['original_affine']))
+        else:
+            return cls()
+        # rows: the file's x, y, z; columns: 0 for left-right, 1 for posterior-anterior, 2 for inferior-superior; sign
+        nearest = [(int(axis), int(sign)) for axis, sign in io_orientation(affine)]
+        order, flipped = [], []
+        for world, sign in ((2, 1), (1, -1), (0, -1)):
+            position = [axis for axis, _ in nearest].index(world)
+            order.append(2 - position)
+            flipped.append(nearest[position][1] != sign)
+        return cls((order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2]), True)
+
+    def turn(self, array: np.ndarray) -> np.ndarray:
+        """An array (z, y, x) in the file's order as (inferior-superior, anterior-posterior, right-left), a view."""
+        return array.transpose(self.order)[tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)]
+
+
+@dataclass(frozen=True)
+class CaseVolumes:
+    """One case, all arrays of one shape and in the order of display.
+
+    Attributes:
+        image: the first channel, float32.
+        consensus: label map.
+        stock: label map of the stock model.
+        uncertainty: in [0, 1].
+        spacing: mm along the three axes.
+        axes: the turn that was made.
+    """
+    image: np.ndarray
+    consensus: np.ndarray
+    stock: np.ndarray
+    uncertainty: np.ndarray
+    spacing: tuple[float, float, float]
+    axes: DisplayAxes
+
+
+def existing(file: Path) -> Path:
+    """The file itself, or a ValueError that names it and the remedy."""
+    if not file.is_file():
+        raise ValueError(f'The report needs {file}, which is not there; predict again with --report')
+    return file
+
+
+def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, reader: Any) -> CaseVolumes:
+    """Read one case of an output folder of `nnUNetv2_pdddpm_predict`.
+
+    Args:
+        folder: the output folder.
+        case: name of the case.
+        images: its image files, of which the first is read; colours in it become their mean.
+        ending: file ending, with the dot.
+        reader: instance of the plans' reader and writer class.
+
+    Raises:
+        ValueError: a file is missing, the shapes differ, or the map is not within [0, 1].
+    """
+    if not images:
+        raise ValueError(f'The report needs an image of case {case!r}, and none was given')
+    consensus, properties = reader.read_seg(str(existing(folder / f'{case}{ending}')))
+    stock, _ = reader.read_seg(str(existing(folder / 'presegmentation' / f'{case}{ending}')))
+    map_file = existing(folder / 'uncertainty' / f'{case}_uncertainty{ending}')
+    uncertainty, _ = reader.read_images((str(map_file),))
+    image, _ = reader.read_images((str(existing(Path(images[0]))),))
+    image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
+    if isinstance(reader, NaturalImage2DIO | Tiff3DIO):
+        uncertainty = uncertainty / FULL_SCALE
+    for name, array in (('stock mask', stock[0]), ('uncertainty map', uncertainty[0]), ('image', image)):
+        if array.shape != consensus[0].shape:
+            raise ValueError(f'Case {case!r}: the {name} has shape {array.shape}, the mask {consensus[0].shape}; '
+                             f'predict into an empty folder')
+    if not (uncertainty.min() >= -1e-3 and uncertainty.max() <= 1 + 1e-3):  # catches NaN as well
+        raise ValueError(f'{map_file} holds values outside [0, 1] ({uncertainty.min()} to {uncertainty.max()}), '
+                         f'which is no uncertainty map; predict again with --report')
+    axes = DisplayAxes.of(properties)
+    spacing = [float(properties['spacing'][axis]) for axis in axes.order]
+    return CaseVolumes(axes.turn(np.nan_to_num(image, posinf=0, neginf=0)), axes.turn(_labels(consensus)),
+                       axes.turn(_labels(stock)), axes.turn(uncertainty[0]), (spacing[0], spacing[1], spacing[2]), axes)
+
+
+def _labels(segmentation: np.ndarray) -> np.ndarray:
+    return np.rint(segmentation[0]).astype(np.uint16)
