@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up everything they need in .venv.
 PYTHON ?= python3
-SOURCES := $(shell find nnunet_pdddpm trainers -name '*.py') setup.cfg setup.py pyproject.toml README.md
+SOURCES := $(shell find nnunet_pdddpm trainers -type f -not -name "*.pyc") setup.cfg setup.py pyproject.toml README.md
 
 .PHONY: demo test lint
 demo: .venv/installed

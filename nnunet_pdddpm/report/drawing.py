@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 MAX_SIDE = 400
-"""Pixels along the longer side of an embedded slice; larger ones are reduced. Outlines are always of full resolution."""
+"""Pixels along the longer side of an embedded slice; larger ones are reduced. Outlines keep full resolution."""
 LOSSLESS_BELOW = 128 * 128
 """Slices of fewer pixels are embedded without loss: they are shown much enlarged."""
 UNCERTAINTY_COLOUR = (230, 30, 150)

@@ -27,7 +27,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
     cases does it grow larger. The volumes of one case at a time are in memory.
 
     Args:
-        output_folder: holds the masks, presegmentation/, uncertainty/, pdddpm_summary.json, dataset.json and plans.json.
+        output_folder: holds the masks, presegmentation/, uncertainty/, pdddpm_summary.json, dataset.json, plans.json.
         images: for each case to show its image files, channel 0 first; only the first is read.
 
     Returns:

@@ -33,6 +33,13 @@ for (const box of document.querySelectorAll('#layers input')) {
   apply();  // a reloaded page keeps its boxes
 }
 
+for (const button of document.querySelectorAll('button.enlarge')) {
+  button.addEventListener('click', () => {
+    const large = button.closest('figure').classList.toggle('large');
+    button.setAttribute('aria-pressed', large);
+  });
+}
+
 function showSlice(article, slices, index) {
   const slice = slices[index];
   const plane = article.querySelector('.planes svg');

@@ -77,27 +77,23 @@ def plain(value: Any, digits: int = 2) -> str:
 
 
 def percent(value: Any) -> str:
-    """A share in [0, 1] for reading: '8 %', below 10 % with one digit more."""
+    """A share in [0, 1] for reading: '8.0 %'."""
     number = finite(value)
-    return '–' if number is None else f'{100 * number:.{0 if number >= 0.1 else 1}f} %'
+    return '–' if number is None else f'{100 * number:.1f} %'
 
 
-def volume(value: Any) -> str:
-    """Millilitres for reading, without the unit: three digits that matter, as far as there are such."""
-    number = finite(value)
-    if number is None:
-        return '–'
-    digits = 0 if abs(number) >= 100 else 1 if abs(number) >= 10 else 2 if abs(number) >= 1 else 3
-    return f'{number:.{digits}f}'
+def volume(label: Mapping[str, Any], name: str = 'volume_ml') -> str:
+    """One of a label's volumes for reading, in ml without the unit; all of a label have equally many decimals."""
+    number, size = finite(label.get(name)), abs(finite(label.get('volume_ml')) or 0.0)
+    return '–' if number is None else f'{number:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f}'
 
 
 def interval(label: Mapping[str, Any]) -> str:
-    """'12.3 ml (11.1 to 13.9)' from a label's entry, or '12.3 ml' if it has no interval."""
-    low, high = (finite(label.get(f'volume_ml_{end}')) for end in ('low', 'high'))
-    text = volume(label.get('volume_ml'))
-    if text != '–':
-        text += ' ml'
-    return text if low is None or high is None else f'{text} ({volume(low)} to {volume(high)})'
+    """'12.3 ml (11.1 to 13.9)' from a label's entry; without brackets if it has no interval; a dash if no volume."""
+    if finite(label.get('volume_ml')) is None:
+        return '–'
+    ends = [volume(label, f'volume_ml_{end}') for end in ('low', 'high')]
+    return f'{volume(label)} ml' + ('' if '–' in ends else f' ({ends[0]} to {ends[1]})')
 
 
 def label_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -102,13 +102,15 @@ def most_uncertain_place(uncertainty: np.ndarray, masks: np.ndarray, spacing: tu
 def intensity_window(image: np.ndarray, region: np.ndarray) -> tuple[float, float]:
     """Black and white point: the 1st to 99th percentile of the intensities in and around `region`, a quarter wider.
 
-    Around means within five voxels; air and bone far from what was segmented do not spoil the contrast. Without a
-    region the percentiles are the whole image's.
+    Around means within five voxels; air and bone far from what was segmented do not spoil the contrast. The points stay
+    within the whole image's 0.5th to 99.9th percentile, which they are without a region.
     """
+    darkest, brightest = np.percentile(image, (0.5, 99.9))
     near = maximum_filter(region, size=[min(11, n) for n in region.shape])
-    low, high = np.percentile(image[near] if near.any() else image, (1, 99))
-    spare = 0.25 * (high - low) if high > low else 0.5
-    return float(low - spare), float(high + spare)
+    low, high = np.percentile(image[near], (1, 99)) if near.any() else (darkest, brightest)
+    spare = 0.25 * (high - low)
+    low, high = max(low - spare, darkest), min(high + spare, brightest)
+    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
 
 
 def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) -> CaseView:
@@ -143,7 +145,7 @@ def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) ->
 
 def _section(case: CaseVolumes, array: np.ndarray, axis: int, index: int) -> np.ndarray:
     """A slice as it is shown: superior or anterior at the top, the patient's right or anterior at the left."""
-    section = array.take(index, axis)
+    section = np.moveaxis(array, axis, 0)[index]
     return section[::-1] if axis > 0 and case.axes.anatomical else section
 
 
