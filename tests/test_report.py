@@ -278,6 +278,7 @@ def test_regions_and_two_dimensional_images_with_colours(tmp_path):
         image_io.imsave(folder / f'{name}.png', array, check_contrast=False)
     page = write_report(folder, {'im': [folder / 'im_0000.png']}).read_text(encoding='utf-8')
     assert 'type="range"' not in page and page.count('class="frame"') == 1
+    assert 'where the planes cut' not in page and 'class="volumes"' not in page
     paths = re.findall(r'<path d="(M[^"]*z)"><title>([^<]*)', page)
     assert [title for _, title in paths] == [
         f'{label}, {kind}' for kind in ('consensus', 'stock') for label in ('cell', '&lt;/svg&gt;&lt;b&gt;nucleus')]
