@@ -181,7 +181,7 @@ def test_a_plain_folder_of_masks_gives_accuracy_and_names_once_what_the_rest_nee
     assert 'ged_squared' not in results['foreground_mean']
     lines = [line for line in printed.splitlines() if line.startswith('Not computed: ')]
     assert lines == [f'Not computed: {line}' for line in results['not_computed']] and len(lines) == 5
-    for need in ('CASE.npz', 'CASE_uncertainty.nii.gz', 'pdddpm_summary.json', 'samples/CASE_sNN.nii.gz',
+    for need in ('CASE.npz', 'uncertainty/CASE_uncertainty.nii.gz', 'pdddpm_summary.json', 'samples/CASE_sNN.nii.gz',
                  '-raters with CASE__RATER.nii.gz'):
         assert sum(need in line for line in lines) >= 1
     assert f'{results["mean"]["lesion"]["dice"]:.4f}' in printed
@@ -245,7 +245,7 @@ def test_an_uncertainty_map_takes_the_place_of_the_entropy(data):
     from_entropy = data.evaluate()['voxelwise']['all']
     for case, array in probabilities.items():
         flat = array.reshape(3, -1).astype(np.float32)
-        write(data.pred / f'{case}_uncertainty.nii.gz', 1 - normalised_entropy(flat).reshape(SHAPE))
+        write(data.pred / 'uncertainty' / f'{case}_uncertainty.nii.gz', 1 - normalised_entropy(flat).reshape(SHAPE))
     from_map = data.evaluate()['voxelwise']['all']
     assert from_map['auroc'] == pytest.approx(1 - from_entropy['auroc'], abs=1e-6)
     assert from_map['aurc'] > from_entropy['aurc']
@@ -260,7 +260,7 @@ def test_an_uncertainty_map_takes_the_place_of_the_entropy(data):
 def test_perfect_uncertainty_has_an_auroc_of_one(data):
     for case in data.references:
         wrong = (data.references[case] != data.predictions[case]).astype(np.float32)
-        write(data.pred / f'{case}_uncertainty.nii.gz', wrong)
+        write(data.pred / 'uncertainty' / f'{case}_uncertainty.nii.gz', wrong)
     assert data.evaluate()['voxelwise']['all']['auroc'] == 1
 
 
@@ -440,7 +440,8 @@ def test_missing_predictions_are_refused_unless_chill(data):
     assert [case['case'] for case in data.evaluate('--chill')['cases']] == ['case_0', 'case_2', 'case_3']
 
 
-@pytest.mark.parametrize('which', ['case_2.nii.gz', 'case_2_uncertainty.nii.gz', 'samples/case_2_s00.nii.gz', 'rater'])
+@pytest.mark.parametrize('which', ['case_2.nii.gz', 'uncertainty/case_2_uncertainty.nii.gz',
+                                   'samples/case_2_s00.nii.gz', 'rater'])
 @pytest.mark.parametrize('change', ['shape', 'spacing', 'origin', 'direction'])
 def test_another_geometry_is_refused(data, which, change):
     array = np.zeros(SHAPE if change != 'shape' else (*SHAPE[:2], SHAPE[2] + 1),

@@ -49,7 +49,7 @@ def describe(folder: Path, entries: list[dict[str, Any]], reader: str = 'SimpleI
     folder.mkdir(parents=True, exist_ok=True)
     dataset = {'labels': labels, 'channel_names': {'0': 'phantom'}, 'file_ending': ending}
     plans = {'image_reader_writer': reader, 'dataset_name': 'Dataset701_Phantom'}
-    summary = {'versions': {'nnunet-pdddpm': '0.1'}, 'cases': entries}
+    summary = {'cases': [{'versions': {'nnunet-pdddpm': '0.1'}, **entry} for entry in entries]}
     for name, content in (('dataset', dataset), ('plans', plans), ('pdddpm_summary', summary)):
         (folder / f'{name}.json').write_text(json.dumps(content))
 

@@ -13,7 +13,9 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.inference.summary import read_case
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,6 +84,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                               'and a probability map for each label')
     outputs.add_argument('--save_samples', action='store_true', help='samples/CASE_s00 and so on')
     outputs.add_argument('--save_presegmentation', action='store_true', help="presegmentation/CASE: the stock model's")
+    outputs.add_argument('--report', action='store_true',
+                         help='report.html, worst cases first; with --uncertainty and --save_presegmentation')
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -115,11 +119,11 @@ def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
         perform_everything_on_device=not args.not_on_device, device=prepare_device(args.device),
         verbose=args.verbose, verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar,
         overrides=overrides, slice_correlation=args.slice_correlation,
-        outputs=Outputs(uncertainty=args.uncertainty, samples=args.save_samples,
-                        presegmentation=args.save_presegmentation))
+        outputs=Outputs(uncertainty='entropy' if args.report and args.uncertainty == 'none' else args.uncertainty,
+                        samples=args.save_samples, presegmentation=args.save_presegmentation or args.report))
     folder = args.m if hasattr(args, 'm') else model_folder(args)
     predictor.initialize_from_trained_model_folder(folder, [f if f == 'all' else int(f) for f in args.f], args.chk)
-    find_images(args.i, predictor)
+    images = find_images(args.i, predictor)
     if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
         raise PredictionError(f'This is a cascade: name the folder with the predictions of '
                               f'{predictor.configuration_manager.previous_stage_name} with -prev_stage_predictions.')
@@ -127,6 +131,9 @@ def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
         args.i, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
         num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
         folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
+    if args.report:  # other parts may still be at work
+        finished = {case: files for case, files in images.items() if read_case(Path(args.o), case) is not None}
+        print(f'Report: {write_report(Path(args.o), finished)}')
 
 
 def model_folder(args: argparse.Namespace) -> str:

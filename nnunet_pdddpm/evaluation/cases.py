@@ -107,7 +107,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
     """Calibration where there are probabilities; error against uncertainty where there are these or a map."""
     folders = data.folders
     npz = folders.predictions / f'{data.name}.npz'
-    map_file = folders.predictions / f'{data.name}_uncertainty{folders.ending}'
+    map_file = folders.predictions / 'uncertainty' / f'{data.name}_uncertainty{folders.ending}'
     probabilities = folders.read_probabilities(npz, data.reference) if npz.is_file() else None
     uncertainty = folders.read_map(map_file, data.reference) if map_file.is_file() else None
     foreground = data.valid & (data.reference.array > 0)

@@ -124,7 +124,7 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
     first_labels = [next(iter(result.labels.values())) for result in results]
     for metrics, needs, there in (
             ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),
-            ('error against uncertainty (AURC, AUROC)', f'CASE_uncertainty{folders.ending} or CASE.npz',
+            ('error against uncertainty (AURC, AUROC)', f'uncertainty/CASE_uncertainty{folders.ending} or CASE.npz',
              ['aurc' in v for v in voxelwise]),
             ('estimated Dice and volume intervals', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
              ['estimated_dice' in result.values for result in results]),

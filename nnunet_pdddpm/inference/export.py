@@ -19,7 +19,7 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy import ndimage
 
-FULL_SCALE = 65534
+FULL_SCALE = 65535
 """Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
 
 
@@ -148,7 +148,7 @@ class CaseExport:
 
         The map goes through the data set's own writer as integers, so that whatever that does about axes and affines
         holds for it too, and is then rewritten as float32. Endings that hold no float (png) keep the 16-bit integers,
-        of which 65534 is 1.
+        of which 65535 is 1.
         """
         (self.folder / 'uncertainty').mkdir(exist_ok=True)
         ending = self.dataset_json['file_ending']

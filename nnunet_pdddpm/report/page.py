@@ -52,7 +52,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
         cases.append({'entry': entry, 'view': make_view(case, list(regions.values()), budget)})
     qualities = [text.finite(entry.get('estimated_dice')) for entry in entries]
     page = _template().render(
-        cases=cases, outlines=list(regions), labels=text.label_names(entries), versions=summary.get('versions', {}),
+        cases=cases, outlines=list(regions), labels=text.label_names(entries), versions=entries[0].get('versions', {}),
         dataset=plans.get('dataset_name', folder.name), not_shown=len(summary['cases']) - len(entries),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
         uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
