@@ -2,16 +2,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
 import torch
-from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+from nnunetv2.run.run_training import get_trainer_from_args, run_training_entry
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.demo.phantom import write_dataset
@@ -20,6 +26,7 @@ DATASET_ID = 701
 DATASET = f'Dataset{DATASET_ID}_Phantom'
 PLANS = 'nnUNetPlansTiny'
 STOCK, REFINED = 'nnUNetTrainerTiny', 'PDDDPMTrainerTiny'
+BRIEF_STOCK, BRIEF = 'nnUNetTrainerBrief', 'PDDDPMTrainerBrief'  # for what has to run, not to segment
 torch.set_num_threads(2)
 
 
@@ -44,9 +51,42 @@ def train(trainer: str, fold: int | str, *flags: str, configuration: str = '3d_f
 
 
 def make_trainer(trainer: str, fold: int | str, configuration: str = '3d_fullres',
-                 dataset: int = DATASET_ID) -> nnUNetTrainer:
+                 dataset: int = DATASET_ID, plans: str = PLANS) -> nnUNetTrainer:
     """The trainer that `nnUNetv2_train` would make, in this process: importing nnU-Net takes longer than training."""
-    return get_trainer_from_args(str(dataset), configuration, fold, trainer, PLANS, device=torch.device('cpu'))
+    return get_trainer_from_args(str(dataset), configuration, fold, trainer, plans, device=torch.device('cpu'))
+
+
+class ThreadContext:
+    """Stands in for multiprocessing's contexts: nnU-Net's pools of processes become pools of threads."""
+    Pool = ThreadPool
+
+
+@contextmanager
+def in_this_process(*arguments: str) -> Iterator[None]:
+    """Within it, nnU-Net's code runs without child processes, each of which imports it for seconds.
+
+    `arguments`: the command line that an entry point is to see, without the command's name.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, 'get_context', lambda method=None: ThreadContext)
+        patch.setattr(sys, 'argv', ['nnUNetv2', *arguments])
+        yield
+
+
+def train_in_process(dataset: int, configuration: str, fold: int | str, trainer: str, *flags: str,
+                     plans: str = PLANS) -> None:
+    """`nnUNetv2_train` with its command line, training and final validation, in this process."""
+    with in_this_process(str(dataset), configuration, str(fold), '-tr', trainer, '-p', plans, '-device', 'cpu', *flags):
+        run_training_entry()
+
+
+def predict_in_process(source: Path, output: Path, dataset: int, configuration: str, trainer: str, *flags: str,
+                       plans: str = PLANS, folds: tuple[int | str, ...] = (0,)) -> None:
+    """`nnUNetv2_predict` with its command line, without mirroring, in this process."""
+    with in_this_process('-i', str(source), '-o', str(output), '-d', str(dataset), '-c', configuration, '-tr', trainer,
+                         '-p', plans, '-f', *map(str, folds), '-device', 'cpu', '-npp', '0', '-nps', '0',
+                         '--disable_tta', *flags):
+        predict_entry_point()
 
 
 def predict(output: Path, trainer: str, *flags: str, folds: tuple[int, ...] = (0,), source: Path | None = None,
@@ -76,12 +116,19 @@ class Workspace:
 
 
 @pytest.fixture(scope='session')
-def workspace(tmp_path_factory) -> Workspace:
-    """A planned and preprocessed phantom data set, split into three folds, with small plans."""
+def folders(tmp_path_factory) -> Workspace:
+    """nnU-Net's three folders in the environment, empty."""
     work = Workspace(tmp_path_factory.mktemp('nnunet'))
     os.environ.update({name: str(work.root / name) for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')})
     os.environ.update(nnUNet_extTrainer=str(Path(__file__).parent / 'trainers'), nnUNet_n_proc_DA='0',
                       nnUNet_def_n_proc='1', nnUNet_pdddpm_presegmenter=STOCK, OMP_WAIT_POLICY='PASSIVE')
+    return work
+
+
+@pytest.fixture(scope='session')
+def workspace(folders: Workspace) -> Workspace:
+    """A planned and preprocessed phantom data set, split into three folds, with small plans."""
+    work = folders
     write_dataset(work.raw, num_training=9, num_test=2, shape=(20, 26, 22))
     plan_and_preprocess(work.raw, work.preprocessed, '3d_fullres')
     return work
@@ -91,6 +138,26 @@ def plan_and_preprocess(raw: Path, preprocessed: Path, *configurations: str) -> 
     """nnU-Net's command, then plans of a size for tests, and three folds."""
     succeed('nnUNetv2_plan_and_preprocess', '-d', raw.name[7:10], '-c', *configurations, '-npfp', '1',
             '-np', *['1'] * len(configurations), environment={'nnUNet_n_proc_DA': '1'})
+    shrink_plans(preprocessed, *configurations)
+    write_splits(raw, preprocessed)
+
+
+def prepare(raw: Path, *configurations: str, planner: str = 'ExperimentPlanner', folds: int = 3) -> Path:
+    """As `plan_and_preprocess`, by the functions behind the command, in this process; the preprocessed folder."""
+    dataset, preprocessed = int(raw.name[7:10]), Path(os.environ['nnUNet_preprocessed']) / raw.name
+    with in_this_process(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv('nnUNet_n_proc_DA', '1')  # the planner takes it for its number of threads
+        extract_fingerprints([dataset], num_processes=1)
+        plans = plan_experiments([dataset], planner)
+        preprocess([dataset], plans, configurations, [1] * len(configurations))
+    write_splits(raw, preprocessed, folds)
+    if plans == 'nnUNetPlans':
+        shrink_plans(preprocessed, *configurations)
+    return preprocessed
+
+
+def shrink_plans(preprocessed: Path, *configurations: str) -> None:
+    """A copy of nnU-Net's plans with patches and networks of a size for tests."""
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     for name in configurations:
@@ -100,8 +167,12 @@ def plan_and_preprocess(raw: Path, preprocessed: Path, *configurations: str) -> 
             n_stages=3, features_per_stage=[8, 16, 16], kernel_sizes=[[3] * dims] * 3,
             strides=[[1] * dims, [2] * dims, [2] * dims], n_conv_per_stage=[1, 1, 1], n_conv_per_stage_decoder=[1, 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
-    cases = sorted(p.name[:-7] for p in (raw / 'labelsTr').glob('*.nii.gz'))
-    splits = [{'train': [c for c in cases if c not in cases[f::3]], 'val': cases[f::3]} for f in range(3)]
+
+
+def write_splits(raw: Path, preprocessed: Path, folds: int = 3) -> None:
+    """Every case is held out in one of the folds."""
+    cases = sorted(p.name.partition('.')[0] for p in (raw / 'labelsTr').iterdir())
+    splits = [{'train': [c for c in cases if c not in cases[f::folds]], 'val': cases[f::folds]} for f in range(folds)]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits))
 
 

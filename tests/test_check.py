@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import nnunetv2
@@ -18,6 +19,7 @@ from nnunetv2.utilities import find_objects
 import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import look_up
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 
 CHECKOUT = Path(__file__).parents[1]
@@ -62,14 +64,17 @@ class Checker:
         assert len(problems) == 1 and output.endswith(f'{problems[0]}\n'), output
         return problems[0]
 
-    def train(self, model: str, fold: int | str, **changes) -> Path:
-        """Write a checkpoint as nnU-Net does."""
+    def train(self, model: str, fold: int | str, t_max: int = 960, **changes) -> Path:
+        """Write a checkpoint as nnU-Net does; of a refined model only what is looked at."""
         plans = json.loads((self.preprocessed / f'{PLANS}.json').read_text())
         dataset_json = json.loads((self.preprocessed / 'dataset.json').read_text())
         file = self.results / model / f'fold_{fold}' / 'checkpoint_final.pth'
         file.parent.mkdir(parents=True)
         init_args = {'plans': plans, 'configuration': '3d_fullres', 'fold': fold, 'dataset_json': dataset_json}
         weights = TrainingContext(plans, '3d_fullres', dataset_json).planned_network().state_dict()
+        if model.startswith('PDDDPM'):
+            settings = {**asdict(SamplingSettings(t_start=min(700, t_max))), 't_max': t_max}
+            weights = {name: torch.tensor(value) for name, value in settings.items()}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
 
@@ -141,7 +146,7 @@ def test_nnunet_raw_is_not_needed(checker, monkeypatch):
 
 @pytest.mark.parametrize('variable, value, says', [
     ('nnUNet_pdddpm_steps', 'many', 'must be a whole number, got "many"'),
-    ('nnUNet_pdddpm_t_start', '2000', 'must lie in 0 to 1000'),
+    ('nnUNet_pdddpm_t_start', '2000', 'must lie in 0 to 960'),
     ('nnUNet_pdddpm_tstart', '500', 'nnUNet_pdddpm_tstart is unknown')])
 def test_wrong_environment_variables_are_shown_and_reported(checker, monkeypatch, variable, value, says):
     monkeypatch.setenv(variable, value)
@@ -254,6 +259,26 @@ def test_a_truncated_checkpoint_is_a_problem_for_all_folds(checker, model):
     file.write_bytes(file.read_bytes()[:500])
     problem = checker.problem(str(DATASET_ID), '-p', PLANS)
     assert str(file) in problem and 'is truncated or no checkpoint; train or copy it again.' in problem
+
+
+def test_an_override_beyond_the_levels_of_a_trained_model_is_a_problem_of_that_model(checker, monkeypatch):
+    checker.train(STOCK, 0)
+    checker.train(REFINED, 0)
+    paper = checker.train(REFINED.replace('Trainer', 'TrainerPaper'), 0, t_max=300)
+    monkeypatch.setenv('nnUNet_pdddpm_t_start', '500')
+    problem = checker.problem(str(DATASET_ID), '-p', PLANS)
+    assert problem.startswith(f'The model {paper} cannot be used for prediction: t_start=500')
+    assert 'it must lie in 0 to 300' in problem
+    monkeypatch.setenv('nnUNet_pdddpm_t_start', '970')  # no model takes it: told once
+    assert 'must lie in 0 to 960' in checker.problem(str(DATASET_ID), '-p', PLANS)
+
+
+def test_a_refined_model_without_settings_is_a_problem(checker):
+    checker.train(STOCK, 0)
+    file = checker.train(REFINED, 0)
+    checkpoint = torch.load(file)
+    torch.save({**checkpoint, 'network_weights': {}}, file)
+    assert f'The model {file} holds no sampling settings' in checker.problem(str(DATASET_ID), '-p', PLANS)
 
 
 def test_a_stock_model_of_other_labels_is_a_problem(checker):

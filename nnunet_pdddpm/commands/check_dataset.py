@@ -3,23 +3,26 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
+from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.training.presegmenters import (
     CHECKPOINT,
     PresegmenterError,
     TrainingContext,
     checkpoint_file,
+    load_checkpoint,
 )
+from nnunet_pdddpm.training.previous_stage import PreviousStage
+from nnunet_pdddpm.training.trainer import HIGHEST_TRAINED_LEVEL
 
 TRAINER = 'PDDDPMTrainer'
 
@@ -81,7 +84,7 @@ def check_dataset(named: str, plans_named: str, configuration: str | None, probl
         print(f' {name}')
         stock = check_stock(data.context(name), stock_folder, problems)
         refined = check_refined(data, name, problems)
-        obstacle = obstacle_to_training(data, name, stock_folder)
+        obstacle = obstacle_to_training(data, name, stock_folder) or check_previous_stage(data, name)
         if obstacle:
             row('note' if configuration is None else 'problem', obstacle)
             obstacles.append(obstacle)
@@ -167,10 +170,37 @@ def check_refined(data: DataSet, configuration: str, problems: list[str]) -> dic
         folder = results / f'{trainer}{ending}'
         refined[trainer] = trained_folds(folder)
         row(trainer, f'trained folds: {_listed(refined[trainer])}')
-        problems += [f'The model {file} is truncated or no checkpoint; train or copy it again.'
-                     for file in (checkpoint_file(folder, fold) for fold in refined[trainer])
-                     if not zipfile.is_zipfile(file)]
+        for fold in refined[trainer]:
+            problem = check_model(checkpoint_file(folder, fold))
+            if problem:
+                problems.append(problem)
     return refined
+
+
+def check_model(file: Path) -> str:
+    """Why a trained refined model could not be used for prediction in this environment; empty if it could."""
+    try:
+        weights = load_checkpoint(file, 'model')['network_weights']
+    except PresegmenterError as error:
+        return str(error)
+    names = [*asdict(SamplingSettings()), 't_max']
+    if not weights.keys() >= set(names):
+        return f'The model {file} holds no sampling settings: it was not trained by {TRAINER}; train it again.'
+    settings = {name: weights[name].item() for name in names}
+    t_max = settings.pop('t_max')
+    if environment_problem(SamplingSettings(t_start=HIGHEST_TRAINED_LEVEL), HIGHEST_TRAINED_LEVEL):
+        return ''  # reported already: no model accepts these values
+    problem = environment_problem(SamplingSettings(**settings), t_max)
+    return f'The model {file} cannot be used for prediction: {problem}' if problem else ''
+
+
+def environment_problem(settings: SamplingSettings, t_max: int) -> str:
+    """What is wrong with the environment's overrides of a model's settings; empty if nothing."""
+    try:
+        effective_settings(settings, t_max)
+    except ValueError as error:
+        return str(error)
+    return ''
 
 
 def trained_folds(model_folder: Path) -> list[int | str]:
@@ -189,3 +219,18 @@ def obstacle_to_training(data: DataSet, configuration: str, stock_folder: Path) 
         return (f'No stock model is trained for {configuration} (another can be named in {PRESEGMENTER_VARIABLE}): '
                 f'{command}')
     return ''
+
+
+def check_previous_stage(data: DataSet, configuration: str) -> str:
+    """The predictions a cascade is trained on; what has to be done if they are not there, or empty."""
+    previous = PlansManager(data.plans).get_configuration(configuration).previous_stage_name
+    if previous is None:
+        return ''
+    folder = str(data.data_folders[configuration])
+    listed = infer_dataset_class(folder).get_identifiers
+    cases = listed(folder)
+    stage = PreviousStage(previous, data.context(configuration), TRAINER)
+    missing = stage.missing(cases, listed)
+    for trainer, predictions in stage.folders.items():
+        row('previous stage', f'{len(cases) - missing[trainer]} of {len(cases)} cases in {predictions}')
+    return stage.what_is_missing(missing, len(cases)) if all(missing.values()) else ''

@@ -40,7 +40,7 @@ class NoisyBatch(NamedTuple):
     t: Tensor
     """(B,) noise levels."""
     presegmentation: Tensor
-    """(B, C, ...) probabilities of the pre-segmentation."""
+    """(B, C, ...) probabilities of the pre-segmentation; (B, 0, ...) where the denoiser does not see them."""
 
     def to(self, *args: Any, **kwargs: Any) -> NoisyBatch:
         """All parts moved as `Tensor.to` moves one."""

@@ -57,27 +57,31 @@ def checkpoint_file(model_folder: Path, fold: int | str) -> Path:
     return model_folder / f'fold_{fold}' / CHECKPOINT
 
 
-def load_checkpoint(file: Path) -> dict[str, Any]:
+def load_checkpoint(file: Path, what: str = 'stock model') -> dict[str, Any]:
     """An nnU-Net checkpoint on the CPU, read with `weights_only=True`: nothing in it is executed.
+
+    Args:
+        file: its path.
+        what: what to call it in an error.
 
     Raises:
         PresegmenterError: if the file is missing, truncated, holds more than tensors and numbers, or is no nnU-Net
             checkpoint.
     """
     if not file.is_file():
-        raise PresegmenterError(f'The stock model {file} does not exist: train it first with nnUNetv2_train, or name '
+        raise PresegmenterError(f'The {what} {file} does not exist: train it first with nnUNetv2_train, or name '
                                 f'another trained model in {PRESEGMENTER_VARIABLE}.')
     if not zipfile.is_zipfile(file):
-        raise PresegmenterError(f'The stock model {file} is truncated or no checkpoint; train or copy it again.')
+        raise PresegmenterError(f'The {what} {file} is truncated or no checkpoint; train or copy it again.')
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise PresegmenterError(f'The stock model {file} cannot be read ({_first_line(error)}); train or copy it '
+        raise PresegmenterError(f'The {what} {file} cannot be read ({_first_line(error)}); train or copy it '
                                 f'again.') from error
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
-        raise PresegmenterError(f'The stock model {file} holds objects that nnU-Net does not write'
+        raise PresegmenterError(f'The {what} {file} holds objects that nnU-Net does not write'
                                 f'{f" ({found[1]})" if found else ""} and is not loaded: use a checkpoint written by '
                                 f'nnUNetv2_train.') from error
     if not (isinstance(checkpoint, dict) and {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys()

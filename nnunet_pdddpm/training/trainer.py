@@ -21,13 +21,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
-from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides
+from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds, load_network
+from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.versions import require_nnunet
 
 STARTS = ('truth', 'presegmentation', 'mixed')
+HIGHEST_TRAINED_LEVEL = 960
 
 
 class PDDDPMTrainer(nnUNetTrainer):
@@ -49,7 +51,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         # what the noise is added to in training: the truth, the pre-segmentation, or either with equal chance
         self.training_starts = 'mixed'
         # noise levels 1..t_max are trained, sampling may start at any of them
-        self.t_max = 960
+        self.t_max = HIGHEST_TRAINED_LEVEL
         # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
         self.sampling = SamplingSettings()
         self.sampling_of_samples = SamplingSettings(samples=8)
@@ -66,6 +68,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
         self._stock_checkpoint: Any = None
         self._restored = False
+        self._previous_stage_told = False
         self._average_in_network = False
 
     # building -------------------------------------------------------------------------------------------------------
@@ -92,6 +95,10 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._embed_stock_model()
             if self.warm_start:
                 self.refiner.denoiser.warm_start(self._stock_checkpoint['network_weights'])
+        if isinstance(self.network, DistributedDataParallel):
+            # The buffers are settings, alike on all ranks. DDP would broadcast them before every tile of the final
+            # validation, and wait for ever: the ranks have different numbers of tiles.
+            self.network.broadcast_buffers = False
         self.averaged = AveragedModel(self.refiner.denoiser, multi_avg_fn=average_weights(self.averaging_decay))
         self.optimizer.register_state_dict_post_hook(self._add_weights_before_averaging)
         self.optimizer.register_load_state_dict_pre_hook(self._take_weights_before_averaging)
@@ -101,7 +108,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         load_network(self.refiner.presegmenter, self._stock_checkpoint['network_weights'], file)
         self.refiner.configure(self.sampling, self.sampling_of_samples, self.t_max, self.label_manager.has_regions)
         self.mirror_axes = self._stock_checkpoint.get('inference_allowed_mirroring_axes')
-        self.print_to_log_file(f'Pre-segmenter: {file}')
+        self.print_to_log_file(f'Pre-segmenter: {file} (another stock model is named by {PRESEGMENTER_VARIABLE}; '
+                               f'-pretrained_weights is for the denoiser and takes a PDDDPM model)')
 
     @property
     def refiner(self) -> Refiner:
@@ -141,6 +149,18 @@ class PDDDPMTrainer(nnUNetTrainer):
         rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         self.inference_allowed_mirroring_axes = self.mirror_axes
         return rotation, dummy_2d, initial_patch_size, self.mirror_axes
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """As nnU-Net's; the cases say which predictions of the previous stage a cascade can use."""
+        training, validation = super().do_split()
+        if self.is_cascaded:
+            stage = PreviousStage(self.configuration_manager.previous_stage_name, self.context(), type(self).__name__)
+            folder = stage.complete_folder({*training, *validation}, self.dataset_class.get_identifiers)
+            self.folder_with_segs_from_previous_stage = str(folder)
+            if not self._previous_stage_told:
+                self.print_to_log_file(f'Previous stage: {folder}')
+            self._previous_stage_told = True
+        return training, validation
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's data sets; the stock models of the other folds are loaded for the training cases they held out."""
@@ -208,7 +228,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         is_truth = (torch.rand(len(image), generator=self.level_generator) < from_truth).to(self.device)
         clean = torch.where(is_truth.reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
         x = self.refiner.process(0.0).marginal(clean, x_pre, t, noise)
-        return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(logits, regions)), noise
+        # with a hundred classes and more, channels that the denoiser does not see would cost too much
+        seen = logits if self.design.condition_on_presegmentation else logits[:, :0]
+        return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(seen, regions)), noise
 
     def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
         """Stock logits (B, C, ...) of patches, each by the stock model of the fold that held its case out."""

@@ -28,6 +28,16 @@ class FewIterations:
         super().on_epoch_start()
 
 
+class Brief(FewIterations):
+    """Mixin: one epoch of three iterations."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 1
+        self.num_iterations_per_epoch = 3
+
+
 class nnUNetTrainerTiny(FewIterations, nnUNetTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
@@ -40,4 +50,12 @@ class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
 
 
 class PDDDPMTrainerTinyPaper(FewIterations, PDDDPMTrainerPaper):
+    pass
+
+
+class nnUNetTrainerBrief(Brief, nnUNetTrainer):
+    pass
+
+
+class PDDDPMTrainerBrief(Brief, PDDDPMTrainer):
     pass
