@@ -23,7 +23,7 @@ class FewIterations:
         super().initialize()
 
     def on_epoch_start(self):
-        np.random.seed(self.current_epoch)
+        np.random.seed(self.current_epoch + 1000 * self.local_rank)
         torch.manual_seed(self.current_epoch)
         super().on_epoch_start()
 
@@ -59,3 +59,8 @@ class nnUNetTrainerBrief(Brief, nnUNetTrainer):
 
 class PDDDPMTrainerBrief(Brief, PDDDPMTrainer):
     pass
+
+
+class PDDDPMTrainerOnCPU(FewIterations, PDDDPMTrainer):
+    """Stays on the CPU in a distributed training, where nnU-Net's own trainer takes the GPU of its rank."""
+    device = property(lambda self: torch.device('cpu'), lambda self, device: None)

@@ -1,0 +1,84 @@
+"""Distributed training: two processes that train and validate one model, by nnU-Net's own trainer code."""
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET, PLANS, REFINED, in_this_process, make_trainer, succeed
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+ON_CPU = 'PDDDPMTrainerOnCPU'
+
+
+def rank_main(rank: int, folder: str) -> None:
+    """Train and validate as `nnUNetv2_train -num_gpus 2` does, on the CPU; what is to be compared goes to a file."""
+    torch.set_num_threads(1)
+    # nnU-Net names the GPU of the rank, which DDP does not take for a network on the CPU
+    nnunet_module.DDP = lambda network, device_ids: DistributedDataParallel(network)
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2,
+                                   timeout=datetime.timedelta(seconds=90))
+    trainer = make_trainer(ON_CPU, 0)
+    trainer.num_epochs = 1
+    levels, counts = [], []
+    make_noisy_batch, validation_step = trainer.make_noisy_batch, trainer.validation_step
+
+    def recorded_batch(*args):
+        noisy, noise = make_noisy_batch(*args)
+        levels.append(noisy.t)
+        return noisy, noise
+
+    def recorded_step(batch):
+        counts.append(validation_step(batch))
+        return counts[-1]
+
+    trainer.make_noisy_batch, trainer.validation_step = recorded_batch, recorded_step
+    trainer.run_training()
+    assert isinstance(trainer.network, DistributedDataParallel)
+    with in_this_process():
+        trainer.perform_actual_validation()
+    torch.save({'weights': trainer.refiner.state_dict(), 'average': trainer.averaged.module.state_dict(),
+                'updates': int(trainer.averaged.n_averaged), 'levels': torch.cat(levels),
+                'tp': np.sum([c['tp_hard'] for c in counts], 0), 'stock': sum(c['stock_tp_hard'] for c in counts),
+                'losses': trainer.logger.get_value('train_losses', -1),
+                'dice': trainer.logger.get_value('dice_per_class_or_region', -1)}, Path(folder) / f'{rank}.pt')
+    distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_model(scratch_results, tmp_path):
+    multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f'{rank}.pt', weights_only=False) for rank in (0, 1))
+    fold = scratch_results / DATASET / f'{ON_CPU}__{PLANS}__3d_fullres' / 'fold_0'
+    start = torch.load(fold.parents[1] / f'nnUNetTrainerTiny__{PLANS}__3d_fullres' / 'fold_0' / 'checkpoint_final.pth',
+                       weights_only=False)['network_weights']
+    moved = 'encoder.stages.1.0.convs.0.conv.weight'
+    assert not torch.equal(one['weights'][f'denoiser.unet.{moved}'], start[moved])
+    for part in ('weights', 'average'):
+        for name, value in one[part].items():
+            assert torch.equal(value, other[part][name]), name
+    assert one['updates'] == other['updates'] == 8
+    assert one['losses'] == other['losses'] and one['dice'] == other['dice']
+
+    assert len(one['levels']) == len(other['levels']) == 8  # a batch of two, one on each rank
+    assert (one['levels'] != other['levels']).all()
+    assert not np.array_equal(one['tp'], other['tp'])  # each rank validates on its own patches
+
+    saved = torch.load(fold / 'checkpoint_final.pth', weights_only=False)['network_weights']
+    for name, value in one['average'].items():
+        assert torch.equal(saved[f'denoiser.{name}'], value), name
+    assert {file.name for file in (fold / 'validation').glob('*.nii.gz')} == {
+        f'phantom_{i:03d}.nii.gz' for i in (0, 3, 6)}  # two by one rank, one by the other
+    assert (fold / 'validation' / 'summary.json').is_file()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_two_gpus_by_the_command(scratch_results):
+    succeed('nnUNetv2_train', '701', '3d_fullres', '0', '-tr', REFINED, '-p', PLANS, '-num_gpus', '2',
+            environment={'nnUNet_compile': os.environ.get('nnUNet_compile', 'false')})
+    fold = scratch_results / DATASET / f'{REFINED}__{PLANS}__3d_fullres' / 'fold_0'
+    assert (fold / 'validation' / 'summary.json').is_file()
