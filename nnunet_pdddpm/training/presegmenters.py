@@ -24,7 +24,8 @@ DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
 CHECKPOINT = 'checkpoint_final.pth'
 
 # What nnU-Net writes into a checkpoint beside tensors: numpy scalars in the log and in the plans.
-_NUMPY_CORE: Any = np._core if hasattr(np, '_core') else np.core  # numpy 2 renamed it
+# numpy 2 renamed its core; 1.26 has an empty _core
+_NUMPY_CORE: Any = getattr(np, '_core' if np.lib.NumpyVersion(np.__version__) >= '2.0.0' else 'core')
 _NUMPY_SCALARS: list[Any] = [np.dtype, *{type(np.dtype(t)) for t in 'bBhHiIlLqQefd?'},
                              *((_NUMPY_CORE.multiarray.scalar, f'numpy.{core}.multiarray.scalar')
                                for core in ('core', '_core'))]
