@@ -25,14 +25,14 @@ NUM_FOLDS = 3
 HERE = Path(__file__).resolve().parent
 
 
-def find_data(argument: str | None) -> Path:
-    """Folder that holds `Dataset004_Hippocampus`, from the argument or `NNUNET_PDDDPM_DATA`."""
+def find_data(argument: str | None, dataset: str = DATASET) -> Path:
+    """Folder of a data set below the one that the argument or `NNUNET_PDDDPM_DATA` names."""
     value = argument or os.environ.get('NNUNET_PDDDPM_DATA')
     if value is None:
-        sys.exit(f'Say where {DATASET} lies: pass -data FOLDER or set NNUNET_PDDDPM_DATA.')
-    folder = Path(value) / DATASET
+        sys.exit(f'Say where {dataset} lies: pass -data FOLDER or set NNUNET_PDDDPM_DATA.')
+    folder = Path(value) / dataset
     if not (folder / 'dataset.json').is_file():
-        sys.exit(f'{folder} holds no dataset.json; -data must name the folder that contains {DATASET}.')
+        sys.exit(f'{folder} holds no dataset.json; -data must name the folder that contains {dataset}.')
     return folder
 
 

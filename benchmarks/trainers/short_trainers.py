@@ -1,0 +1,34 @@
+"""Trainers of a few iterations, for integration.py and compatibility.py, which ask whether every path runs."""
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+
+
+class FewIterations:
+    """Mixin: two epochs of `iterations`, in fp32."""
+
+    iterations = 25
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 2
+        self.num_iterations_per_epoch = self.iterations
+        self.num_val_iterations_per_epoch = 2
+
+
+class nnUNetTrainerHandful(FewIterations, nnUNetTrainer):
+    pass
+
+
+class PDDDPMTrainerHandful(FewIterations, PDDDPMTrainer):
+    iterations = 8
+
+
+class nnUNetTrainerToken(FewIterations, nnUNetTrainer):
+    iterations = 100
+
+
+class PDDDPMTrainerToken(FewIterations, PDDDPMTrainer):
+    iterations = 50
