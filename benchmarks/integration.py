@@ -24,18 +24,18 @@ STOCK, REFINED = 'nnUNetTrainerHandful', 'PDDDPMTrainerHandful'
 NUM_TRAINING, NUM_TEST = 12, 2
 
 
-def copy_cases(data: Path, raw: Path) -> None:
-    """The first cases as a raw data set of its own: what the converters start from."""
+def copy_cases(data: Path, raw: Path, num_training: int, num_test: int, **description: object) -> None:
+    """The first cases of a data set as a raw data set of their own, with some entries of dataset.json replaced."""
     shutil.rmtree(raw, ignore_errors=True)
-    cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))[:NUM_TRAINING + NUM_TEST]
+    cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))[:num_training + num_test]
     for i, case in enumerate(cases):
-        part = 'Tr' if i < NUM_TRAINING else 'Ts'
+        part = 'Tr' if i < num_training else 'Ts'
         for kind, suffix in (('images', '_0000'), ('labels', '')):
             target = raw / (kind + part)
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(data / f'{kind}Tr' / f'{case}{suffix}.nii.gz', target / f'{case}{suffix}.nii.gz')
-    description = json.loads((data / 'dataset.json').read_text())
-    (raw / 'dataset.json').write_text(json.dumps({**description, 'numTraining': NUM_TRAINING}))
+    original = json.loads((data / 'dataset.json').read_text())
+    (raw / 'dataset.json').write_text(json.dumps({**original, 'numTraining': num_training, **description}))
 
 
 def run_dataset(work: Path, dataset: int) -> dict:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument('-table', help='also write the table to this file')
     args = parser.parse_args()
     work = Path(args.o).resolve()
-    copy_cases(find_data(args.data), work / 'nnUNet_raw' / DATASET)
+    copy_cases(find_data(args.data), work / 'nnUNet_raw' / DATASET, NUM_TRAINING, NUM_TEST)
     results = {}
     for dataset in sorted(args.d, reverse=True):
         results[dataset] = run_dataset(work, dataset)

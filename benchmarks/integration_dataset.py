@@ -44,8 +44,10 @@ def folder(variable: str, dataset: int) -> Path:
 
 def plan(dataset: int) -> None:
     """Plan, reduce the plans, add a cascade (hippocampus is too small for one), write the folds, preprocess."""
+    os.environ['nnUNet_n_proc_DA'] = '1'  # the planner takes no 0
     extract_fingerprint_dataset(dataset, num_processes=1, check_dataset_integrity=True)
     plan_experiment_dataset(dataset)
+    os.environ['nnUNet_n_proc_DA'] = '0'
     preprocessed = folder('nnUNet_preprocessed', dataset)
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
