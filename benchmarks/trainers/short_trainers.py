@@ -1,5 +1,6 @@
 """Trainers of a few iterations, for integration.py and compatibility.py, which ask whether every path runs."""
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
@@ -19,7 +20,12 @@ class FewIterations:
 
 
 class nnUNetTrainerHandful(FewIterations, nnUNetTrainer):
-    pass
+    """With AdamW: after so few iterations nnU-Net's SGD would still give empty masks."""
+
+    def configure_optimizers(self):
+        self.initial_lr = 3e-3
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
 
 class PDDDPMTrainerHandful(FewIterations, PDDDPMTrainer):
