@@ -141,6 +141,11 @@ def test_a_wrong_environment_variable_stops_training_before_anything_is_written(
     assert not (scratch_results / DATASET / f'{REFINED}__{PLANS}__3d_fullres').exists()
 
 
+def test_the_variable_that_names_the_benchmarks_data_is_no_setting(scratch_results, monkeypatch):
+    monkeypatch.setenv('NNUNET_PDDDPM_DATA', '/data')
+    initialise()
+
+
 def test_an_older_nnunet_is_refused_with_the_command_that_helps(scratch_results, monkeypatch):
     monkeypatch.setattr(versions, 'version', lambda name: '2.7.0')
     with pytest.raises(ImportError, match=r'2\.7\.0 is installed: pip install "nnunetv2>=2\.8,<3"'):

@@ -60,9 +60,9 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
     """
     overrides: dict[str, int | float] = {}
     for variable, text in environment.items():
-        # compared without case, since Windows gives names in upper case
+        # compared without case, since Windows gives names in upper case; NNUNET_PDDDPM_DATA is the benchmarks'
         name = variable.lower().removeprefix(ENVIRONMENT_PREFIX.lower())
-        if name == variable.lower() or variable.lower() == PRESEGMENTER_VARIABLE.lower() or not text:
+        if name == variable.lower() or name in ('presegmenter', 'data') or not text:
             continue
         if name not in OVERRIDABLE:
             known = ', '.join([*(ENVIRONMENT_PREFIX + n for n in OVERRIDABLE), PRESEGMENTER_VARIABLE])
