@@ -127,7 +127,7 @@ Machine: {os.cpu_count()} CPU cores, no GPU used, torch {torch.__version__}. n =
 HippocampusRegions is Medical Segmentation Decathlon Task04 with the regions whole = {{1, 2}} and posterior = {{2}},
 {NUM_TRAINING} training cases in three folds and {NUM_TEST} to predict. MSLesion has three channels of 182 x 218 x 182
 voxels and three cases, a fold each; the case of fold 0 is predicted whole. Reduced plans: four stages of
-{FEATURES} features. Token trainings: 200 iterations of stock and 100 of PDDDPM (hippocampus), 50 and 16
+{FEATURES} features. Token trainings: 200 iterations of stock and 100 of PDDDPM (hippocampus), 80 and 16
 (MSLesion), so the Dice says only that the path works. Stock models of all three folds first, for out-of-fold
 pre-segmentations. Seconds with the start of the program and with mirroring; memory is that of the largest process of a
 command.

@@ -97,7 +97,7 @@ def main() -> None:
             f"benchmarks/integration.py -o WORK\n\nMachine: {os.cpu_count()} CPU cores, no GPU used, torch "
             f"{torch.__version__}. Data: hippocampus (Medical Segmentation Decathlon Task04), {NUM_TRAINING} cases in "
             f"3 folds and {NUM_TEST} for prediction, converted by nnU-Net's own scripts. Reduced plans: 3 stages of "
-            f"8 to 32 features, patches of 32x48x32 (3d_fullres, cascade), 24x32x24 (3d_lowres), 56x40 (2d). Stock: 50 "
+            f"8 to 32 features, patches of 32x48x32 (3d_fullres, cascade), 24x32x24 (3d_lowres), 56x40 (2d). Stock: 80 "
             f"iterations of AdamW, PDDDPM: 16. The Dice is no measure of either; it shows that the masks are those of "
             f"trained models.\n\n{text}")
     if any(done['failed'] for done in results.values()):

@@ -9,7 +9,7 @@ from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 class FewIterations:
     """Mixin: two epochs of `iterations`, in fp32."""
 
-    iterations = 25
+    iterations = 40
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
