@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from matplotlib.image import imread
 
 from nnunet_pdddpm.demo.phantom import ORIGIN, SPACING, make_case, oblique_direction, write_dataset
-from nnunet_pdddpm.demo.report import draw_figure, entropy, format_table, mean_dice
+from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice, volume_lines
 
 
 def test_phantoms_are_seeded_nested_and_lie_obliquely(tmp_path):
@@ -47,21 +47,30 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
         image = sitk.GetImageFromArray(shifted)
         image.CopyInformation(truth)
         sitk.WriteImage(image, str(predictions / 'pdddpm' / file.name))
-        np.savez(predictions / 'pdddpm' / file.name.replace('.nii.gz', '.npz'),
-                 probabilities=np.full((3, *array.shape), 1 / 3))
+        uncertainty = predictions / 'samples' / 'uncertainty' / file.name.replace('.nii.gz', '_uncertainty.nii.gz')
+        uncertainty.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32) / 2, str(uncertainty))
     labels = {'organ': 1, 'lesion': 2}
     dice = {name: mean_dice(raw / 'labelsTs', predictions / name, labels) for name in ('stock', 'pdddpm')}
     assert dice['stock'] == {'organ': 1, 'lesion': 1, 'mean': 1}
     assert [dice['pdddpm'][name] for name in labels] == pytest.approx(np.mean(expected, 0))
     assert dice['pdddpm']['mean'] == pytest.approx(np.mean(expected))
 
-    table = format_table({'dice': dice, 'seconds_per_case': {'stock': 1.0, 'pdddpm': 2.5}, 'cases': 2}).splitlines()
+    dice['samples'] = dice['pdddpm']
+    seconds = {'stock': 1.0, 'pdddpm': 2.5, 'samples': 3.5}
+    table = format_table({'dice': dice, 'seconds_per_case': seconds, 'cases': 2}).splitlines()
     assert table[1].split()[-4:] == ['1.0000', '1.0000', '1.0000', '1.0']
     assert table[2].split()[-4:] == [f'{value:.4f}' for value in dice['pdddpm'].values()] + ['2.5']
     draw_figure(raw, predictions, tmp_path / 'demo.png', num_cases=2)
     assert imread(tmp_path / 'demo.png').std() > 0.05
 
 
-def test_entropy_is_0_where_certain_and_1_where_all_classes_are_equal():
-    probabilities = np.array([[1, 0.5, 0.25], [0, 0.5, 0.25], [0, 0, 0.25], [0, 0, 0.25]])
-    assert entropy(probabilities) == pytest.approx([0, 0.5, 1], abs=1e-6)
+def test_volumes_stand_beside_the_true_ones(tmp_path):
+    write_dataset(tmp_path / 'raw', num_training=0, num_test=1, shape=(16, 20, 18))
+    row = {'volume_ml': 12.3, 'volume_ml_low': 11.1, 'volume_ml_high': 13.9}
+    summary = {'cases': [{'case': 'phantom_000', 'labels': {'organ': row}}]}
+    (tmp_path / 'pdddpm_summary.json').write_text(json.dumps(summary))
+    truth = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / 'raw' / 'labelsTs' / 'phantom_000.nii.gz')))
+    line = volume_lines(tmp_path, tmp_path / 'raw' / 'labelsTs', {'organ': 1})[1]
+    assert '12.30 (11.10 to 13.90)' in line
+    assert float(line.split()[-1]) == pytest.approx((truth == 1).sum() * np.prod(SPACING) / 1000, abs=0.006)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from nnunet_pdddpm.demo.phantom import LABELS, write_dataset
-from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice
+from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice, volume_lines
 
 DATASET_ID = 701
 DATASET = f'Dataset{DATASET_ID}_Phantom'
@@ -82,19 +82,19 @@ class Demo:
             self.call(f'train_{trainer}', 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, '0', '-tr', trainer,
                       '-p', PLANS, '-device', self.device, '--c', echo=('Epoch ', 'seudo dice', 'pre-segmented'))
 
-    def predict(self, trainer: str, name: str) -> float:
+    def predict(self, trainer: str, name: str, command: str = 'nnUNetv2_predict', *flags: str) -> float:
         """Predict the held-out cases into predictions/<name>; seconds per case."""
-        seconds = self.call(f'predict_{name}', 'nnUNetv2_predict', '-i', str(self.raw / 'imagesTs'),
+        seconds = self.call(f'predict_{name}', command, '-i', str(self.raw / 'imagesTs'),
                             '-o', str(self.folder / 'predictions' / name), '-d', str(DATASET_ID),
                             '-c', CONFIGURATION, '-p', PLANS, '-tr', trainer, '-f', '0', '-device', self.device,
-                            '--save_probabilities', '-npp', '1', '-nps', '1')
+                            '-npp', '1', '-nps', '1', *flags)
         return seconds / NUM_TEST
 
 
 def main() -> None:
     """Entry point of `nnUNetv2_pdddpm_demo`."""
     parser = argparse.ArgumentParser(description='Train stock nnU-Net and PDDDPMTrainer on a phantom data set and '
-                                                 'compare them. About 8 minutes on two CPU cores, no download.')
+                                                 'compare them. About 9 minutes on two CPU cores, no download.')
     parser.add_argument('-o', default='demo', help='folder for everything the demo writes (default: demo)')
     parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='as in nnUNetv2_train')
     args = parser.parse_args()
@@ -102,7 +102,8 @@ def main() -> None:
     demo.prepare()
     for trainer in (STOCK, PDDDPM):
         demo.train(trainer)
-    seconds = {'stock': demo.predict(STOCK, 'stock'), 'pdddpm': demo.predict(PDDDPM, 'pdddpm')}
+    seconds = {'stock': demo.predict(STOCK, 'stock'), 'pdddpm': demo.predict(PDDDPM, 'pdddpm'),
+               'samples': demo.predict(PDDDPM, 'samples', 'nnUNetv2_pdddpm_predict', '--report')}
 
     truth, predictions = demo.raw / 'labelsTs', demo.folder / 'predictions'
     foreground = {name: label for name, label in LABELS.items() if label > 0}
@@ -110,8 +111,10 @@ def main() -> None:
     summary = {'dice': dice, 'seconds_per_case': {k: round(v, 2) for k, v in seconds.items()}, 'cases': NUM_TEST}
     (demo.folder / 'summary.json').write_text(json.dumps(summary, indent=1))
     draw_figure(demo.raw, predictions, demo.folder / 'demo.png')
-    print('\n' + format_table(summary))
-    print(f'\nTable: {demo.folder / "summary.json"}\nPicture: {demo.folder / "demo.png"}')
+    print('\n' + format_table(summary) + '\n')
+    print('\n'.join(volume_lines(predictions / 'samples', truth, foreground)))
+    print(f'\nTable: {demo.folder / "summary.json"}\nPicture: {demo.folder / "demo.png"}\n'
+          f'Report, to open in a browser: {predictions / "samples" / "report.html"}')
 
 
 if __name__ == '__main__':

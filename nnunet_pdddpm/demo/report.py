@@ -1,6 +1,7 @@
 """The demo's table and picture."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,30 @@ def format_table(summary: dict[str, Any]) -> str:
     """The table that the demo prints, from what it writes into summary.json."""
     labels = list(summary['dice']['stock'])
     lines = ['Dice on held-out cases'.ljust(24) + ''.join(label.rjust(9) for label in labels) + 's/case'.rjust(9)]
-    for name, title in (('stock', 'stock nnU-Net'), ('pdddpm', 'refined (PDDDPM)')):
+    for name, title in (('stock', 'stock nnU-Net'), ('pdddpm', 'refined (PDDDPM)'), ('samples', 'the same, 8 samples')):
         lines.append(title.ljust(24) + ''.join(f'{summary["dice"][name][label]:9.4f}' for label in labels)
                      + f'{summary["seconds_per_case"][name]:9.1f}')
     return '\n'.join([*lines, f'{summary["cases"]} cases; seconds include starting the program and file I/O'])
 
 
-def entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Predictive entropy in [0, 1] of class probabilities (C, ...): 0 certain, 1 all classes equally likely."""
-    p = np.clip(probabilities.astype(np.float64), 1e-12, 1)
-    return -(p * np.log(p)).sum(0) / np.log(len(p))
+def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list[str]:
+    """One line for every case and label: volume with interval, and the true one.
+
+    Args:
+        predictions: output folder of `nnUNetv2_pdddpm_predict`.
+        truth: folder of label maps of the same names.
+        labels: name to value of the labels.
+    """
+    lines = ['Volume in ml (95 % of the samples), and the true one']
+    for case in json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']:
+        image = sitk.ReadImage(str(truth / f'{case["case"]}.nii.gz'))
+        voxel_ml = float(np.prod(image.GetSpacing())) / 1000
+        for name, value in labels.items():
+            row = case['labels'][name]
+            true = (sitk.GetArrayFromImage(image) == value).sum() * voxel_ml
+            lines.append(f'{case["case"]:<16}{name:<8}{row["volume_ml"]:8.2f} ({row["volume_ml_low"]:.2f} to '
+                         f'{row["volume_ml_high"]:.2f}){true:9.2f}')
+    return lines
 
 
 def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:
@@ -49,7 +64,7 @@ def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) ->
 
     Args:
         raw: raw data set with imagesTs and labelsTs.
-        predictions: folder with `stock` and `pdddpm`, predicted with --save_probabilities.
+        predictions: folder with `stock`, `pdddpm`, and `samples` with uncertainty maps.
         file: the PNG to write.
         num_cases: rows.
     """
@@ -60,7 +75,8 @@ def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) ->
         image, truth, stock, refined = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (
             raw / 'imagesTs' / f'{case}_0000.nii.gz', raw / 'labelsTs' / f'{case}.nii.gz',
             predictions / 'stock' / f'{case}.nii.gz', predictions / 'pdddpm' / f'{case}.nii.gz'))
-        uncertainty = entropy(np.load(predictions / 'pdddpm' / f'{case}.npz')['probabilities'])
+        uncertainty = sitk.GetArrayFromImage(sitk.ReadImage(
+            str(predictions / 'samples' / 'uncertainty' / f'{case}_uncertainty.nii.gz')))
         z = int(np.argmax((truth == 2).sum((1, 2))))
         row[0].imshow(image[z], cmap='gray')
         row[0].set_ylabel(case)
