@@ -100,20 +100,27 @@ def execute(work: Path, run: Run) -> list[str]:
                                 *model)
             if fold == '0':
                 of_fold_0 = training
-        source = work / 'nnUNet_raw' / run.dataset / 'imagesTs'
-        output = work / 'predictions' / f'{run.dataset}_{run.configuration}_{trainer}'
-        prediction = measured(work, stock, 'nnUNetv2_predict', '-i', str(source), '-o', str(output), '-d', run.dataset,
-                              '-c', run.configuration, '-tr', trainer, '-f', '0', '-npp', '1', '-nps', '1', *model)
-        images = list(source.glob('*_0000.nii.gz'))
-        if missing := [i.name for i in images if not (output / i.name.replace('_0000', '')).is_file()]:
-            sys.exit(f'{output} lacks the masks of {missing}.')
         validation = (work / 'nnUNet_results' / run.dataset / f'{trainer}__{PLANS}__{run.configuration}' / 'fold_0' /
                       'validation' / 'summary.json')
         dice = json.loads(validation.read_text())['foreground_mean']['Dice']
-        rows.append(f'| {run.dataset[11:]} | {run.configuration}, patch {"x".join(map(str, run.patch_size))}, batch '
-                    f'{run.batch_size} | {trainer} | {of_fold_0[0]:.0f} | {of_fold_0[1]:.1f} | {dice:.3f} | '
-                    f'{prediction[0] / len(images):.0f} ({len(images)}) | {prediction[1]:.1f} |')
-        print(rows[-1], flush=True)
+        commands = {'nnUNetv2_predict': ()}
+        if trainer == refined:
+            commands['nnUNetv2_pdddpm_predict'] = ('--report',)
+        for command, flags in commands.items():
+            source = work / 'nnUNet_raw' / run.dataset / 'imagesTs'
+            output = work / 'predictions' / f'{run.dataset}_{run.configuration}_{trainer}_{command}'
+            seconds, memory = measured(work, stock, command, '-i', str(source), '-o', str(output), '-d', run.dataset,
+                                       '-c', run.configuration, '-tr', trainer, '-f', '0', '-npp', '1', '-nps', '1',
+                                       *model, *flags)
+            images = list(source.glob('*_0000.nii.gz'))
+            if missing := [i.name for i in images if not (output / i.name.replace('_0000', '')).is_file()]:
+                sys.exit(f'{output} lacks the masks of {missing}.')
+            patch = 'x'.join(map(str, run.patch_size))
+            rows.append(f'| {run.dataset[11:]} | {run.configuration}, patch {patch}, batch {run.batch_size} | '
+                        f'{trainer} | {of_fold_0[0]:.0f} | {of_fold_0[1]:.1f} | {dice:.3f} | '
+                        f'{" ".join([command, *flags])} | '
+                        f'{seconds / len(images):.0f} ({len(images)}) | {memory:.1f} |')
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -130,11 +137,11 @@ voxels and three cases, a fold each; the case of fold 0 is predicted whole. Redu
 {FEATURES} features. Token trainings: 200 iterations of stock and 100 of PDDDPM (hippocampus), 80 and 16
 (MSLesion), so the Dice says only that the path works. Stock models of all three folds first, for out-of-fold
 pre-segmentations. Seconds with the start of the program and with mirroring; memory is that of the largest process of a
-command.
+command. `nnUNetv2_pdddpm_predict` draws 8 samples and writes uncertainty, summary and report.
 
 | data set | configuration | trainer | training and validation of fold 0, s | GiB | Dice in validation | \
-prediction, s per case (cases) | GiB |
-|---|---|---|---|---|---|---|---|
+prediction | s per case (cases) | GiB |
+|---|---|---|---|---|---|---|---|---|
 """ + '\n'.join(rows) + '\n')
 
 
