@@ -22,7 +22,7 @@ def rank_main(rank: int, folder: str) -> None:
     # nnU-Net names the GPU of the rank, which DDP does not take for a network on the CPU
     nnunet_module.DDP = lambda network, device_ids: DistributedDataParallel(network)
     distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2,
-                                   timeout=datetime.timedelta(seconds=90))
+                                   timeout=datetime.timedelta(seconds=40))
     trainer = make_trainer(ON_CPU, 0)
     trainer.num_epochs = 1
     levels, counts = [], []
@@ -47,6 +47,12 @@ def rank_main(rank: int, folder: str) -> None:
                 'tp': np.sum([c['tp_hard'] for c in counts], 0), 'stock': sum(c['stock_tp_hard'] for c in counts),
                 'losses': trainer.logger.get_value('train_losses', -1),
                 'dice': trainer.logger.get_value('dice_per_class_or_region', -1)}, Path(folder) / f'{rank}.pt')
+    alone = make_trainer(ON_CPU, 0)  # one case for two processes
+    alone.load_checkpoint(str(Path(alone.output_folder) / 'checkpoint_final.pth'))
+    alone.do_split = lambda: ([], ['phantom_003'])
+    alone.output_folder = folder
+    with in_this_process():
+        alone.perform_actual_validation()
     distributed.destroy_process_group()
 
 
@@ -74,6 +80,8 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     assert {file.name for file in (fold / 'validation').glob('*.nii.gz')} == {
         f'phantom_{i:03d}.nii.gz' for i in (0, 3, 6)}  # two by one rank, one by the other
     assert (fold / 'validation' / 'summary.json').is_file()
+    again = tmp_path / 'validation' / 'phantom_003.nii.gz'
+    assert again.read_bytes() == (fold / 'validation' / again.name).read_bytes()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')

@@ -96,8 +96,8 @@ class PDDDPMTrainer(nnUNetTrainer):
             if self.warm_start:
                 self.refiner.denoiser.warm_start(self._stock_checkpoint['network_weights'])
         if isinstance(self.network, DistributedDataParallel):
-            # The buffers are settings, alike on all ranks. DDP would broadcast them before every tile of the final
-            # validation, and wait for ever: the ranks have different numbers of tiles.
+            # The buffers are settings, alike on all ranks. DDP would broadcast them at the first tile, and wait for
+            # ever where a rank has none: --val with fewer cases than GPUs.
             self.network.broadcast_buffers = False
         self.averaged = AveragedModel(self.refiner.denoiser, multi_avg_fn=average_weights(self.averaging_decay))
         self.optimizer.register_state_dict_post_hook(self._add_weights_before_averaging)
@@ -202,6 +202,7 @@ class PDDDPMTrainer(nnUNetTrainer):
                                              batch['keys'])
         if self.design.parameterisation == 'eps':
             target = noise
+        del noise  # as large as the mask: with a hundred classes gigabytes
         losses = super().train_step({**batch, 'data': noisy, 'target': target})
         self.averaged.update_parameters(self.refiner.denoiser)
         return losses
@@ -227,8 +228,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         from_truth = {'truth': 1.0, 'presegmentation': 0.0, 'mixed': 0.5}[self.training_starts]
         is_truth = (torch.rand(len(image), generator=self.level_generator) < from_truth).to(self.device)
         clean = torch.where(is_truth.reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
+        del x0
         x = self.refiner.process(0.0).marginal(clean, x_pre, t, noise)
-        # with a hundred classes and more, channels that the denoiser does not see would cost too much
         seen = logits if self.design.condition_on_presegmentation else logits[:, :0]
         return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(seen, regions)), noise
 
