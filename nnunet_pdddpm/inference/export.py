@@ -19,6 +19,8 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy import ndimage
 
+from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
+
 FULL_SCALE = 65535
 """Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
 
@@ -110,10 +112,9 @@ class CaseExport:
         return {name: int(np.isin(labels, values).sum()) for name, values in self.labels().items()}
 
     def voxel_volume_ml(self) -> float:
-        """Of the original image; one without a third dimension counts as 1 mm thick (nnU-Net gives it 999 mm)."""
-        spacing = [float(s) for s in self.properties['spacing']]
-        thickness = 1.0 if np.isclose(spacing[0], 999 * max(spacing[1:])) else spacing[0]
-        return thickness * spacing[1] * spacing[2] / 1000
+        """Of the original image."""
+        shape = self.properties['shape_before_cropping']
+        return voxel_volume_ml([shape[i] for i in self.plans_manager.transpose_backward], self.properties['spacing'])
 
     def _reader(self) -> Any:
         return self.plans_manager.image_reader_writer_class()
