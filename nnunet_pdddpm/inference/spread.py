@@ -14,7 +14,7 @@ UNSURE = (0.1, 0.9)
 class Spread:
     """Mean and spread of sampled probabilities of one volume, by fold where there are several.
 
-    Memory on `device`, in bytes a voxel: 4 C for the mean, 1 C (2 C from 256 samples on) for the counts, 8 for entropy
+    Memory on `device`, in bytes a voxel: 4 C for the mean, 1 C (2 C from 256 samples on) for the counts, 12 for entropy
     and squares; 4 C more for several folds. It does not depend on the number of samples.
     """
 
