@@ -128,7 +128,7 @@ def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
         raise PredictionError(f'This is a cascade: name the folder with the predictions of '
                               f'{predictor.configuration_manager.previous_stage_name} with -prev_stage_predictions.')
     predictor.predict_from_files(
-        args.i, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
+        images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
         num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
         folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
     if args.report:  # other parts may still be at work
@@ -156,8 +156,8 @@ def prepare_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_images(folder: str, predictor: PDDDPMPredictor) -> dict[str, list[Path]]:
-    """Case -> its image files, by channel.
+def find_images(folder: str, predictor: PDDDPMPredictor) -> list[list[str]]:
+    """The image files of every case, by channel.
 
     Raises:
         PredictionError: if there is none, or a case has not as many channels as the model.
@@ -165,16 +165,16 @@ def find_images(folder: str, predictor: PDDDPMPredictor) -> dict[str, list[Path]
     ending = predictor.dataset_json['file_ending']
     if not Path(folder).is_dir():
         raise PredictionError(f'The input folder {folder} does not exist.')
-    cases = {Path(files[0]).name[:-len(ending) - 5]: [Path(file) for file in files]
-             for files in create_lists_from_splitted_dataset_folder(folder, ending)}
-    if not cases:
+    images: list[list[str]] = create_lists_from_splitted_dataset_folder(folder, ending)
+    if not images:
         raise PredictionError(f'{folder} holds no images named CASE_0000{ending}, which this model reads.')
     channels = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
-    for case, files in cases.items():
+    for files in images:
         if len(files) != channels:
+            case = Path(files[0]).name[:-len(ending) - 5]
             raise PredictionError(f'{case} in {folder} has {len(files)} channel files, the model needs {channels} '
                                   f'({case}_0000{ending} to {case}_{channels - 1:04d}{ending}).')
-    return cases
+    return images
 
 
 if __name__ == '__main__':

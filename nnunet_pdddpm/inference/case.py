@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,24 @@ class InThisProcess(Executor):
         return future
 
 
+def end_with_parent() -> None:
+    """End this background process when the one that started it was killed: it would wait for work for ever."""
+    def wait_and_end() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=wait_and_end, daemon=True).start()
+
+
 class ExportQueue:
     """Background processes for export. Whoever submits faster than they work has to wait: memory stays bounded."""
 
     def __init__(self, processes: int) -> None:
         """`processes`: number of background processes, 0 for none."""
         self.limit = processes + 2
-        self.executor: Executor = \
-            ProcessPoolExecutor(processes, mp_context=get_context('spawn')) if processes else InThisProcess()
+        self.executor: Executor = ProcessPoolExecutor(
+            processes, get_context('spawn'), end_with_parent) if processes else InThisProcess()
         self.under_way: set[Future[Any]] = set()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -56,9 +56,11 @@ class PDDDPMPredictor(VolumePredictor):
         inputs, outputs, previous = super()._manage_input_and_output_lists(
             list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files,
             folder_with_segs_from_prev_stage, True, part_id, num_parts, save_probabilities)
-        if not overwrite and outputs is not None:
+        if not overwrite and outputs:
             todo = [i for i, file in enumerate(outputs) if not self._is_done(Path(file), save_probabilities)]
             print(f'{len(outputs) - len(todo)} cases are done, {len(todo)} are left.')
+            if not todo:
+                write_summary(Path(outputs[0]).parent)  # a run killed after its last mask has not done so
             inputs, outputs, previous = ([values[i] for i in todo] for values in (inputs, outputs, previous))
         self._num_cases = len(inputs)
         return inputs, outputs, previous

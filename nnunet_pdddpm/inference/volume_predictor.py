@@ -82,6 +82,7 @@ class VolumePredictor(nnUNetPredictor):
         if not (folder / 'plans.json').is_file():
             raise PredictionError(f'There is no trained model in {folder}: train it with nnUNetv2_train -tr '
                                   f'PDDDPMTrainer, or correct -d, -c, -tr and -p (or -m).')
+        use_folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
         for fold in use_folds or ():
             if not (file := folder / f'fold_{fold}' / checkpoint_name).is_file():
                 raise PredictionError(f'{file} does not exist: name the trained folds with -f and the checkpoint with '

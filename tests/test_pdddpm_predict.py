@@ -1,0 +1,695 @@
+"""nnUNetv2_pdddpm_predict: files, geometry, numbers, repeatability, continuation, refusals and the Python API."""
+from __future__ import annotations
+
+import argparse
+import csv
+import filecmp
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import (
+    DATASET,
+    DATASET_ID,
+    PLANS,
+    REFINED,
+    STOCK,
+    Workspace,
+    make_trainer,
+    plan_and_preprocess,
+    run_command,
+)
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from nnunet_pdddpm.commands.predict import main, main_modelfolder
+from nnunet_pdddpm.demo.phantom import make_case, write_dataset
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.inference.volume_predictor import PredictionError
+
+CASES = ('odd', 'phantom_009', 'phantom_010')
+MARGIN = ((2, 3), (3, 2), (4, 1))  # zeros around 'odd', which nnU-Net crops away
+SAMPLING = ('-samples', '4', '-t_start', '900', '400', '-steps', '2', '1', '-eta', '1', '0')
+EVERYTHING = (*SAMPLING, '--uncertainty', 'all', '--save_samples', '--save_presegmentation', '--save_probabilities')
+QUICK = ('--disable_tta', '-step_size', '1', '--save_samples')
+NOT_RESULTS = ('predict_from_raw_data_args.json', 'dataset.json', 'plans.json', 'pdddpm_summary.json',
+               'pdddpm_summary.csv')
+
+
+def arguments(source: Path, output: Path, *flags: str, folds=(0,), trainer: str = REFINED) -> list[str]:
+    return ['-i', str(source), '-o', str(output), '-d', str(DATASET_ID), '-c', '3d_fullres', '-tr', trainer,
+            '-p', PLANS, '-f', *map(str, folds), '-device', 'cpu', '--disable_progress_bar', *flags]
+
+
+def predict(source: Path, output: Path, *flags: str, **kwargs) -> Path:
+    """The command in this process, all of it: importing nnU-Net takes longer than predicting."""
+    main(arguments(source, output, *flags, '-npp', '0', '-nps', '0', **kwargs))
+    return output
+
+
+def predict_stock(source: Path, output: Path, folds: tuple[int, ...]) -> Path:
+    """nnU-Net's own prediction with the stock model, with as many threads as its command takes."""
+    torch.set_num_threads(os.cpu_count())
+    predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder(STOCK)), folds)
+    output.mkdir(parents=True)
+    predictor.predict_from_files_sequential(str(source), str(output))
+    return output
+
+
+def model_folder(trainer: str = REFINED, dataset: str = DATASET, configuration: str = '3d_fullres') -> Path:
+    return Path(os.environ['nnUNet_results']) / dataset / f'{trainer}__{PLANS}__{configuration}'
+
+
+def read(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def rows(folder: Path) -> dict[str, dict]:
+    """The summary's rows by case, without what differs from run to run."""
+    cases = json.loads((folder / 'pdddpm_summary.json').read_text())['cases']
+    return {row['case']: {key: value for key, value in row.items() if key != 'seconds'} for row in cases}
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    """Everything but the summary and what nnU-Net notes about the call: relative path -> content."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob('*')
+            if file.is_file() and file.name not in NOT_RESULTS and file.parent.name != 'pdddpm_cases'}
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    of_one, of_other = images(one), images(other)
+    assert of_one.keys() == of_other.keys()
+    assert [name for name in of_one if of_one[name] != of_other[name]] == []
+
+
+def refusal(call, *args, **kwargs) -> str:
+    """What is said when a call is refused: one line, with exit status 1."""
+    with pytest.raises(SystemExit) as refused:
+        call(*args, **kwargs)
+    assert isinstance(refused.value.code, str)  # Python prints it and exits with 1
+    assert refused.value.code.startswith('Error: ') and '\n' not in refused.value.code
+    return refused.value.code
+
+
+def write_odd_case(folder: Path, degrees: tuple[float, float, float] = (20, -35, 50)) -> None:
+    """A phantom with its own spacing, origin, oblique axes and a margin of zeros."""
+    image = sitk.GetImageFromArray(np.pad(make_case((17, 25, 19), 77)[0], MARGIN))
+    image.SetSpacing((1.1, 1.3, 1.2))
+    image.SetOrigin((17.0, -230.5, 81.25))
+    image.SetDirection(Rotation.from_euler('xyz', degrees, degrees=True).as_matrix().ravel())
+    folder.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(folder / 'odd_0000.nii.gz'))
+
+
+@pytest.fixture(scope='module')
+def source(refined: Workspace, tmp_path_factory) -> Path:
+    """Two phantoms and the odd case."""
+    folder = tmp_path_factory.mktemp('images')
+    for file in (refined.raw / 'imagesTs').iterdir():
+        shutil.copy(file, folder)
+    write_odd_case(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def one_case(source: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('one_image')
+    shutil.copy(source / 'phantom_009_0000.nii.gz', folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def predicted(source: Path, tmp_path_factory) -> Path:
+    """One fold, everything written."""
+    return predict(source, tmp_path_factory.mktemp('predicted') / 'new' / 'folder', *EVERYTHING)
+
+
+@pytest.fixture(scope='module')
+def two_folds(source: Path, tmp_path_factory) -> Path:
+    """Two folds, everything written."""
+    return predict(source, tmp_path_factory.mktemp('two_folds'), *EVERYTHING, folds=(0, 1))
+
+
+@pytest.fixture(scope='module')
+def quick(one_case: Path, tmp_path_factory) -> Path:
+    """One case with the model's own settings but two samples."""
+    return predict(one_case, tmp_path_factory.mktemp('quick'), *QUICK, '-samples', '2')
+
+
+# the stock model's prediction
+
+@pytest.mark.parametrize('folds', [(0,), (0, 1)])
+def test_presegmentation_t_start_0_and_blend_1_are_stock_nnunets_prediction_byte_for_byte(
+        folds, source, predicted, two_folds, one_case, tmp_path):
+    stock = predict_stock(source, tmp_path / 'stock', folds)
+    ours = {(0,): predicted, (0, 1): two_folds}[folds]
+    for case in CASES:
+        assert filecmp.cmp(stock / f'{case}.nii.gz', ours / 'presegmentation' / f'{case}.nii.gz', shallow=False), case
+    for name, value in (('-t_start', '0'), ('-blend', '1')):
+        predict(one_case, tmp_path / name, name, value, '-samples', '1', folds=folds)
+        assert filecmp.cmp(stock / f'{CASES[1]}.nii.gz', tmp_path / name / f'{CASES[1]}.nii.gz', shallow=False), name
+        row = rows(tmp_path / name)[CASES[1]]
+        assert all(values['volume_ml'] == values['volume_ml_stock'] for values in row['labels'].values())
+
+
+# files and their geometry
+
+def test_everything_asked_for_is_written_and_nothing_else(predicted, two_folds, quick):
+    maps = ['uncertainty', 'variance', 'mutual_information', 'probability_organ', 'probability_lesion']
+    expected = {f'{case}{ending}' for case in CASES for ending in ('.nii.gz', '.npz', '.pkl')}
+    expected |= {f'presegmentation/{case}.nii.gz' for case in CASES}
+    expected |= {f'samples/{case}_s{i:02d}.nii.gz' for case in CASES for i in range(4)}
+    expected |= {f'uncertainty/{case}_{name}.nii.gz' for case in CASES for name in maps}
+    assert images(predicted).keys() == expected
+    assert images(two_folds).keys() == expected | {f'uncertainty/{case}_variance_between_folds.nii.gz'
+                                                   for case in CASES}
+    assert images(quick).keys() == {'phantom_009.nii.gz', 'samples/phantom_009_s00.nii.gz',
+                                    'samples/phantom_009_s01.nii.gz'}
+
+
+def test_every_file_has_the_geometry_of_its_image(predicted, source):
+    files = [file for file in predicted.rglob('*.nii.gz')]
+    assert len(files) == 3 * (1 + 1 + 4 + 5)
+    for file in files:
+        case = next(case for case in CASES if file.name.startswith(case))
+        written, image = (sitk.ReadImage(str(f)) for f in (file, source / f'{case}_0000.nii.gz'))
+        assert written.GetSize() == image.GetSize(), file
+        for what in ('GetSpacing', 'GetOrigin', 'GetDirection'):
+            assert getattr(written, what)() == pytest.approx(getattr(image, what)(), abs=1e-5), (file, what)
+
+
+def test_maps_lie_in_0_to_1_are_float32_and_0_outside_the_crop(predicted, two_folds):
+    inside = np.zeros(read(predicted / 'odd.nii.gz').shape, bool)
+    inside[tuple(slice(low, n - high) for (low, high), n in zip(MARGIN, inside.shape, strict=True))] = True
+    for folder in (predicted, two_folds):
+        for file in (folder / 'uncertainty').iterdir():
+            image: nibabel.Nifti1Image = nibabel.load(file)
+            assert image.get_data_dtype() == np.float32
+            assert (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+            values = read(file)
+            assert values.dtype == np.float32
+            assert 0 <= values.min() < values.max() <= 1, file
+            if file.name.startswith('odd'):
+                assert (values[~inside] == 0).all(), file
+                assert (values[inside] > 0).any()
+    uncertainty, information = (read(predicted / 'uncertainty' / f'odd_{name}.nii.gz')
+                                for name in ('uncertainty', 'mutual_information'))
+    assert uncertainty.max() > 0.3
+    assert (information <= uncertainty + 0.02).all()  # but for the overshoot of resampling
+
+
+def test_probability_maps_are_the_probabilities_of_the_mask(predicted):
+    for case in CASES:
+        organ, lesion = (read(predicted / 'uncertainty' / f'{case}_probability_{name}.nii.gz')
+                         for name in ('organ', 'lesion'))
+        saved = np.load(predicted / f'{case}.npz')['probabilities']
+        np.testing.assert_allclose(np.stack([1 - organ - lesion, organ, lesion]), saved, atol=1e-3)
+        np.testing.assert_array_equal(saved.argmax(0), read(predicted / f'{case}.nii.gz'))
+
+
+def test_with_nibabels_reader_files_have_the_affine_of_their_image(source, predicted, tmp_path):
+    """Axes that the reader swaps and flips on the way in have to be swapped and flipped back."""
+    model = tmp_path / 'model'
+    shutil.copytree(model_folder(), model, ignore=shutil.ignore_patterns('validation', '*.png', 'fold_1'))
+    plans = json.loads((model / 'plans.json').read_text())
+    plans['image_reader_writer'] = 'NibabelIOWithReorient'
+    (model / 'plans.json').write_text(json.dumps(plans))
+    write_odd_case(tmp_path / 'images', (100, 10, -95))
+    image = nibabel.load(tmp_path / 'images' / 'odd_0000.nii.gz')
+    assert nibabel.aff2axcodes(image.affine) != ('R', 'A', 'S')
+    main_modelfolder(['-i', str(tmp_path / 'images'), '-o', str(tmp_path / 'out'), '-m', str(model), '-f', '0',
+                      '-device', 'cpu', '-npp', '0', '-nps', '0', '--disable_progress_bar', '--uncertainty', 'all',
+                      '-samples', '1', *QUICK])
+    files = list((tmp_path / 'out').rglob('*.nii.gz'))
+    assert len(files) == 1 + 1 + 5
+    for file in files:
+        written = nibabel.load(file)
+        assert written.shape == image.shape
+        np.testing.assert_allclose(written.affine, image.affine, atol=1e-4)
+    mask, organ, lesion = (nibabel.load(tmp_path / 'out' / name).get_fdata() for name in (
+        'odd.nii.gz', 'uncertainty/odd_probability_organ.nii.gz', 'uncertainty/odd_probability_lesion.nii.gz'))
+    np.testing.assert_array_equal(np.stack([1 - organ - lesion, organ, lesion]).argmax(0), mask)
+
+
+# the same again
+
+def test_two_parts_on_another_day_give_the_same_bytes(source, predicted, tmp_path):
+    for part in ('1', '0'):
+        predict(source, tmp_path, *EVERYTHING, '-num_parts', '2', '-part_id', part)
+    assert_same_results(predicted, tmp_path)
+
+
+def test_the_real_command_on_one_case_with_background_processes_gives_the_same_bytes(one_case, predicted, tmp_path):
+    output = command(arguments(one_case, tmp_path, *EVERYTHING, '-npp', '1', '-nps', '2'))
+    assert output.returncode == 0, output.stdout[-4000:]
+    assert rows(tmp_path)[CASES[1]] == rows(predicted)[CASES[1]]
+    alone, among = images(tmp_path), images(predicted)
+    assert alone.keys() == {name for name in among if CASES[1] in name}
+    assert [name for name in alone if alone[name] != among[name]] == []
+
+
+def command(flags: list[str]) -> subprocess.CompletedProcess[str]:
+    """The console script where it is installed, else the module; with this process's number of threads."""
+    environment = {'nnUNet_def_n_proc': str(default_num_processes)}
+    script = Path(sys.executable).parent / 'nnUNetv2_pdddpm_predict'
+    if script.exists():
+        return run_command(script.name, *flags, environment=environment)
+    return run_command(Path(sys.executable).name, '-m', 'nnunet_pdddpm.commands.predict', *flags,
+                       environment=environment)
+
+
+# the summary
+
+@pytest.mark.parametrize('folds', [1, 2])
+def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
+    folder = {1: predicted, 2: two_folds}[folds]
+    lines = {(line['case'], line['label']): line
+             for line in csv.DictReader((folder / 'pdddpm_summary.csv').open(newline=''))}
+    summary = rows(folder)
+    assert list(summary) == list(CASES) and lines.keys() == set(itertools.product(CASES, ('organ', 'lesion')))
+    for case, row in summary.items():
+        ml = np.prod(sitk.ReadImage(str(source / f'{case}_0000.nii.gz')).GetSpacing()) / 1000
+        mask, stock = read(folder / f'{case}.nii.gz'), read(folder / 'presegmentation' / f'{case}.nii.gz')
+        samples = [read(folder / 'samples' / f'{case}_s{i:02d}.nii.gz') for i in range(4)]
+        assert row['num_samples'] == 4 and len(row['settings']) == folds
+        assert row['versions'].keys() >= {'nnunet_pdddpm', 'nnunetv2', 'torch'}
+        for name, label in (('organ', 1), ('lesion', 2)):
+            values = row['labels'][name]
+            of_samples = ml * np.array([(sample == label).sum() for sample in samples])
+            low, high = np.percentile(of_samples, [2.5, 97.5])
+            expected = {'volume_ml': ml * (mask == label).sum(), 'volume_ml_stock': ml * (stock == label).sum(),
+                        'volume_ml_mean': of_samples.mean(), 'volume_ml_sd': of_samples.std(ddof=1),
+                        'volume_ml_low': low, 'volume_ml_high': high,
+                        'components': ndimage.label(mask == label, np.ones((3, 3, 3)))[1]}
+            if folds == 2:
+                of_fold = of_samples[::2], of_samples[1::2]
+                expected['volume_ml_sd_between_folds'] = np.std([own.mean() for own in of_fold], ddof=1)
+                expected['volume_ml_sd_within_folds'] = np.mean([own.std(ddof=1) for own in of_fold])
+            for key, value in expected.items():
+                assert values[key] == pytest.approx(value, rel=1e-5, abs=1e-9), (case, name, key)
+            assert values.keys() == expected.keys() | {'pairwise_dice', 'uncertain_share'}
+            known = values['pairwise_dice'] is not None
+            assert known == any((sample == label).any() for sample in samples)
+            assert not known or 0 <= values['pairwise_dice'] < 1
+            assert 0 <= values['uncertain_share'] <= 1
+            for key, value in values.items():
+                assert lines[case, name][key] == '' if value is None else \
+                    float(lines[case, name][key]) == pytest.approx(value), (case, name, key)
+        dices = [values['pairwise_dice'] for values in row['labels'].values() if values['pairwise_dice'] is not None]
+        assert row['estimated_dice'] == pytest.approx(np.mean(dices))
+        assert float(lines[case, 'organ']['case_seconds']) > 0
+
+
+def test_the_estimated_dice_is_close_to_that_of_the_saved_samples(predicted):
+    """It is taken in the network's grid, before resampling: for the phantoms that is the image's own."""
+    for case in CASES[1:]:
+        samples = [read(predicted / 'samples' / f'{case}_s{i:02d}.nii.gz') for i in range(4)]
+        for name, label in (('organ', 1), ('lesion', 2)):
+            pairs = [(a == label, b == label) for a, b in itertools.combinations(samples, 2)]
+            sizes = sum(a.sum() + b.sum() for a, b in pairs)
+            expected = pytest.approx(2 * sum((a & b).sum() for a, b in pairs) / sizes, abs=0.01) if sizes else None
+            assert rows(predicted)[case]['labels'][name]['pairwise_dice'] == expected
+            assert name == 'lesion' or sizes
+
+
+def test_several_folds_share_the_samples_and_cost_no_more_calls_than_one(source, predicted, two_folds, one_case,
+                                                                         tmp_path):
+    fold_1 = predict(one_case, tmp_path, *EVERYTHING, folds=(1,))
+    for i, of_fold in enumerate((predicted, fold_1, predicted, fold_1)):
+        name = f'samples/{CASES[1]}_s{i:02d}.nii.gz'
+        assert filecmp.cmp(two_folds / name, of_fold / name, shallow=False), name
+    for case in CASES:
+        one, two = (rows(folder)[case]['network_calls'] for folder in (predicted, two_folds))
+        tiles = one['stock'] // 8
+        assert one == {'stock': 8 * tiles, 'denoiser': (8 * 2 + 8) * tiles}  # samples in two steps, and the mask
+        assert two == {'stock': 2 * one['stock'], 'denoiser': one['denoiser']}
+        between, all_variance = (read(two_folds / 'uncertainty' / f'{case}_{name}.nii.gz')
+                                 for name in ('variance_between_folds', 'variance'))
+        assert (between <= all_variance + 0.02).all() and 0 < between.mean() < all_variance.mean()
+
+
+def test_with_more_folds_than_samples_there_is_one_sample_a_fold(one_case, tmp_path, capsys):
+    predict(one_case, tmp_path, *QUICK, '-samples', '1', folds=(0, 1))
+    assert '2 samples instead of 1: one for every fold.' in capsys.readouterr().out
+    assert rows(tmp_path)[CASES[1]]['num_samples'] == 2
+    assert rows(tmp_path)[CASES[1]]['labels']['organ']['volume_ml_sd_within_folds'] is None
+
+
+# sampling settings
+
+def samples_of(folder: Path) -> list[np.ndarray]:
+    return [read(file) for file in sorted((folder / 'samples').iterdir())]
+
+
+def test_samples_differ_from_one_another_and_with_the_seed(predicted, quick, one_case, tmp_path):
+    for case in CASES:
+        samples = [read(predicted / 'samples' / f'{case}_s{i:02d}.nii.gz') for i in range(4)]
+        assert all((a != b).any() for a, b in itertools.combinations(samples, 2))
+    predict(one_case, tmp_path, *QUICK, '-samples', '3', '-seed', '7')
+    other_seed = samples_of(tmp_path)
+    assert len(other_seed) == 3 and rows(tmp_path)[CASES[1]]['num_samples'] == 3
+    assert all((a != b).any() for a in samples_of(quick) for b in other_seed)
+
+
+def test_the_first_value_is_for_the_samples_and_the_second_for_the_mask(one_case, tmp_path):
+    def run(name, *flags):
+        predict(one_case, tmp_path / name, *QUICK, '-samples', '1', '--save_probabilities', *flags)
+        return (samples_of(tmp_path / name)[0], np.load(tmp_path / name / f'{CASES[1]}.npz')['probabilities'],
+                rows(tmp_path / name)[CASES[1]]['settings'][0])
+    for flags, high, low in ((('-t_start',), '900', '300'), (('-t_start', '900', '-eta', '1', '-steps'), '5', '1')):
+        of_two, of_high, of_low = (run(f'{flags[-1]}{"_".join(values)}', *flags, *values)
+                                   for values in ((high, low), (high,), (low,)))
+        np.testing.assert_array_equal(of_two[0], of_high[0])
+        np.testing.assert_array_equal(of_two[1], of_low[1])
+        assert (of_high[0] != of_low[0]).any() and (of_high[1] != of_low[1]).any()
+        assert of_two[2]['samples'] == of_high[2]['samples'] and of_two[2]['mask'] == of_low[2]['mask']
+    with pytest.raises(SystemExit):
+        run('three', '-t_start', '1', '2', '3')
+
+
+def test_blend_mixes_the_probabilities_of_the_mask_with_the_stock_models(one_case, tmp_path):
+    saved = []
+    for blend in ('0', '0.5', '1'):
+        predict(one_case, tmp_path / blend, *QUICK, '--save_probabilities', '-samples', '1', '-blend', blend)
+        saved.append(np.load(tmp_path / blend / f'{CASES[1]}.npz')['probabilities'])
+    assert np.abs(saved[0] - saved[2]).max() > 0.1
+    np.testing.assert_allclose(saved[1], (saved[0] + saved[2]) / 2, atol=0.01)
+
+
+def test_environment_variables_stand_in_for_flags_that_are_not_given(one_case, quick, tmp_path, monkeypatch):
+    before = rows(quick)[CASES[1]]['settings'][0]
+    for name, value in {'t_start': '300', 'steps': '2', 'samples': '2', 'blend': '0.5', 'seed': '3'}.items():
+        monkeypatch.setenv(f'nnUNet_pdddpm_{name}', value)
+    predict(one_case, tmp_path / 'environment', *QUICK)
+    row = rows(tmp_path / 'environment')[CASES[1]]
+    assert row['num_samples'] == 2
+    for of in ('samples', 'mask'):
+        changed = {'t_start': 300, 'steps': 2, 'samples': 2, 'blend': 0.5, 'seed': 3}
+        assert row['settings'][0][of] == {**before[of], **changed}
+    predict(one_case, tmp_path / 'flags', *QUICK, '-t_start', '300', '500', '-steps', '1', '-samples', '1',
+            '-blend', '0', '-seed', '0')
+    row = rows(tmp_path / 'flags')[CASES[1]]
+    assert row['num_samples'] == 1
+    assert [row['settings'][0][of][name] for of in ('samples', 'mask') for name in ('t_start', 'steps', 'seed')] \
+        == [300, 1, 0, 500, 1, 0]
+    monkeypatch.setenv('nnUNet_pdddpm_tstart', '1')
+    assert 'nnUNet_pdddpm_tstart is unknown' in refusal(predict, one_case, tmp_path / 'wrong')
+    assert not (tmp_path / 'wrong').exists()
+
+
+# continuing
+
+def written_at(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_mtime_ns for name in images(folder)}
+
+
+def test_continuing_does_nothing_twice_and_only_what_is_missing(source, predicted, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(predicted, out)
+    before = written_at(out)
+    predict(source, out, *EVERYTHING, '--continue_prediction')
+    assert written_at(out) == before
+
+    (out / 'samples' / 'odd_s02.nii.gz').unlink()
+    (out / 'pdddpm_summary.json').unlink()
+    predict(source, out, *EVERYTHING, '--c')
+    after = written_at(out)
+    assert {name for name in after if after[name] != before[name]} == {name for name in after if 'odd' in name}
+    assert_same_results(predicted, out)
+
+
+def test_continuing_after_a_kill_before_the_summary_writes_it(source, predicted, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(predicted, out)
+    for ending in ('json', 'csv'):
+        (out / f'pdddpm_summary.{ending}').unlink()
+    predict(source, out, *EVERYTHING, '--continue_prediction')
+    assert rows(out) == rows(predicted)
+    assert (out / 'pdddpm_summary.csv').read_text() == (predicted / 'pdddpm_summary.csv').read_text()
+
+
+def test_continuing_with_other_settings_is_refused(source, predicted, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(predicted, out)
+    everything = {**images(out), **rows(out)}
+    for flags in (('-seed', '5'), ('-t_start', '800'), ('-samples', '2')):
+        said = refusal(predict, source, out, *EVERYTHING, *flags, '--continue_prediction')
+        assert 'other sampling settings' in said and str(out) in said
+    assert {**images(out), **rows(out)} == everything
+
+
+def test_a_killed_run_leaves_whole_files_and_is_completed_to_the_same_bytes(source, predicted, tmp_path):
+    out = tmp_path / 'out'
+    flags = arguments(source, out, *EVERYTHING, '-npp', '1', '-nps', '1')
+    with (tmp_path / 'log.txt').open('w') as log:
+        process = subprocess.Popen([sys.executable, '-m', 'nnunet_pdddpm.commands.predict', *flags], stdout=log,
+                                   stderr=log, start_new_session=True,
+                                   env={**os.environ, 'nnUNet_def_n_proc': str(default_num_processes)})
+    try:
+        while not any((out / f'{case}.nii.gz').exists() for case in CASES):
+            assert process.poll() is None, (tmp_path / 'log.txt').read_text()[-4000:]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        patience = time.monotonic() + 60
+        while group_is_alive(process.pid):  # background processes that outlive it would write on
+            assert time.monotonic() < patience, 'background processes stay after the command was killed'
+            time.sleep(0.1)
+    finally:
+        if group_is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    done = [case for case in CASES if (out / f'{case}.nii.gz').exists()]
+    assert 0 < len(done) < len(CASES)
+    expected = images(predicted)
+    partial = {name for name in images(out) if '.partial' in name}
+    assert [name for name, content in images(out).items() if name not in partial and content != expected[name]] == []
+    for case in done:
+        assert {name for name in expected if case in name} <= images(out).keys()
+
+    before = written_at(out)
+    predict(source, out, *EVERYTHING, '--continue_prediction')
+    assert_same_results(predicted, out)
+    after = written_at(out)
+    assert all(after[name] == before[name] for name in before for case in done if case in name and name not in partial)
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# refusals
+
+def test_what_cannot_be_predicted_is_refused_in_one_sentence_and_nothing_is_written(source, one_case, tmp_path,
+                                                                                    monkeypatch):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'two_channels').mkdir()
+    for channel in range(2):
+        shutil.copy(one_case / 'phantom_009_0000.nii.gz', tmp_path / 'two_channels' / f'case_{channel:04d}.nii.gz')
+    out = tmp_path / 'out'
+    refusals = {
+        'no PDDDPM trainer': refusal(predict, one_case, out, trainer=STOCK),
+        'no trained model in': refusal(predict, one_case, out, trainer='PDDDPMTrainerNotThere'),
+        'fold_2/checkpoint_final.pth': refusal(predict, one_case, out, folds=(0, 2)),
+        'fold_all/checkpoint_final.pth': refusal(predict, one_case, out, folds=('all',)),
+        'checkpoint_other.pth does not exist': refusal(predict, one_case, out, '-chk', 'checkpoint_other.pth'),
+        f'{tmp_path / "empty"} holds no images': refusal(predict, tmp_path / 'empty', out),
+        f'{tmp_path / "none"} does not exist': refusal(predict, tmp_path / 'none', out),
+        'case in ': refusal(predict, tmp_path / 'two_channels', out),
+        't_start=961': refusal(predict, one_case, out, '-t_start', '961'),
+        'steps=0': refusal(predict, one_case, out, '-steps', '0'),
+        'eta=2': refusal(predict, one_case, out, '-eta', '2'),
+        'slice_correlation=1.5': refusal(predict, one_case, out, '-slice_correlation', '1.5'),
+        'could not find a dataset with the ID 799': refusal(predict, one_case, out, '-d', '799').lower(),
+    }
+    assert 'has 2 channel files, the model needs 1' in refusals['case in ']
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    refusals['There is no cuda device'] = refusal(predict, one_case, out, '-device', 'cuda')
+    for what, said in refusals.items():
+        assert what.lower() in said.lower(), said
+    assert not out.exists()
+
+
+def test_a_refused_command_exits_with_1(one_case, tmp_path):
+    result = command(arguments(one_case, tmp_path / 'out', '-t_start', '5000'))
+    assert result.returncode == 1
+    assert result.stdout.strip().splitlines()[-1].startswith('Error: t_start=5000 ')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(('flag', 'value'), [('-part_id', '1'), ('-step_size', '0'), ('-step_size', '1.5'),
+                                             ('-uncertainty', 'much'), ('-device', 'tpu')])
+def test_flags_out_of_range_are_refused_by_name(one_case, tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as refused:
+        predict(one_case, tmp_path / 'out', flag, value)
+    assert refused.value.code == 2 and flag.strip('-') in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+# nnU-Net's flags
+
+class Captured(Exception):
+    """Carries a parser out of a command."""
+
+
+def parser_of(entry_point, *args) -> argparse.ArgumentParser:
+    def parse_args(self, *_):
+        raise Captured(self)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Captured) as captured:
+        patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+        entry_point(*args)
+    return captured.value.args[0]
+
+
+@pytest.mark.parametrize(('theirs', 'ours'), [
+    (predict_from_raw_data.predict_entry_point, main),
+    (predict_from_raw_data.predict_entry_point_modelfolder, main_modelfolder)])
+def test_every_flag_of_nnunets_command_is_there_with_the_same_default(theirs, ours):
+    stock, extended = parser_of(theirs), parser_of(ours, [])
+    known = {flag: action for action in extended._actions for flag in action.option_strings}
+    flags = [(flag, action) for action in stock._actions for flag in action.option_strings]
+    assert len(flags) > 15
+    for flag, action in flags:
+        assert flag in known, f'{flag} of nnU-Net is not accepted'
+        own = known[flag]
+        assert (own.nargs, own.required, own.dest) == (action.nargs, action.required, action.dest), flag
+        default = {'-tr': 'PDDDPMTrainer', '-f': [str(f) for f in action.default]} if flag in ('-tr', '-f') else {}
+        if action.dest != 'help':
+            assert own.default == default.get(flag, action.default), flag
+        if action.type is not None and flag != '-f':
+            assert (own.type or str) == action.type, flag
+
+
+# Python
+
+def test_from_python_it_is_used_as_nnunets_predictor(source, quick, tmp_path):
+    predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
+                                overrides={'samples': (2, 2)})
+    predictor.initialize_from_trained_model_folder(str(model_folder()), use_folds=(0,))
+    torch.set_num_threads(os.cpu_count())
+    expected = read(quick / f'{CASES[1]}.nii.gz')
+    file = source / f'{CASES[1]}_0000.nii.gz'
+    array, properties = predictor.plans_manager.image_reader_writer_class().read_images([str(file)])
+
+    np.testing.assert_array_equal(predictor.predict_single_npy_array(array, properties), expected)
+    labels, probabilities = predictor.predict_single_npy_array(array, properties, save_or_return_probabilities=True)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(probabilities.argmax(0), expected)
+
+    returned = predictor.predict_from_files_sequential([[str(file)]], None)
+    np.testing.assert_array_equal(returned[0], expected)
+    predictor.predict_from_files_sequential([[str(file)]], [str(tmp_path / 'sequential' / 'mask')])
+    assert filecmp.cmp(tmp_path / 'sequential' / 'mask.nii.gz', quick / f'{CASES[1]}.nii.gz', shallow=False)
+
+    returned = predictor.predict_from_list_of_npy_arrays([array, array], None, [properties] * 2, None, 1, False, 0)
+    assert len(returned) == 2
+    for mask in returned:
+        np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize('folds', ['0', None, ['1'], (0, 1)])
+def test_folds_can_be_named_as_nnunets_predictor_takes_them(refined, folds):
+    predictor = PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder()), folds)
+    assert len(predictor.fold_settings) == len(predictor.list_of_parameters) == (1 if folds in ('0', ['1']) else 2)
+    with pytest.raises(PredictionError, match='fold_all/checkpoint_final.pth'):
+        predictor.initialize_from_trained_model_folder(str(model_folder()), 'all')
+
+
+# regions, slices, pictures
+
+REGIONS = 'Dataset703_RegionsIn2d'
+
+
+@pytest.fixture(scope='module')
+def in_2d(refined: Workspace, tmp_path_factory) -> SimpleNamespace:
+    """A 2d model with the regions whole (labels 1 and 2) and lesion (2), and what it predicts."""
+    raw, preprocessed = (Path(os.environ[name]) / REGIONS for name in ('nnUNet_raw', 'nnUNet_preprocessed'))
+    write_dataset(raw, num_training=6, num_test=1, shape=(8, 26, 22), seed=3)
+    description = json.loads((raw / 'dataset.json').read_text())
+    description['labels'] = {'background': 0, 'whole thing': [1, 2], 'lesion': 2}
+    description['regions_class_order'] = [1, 2]
+    (raw / 'dataset.json').write_text(json.dumps(description))
+    plan_and_preprocess(raw, preprocessed, '2d')
+    for trainer in (STOCK, REFINED):
+        make_trainer(trainer, 0, '2d', 703).run_training()
+    model, folder = model_folder(REFINED, REGIONS, '2d'), tmp_path_factory.mktemp('in_2d')
+
+    def run(name, *flags, model=model, source=raw / 'imagesTs'):
+        main_modelfolder(['-i', str(source), '-o', str(folder / name), '-m', str(model), '-f', '0', '-device', 'cpu',
+                          '-npp', '0', '-nps', '0', '--disable_progress_bar', '--save_samples', '--disable_tta',
+                          '--uncertainty', 'all', '--save_probabilities', '-t_start', '900', '-samples', '3', *flags])
+        return folder / name
+    return SimpleNamespace(raw=raw, model=model, run=run, predicted=run('predicted'))
+
+
+def test_regions_have_their_names_and_volumes(in_2d):
+    row = next(iter(rows(in_2d.predicted).values()))
+    mask = read(in_2d.predicted / f'{row["case"]}.nii.gz')
+    assert set(np.unique(mask)) <= {0, 1, 2}
+    samples = samples_of(in_2d.predicted)
+    ml = np.prod(sitk.ReadImage(str(next((in_2d.raw / 'imagesTs').iterdir()))).GetSpacing()) / 1000
+    saved = np.load(in_2d.predicted / f'{row["case"]}.npz')['probabilities']
+    assert list(row['labels']) == ['whole thing', 'lesion']
+    for channel, (name, labels) in enumerate((('whole thing', (1, 2)), ('lesion', (2,)))):
+        values = row['labels'][name]
+        assert values['volume_ml'] == pytest.approx(ml * np.isin(mask, labels).sum(), rel=1e-5)
+        assert values['volume_ml_mean'] == pytest.approx(ml * np.isin(samples, labels).sum() / 3, rel=1e-5)
+        file = f'{row["case"]}_probability_{name.replace(" ", "_")}.nii.gz'
+        probability = read(in_2d.predicted / 'uncertainty' / file)
+        np.testing.assert_allclose(probability, saved[channel], atol=1e-3)
+    assert read(in_2d.predicted / 'uncertainty' / f'{row["case"]}_uncertainty.nii.gz').max() <= 1
+
+
+def test_slices_of_a_2d_model_share_their_noise_as_asked(in_2d):
+    coherent, independent = (in_2d.run(f'correlation_{rho}', '-slice_correlation', rho) for rho in ('1', '0'))
+    stored, first, second = (samples_of(folder) for folder in (in_2d.predicted, coherent, independent))
+    assert all((a != b).any() for folders in itertools.combinations((stored, first, second), 2)
+               for a, b in zip(*folders, strict=True))
+    assert [next(iter(rows(folder).values()))['settings'][0]['slice_correlation']
+            for folder in (in_2d.predicted, coherent, independent)] == [0.9, 1, 0]
+    for one, other in zip(first, second, strict=True):  # the first slice has the same noise with any correlation
+        assert (one != other)[1:].any()
+
+
+def test_pictures_get_pictures(in_2d, tmp_path):
+    model, source = tmp_path / 'model', tmp_path / 'images'
+    shutil.copytree(in_2d.model, model, ignore=shutil.ignore_patterns('validation', '*.png'))
+    for file, key, value in (('plans.json', 'image_reader_writer', 'NaturalImage2DIO'),
+                             ('dataset.json', 'file_ending', '.png')):
+        content = json.loads((model / file).read_text())
+        content[key] = value
+        (model / file).write_text(json.dumps(content))
+    source.mkdir()
+    picture = make_case((8, 40, 30), 5)[0][4]
+    sitk.WriteImage(sitk.GetImageFromArray(picture.clip(0, 255).astype(np.uint8)), str(source / 'photo_0000.png'))
+    out = in_2d.run('pictures', model=model, source=source)
+    mask = read(out / 'photo.png')
+    row = rows(out)['photo']
+    assert row['labels']['whole thing']['volume_ml'] == pytest.approx((mask > 0).sum() / 1000)  # 1 mm thick
+    assert len(samples_of(out)) == 3
+    for name, channel in (('probability_whole_thing', 0), ('probability_lesion', 1)):
+        values = read(out / 'uncertainty' / f'photo_{name}.png')
+        assert values.shape == mask.shape
+        saved = np.load(out / 'photo.npz')['probabilities'][channel, 0]
+        np.testing.assert_allclose(values / 65534, saved, atol=1e-3)
