@@ -132,7 +132,8 @@ def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
         num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
         folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
     if args.report:  # other parts may still be at work
-        finished = {case: files for case, files in images.items() if read_case(Path(args.o), case) is not None}
+        cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
+        finished = {case: files for case, files in cases.items() if read_case(Path(args.o), case) is not None}
         print(f'Report: {write_report(Path(args.o), finished)}')
 
 
@@ -156,6 +157,11 @@ def prepare_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def case_name(files: Sequence[str], predictor: PDDDPMPredictor) -> str:
+    """Name of the case with these channel files."""
+    return Path(files[0]).name[:-len('_0000' + predictor.dataset_json['file_ending'])]
+
+
 def find_images(folder: str, predictor: PDDDPMPredictor) -> list[list[str]]:
     """The image files of every case, by channel.
 
@@ -171,7 +177,7 @@ def find_images(folder: str, predictor: PDDDPMPredictor) -> list[list[str]]:
     channels = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
     for files in images:
         if len(files) != channels:
-            case = Path(files[0]).name[:-len(ending) - 5]
+            case = case_name(files, predictor)
             raise PredictionError(f'{case} in {folder} has {len(files)} channel files, the model needs {channels} '
                                   f'({case}_0000{ending} to {case}_{channels - 1:04d}{ending}).')
     return images
