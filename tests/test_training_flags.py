@@ -151,6 +151,6 @@ def test_the_switch_of_weights_and_biases_is_nnunet_s(scratch_results, fold, mon
     trainer = make_trainer(BRIEF, 0)
     trainer.run_training()
     run = trainer.logger.loggers[0].run
-    assert run.summary['train_losses'] == pytest.approx(trainer.logger.get_value('train_losses', -1))
+    assert run.config['hparas']['initial_lr'] == trainer.initial_lr and run.summary['current_epoch'] == 0
     run.finish()
     assert list(fold.glob('wandb/offline-run-*/*.wandb'))
