@@ -20,7 +20,7 @@ from hippocampus import DATASET, HERE, find_data, nnunet_environment
 
 DATASETS = {996: 'regions and an ignore label', 997: 'regions', 998: 'ignore label', 999: 'plain labels'}
 CONFIGURATIONS = ('2d', '3d_lowres', '3d_fullres', '3d_cascade_fullres')
-STOCK, REFINED = 'nnUNetTrainerHandful', 'PDDDPMTrainerHandful'
+STOCK, REFINED = 'nnUNetTrainerIntegration', 'PDDDPMTrainerIntegration'
 NUM_TRAINING, NUM_TEST = 9, 2
 
 
@@ -43,7 +43,7 @@ def run_dataset(work: Path, dataset: int) -> dict:
     results = work / f'results_{dataset}.json'
     results.unlink(missing_ok=True)
     environment = {**nnunet_environment(work), 'nnUNet_pdddpm_presegmenter': STOCK, 'nnUNet_n_proc_DA': '0',
-                   'nnUNet_def_n_proc': '1', 'nnUNet_npp': '1', 'nnUNet_nps': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+                   'nnUNet_def_n_proc': '1', 'nnUNet_npp': '0', 'nnUNet_nps': '0', 'OMP_NUM_THREADS': '1'}
     log = work / f'log_{dataset}.txt'
     start = time.monotonic()
     with log.open('w') as file:
@@ -97,9 +97,9 @@ def main() -> None:
             f"benchmarks/integration.py -o WORK\n\nMachine: {os.cpu_count()} CPU cores, no GPU used, torch "
             f"{torch.__version__}. Data: hippocampus (Medical Segmentation Decathlon Task04), {NUM_TRAINING} cases in "
             f"3 folds and {NUM_TEST} for prediction, converted by nnU-Net's own scripts. Reduced plans: 3 stages of "
-            f"8 to 32 features, patches of 32x48x32 (3d_fullres, cascade), 24x32x24 (3d_lowres), 56x40 (2d). Stock: 80 "
-            f"iterations of AdamW, PDDDPM: 16. The Dice is no measure of either; it shows that the masks are those of "
-            f"trained models.\n\n{text}")
+            f"8 to 32 features, patches of 24x32x24 (3d_fullres, cascade), 16x24x16 (3d_lowres), 40x40 (2d). Stock: 80 "
+            f"iterations of AdamW, PDDDPM: 16; no mirroring. The Dice is no measure of either; it shows that the masks "
+            f"are those of trained models.\n\n{text}")
     if any(done['failed'] for done in results.values()):
         sys.exit('Something failed, see above.')
 

@@ -52,13 +52,13 @@ def plan(dataset: int) -> None:
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configurations = plans['configurations'] = {name: plans['configurations'][name] for name in ('2d', '3d_fullres')}
-    for name, patch in (('2d', [56, 40]), ('3d_fullres', [32, 48, 32])):
+    for name, patch in (('2d', [40, 40]), ('3d_fullres', [24, 32, 24])):
         configurations[name].update(patch_size=patch, batch_size=2 if len(patch) == 3 else 8)
         configurations[name]['architecture']['arch_kwargs'].update(
             n_stages=3, features_per_stage=[8, 16, 32], kernel_sizes=[[3] * len(patch)] * 3,
             strides=[[n] * len(patch) for n in (1, 2, 2)], n_conv_per_stage=[1] * 3, n_conv_per_stage_decoder=[1] * 2)
     configurations['3d_lowres'] = {
-        'inherits_from': '3d_fullres', 'data_identifier': f'{PLANS}_3d_lowres', 'patch_size': [24, 32, 24],
+        'inherits_from': '3d_fullres', 'data_identifier': f'{PLANS}_3d_lowres', 'patch_size': [16, 24, 16],
         'spacing': [1.5 * s for s in configurations['3d_fullres']['spacing']], 'next_stage': '3d_cascade_fullres'}
     configurations['3d_cascade_fullres'] = {'inherits_from': '3d_fullres', 'previous_stage': '3d_lowres'}
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
