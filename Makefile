@@ -7,7 +7,7 @@ demo: .venv/installed
 	.venv/bin/nnUNetv2_pdddpm_demo -o demo
 
 test: .venv/installed
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	.venv/bin/ruff check .
