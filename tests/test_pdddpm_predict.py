@@ -448,11 +448,20 @@ def test_continuing_after_a_kill_before_the_summary_writes_it(source, predicted,
 def test_continuing_with_other_settings_is_refused(source, predicted, tmp_path):
     out = tmp_path / 'out'
     shutil.copytree(predicted, out)
-    everything = {**images(out), **rows(out)}
-    for flags in (('-seed', '5'), ('-t_start', '800'), ('-samples', '2')):
+    everything = {file: file.read_bytes() for file in out.rglob('*') if file.is_file()}
+    for flags in (('-seed', '5'), ('-t_start', '800'), ('-samples', '2'), ('-step_size', '0.7')):
         said = refusal(predict, source, out, *EVERYTHING, *flags, '--continue_prediction')
         assert 'other sampling settings' in said and str(out) in said
-    assert {**images(out), **rows(out)} == everything
+    assert {file: file.read_bytes() for file in out.rglob('*') if file.is_file()} == everything
+
+
+def test_the_report_shows_every_case_and_what_it_needs_is_written(source, tmp_path):
+    predict(source, tmp_path, *QUICK, '-samples', '2', '--report')
+    page = (tmp_path / 'report.html').read_text()
+    for case, row in rows(tmp_path).items():
+        assert case in page and f'{row["labels"]["organ"]["volume_ml"]:.2f} ml' in page
+        for folder, ending in (('presegmentation', ''), ('uncertainty', '_uncertainty')):
+            assert (tmp_path / folder / f'{case}{ending}.nii.gz').is_file()
 
 
 def test_a_killed_run_leaves_whole_files_and_is_completed_to_the_same_bytes(source, predicted, tmp_path):

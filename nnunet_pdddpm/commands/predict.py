@@ -51,7 +51,7 @@ def add_input_and_output(parser: argparse.ArgumentParser) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What both commands have: the flags of their stock namesakes with the same meaning, then those of sampling."""
     stock = parser.add_argument_group('as in nnUNetv2_predict')
-    stock.add_argument('-f', nargs='+', default=['0', '1', '2', '3', '4'], help='folds (default: 0 1 2 3 4)')
+    stock.add_argument('-f', nargs='+', type=fold, default=[0, 1, 2, 3, 4], help='folds (default: 0 1 2 3 4)')
     stock.add_argument('-chk', default='checkpoint_final.pth', help='checkpoint (default: %(default)s)')
     stock.add_argument('-step_size', type=float, default=0.5, help='of the sliding window, of a tile (default: 0.5)')
     stock.add_argument('--disable_tta', action='store_true', help='no mirroring')
@@ -88,6 +88,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                          help='report.html, worst cases first; with --uncertainty and --save_presegmentation')
 
 
+def fold(text: str) -> int | str:
+    """A fold's number, or `all`."""
+    return text if text == 'all' else int(text)
+
+
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Predict; what cannot be done is said in one sentence, with exit status 1."""
     if not 0 <= args.part_id < args.num_parts:
@@ -103,13 +108,25 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 parser.error(f'-{name} takes one value or two, got {len(values)}')
             overrides[name] = (values[0], values[-1])
     try:
-        predict(args, overrides)
+        predictor, images = prepare(args, overrides)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
+    predictor.predict_from_files(
+        images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
+        num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
+        folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
+    if args.report:  # other parts may still be at work
+        cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
+        finished = {case: files for case, files in cases.items() if read_case(Path(args.o), case) is not None}
+        try:
+            print(f'Report: {write_report(Path(args.o), finished)}')
+        except ValueError as error:
+            sys.exit(f'Error: {error}')
 
 
-def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, int | float]]) -> None:
-    """Load the model, check the input, predict.
+def prepare(args: argparse.Namespace, overrides: dict[str, tuple[int | float, int | float]]
+            ) -> tuple[PDDDPMPredictor, list[list[str]]]:
+    """Load the model and check the input; the predictor, and the image files of every case.
 
     Raises:
         ValueError: with a sentence that says what is wrong and what to do.
@@ -122,19 +139,15 @@ def predict(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
         outputs=Outputs(uncertainty='entropy' if args.report and args.uncertainty == 'none' else args.uncertainty,
                         samples=args.save_samples, presegmentation=args.save_presegmentation or args.report))
     folder = args.m if hasattr(args, 'm') else model_folder(args)
-    predictor.initialize_from_trained_model_folder(folder, [f if f == 'all' else int(f) for f in args.f], args.chk)
+    predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)
     images = find_images(args.i, predictor)
     if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
         raise PredictionError(f'This is a cascade: name the folder with the predictions of '
                               f'{predictor.configuration_manager.previous_stage_name} with -prev_stage_predictions.')
-    predictor.predict_from_files(
-        images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
-        num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
-        folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
-    if args.report:  # other parts may still be at work
-        cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
-        finished = {case: files for case, files in cases.items() if read_case(Path(args.o), case) is not None}
-        print(f'Report: {write_report(Path(args.o), finished)}')
+    if args.continue_prediction:
+        for files in images:
+            predictor.refuse_other_settings(Path(args.o, case_name(files, predictor)))
+    return predictor, images
 
 
 def model_folder(args: argparse.Namespace) -> str:

@@ -41,7 +41,10 @@ class PDDDPMPredictor(VolumePredictor):
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
-        return [{**asdict(settings), 'slice_correlation': self.slice_correlation} for settings in self.fold_settings]
+        of_all = {'slice_correlation': self.slice_correlation, 'step_size': self.tile_step_size,
+                  'mirroring': self.use_mirroring}
+        return [{'fold': fold, **asdict(settings), **of_all}
+                for fold, settings in zip(self.folds, self.fold_settings, strict=True)]
 
     def _manage_input_and_output_lists(self, list_of_lists_or_source_folder: Any,
                                        output_folder_or_list_of_truncated_output_files: Any,
@@ -65,12 +68,17 @@ class PDDDPMPredictor(VolumePredictor):
         self._num_cases = len(inputs)
         return inputs, outputs, previous
 
-    def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
+    def refuse_other_settings(self, truncated: Path) -> None:
+        """Raise PredictionError if a case (by its path without ending) was predicted with other folds or settings."""
         row = read_case(truncated.parent, truncated.name)
         if row is not None and row['settings'] != self.settings_for_summary():
             raise PredictionError(f'{truncated.parent} holds {truncated.name} predicted with other sampling settings: '
                                   f'name another output folder, or predict all of it again without '
                                   f'--continue_prediction.')
+
+    def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
+        self.refuse_other_settings(truncated)
+        row = read_case(truncated.parent, truncated.name)
         export = self._export(truncated, {}, save_probabilities)
         return row is not None and all((truncated.parent / file).is_file() for file in export.files(self.num_samples))
 

@@ -97,8 +97,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _flat_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One column a setting; where the models differ, their values with a slash between them."""
-    flat = [{**{f'{of}_{key}': value for of in ('samples', 'mask') for key, value in model[of].items()},
-             'slice_correlation': model['slice_correlation']} for model in settings]
+    flat = [{**{key: value for key, value in model.items() if key not in ('samples', 'mask')},
+             **{f'{of}_{key}': value for of in ('samples', 'mask') for key, value in model[of].items()}}
+            for model in settings]
     return {key: '/'.join(dict.fromkeys(str(model[key]) for model in flat)) for key in flat[0]}
 
 

@@ -67,6 +67,7 @@ class VolumePredictor(nnUNetPredictor):
             raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
         self.overrides = dict(overrides or {})
         self.slice_correlation = slice_correlation
+        self.folds: list[int | str] = []
         self.fold_settings: list[FoldSettings] = []
         self.num_samples = 0
 
@@ -83,7 +84,9 @@ class VolumePredictor(nnUNetPredictor):
             raise PredictionError(f'There is no trained model in {folder}: train it with nnUNetv2_train -tr '
                                   f'PDDDPMTrainer, or correct -d, -c, -tr and -p (or -m).')
         use_folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
-        for fold in use_folds or ():
+        if use_folds is None:
+            use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name)
+        for fold in use_folds:
             if not (file := folder / f'fold_{fold}' / checkpoint_name).is_file():
                 raise PredictionError(f'{file} does not exist: name the trained folds with -f and the checkpoint with '
                                       f'-chk.')
@@ -95,6 +98,7 @@ class VolumePredictor(nnUNetPredictor):
         if not isinstance(self.network, Refiner):
             raise PredictionError(f'The model in {folder} was trained by {self.trainer_name}, which is no PDDDPM '
                                   f'trainer: predict with nnUNetv2_predict, or name a PDDDPM model with -tr.')
+        self.folds = [fold if fold == 'all' else int(fold) for fold in use_folds]
         self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
         wanted = self.fold_settings[0].samples.samples
         self.num_samples = max(wanted, len(self.list_of_parameters))
