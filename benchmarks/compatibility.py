@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 RUNS = (Run('Dataset804_HippocampusRegions', '3d_fullres', [40, 56, 40], 2, 'Token'),
         Run('Dataset804_HippocampusRegions', '2d', [56, 40], 16, 'Token'),
-        Run(LESION, '3d_fullres', [96, 96, 96], 2, 'Handful'))
+        Run(LESION, '3d_fullres', [96, 96, 96], 2, 'Glimpse'))
 
 
 def measured(work: Path, trainer: str, *command: str) -> tuple[float, float]:
@@ -134,10 +134,10 @@ Machine: {os.cpu_count()} CPU cores, no GPU used, torch {torch.__version__}. n =
 HippocampusRegions is Medical Segmentation Decathlon Task04 with the regions whole = {{1, 2}} and posterior = {{2}},
 {NUM_TRAINING} training cases in three folds and {NUM_TEST} to predict. MSLesion has three channels of 182 x 218 x 182
 voxels and three cases, a fold each; the case of fold 0 is predicted whole. Reduced plans: four stages of
-{FEATURES} features. Token trainings: 200 iterations of stock and 100 of PDDDPM (hippocampus), 80 and 16
+{FEATURES} features. Token trainings: 100 iterations of stock and 50 of PDDDPM (hippocampus), 16 and 8
 (MSLesion), so the Dice says only that the path works. Stock models of all three folds first, for out-of-fold
-pre-segmentations. Seconds with the start of the program and with mirroring; memory is that of the largest process of a
-command. `nnUNetv2_pdddpm_predict` draws 8 samples and writes uncertainty, summary and report.
+pre-segmentations. Seconds with the start of the program, and with mirroring but for MSLesion, whose trainers do without;
+memory is that of the largest process of a command. The machine was not idle: seconds are upper bounds. `nnUNetv2_pdddpm_predict` draws 8 samples and writes uncertainty, summary and report.
 
 | data set | configuration | trainer | training and validation of fold 0, s | GiB | Dice in validation | \
 prediction | s per case (cases) | GiB |

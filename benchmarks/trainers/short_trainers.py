@@ -45,9 +45,17 @@ class PDDDPMTrainerIntegration(PDDDPMTrainerHandful):
     pass
 
 
+class nnUNetTrainerGlimpse(nnUNetTrainerIntegration):
+    iterations = 8
+
+
+class PDDDPMTrainerGlimpse(PDDDPMTrainerHandful):
+    iterations = 4
+
+
 class nnUNetTrainerToken(FewIterations, nnUNetTrainer):
-    iterations = 100
+    iterations = 50
 
 
 class PDDDPMTrainerToken(FewIterations, PDDDPMTrainer):
-    iterations = 50
+    iterations = 25
