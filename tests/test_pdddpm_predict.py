@@ -582,7 +582,7 @@ def test_every_flag_of_nnunets_command_is_there_with_the_same_default(theirs, ou
         assert flag in known, f'{flag} of nnU-Net is not accepted'
         own = known[flag]
         assert (own.nargs, own.required, own.dest) == (action.nargs, action.required, action.dest), flag
-        default = {'-tr': 'PDDDPMTrainer', '-f': [str(f) for f in action.default]} if flag in ('-tr', '-f') else {}
+        default = {'-tr': 'PDDDPMTrainer', '-f': list(action.default)} if flag in ('-tr', '-f') else {}
         if action.dest != 'help':
             assert own.default == default.get(flag, action.default), flag
         if action.type is not None and flag != '-f':
