@@ -449,10 +449,21 @@ def test_continuing_with_other_settings_is_refused(source, predicted, tmp_path):
     out = tmp_path / 'out'
     shutil.copytree(predicted, out)
     everything = {file: file.read_bytes() for file in out.rglob('*') if file.is_file()}
-    for flags in (('-seed', '5'), ('-t_start', '800'), ('-samples', '2'), ('-step_size', '0.7')):
+    for flags in (('-seed', '5'), ('-t_start', '800'), ('-samples', '2'), ('-step_size', '0.7'),
+                  ('-chk', 'checkpoint_best.pth')):
         said = refusal(predict, source, out, *EVERYTHING, *flags, '--continue_prediction')
         assert 'other sampling settings' in said and str(out) in said
     assert {file: file.read_bytes() for file in out.rglob('*') if file.is_file()} == everything
+
+
+def test_what_an_earlier_prediction_left_of_a_case_is_taken_away(one_case, tmp_path):
+    predict(one_case, tmp_path, *QUICK, '-samples', '3', '--uncertainty', 'all')
+    stranger = tmp_path / 'samples' / f'{CASES[1]}_s00_s00.nii.gz'  # of a case that is named like a sample
+    stranger.write_bytes(b'')
+    predict(one_case, tmp_path, *QUICK, '-samples', '2')
+    assert sorted(file.name for file in (tmp_path / 'samples').iterdir()) == sorted(
+        [stranger.name, *(f'{CASES[1]}_s{i:02d}.nii.gz' for i in range(2))])
+    assert not list((tmp_path / 'uncertainty').iterdir())
 
 
 def test_the_report_shows_every_case_and_what_it_needs_is_written(source, tmp_path):

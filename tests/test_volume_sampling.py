@@ -281,6 +281,21 @@ def test_pairwise_dice_is_the_mean_of_the_pairs_where_sizes_agree():
     assert spread_of(hard[:1], False).pairwise_dice(1) is None
 
 
+@pytest.mark.parametrize('samples', [8, 10, 11])
+def test_a_region_on_which_all_agree_hides_no_disagreement_on_another(samples):
+    """Ten tenths of one are a little more than one in single precision."""
+    spread = Spread((2, 1, 1, 2), samples, 1, True, CPU)
+    for i in range(samples):
+        p = torch.ones(2, 1, 1, 2)
+        p[1, ..., 0] = float(i % 2)
+        spread.add(p)
+    maps = spread.maps()
+    share = (samples // 2) / samples
+    expected = -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 2  # mean over the two regions
+    for name in ('uncertainty', 'mutual_information'):
+        assert maps[name].flatten().tolist() == pytest.approx([expected, 0], abs=1e-5)
+
+
 def test_300_samples_are_counted_without_overflow():
     p = np.zeros((300, 2, 1, 1, 2))
     p[:, 1, ..., 0] = 1

@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.training.presegmenters import (
     CHECKPOINT,
@@ -183,15 +184,16 @@ def check_model(file: Path) -> str:
         weights = load_checkpoint(file, 'model')['network_weights']
     except PresegmenterError as error:
         return str(error)
-    names = [*asdict(SamplingSettings()), 't_max']
-    if not weights.keys() >= set(names):
-        return f'The model {file} holds no sampling settings: it was not trained by {TRAINER}; train it again.'
-    settings = {name: weights[name].item() for name in names}
-    t_max = settings.pop('t_max')
+    names = list(asdict(SamplingSettings()))
+    if not weights.keys() >= {'t_max', *(prefix + name for prefix in (MASK, SAMPLES) for name in names)}:
+        return f'The model {file} lacks sampling settings: it was not trained by this {TRAINER}; train it again.'
     if environment_problem(SamplingSettings(t_start=HIGHEST_TRAINED_LEVEL), HIGHEST_TRAINED_LEVEL):
         return ''  # reported already: no model accepts these values
-    problem = environment_problem(SamplingSettings(**settings), t_max)
-    return f'The model {file} cannot be used for prediction: {problem}' if problem else ''
+    for prefix in (MASK, SAMPLES):
+        settings = SamplingSettings(**{name: weights[prefix + name].item() for name in names})
+        if problem := environment_problem(settings, weights['t_max'].item()):
+            return f'The model {file} cannot be used for prediction: {problem}'
+    return ''
 
 
 def environment_problem(settings: SamplingSettings, t_max: int) -> str:

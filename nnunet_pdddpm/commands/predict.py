@@ -111,10 +111,14 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         predictor, images = prepare(args, overrides)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
-    predictor.predict_from_files(
-        images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
-        num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
-        folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts, part_id=args.part_id)
+    try:
+        predictor.predict_from_files(
+            images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
+            num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
+            folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts,
+            part_id=args.part_id)
+    except PredictionError as error:
+        sys.exit(f'Error: {error}')
     if args.report:  # other parts may still be at work
         cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
         finished = {case: files for case, files in cases.items() if read_case(Path(args.o), case) is not None}
@@ -141,9 +145,16 @@ def prepare(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
     folder = args.m if hasattr(args, 'm') else model_folder(args)
     predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)
     images = find_images(args.i, predictor)
-    if predictor.configuration_manager.previous_stage_name is not None and args.prev_stage_predictions is None:
-        raise PredictionError(f'This is a cascade: name the folder with the predictions of '
-                              f'{predictor.configuration_manager.previous_stage_name} with -prev_stage_predictions.')
+    if previous := predictor.configuration_manager.previous_stage_name:
+        if args.prev_stage_predictions is None:
+            raise PredictionError(f'This is a cascade: name the folder with the predictions of {previous} with '
+                                  f'-prev_stage_predictions.')
+        for files in images:
+            file = Path(args.prev_stage_predictions,
+                        case_name(files, predictor) + predictor.dataset_json['file_ending'])
+            if not file.is_file():
+                raise PredictionError(f'The prediction of {previous} {file} is missing: predict it first, or correct '
+                                      f'-prev_stage_predictions.')
     if args.continue_prediction:
         for files in images:
             predictor.refuse_other_settings(Path(args.o, case_name(files, predictor)))

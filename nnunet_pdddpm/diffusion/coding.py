@@ -69,4 +69,4 @@ def probabilities_to_logits(probabilities: Tensor, regions: bool) -> Tensor:
     weighting (factor 10) and the accumulation over tiles and mirrorings.
     """
     p = probabilities.float().clamp(PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
-    return torch.logit(p) if regions else torch.log(p)
+    return p.logit_() if regions else p.log_()

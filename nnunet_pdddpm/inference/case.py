@@ -85,6 +85,8 @@ class CaseUnderWay:
 
     def add_sample(self, number: int, logits: Tensor) -> None:
         """Export a sample, logits (C, Z, Y, X)."""
+        if number in self.samples:  # drawn again, after the device ran out of memory
+            self.samples[number].result()
         self.samples[number] = self.queue.submit(self.export.sample, as_numpy(logits), number)
 
     def add_rest(self, prediction: VolumePrediction) -> None:
@@ -117,6 +119,8 @@ class CaseUnderWay:
                             'pairwise_dice': self.pairwise[name], 'uncertain_share': self.unsure[name]}
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
         write_case(folder / CASES, {**self.row, 'labels': labels})
+        for file in self.export.earlier_files(self.output):
+            file.unlink()
         files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]
         for file in sorted(files, key=lambda file: file == Path(mask)):  # a mask in place says that the case is done
             (self.output / file).parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,17 @@ class CaseExport:
         of_maps = {'none': [], 'entropy': ['uncertainty'], 'all': ['uncertainty', 'variance']}[self.outputs.uncertainty]
         return names + [f'uncertainty/{case}_{name}{ending}' for name in of_maps]
 
+    def earlier_files(self, output: Path) -> list[Path]:
+        """What an earlier prediction has left of the case in the output folder, the mask first."""
+        ending, case = self.dataset_json['file_ending'], self.case
+        maps = ['uncertainty', 'mutual_information', 'variance', 'variance_between_folds',
+                *map(probability_map, self.labels())]
+        names = [f'{case}{ending}', f'{case}.npz', f'{case}.pkl', f'presegmentation/{case}{ending}',
+                 *(f'uncertainty/{case}_{name}{ending}' for name in maps)]
+        sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(ending))
+        samples = [file for file in (output / 'samples').glob(f'*{ending}') if sample.fullmatch(file.name)]
+        return [file for file in (output / name for name in names) if file.is_file()] + samples
+
     def sample(self, logits: np.ndarray, number: int) -> dict[str, int]:
         """Voxels of each label in one sample, logits (C, Z, Y, X); its mask as a file if samples are to be saved."""
         labels = self.segmentation(logits)
@@ -139,7 +150,7 @@ class CaseExport:
     def _write_probability_maps(self, file: Path) -> None:
         probabilities = np.load(file)['probabilities']
         for name, channel in label_channels(self.dataset_json, self.plans_manager).items():
-            self._write_map(probabilities[channel], f'probability_{re.sub("[^A-Za-z0-9.-]+", "_", name)}')
+            self._write_map(probabilities[channel], probability_map(name))
         if not self.outputs.probabilities:
             file.unlink()
             file.with_suffix('.pkl').unlink()
@@ -148,8 +159,8 @@ class CaseExport:
         """Values (z, y, x) in [0, 1] as float32 image `uncertainty/CASE_NAME` in the geometry of the input image.
 
         The map goes through the data set's own writer as integers, so that whatever that does about axes and affines
-        holds for it too, and is then rewritten as float32. Endings that hold no float (png) keep the 16-bit integers,
-        of which 65535 is 1.
+        holds for it too, and is then rewritten as float32. Endings that hold no float (png) keep the integers, of which
+        65535 is 1 (nnU-Net writes them as 8-bit if all are below 255).
         """
         (self.folder / 'uncertainty').mkdir(exist_ok=True)
         ending = self.dataset_json['file_ending']
@@ -163,6 +174,11 @@ class CaseExport:
             nibabel.save(image, file)
         elif ending in ('.nrrd', '.mha', '.gipl'):
             sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), sitk.sitkFloat32) / FULL_SCALE, file, True)
+
+
+def probability_map(label: str) -> str:
+    """Name of a label's probability map, with nothing in it that a file's name could not hold."""
+    return f'probability_{re.sub("[^A-Za-z0-9.-]+", "_", label)}'
 
 
 def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

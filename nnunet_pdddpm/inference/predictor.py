@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
@@ -43,7 +47,7 @@ class PDDDPMPredictor(VolumePredictor):
         """What each model is sampled with."""
         of_all = {'slice_correlation': self.slice_correlation, 'step_size': self.tile_step_size,
                   'mirroring': self.use_mirroring}
-        return [{'fold': fold, **asdict(settings), **of_all}
+        return [{'model': self.model, 'fold': fold, **asdict(settings), **of_all}
                 for fold, settings in zip(self.folds, self.fold_settings, strict=True)]
 
     def _manage_input_and_output_lists(self, list_of_lists_or_source_folder: Any,
@@ -69,11 +73,11 @@ class PDDDPMPredictor(VolumePredictor):
         return inputs, outputs, previous
 
     def refuse_other_settings(self, truncated: Path) -> None:
-        """Raise PredictionError if a case (by its path without ending) was predicted with other folds or settings."""
+        """Raise PredictionError if a case (by its path without ending) was predicted with another model or settings."""
         row = read_case(truncated.parent, truncated.name)
         if row is not None and row['settings'] != self.settings_for_summary():
-            raise PredictionError(f'{truncated.parent} holds {truncated.name} predicted with other sampling settings: '
-                                  f'name another output folder, or predict all of it again without '
+            raise PredictionError(f'{truncated.parent} holds {truncated.name} predicted with another model or other '
+                                  f'sampling settings: name another output folder, or predict all of it again without '
                                   f'--continue_prediction.')
 
     def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
@@ -109,31 +113,44 @@ class PDDDPMPredictor(VolumePredictor):
                                    num_processes_segmentation_export: int = default_num_processes) -> list[Any]:
         """As nnUNetPredictor's: files are written for items with an `ofile`, masks returned for those without."""
         results: list[Any] = []
+        outputs: set[Path] = set()
+        try:
+            with ExportQueue(num_processes_segmentation_export) as queue:
+                self._predict_all(data_iterator, save_probabilities, queue, outputs, results)
+            return [result.result() if isinstance(result, Future) else result for result in results]
+        except BrokenProcessPool:
+            raise PredictionError('A background process for export was killed, probably for lack of memory: use fewer '
+                                  'with -nps. Finished cases are there; go on with --continue_prediction.') from None
+        finally:
+            for output in outputs:
+                write_summary(output)
+            compute_gaussian.cache_clear()
+            empty_cache(self.device)
+
+    def _predict_all(self, data_iterator: Any, save_probabilities: bool, queue: ExportQueue, outputs: set[Path],
+                     results: list[Any]) -> None:
+        """Predict item by item, into `results`; the folders in which files are written are added to `outputs`."""
         under_way: list[CaseUnderWay] = []
-        output: Path | None = None
-        with ExportQueue(num_processes_segmentation_export) as queue:
-            for item in tqdm(data_iterator, 'Cases', self._num_cases, disable=not self.allow_tqdm):
-                data, properties, file = item['data'], item['data_properties'], item['ofile']
-                if file is None:
-                    results.append(queue.submit(
-                        convert_predicted_logits_to_segmentation_with_correct_shape,
-                        as_numpy(self.predict_logits_from_preprocessed_data(data)), self.plans_manager,
-                        self.configuration_manager, self.label_manager, properties, save_probabilities))
-                    continue
-                output = Path(file).parent
-                print(f'\nPredicting {Path(file).name}:')
-                case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), output, self.num_samples,
-                                    len(self.fold_settings), self.settings_for_summary(), queue)
-                case.add_rest(self.predict_volume(data, case.add_sample))
-                under_way.append(case)
-                for case in [case for case in under_way if case.done()]:
-                    case.put_in_place()
-                    under_way.remove(case)
-            for case in under_way:
+        for item in tqdm(data_iterator, 'Cases', self._num_cases, disable=not self.allow_tqdm):
+            data, properties, file = item['data'], item['data_properties'], item['ofile']
+            if isinstance(data, str):  # as nnU-Net's: a temporary file
+                file_of_data, data = Path(data), torch.from_numpy(np.load(data))
+                file_of_data.unlink()
+            if file is None:
+                results.append(queue.submit(
+                    convert_predicted_logits_to_segmentation_with_correct_shape,
+                    as_numpy(self.predict_logits_from_preprocessed_data(data)), self.plans_manager,
+                    self.configuration_manager, self.label_manager, properties, save_probabilities))
+                continue
+            results.append(None)
+            outputs.add(Path(file).parent)
+            print(f'\nPredicting {Path(file).name}:')
+            case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
+                                self.num_samples, len(self.fold_settings), self.settings_for_summary(), queue)
+            case.add_rest(self.predict_volume(data, case.add_sample))
+            under_way.append(case)
+            for case in [case for case in under_way if case.done()]:
                 case.put_in_place()
-            results = [future.result() for future in results]
-        if output is not None:
-            write_summary(output)
-        compute_gaussian.cache_clear()
-        empty_cache(self.device)
-        return results
+                under_way.remove(case)
+        for case in under_way:
+            case.put_in_place()

@@ -116,6 +116,7 @@ class Spread:
 
     def _entropy(self, p: Tensor) -> Tensor:
         """Entropy of probabilities (C, ...), divided by its maximum."""
+        p = p.clamp(0, 1)  # a mean of ones may round to more
         if self.regions:
             return (torch.special.entr(p) + torch.special.entr(1 - p)).mean(0) / math.log(2)
         return torch.special.entr(p).sum(0) / math.log(p.shape[0])

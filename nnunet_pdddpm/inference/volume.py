@@ -62,7 +62,7 @@ class Volume:
     def start_fold(self) -> Tensor:
         """Pre-segment by the model that has just been loaded; its stock logits (C, Z, Y, X) float16 on the CPU."""
         with self.predictor.presegmenting():
-            self.stock_logits = self.predictor.predict_sliding_window_return_logits(self.image)
+            self.stock_logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
         self.network_calls['stock'] += len(self.tiles) * len(self.mirrorings)
         self.refiner.to(self.predictor.device).eval()
         self.mask = torch.empty(self.shape, dtype=torch.uint8, device=self.device)

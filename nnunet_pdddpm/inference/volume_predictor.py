@@ -18,7 +18,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
-from nnunet_pdddpm.network.refiner import Refiner
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
@@ -50,6 +50,7 @@ class VolumePredictor(nnUNetPredictor):
     """
 
     network: Any
+    perform_everything_on_device: bool
 
     def __init__(self, *args: Any, overrides: Mapping[str, tuple[int | float, int | float]] | None = None,
                  slice_correlation: float = 0.9, **kwargs: Any) -> None:
@@ -67,6 +68,7 @@ class VolumePredictor(nnUNetPredictor):
             raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
         self.overrides = dict(overrides or {})
         self.slice_correlation = slice_correlation
+        self.model = ''
         self.folds: list[int | str] = []
         self.fold_settings: list[FoldSettings] = []
         self.num_samples = 0
@@ -98,6 +100,7 @@ class VolumePredictor(nnUNetPredictor):
         if not isinstance(self.network, Refiner):
             raise PredictionError(f'The model in {folder} was trained by {self.trainer_name}, which is no PDDDPM '
                                   f'trainer: predict with nnUNetv2_predict, or name a PDDDPM model with -tr.')
+        self.model = f'{folder.resolve().parent.name}/{folder.resolve().name}/{checkpoint_name}'
         self.folds = [fold if fold == 'all' else int(fold) for fold in use_folds]
         self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
         wanted = self.fold_settings[0].samples.samples
@@ -108,16 +111,22 @@ class VolumePredictor(nnUNetPredictor):
     def _settings_of(self, parameters: dict[str, Any]) -> FoldSettings:
         self.refiner.load_state_dict(parameters)
         t_max, environment = int(self.refiner.t_max), environment_overrides()
+        stored_of_mask, stored_of_samples = (self.refiner.stored_settings(prefix) for prefix in (MASK, SAMPLES))
         of_samples, of_mask = ({name: values[i] for name, values in self.overrides.items()} for i in (0, 1))
         source = 'the command line and environment'
         of_mask.pop('samples', None)  # the number of samples asked for is not that of the mask's own draws
-        return FoldSettings(override(self.refiner.sample_settings, {**environment, **of_samples}, t_max, source),
-                            override(self.refiner.settings, of_mask, t_max, source))
+        return FoldSettings(override(stored_of_samples, {**environment, **of_samples}, t_max, source),
+                            override(stored_of_mask, {**environment, **of_mask}, t_max, source))
 
     @property
     def refiner(self) -> Refiner:
         """The network."""
         return cast(Refiner, self.network)
+
+    def manual_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: sampling settings come with a trained model."""
+        raise NotImplementedError(f'{type(self).__name__} needs a trained model: use '
+                                  f'initialize_from_trained_model_folder.')
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the consensus mask, as nnUNetPredictor's."""
@@ -133,15 +142,18 @@ class VolumePredictor(nnUNetPredictor):
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(min(threads, default_num_processes))  # as nnU-Net: the stock result depends on it
+        on_device = self.perform_everything_on_device
         try:
-            if self.perform_everything_on_device and self.device.type == 'cuda':
+            if on_device and self.device.type == 'cuda':
                 try:
                     return self._predict_volume(data, self.device, on_sample)
                 except torch.OutOfMemoryError:
                     print('The volume does not fit on the device: its arrays are kept in main memory.')
                     torch.cuda.empty_cache()
+            self.perform_everything_on_device = False
             return self._predict_volume(data, torch.device('cpu'), on_sample)
         finally:
+            self.perform_everything_on_device = on_device
             torch.set_num_threads(threads)
 
     def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None) -> VolumePrediction:
