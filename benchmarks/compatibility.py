@@ -36,8 +36,8 @@ class Run(NamedTuple):
 
 
 RUNS = (Run('Dataset804_HippocampusRegions', '3d_fullres', [40, 56, 40], 2, 'Token'),
-        Run('Dataset804_HippocampusRegions', '2d', [56, 40], 16, 'Token'),
-        Run(LESION, '3d_fullres', [96, 96, 96], 2, 'Glimpse'))
+        Run(LESION, '3d_fullres', [96, 96, 96], 2, 'Glimpse'),
+        Run('Dataset804_HippocampusRegions', '2d', [56, 40], 16, 'Token'))
 
 
 def measured(work: Path, trainer: str, *command: str) -> tuple[float, float]:
@@ -155,7 +155,14 @@ def main() -> None:
     args = parser.parse_args()
     work = Path(args.o).resolve()
     prepare(work, args.data)
-    write_table([row for run in RUNS for row in execute(work, run)], Path(args.table))
+    file = work / 'rows.json'
+    done = json.loads(file.read_text()) if file.is_file() else {}
+    for run in RUNS:
+        name = f'{run.dataset} {run.configuration}'
+        if name not in done:
+            done[name] = execute(work, run)
+            file.write_text(json.dumps(done))
+    write_table([row for rows in done.values() for row in rows], Path(args.table))
 
 
 if __name__ == '__main__':
