@@ -73,7 +73,8 @@ class Checker:
         init_args = {'plans': plans, 'configuration': '3d_fullres', 'fold': fold, 'dataset_json': dataset_json}
         weights = TrainingContext(plans, '3d_fullres', dataset_json).planned_network().state_dict()
         if model.startswith('PDDDPM'):
-            settings = {**asdict(SamplingSettings(t_start=min(700, t_max))), 't_max': t_max}
+            stored = asdict(SamplingSettings(t_start=min(700, t_max)))
+            settings = {**stored, **{f'sampler_{name}': value for name, value in stored.items()}, 't_max': t_max}
             weights = {name: torch.tensor(value) for name, value in settings.items()}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
@@ -278,7 +279,7 @@ def test_a_refined_model_without_settings_is_a_problem(checker):
     file = checker.train(REFINED, 0)
     checkpoint = torch.load(file)
     torch.save({**checkpoint, 'network_weights': {}}, file)
-    assert f'The model {file} holds no sampling settings' in checker.problem(str(DATASET_ID), '-p', PLANS)
+    assert f'The model {file} lacks sampling settings' in checker.problem(str(DATASET_ID), '-p', PLANS)
 
 
 def test_a_stock_model_of_other_labels_is_a_problem(checker):
