@@ -22,7 +22,8 @@ STAGES = ('prepare', 'stock', 'pdddpm', 'predict', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 19
 NUM_FOLDS = 3
-FEATURES = [16, 32, 64, 128]
+FEATURES = [8, 16, 32, 64]
+BATCH_SIZE = 4
 HERE = Path(__file__).resolve().parent
 # data are augmented in the training process, whose seed is fixed
 VARIABLES = {'nnUNet_n_proc_DA': '0', 'nnUNet_def_n_proc': '1', 'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
@@ -70,7 +71,7 @@ def prepare(work: Path, data: Path) -> None:
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
-    configuration['batch_size'] = 8
+    configuration['batch_size'] = BATCH_SIZE
     network = configuration['architecture']['arch_kwargs']
     for name in ('n_conv_per_stage', 'kernel_sizes', 'strides'):
         network[name] = network[name][:len(FEATURES)]
@@ -123,7 +124,9 @@ def main() -> None:
             train(work, trainer, 0)
     if {'predict', 'evaluate'} & set(args.stages):
         os.environ.update({**nnunet_environment(work), **VARIABLES})
-        from cells_evaluation import predict, write_results  # reads nnU-Net's folders from the environment
+        sys.path.append(str(HERE / 'trainers'))
+        from cells_evaluation import predict  # reads nnU-Net's folders from the environment
+        from cells_table import write_results
         if 'predict' in args.stages:
             predict(work)
         if 'evaluate' in args.stages:

@@ -1,7 +1,7 @@
 """Trainers of `cells.py`, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
-Six epochs of 250 iterations, stock and denoiser alike. One thread and fixed seeds: trainings that differ in one setting
-see the same patches in the same order.
+Four epochs of 250 iterations, stock and denoiser alike. One thread and fixed seeds: trainings that differ in one
+setting see the same patches in the same order.
 """
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from benchmark_trainers import (
 )
 
 
-class SixSeededEpochs:
+class FourSeededEpochs:
     """Mixin: see the module's docstring. Needs `nnUNet_n_proc_DA=0`: data workers have seeds of their own."""
 
-    epochs = 6
+    epochs = 4
 
     def initialize(self):
         torch.set_num_threads(1)
@@ -28,19 +28,19 @@ class SixSeededEpochs:
         super().on_epoch_start()
 
 
-class nnUNetTrainerCells(SixSeededEpochs, nnUNetTrainerBenchmark):
+class nnUNetTrainerCells(FourSeededEpochs, nnUNetTrainerBenchmark):
     pass
 
 
-class nnUNetTrainerCellsLonger(SixSeededEpochs, nnUNetTrainerBenchmarkLonger):
+class nnUNetTrainerCellsLonger(FourSeededEpochs, nnUNetTrainerBenchmarkLonger):
     """The control: the trained stock model of the fold, trained on for as many iterations as the denoisers."""
 
 
-class PDDDPMTrainerCells(SixSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
+class PDDDPMTrainerCells(FourSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
     """The default: the noise is added to the truth or to the pre-segmentation, with equal chance."""
 
 
-class PDDDPMTrainerCellsTruth(SixSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
+class PDDDPMTrainerCellsTruth(FourSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
     """The noise is always added to the truth, which is here a rater's mask."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,

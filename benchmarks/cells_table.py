@@ -1,0 +1,182 @@
+"""Table and figure of `cells.py`, from the measurements and the predicted folders."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from cells import CONFIGURATION, DATASET, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
+from cells_evaluation import (
+    SAMPLES,
+    STARTS,
+    Metrics,
+    Row,
+    chosen,
+    difference,
+    mean,
+    measure,
+    nearest_to_raters,
+    stock_rows,
+    sweep,
+    test_rows,
+)
+from cells_trainers import nnUNetTrainerCells
+from skimage import io
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402
+
+HEADER = ('| | masks | network calls | GED² | Δ to stock | Δ to its thresholds | IoU between masks | HM-IoU '
+          '| Dice to majority | Δ to stock | NLL | ECE | Brier |\n|' + '---|' * 13)
+
+
+def interval(values: tuple[float, float, float]) -> str:
+    """A difference with its interval."""
+    return '{:+.3f} ({:+.3f} to {:+.3f})'.format(*values)
+
+
+def table_row(row: Row, metrics: Metrics, stock: Metrics, thresholds: Metrics) -> str:
+    """One line of markdown."""
+    ged = ' | '.join(interval(difference(metrics, baseline, 'ged_squared')) for baseline in (stock, thresholds))
+    return (f'| {row.title} | {row.samples} | {row.calls} | {mean(metrics, "ged_squared"):.3f} | {ged} '
+            f'| {1 - mean(metrics, "sample_diversity"):.3f} | {mean(metrics, "hm_iou"):.3f} '
+            f'| {mean(metrics, "dice"):.4f} | {interval(difference(metrics, stock, "dice"))} '
+            f'| {mean(metrics, "nll"):.4f} | {mean(metrics, "ece"):.4f} | {mean(metrics, "brier"):.4f} |')
+
+
+def sweep_table(work: Path) -> list[str]:
+    """The sweep on the validation images, both trainers beside each other."""
+    stock, thresholds = (measure(work, 'validation', row) for row in stock_rows()[:2])
+    names = ' | '.join(f'{starts}: {what}' for starts in STARTS.values() for what in ('GED²', 'IoU between samples',
+                                                                                      'Dice'))
+
+    def cells(metrics: Metrics) -> str:
+        return (f'{mean(metrics, "ged_squared"):.3f} | {1 - mean(metrics, "sample_diversity"):.3f} '
+                f'| {mean(metrics, "dice"):.4f}')
+    lines = [f'| t_start | k | eta | {names} |', '|' + '---|' * 9]
+    for rows in zip(*map(sweep, PDDDPM_TRAINERS), strict=True):
+        t_start, steps, eta = rows[0].settings or (0, 0, 0)
+        lines.append(f'| {t_start} | {steps} | {f"{eta:g}" if steps > 1 else "any"} | '
+                     + ' | '.join(cells(measure(work, 'validation', row)) for row in rows) + ' |')
+    reference = (f'On the same images, GED², IoU between masks, Dice: stock {cells(stock)}; its {SAMPLES} thresholds '
+                 f'{cells(thresholds)}. IoU between the raters: {1 - mean(stock, "rater_diversity"):.3f}.')
+    return [*lines, '', reference.replace(' | ', ', ')]
+
+
+def findings(work: Path) -> list[str]:
+    """What the tables say, put into words by their numbers."""
+    stock, thresholds = (measure(work, 'test', row) for row in stock_rows()[:2])
+    raters = 1 - mean(stock, 'rater_diversity')
+    lines = []
+    for trainer in PDDDPM_TRAINERS:
+        best, near = chosen(work, trainer), nearest_to_raters(work, trainer)
+        of_best, of_near = measure(work, 'test', best), measure(work, 'test', near)
+        lines += [f'- {best.title}, chosen: GED² is {verdict(of_best, stock, "ged_squared")} that of the single stock '
+                  f'mask and {verdict(of_best, thresholds, "ged_squared")} that of the thresholds of its softmax; '
+                  f'NLL is {verdict(of_best, stock, "nll")} and Dice to the majority '
+                  f'{verdict(of_best, stock, "dice")} the stock model\'s.',
+                  f'- {near.title} was nearest to the raters\' disagreement on the validation images. On the test '
+                  f'images its samples agree with IoU {1 - mean(of_near, "sample_diversity"):.3f}, the raters with '
+                  f'{raters:.3f}; at the default settings it is '
+                  f'{1 - mean(measure(work, "test", default_row(work, trainer)), "sample_diversity"):.3f}.']
+    return lines
+
+
+def default_row(work: Path, trainer: str) -> Row:
+    """The settings that a new model has."""
+    return next(row for row in test_rows(work, trainer) if row.title.endswith('(default)') and not row.mirroring)
+
+
+def verdict(metrics: Metrics, baseline: Metrics, name: str) -> str:
+    """In words, with the difference and its interval."""
+    middle, low, high = difference(metrics, baseline, name)
+    word = 'below' if high < 0 else 'above' if low > 0 else 'not distinguishable from'
+    return f'{word} ({interval((middle, low, high))})'
+
+
+def write_results(work: Path, file: Path) -> None:
+    """Markdown with all tables, and the figure beside it."""
+    plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
+    plans = plans['configurations'][CONFIGURATION]
+    iterations = 250 * nnUNetTrainerCells.epochs
+    stock, thresholds = (measure(work, 'test', row) for row in stock_rows()[:2])
+    rows = [*stock_rows(), *(row for trainer in PDDDPM_TRAINERS for row in test_rows(work, trainer))]
+    picked = [f'{chosen(work, trainer).title}' for trainer in PDDDPM_TRAINERS]
+    validation = len(measure(work, 'validation', stock_rows()[0])['dice'])
+    lines = [
+        '# Cells with ten raters: masks of stock nnU-Net and samples of PDDDPM', '',
+        '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/cells.py -o WORK', '',
+        f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: BU-BIL, '
+        f'phase-contrast images of one cell, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test '
+        f'images split off first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its '
+        'masks is a case of its own, so training sees every opinion. One training seed, a small test set: read the '
+        'intervals. Monte-Carlo dropout is left out: the planned networks have no dropout, and a network with it '
+        'would be another stock model.', '',
+        f'Reduced plans: 2d, patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
+        f'features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of every fold, for '
+        'either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the stock '
+        'model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a '
+        "rater's mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, bf16 "
+        'autocast throughout; no mirroring but where the row says so.', '',
+        f'{SAMPLES} samples, or as many masks as a row has. GED² and HM-IoU as `nnUNetv2_pdddpm_evaluate` has them '
+        '(d = 1 - IoU); GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in '
+        'turn for the truth, over all pixels: they are best where the probability is the share of raters. Dice is that '
+        'of the mask of the mean probability with the majority of the raters. Δ: mean paired difference with its 95 % '
+        'bootstrap interval over images.', '',
+        f'## Sweep on the {validation} validation images of fold 0', '',
+        *sweep_table(work), '',
+        f'Lowest GED²: {" and ".join(picked)}. Only these two, the settings nearest to the raters\' disagreement, the '
+        'default and every start with k=5 eta=1 go on to the test images.', '',
+        f'## {len(stock["dice"])} test images', '',
+        f'IoU between the raters of an image: {1 - mean(stock, "rater_diversity"):.3f}. The predictions of the stock '
+        'model that is refined are the row `stock`; thresholds are at 1/32, 3/32, ..., 31/32 of the probability.', '',
+        HEADER, *(table_row(row, measure(work, 'test', row), stock, thresholds) for row in rows), '',
+        '## What the tables say', '',
+        *findings(work), '',
+        f'![Raters and samples]({file.with_suffix(".png").name})', '',
+        'Four test images by the disagreement of their raters, from the least to the most. Raters: the first tool of '
+        f'three people. Samples 0 to 2 of {best_row(work).title}.', '',
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('\n'.join(lines))
+    draw(work, file.with_suffix('.png'))
+
+
+def best_row(work: Path) -> Row:
+    """The chosen row of the trainer that has the lower GED² on the validation images."""
+    return min((chosen(work, trainer) for trainer in PDDDPM_TRAINERS),
+               key=lambda row: mean(measure(work, 'validation', row), 'ged_squared'))
+
+
+def draw(work: Path, file: Path) -> None:
+    """Image, raters and their share, samples and their share, stock probability; four test images."""
+    row, part = best_row(work), work / 'test'
+    images = sorted(path.stem[:-len('_0000')] for path in (part / 'images').glob('*.png'))
+    order = np.argsort(measure(work, 'test', row)['rater_diversity'])
+    figure, axes = plt.subplots(4, 10, figsize=(14, 6))
+    titles = ['image', *['rater'] * 3, 'share of raters', *['sample'] * 3, f'share of {SAMPLES} samples', 'stock']
+    for line, index in zip(axes, np.linspace(0, len(order) - 1, 4).round().astype(int), strict=True):
+        name = images[order[index]]
+        image = io.imread(part / 'images' / f'{name}_0000.png')
+        raters = [io.imread(path) for path in sorted((part / 'raters').glob(f'{name}__*.png'))]
+        folder = work / 'predictions' / 'test'
+        samples = [io.imread(path) for path in sorted((folder / row.folder / 'samples').glob(f'{name}_s*.png'))]
+        stock = np.load(folder / stock_rows()[0].folder / f'{name}.npz')['probabilities'][1, 0]
+        panels = [None, *raters[:6:2], np.mean(raters, 0), *samples[:3], np.mean(samples, 0), stock]
+        for axis, panel, title in zip(line, panels, titles, strict=True):
+            axis.axis('off')
+            if title.startswith(('share', 'stock')):
+                axis.imshow(panel, 'magma', vmin=0, vmax=1)
+            else:
+                axis.imshow(image, 'gray')
+                if panel is not None:
+                    axis.contour(panel, [0.5], colors=['#ffb000' if title == 'rater' else '#00c8ff'], linewidths=1.2)
+            if line is axes[0]:
+                axis.set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
