@@ -22,8 +22,8 @@ STAGES = ('prepare', 'stock', 'pdddpm', 'predict', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 19
 NUM_FOLDS = 3
-FEATURES = [8, 16, 32, 64]
-BATCH_SIZE = 4
+FEATURES = [16, 32, 64, 128]
+PIXEL = 2  # the network's pixels are that many times as wide as the image's: a quarter of the work
 HERE = Path(__file__).resolve().parent
 # data are augmented in the training process, whose seed is fixed
 VARIABLES = {'nnUNet_n_proc_DA': '0', 'nnUNet_def_n_proc': '1', 'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
@@ -66,18 +66,20 @@ def prepare(work: Path, data: Path) -> None:
                    'numTraining': sum(map(len, cases.values())), 'file_ending': '.png'}
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
 
-    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-np', '1', '-npfp', '1',
+    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-npfp', '1', '--no_pp',
          '--verify_dataset_integrity')
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
-    configuration['batch_size'] = BATCH_SIZE
+    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=8, spacing=[PIXEL, PIXEL],
+                         patch_size=[size // PIXEL for size in configuration['patch_size']])
     network = configuration['architecture']['arch_kwargs']
     for name in ('n_conv_per_stage', 'kernel_sizes', 'strides'):
         network[name] = network[name][:len(FEATURES)]
     network.update(n_stages=len(FEATURES), features_per_stage=FEATURES,
                    n_conv_per_stage_decoder=network['n_conv_per_stage_decoder'][:len(FEATURES) - 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
+    call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
     splits = [{'train': sorted(case for image in cases if image not in held_out for case in cases[image]),
                'val': sorted(case for image in held_out for case in cases[image])} for held_out in folds]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))

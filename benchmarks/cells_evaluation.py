@@ -146,6 +146,7 @@ def predict_row(work: Path, part: str, row: Row) -> None:
 def run_predictor(predictor: nnUNetPredictor, work: Path, part: str, trainer: str, folds: tuple[int, ...],
                   output: Path) -> None:
     """Masks and probabilities of all images of a part."""
+    output.mkdir(parents=True)
     predictor.initialize_from_trained_model_folder(
         str(work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}'), folds)
     predictor.predict_from_files_sequential(str(work / part / 'images'), str(output), save_probabilities=True)

@@ -98,45 +98,51 @@ def verdict(metrics: Metrics, baseline: Metrics, name: str) -> str:
     return f'{word} ({interval((middle, low, high))})'
 
 
-def write_results(work: Path, file: Path) -> None:
-    """Markdown with all tables, and the figure beside it."""
+def introduction(work: Path) -> str:
+    """What was trained, on what, and what is measured."""
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
-    iterations = 250 * nnUNetTrainerCells.epochs
+    features, iterations = plans['architecture']['arch_kwargs']['features_per_stage'], 250 * nnUNetTrainerCells.epochs
+    return f"""# Cells with ten raters: masks of stock nnU-Net and samples of PDDDPM
+
+    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/cells.py -o WORK
+
+Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: BU-BIL,
+phase-contrast images of cells, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test images split off
+first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its masks is a case of its own, so
+training sees every opinion. One training seed, a small test set: read the intervals. Monte-Carlo dropout is left out:
+the planned networks have no dropout, and a network with it would be another stock model.
+
+Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
+resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of every
+fold, for either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the stock model
+of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's mask and half
+on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, bf16 autocast throughout; no mirroring but
+where the row says so.
+
+{SAMPLES} samples, or as many masks as a row has. GED² and HM-IoU as `nnUNetv2_pdddpm_evaluate` has them (d = 1 - IoU);
+GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in turn for the truth,
+over all pixels: they are best where the probability is the share of raters. Dice is that of the mask of the mean
+probability with the majority of the raters. Δ: mean paired difference with its 95 % bootstrap interval over images.
+"""
+
+
+def write_results(work: Path, file: Path) -> None:
+    """Markdown with all tables, and the figure beside it."""
     stock, thresholds = (measure(work, 'test', row) for row in stock_rows()[:2])
     rows = [*stock_rows(), *(row for trainer in PDDDPM_TRAINERS for row in test_rows(work, trainer))]
-    picked = [f'{chosen(work, trainer).title}' for trainer in PDDDPM_TRAINERS]
+    picked = ' and '.join(chosen(work, trainer).title for trainer in PDDDPM_TRAINERS)
     validation = len(measure(work, 'validation', stock_rows()[0])['dice'])
     lines = [
-        '# Cells with ten raters: masks of stock nnU-Net and samples of PDDDPM', '',
-        '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/cells.py -o WORK', '',
-        f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: BU-BIL, '
-        f'phase-contrast images of one cell, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test '
-        f'images split off first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its '
-        'masks is a case of its own, so training sees every opinion. One training seed, a small test set: read the '
-        'intervals. Monte-Carlo dropout is left out: the planned networks have no dropout, and a network with it '
-        'would be another stock model.', '',
-        f'Reduced plans: 2d, patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
-        f'features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of every fold, for '
-        'either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the stock '
-        'model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a '
-        "rater's mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, bf16 "
-        'autocast throughout; no mirroring but where the row says so.', '',
-        f'{SAMPLES} samples, or as many masks as a row has. GED² and HM-IoU as `nnUNetv2_pdddpm_evaluate` has them '
-        '(d = 1 - IoU); GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in '
-        'turn for the truth, over all pixels: they are best where the probability is the share of raters. Dice is that '
-        'of the mask of the mean probability with the majority of the raters. Δ: mean paired difference with its 95 % '
-        'bootstrap interval over images.', '',
-        f'## Sweep on the {validation} validation images of fold 0', '',
-        *sweep_table(work), '',
-        f'Lowest GED²: {" and ".join(picked)}. Only these two, the settings nearest to the raters\' disagreement, the '
+        introduction(work),
+        f'## Sweep on the {validation} validation images of fold 0', '', *sweep_table(work), '',
+        f'Chosen, for the lowest GED²: {picked}. These two, the settings nearest to the raters\' disagreement, the '
         'default and every start with k=5 eta=1 go on to the test images.', '',
         f'## {len(stock["dice"])} test images', '',
-        f'IoU between the raters of an image: {1 - mean(stock, "rater_diversity"):.3f}. The predictions of the stock '
-        'model that is refined are the row `stock`; thresholds are at 1/32, 3/32, ..., 31/32 of the probability.', '',
+        f'IoU between the raters of an image: {1 - mean(stock, "rater_diversity"):.3f}. The row `stock` is the model '
+        'that PDDDPM refines; thresholds are at 1/32, 3/32, ..., 31/32 of the probability.', '',
         HEADER, *(table_row(row, measure(work, 'test', row), stock, thresholds) for row in rows), '',
-        '## What the tables say', '',
-        *findings(work), '',
+        '## What the tables say', '', *findings(work), '',
         f'![Raters and samples]({file.with_suffix(".png").name})', '',
         'Four test images by the disagreement of their raters, from the least to the most. Raters: the first tool of '
         f'three people. Samples 0 to 2 of {best_row(work).title}.', '',

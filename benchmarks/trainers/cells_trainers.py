@@ -1,6 +1,6 @@
 """Trainers of `cells.py`, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
-Four epochs of 250 iterations, stock and denoiser alike. One thread and fixed seeds: trainings that differ in one
+Six epochs of 250 iterations, stock and denoiser alike. One thread and fixed seeds: trainings that differ in one
 setting see the same patches in the same order.
 """
 import numpy as np
@@ -12,10 +12,10 @@ from benchmark_trainers import (
 )
 
 
-class FourSeededEpochs:
+class SixSeededEpochs:
     """Mixin: see the module's docstring. Needs `nnUNet_n_proc_DA=0`: data workers have seeds of their own."""
 
-    epochs = 4
+    epochs = 6
 
     def initialize(self):
         torch.set_num_threads(1)
@@ -28,19 +28,19 @@ class FourSeededEpochs:
         super().on_epoch_start()
 
 
-class nnUNetTrainerCells(FourSeededEpochs, nnUNetTrainerBenchmark):
+class nnUNetTrainerCells(SixSeededEpochs, nnUNetTrainerBenchmark):
     pass
 
 
-class nnUNetTrainerCellsLonger(FourSeededEpochs, nnUNetTrainerBenchmarkLonger):
+class nnUNetTrainerCellsLonger(SixSeededEpochs, nnUNetTrainerBenchmarkLonger):
     """The control: the trained stock model of the fold, trained on for as many iterations as the denoisers."""
 
 
-class PDDDPMTrainerCells(FourSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
+class PDDDPMTrainerCells(SixSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
     """The default: the noise is added to the truth or to the pre-segmentation, with equal chance."""
 
 
-class PDDDPMTrainerCellsTruth(FourSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
+class PDDDPMTrainerCellsTruth(SixSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
     """The noise is always added to the truth, which is here a rater's mask."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
