@@ -71,7 +71,7 @@ def prepare(work: Path, data: Path) -> None:
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
-    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=8, spacing=[PIXEL, PIXEL],
+    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=4, spacing=[PIXEL, PIXEL],
                          patch_size=[size // PIXEL for size in configuration['patch_size']])
     network = configuration['architecture']['arch_kwargs']
     for name in ('n_conv_per_stage', 'kernel_sizes', 'strides'):

@@ -108,17 +108,17 @@ def introduction(work: Path) -> str:
     NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/cells.py -o WORK
 
 Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: BU-BIL,
-phase-contrast images of cells, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test images split off
-first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its masks is a case of its own, so
-training sees every opinion. One training seed, a small test set: read the intervals. Monte-Carlo dropout is left out:
-the planned networks have no dropout, and a network with it would be another stock model.
+phase-contrast images of cells, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test images split
+off first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its masks is a case of its own,
+so training sees every opinion. One training seed, a small test set: read the intervals. Monte-Carlo dropout is left
+out: the planned networks have no dropout, and a network with it would be another stock model.
 
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
-resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of every
-fold, for either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the stock model
-of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's mask and half
-on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, bf16 autocast throughout; no mirroring but
-where the row says so.
+resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of
+every fold, for either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the
+stock model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's
+mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, bf16 autocast throughout; no
+mirroring but where the row says so.
 
 {SAMPLES} samples, or as many masks as a row has. GED² and HM-IoU as `nnUNetv2_pdddpm_evaluate` has them (d = 1 - IoU);
 GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in turn for the truth,
