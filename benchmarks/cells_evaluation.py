@@ -21,8 +21,8 @@ from nnunet_pdddpm.network.settings import SamplingSettings
 
 SAMPLES = 16
 T_STARTS = (500, 700, 900, 960)
-SWEEP = (*((t, k, eta) for t in T_STARTS for k, eta in ((1, 0.0), (5, 0.0), (5, 1.0))),  # with k=1 eta means nothing
-         *((t, 10, eta) for t in T_STARTS[-2:] for eta in (0.0, 1.0)))
+SWEEP = tuple((t, k, eta) for t in T_STARTS  # with k=1 eta means nothing: the last step has no noise
+              for k, eta in ((1, 0.0), (5, 0.0), (5, 1.0), (10, 0.0), (10, 1.0)))
 DEFAULT = (SamplingSettings().t_start, SamplingSettings().steps, SamplingSettings().eta)
 STARTS = dict(zip(PDDDPM_TRAINERS, ('mixed', 'truth'), strict=True))
 Metrics = dict[str, list[float]]
