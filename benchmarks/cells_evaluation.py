@@ -21,8 +21,8 @@ from nnunet_pdddpm.network.settings import SamplingSettings
 
 SAMPLES = 16
 T_STARTS = (500, 700, 900, 960)
-SWEEP = tuple((t, k, eta) for t in T_STARTS  # with k=1 eta means nothing: the last step has no noise
-              for k, eta in ((1, 0.0), (5, 0.0), (5, 1.0), (10, 0.0), (10, 1.0)))
+SWEEP = tuple(sorted([*((t, k, eta) for t in T_STARTS for k, eta in ((1, 0.0), (5, 0.0), (5, 1.0))),
+                      *((t, 10, 1.0) for t in T_STARTS[-2:])]))
 DEFAULT = (SamplingSettings().t_start, SamplingSettings().steps, SamplingSettings().eta)
 STARTS = dict(zip(PDDDPM_TRAINERS, ('mixed', 'truth'), strict=True))
 Metrics = dict[str, list[float]]
@@ -96,21 +96,17 @@ def test_rows(work: Path, trainer: str) -> list[Row]:
 # prediction ---------------------------------------------------------------------------------------------------------
 
 def predict(work: Path) -> None:
-    """The sweeps on the validation images, then the test images; folders that are there are left alone.
-
-    bf16 autocast for every row, the stock ones included.
-    """
+    """The sweeps on the validation images, then the test images; folders that are there are left alone."""
     torch.set_num_threads(1)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        for trainer in PDDDPM_TRAINERS:
-            for row in sweep(trainer):
-                predict_row(work, 'validation', row)
-        for row in stock_rows():
+    for trainer in PDDDPM_TRAINERS:
+        for row in sweep(trainer):
             predict_row(work, 'validation', row)
+    for row in stock_rows():
+        predict_row(work, 'validation', row)
+        predict_row(work, 'test', row)
+    for trainer in PDDDPM_TRAINERS:
+        for row in test_rows(work, trainer):
             predict_row(work, 'test', row)
-        for trainer in PDDDPM_TRAINERS:
-            for row in test_rows(work, trainer):
-                predict_row(work, 'test', row)
 
 
 def predict_row(work: Path, part: str, row: Row) -> None:

@@ -60,7 +60,7 @@ def sweep_table(work: Path) -> list[str]:
     lines = [f'| t_start | k | eta | {names} |', '|' + '---|' * 9]
     for rows in zip(*map(sweep, PDDDPM_TRAINERS), strict=True):
         t_start, steps, eta = rows[0].settings or (0, 0, 0)
-        lines.append(f'| {t_start} | {steps} | {f"{eta:g}" if steps > 1 else "any"} | '
+        lines.append(f'| {t_start} | {steps} | {f"{eta:g}" if steps > 1 else "-"} | '
                      + ' | '.join(cells(measure(work, 'validation', row)) for row in rows) + ' |')
     reference = (f'On the same images, GED², IoU between masks, Dice: stock {cells(stock)}; its {SAMPLES} thresholds '
                  f'{cells(thresholds)}. IoU between the raters: {1 - mean(stock, "rater_diversity"):.3f}.')
@@ -117,8 +117,8 @@ Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the
 resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of
 every fold, for either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the
 stock model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's
-mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, bf16 autocast throughout; no
-mirroring but where the row says so.
+mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, training in bf16
+autocast; no mirroring but where the row says so.
 
 {SAMPLES} samples, or as many masks as a row has. GED² and HM-IoU as `nnUNetv2_pdddpm_evaluate` has them (d = 1 - IoU);
 GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in turn for the truth,
