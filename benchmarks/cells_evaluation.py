@@ -58,17 +58,17 @@ class Row:
         return '-'.join(parts)
 
 
-def stock_rows() -> list[Row]:
+def stock_rows(work: Path) -> list[Row]:
     """The untouched stock model and what can be had from it without a second network, and the control."""
     every = tuple(range(NUM_FOLDS))
-    control = {'trainer': CONTROL_TRAINER}
-    return [Row('stock'), Row('stock, 16 thresholds', thresholds=True),
+    rows = [Row('stock'), Row('stock, 16 thresholds', thresholds=True),
             Row('stock, mirroring', mirroring=True),
             Row('stock, mirroring, 16 thresholds', mirroring=True, thresholds=True),
             Row(f'stock, {NUM_FOLDS} folds', folds=every),
             Row(f'stock, {NUM_FOLDS} folds, 16 thresholds of their mean', folds=every, thresholds=True),
-            Row('control: stock trained longer', **control),
-            Row('control, 16 thresholds', **control, thresholds=True)]
+            Row('control: stock trained longer', CONTROL_TRAINER),
+            Row('control, 16 thresholds', CONTROL_TRAINER, thresholds=True)]
+    return [row for row in rows if is_trained(work, row.trainer)]
 
 
 def pdddpm_row(trainer: str, settings: tuple[int, int, float], mirroring: bool = False) -> Row:
@@ -93,18 +93,28 @@ def test_rows(work: Path, trainer: str) -> list[Row]:
             *(pdddpm_row(trainer, settings, mirroring=True) for settings in mirrored)]
 
 
+def is_trained(work: Path, trainer: str) -> bool:
+    """Whether its fold 0 is trained; what is not is left out of the predictions and named in the table."""
+    folder = work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}'
+    return (folder / 'fold_0' / 'checkpoint_final.pth').is_file()
+
+
+def trained_pdddpm(work: Path) -> list[str]:
+    """The PDDDPM trainers that can be evaluated."""
+    return [trainer for trainer in PDDDPM_TRAINERS if is_trained(work, trainer)]
+
+
 # prediction ---------------------------------------------------------------------------------------------------------
 
 def predict(work: Path) -> None:
     """The sweeps on the validation images, then the test images; folders that are there are left alone."""
     torch.set_num_threads(1)
-    for trainer in PDDDPM_TRAINERS:
-        for row in sweep(trainer):
-            predict_row(work, 'validation', row)
-    for row in stock_rows():
+    for row in stock_rows(work):
         predict_row(work, 'validation', row)
         predict_row(work, 'test', row)
-    for trainer in PDDDPM_TRAINERS:
+    for trainer in trained_pdddpm(work):
+        for row in sweep(trainer):
+            predict_row(work, 'validation', row)
         for row in test_rows(work, trainer):
             predict_row(work, 'test', row)
 

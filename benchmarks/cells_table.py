@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from cells import CONFIGURATION, DATASET, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
+from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
 from cells_evaluation import (
     SAMPLES,
     STARTS,
@@ -17,12 +17,14 @@ from cells_evaluation import (
     Row,
     chosen,
     difference,
+    is_trained,
     mean,
     measure,
     nearest_to_raters,
     stock_rows,
     sweep,
     test_rows,
+    trained_pdddpm,
 )
 from cells_trainers import nnUNetTrainerCells
 from skimage import io
@@ -50,15 +52,15 @@ def table_row(row: Row, metrics: Metrics, stock: Metrics, thresholds: Metrics) -
 
 def sweep_table(work: Path) -> list[str]:
     """The sweep on the validation images, both trainers beside each other."""
-    stock, thresholds = (measure(work, 'validation', row) for row in stock_rows()[:2])
-    names = ' | '.join(f'{starts}: {what}' for starts in STARTS.values() for what in ('GED²', 'IoU between samples',
-                                                                                      'Dice'))
+    stock, thresholds = (measure(work, 'validation', row) for row in stock_rows(work)[:2])
+    names = ' | '.join(f'{STARTS[trainer]}: {what}' for trainer in trained_pdddpm(work)
+                       for what in ('GED²', 'IoU between samples', 'Dice'))
 
     def cells(metrics: Metrics) -> str:
         return (f'{mean(metrics, "ged_squared"):.3f} | {1 - mean(metrics, "sample_diversity"):.3f} '
                 f'| {mean(metrics, "dice"):.4f}')
-    lines = [f'| t_start | k | eta | {names} |', '|' + '---|' * 9]
-    for rows in zip(*map(sweep, PDDDPM_TRAINERS), strict=True):
+    lines = [f'| t_start | k | eta | {names} |', '|' + '---|' * (3 + 3 * len(trained_pdddpm(work)))]
+    for rows in zip(*map(sweep, trained_pdddpm(work)), strict=True):
         t_start, steps, eta = rows[0].settings or (0, 0, 0)
         lines.append(f'| {t_start} | {steps} | {f"{eta:g}" if steps > 1 else "-"} | '
                      + ' | '.join(cells(measure(work, 'validation', row)) for row in rows) + ' |')
@@ -69,10 +71,15 @@ def sweep_table(work: Path) -> list[str]:
 
 def findings(work: Path) -> list[str]:
     """What the tables say, put into words by their numbers."""
-    stock, thresholds = (measure(work, 'test', row) for row in stock_rows()[:2])
+    stock, thresholds = (measure(work, 'test', row) for row in stock_rows(work)[:2])
     raters = 1 - mean(stock, 'rater_diversity')
-    lines = []
-    for trainer in PDDDPM_TRAINERS:
+    simple, refined = (min(rows, key=lambda row: mean(measure(work, 'test', row), 'ged_squared')) for rows in (
+        stock_rows(work), [row for trainer in trained_pdddpm(work) for row in test_rows(work, trainer)]))
+    of_simple, of_refined = measure(work, 'test', simple), measure(work, 'test', refined)
+    lines = [f'- The lowest GED² without PDDDPM is {mean(of_simple, "ged_squared"):.3f} ({simple.title}), with it '
+             f'{mean(of_refined, "ged_squared"):.3f} ({refined.title}): the latter is '
+             f'{verdict(of_refined, of_simple, "ged_squared")} the former.']
+    for trainer in trained_pdddpm(work):
         best, near = chosen(work, trainer), nearest_to_raters(work, trainer)
         of_best, of_near = measure(work, 'test', best), measure(work, 'test', near)
         lines += [f'- {best.title}, chosen: GED² is {verdict(of_best, stock, "ged_squared")} that of the single stock '
@@ -98,6 +105,16 @@ def verdict(metrics: Metrics, baseline: Metrics, name: str) -> str:
     return f'{word} ({interval((middle, low, high))})'
 
 
+def not_run(work: Path) -> str:
+    """What the table lacks, and what that means for reading it."""
+    lacking = [trainer for trainer in (*PDDDPM_TRAINERS, CONTROL_TRAINER) if not is_trained(work, trainer)]
+    if not lacking:
+        return ''
+    control = (' Without the control, what PDDDPM gains on the stock model may come from its further iterations alone.'
+               if CONTROL_TRAINER in lacking else '')
+    return f'\n**Not run, and so not in the tables: {" and ".join(f"`{name}`" for name in lacking)}.**{control}\n'
+
+
 def introduction(work: Path) -> str:
     """What was trained, on what, and what is measured."""
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
@@ -114,8 +131,8 @@ so training sees every opinion. One training seed, a small test set: read the in
 out: the planned networks have no dropout, and a network with it would be another stock model.
 
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
-resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations each for the stock model of
-every fold, for either PDDDPM (fold 0, warm start, out-of-fold pre-segmentations) and for the control, which is the
+resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock model of
+every fold, two PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
 stock model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's
 mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, training in bf16
 autocast; no mirroring but where the row says so.
@@ -124,19 +141,19 @@ autocast; no mirroring but where the row says so.
 GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in turn for the truth,
 over all pixels: they are best where the probability is the share of raters. Dice is that of the mask of the mean
 probability with the majority of the raters. Δ: mean paired difference with its 95 % bootstrap interval over images.
-"""
+{not_run(work)}"""
 
 
 def write_results(work: Path, file: Path) -> None:
     """Markdown with all tables, and the figure beside it."""
-    stock, thresholds = (measure(work, 'test', row) for row in stock_rows()[:2])
-    rows = [*stock_rows(), *(row for trainer in PDDDPM_TRAINERS for row in test_rows(work, trainer))]
-    picked = ' and '.join(chosen(work, trainer).title for trainer in PDDDPM_TRAINERS)
-    validation = len(measure(work, 'validation', stock_rows()[0])['dice'])
+    stock, thresholds = (measure(work, 'test', row) for row in stock_rows(work)[:2])
+    rows = [*stock_rows(work), *(row for trainer in trained_pdddpm(work) for row in test_rows(work, trainer))]
+    picked = ' and '.join(chosen(work, trainer).title for trainer in trained_pdddpm(work))
+    validation = len(measure(work, 'validation', stock_rows(work)[0])['dice'])
     lines = [
         introduction(work),
         f'## Sweep on the {validation} validation images of fold 0', '', *sweep_table(work), '',
-        f'Chosen, for the lowest GED²: {picked}. These two, the settings nearest to the raters\' disagreement, the '
+        f'Chosen, for the lowest GED²: {picked}. The chosen, the settings nearest to the raters\' disagreement, the '
         'default and every start with k=5 eta=1 go on to the test images.', '',
         f'## {len(stock["dice"])} test images', '',
         f'IoU between the raters of an image: {1 - mean(stock, "rater_diversity"):.3f}. The row `stock` is the model '
@@ -154,7 +171,7 @@ def write_results(work: Path, file: Path) -> None:
 
 def best_row(work: Path) -> Row:
     """The chosen row of the trainer that has the lower GED² on the validation images."""
-    return min((chosen(work, trainer) for trainer in PDDDPM_TRAINERS),
+    return min((chosen(work, trainer) for trainer in trained_pdddpm(work)),
                key=lambda row: mean(measure(work, 'validation', row), 'ged_squared'))
 
 
@@ -171,7 +188,7 @@ def draw(work: Path, file: Path) -> None:
         raters = [io.imread(path) for path in sorted((part / 'raters').glob(f'{name}__*.png'))]
         folder = work / 'predictions' / 'test'
         samples = [io.imread(path) for path in sorted((folder / row.folder / 'samples').glob(f'{name}_s*.png'))]
-        stock = np.load(folder / stock_rows()[0].folder / f'{name}.npz')['probabilities'][1, 0]
+        stock = np.load(folder / stock_rows(work)[0].folder / f'{name}.npz')['probabilities'][1, 0]
         panels = [None, *raters[:6:2], np.mean(raters, 0), *samples[:3], np.mean(samples, 0), stock]
         for axis, panel, title in zip(line, panels, titles, strict=True):
             axis.axis('off')
@@ -181,8 +198,8 @@ def draw(work: Path, file: Path) -> None:
                 axis.imshow(image, 'gray')
                 if panel is not None:
                     axis.contour(panel, [0.5], colors=['#ffb000' if title == 'rater' else '#00c8ff'], linewidths=1.2)
-            if line is axes[0]:
-                axis.set_title(title, fontsize=9)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
     figure.tight_layout(pad=0.3)
     figure.savefig(file, dpi=90)
     plt.close(figure)
