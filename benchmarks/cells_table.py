@@ -131,8 +131,8 @@ so training sees every opinion. One training seed, a small test set: read the in
 out: the planned networks have no dropout, and a network with it would be another stock model.
 
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
-resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock model of
-every fold, two PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
+resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
+model of every fold, two PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
 stock model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's
 mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, training in bf16
 autocast; no mirroring but where the row says so.
