@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from hippocampus import call, nnunet_environment
+from hippocampus import call, nnunet_environment, train
 
 DATASET_ID = 770
 DATASET = f'Dataset{DATASET_ID}_Cells'
@@ -99,14 +99,6 @@ def write_images_and_raters(data: Path, images: list[str], target: Path) -> None
         io.imsave(target / 'majority' / f'{image}.png', majority.astype(np.uint8), check_contrast=False)
 
 
-def train(work: Path, trainer: str, fold: int) -> None:
-    """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted."""
-    folder = work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / f'fold_{fold}'
-    if not (folder / 'checkpoint_final.pth').is_file():
-        call(work, 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS,
-             '-device', 'cpu', '--c', **VARIABLES)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-data', help='folder that contains bubil_cells (or set NNUNET_PDDDPM_DATA)')
@@ -120,10 +112,10 @@ def main() -> None:
         prepare(work, find_data(args.data))
     if 'stock' in args.stages:
         for fold in range(NUM_FOLDS):
-            train(work, STOCK_TRAINER, fold)
+            train(work, STOCK_TRAINER, fold, DATASET, CONFIGURATION, **VARIABLES)
     if 'pdddpm' in args.stages:
         for trainer in (*PDDDPM_TRAINERS, CONTROL_TRAINER):
-            train(work, trainer, 0)
+            train(work, trainer, 0, DATASET, CONFIGURATION, **VARIABLES)
     if {'predict', 'evaluate'} & set(args.stages):
         os.environ.update({**nnunet_environment(work), **VARIABLES})
         sys.path.append(str(HERE / 'trainers'))

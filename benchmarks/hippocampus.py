@@ -85,13 +85,16 @@ def prepare(work: Path, data: Path) -> None:
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
 
 
-def train(work: Path, trainer: str, fold: int) -> None:
-    """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted."""
-    folder = work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / f'fold_{fold}'
-    if (folder / 'checkpoint_final.pth').is_file():
-        return
-    call(work, 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS,
-         '-device', 'cpu', '--c')
+def train(work: Path, trainer: str, fold: int, dataset: str = DATASET, configuration: str = CONFIGURATION,
+          **variables: str) -> None:
+    """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted.
+
+    `variables`: further environment variables.
+    """
+    folder = work / 'nnUNet_results' / dataset / f'{trainer}__{PLANS}__{configuration}' / f'fold_{fold}'
+    if not (folder / 'checkpoint_final.pth').is_file():
+        call(work, 'nnUNetv2_train', dataset, configuration, str(fold), '-tr', trainer, '-p', PLANS, '-device', 'cpu',
+             '--c', **variables)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from nnunet_pdddpm.diffusion.coding import MaskCoding, harden
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import truncated_levels
 from nnunet_pdddpm.network.denoiser import Denoiser
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES, DiffusionDesign, NoisyBatch, Refiner
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, DiffusionDesign, NoisyBatch, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, SamplingSettings
 
 CHANNELS, CLASSES = 2, 3
@@ -259,8 +259,8 @@ def test_settings_and_weights_travel_in_the_state_dict(kind, regions):
     refiner.configure(settings, LOW, 321, regions)
     fresh = make_refiner(kind, settings=SamplingSettings(), regions=not regions, seed=7)
     fresh.load_state_dict(refiner.state_dict())
-    assert fresh.settings == fresh.stored_settings(MASK) == settings
-    assert fresh.sample_settings == fresh.stored_settings(SAMPLES) == LOW
+    assert fresh.settings == stored_settings(fresh.state_dict(), MASK) == settings
+    assert stored_settings(fresh.state_dict(), SAMPLES) == LOW
     assert int(fresh.t_max) == 321 and fresh.regions == regions
     assert torch.equal(fresh(patch(kind)), refiner(patch(kind)))
 
@@ -282,7 +282,7 @@ def test_environment_overrides_what_a_loaded_model_has_stored_and_leaves_that_as
     override(t_start=200, steps=5, samples=2, blend=0.25, seed=11, presegmenter='nnUNetTrainer')
     fresh.load_state_dict(state)
     assert fresh.settings == SamplingSettings(t_start=200, steps=5, samples=2, eta=0.5, blend=0.25, seed=11)
-    assert fresh.stored_settings(MASK) == SETTINGS
+    assert stored_settings(fresh.state_dict(), MASK) == SETTINGS
     expected = make_refiner(settings=SamplingSettings(t_start=200, steps=5, samples=2, eta=0.5, blend=0.25, seed=11))
     assert torch.equal(fresh(patch(PLAIN_2D)), expected(patch(PLAIN_2D)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.training.presegmenters import (
     CHECKPOINT,
@@ -184,14 +184,14 @@ def check_model(file: Path) -> str:
         weights = load_checkpoint(file, 'model')['network_weights']
     except PresegmenterError as error:
         return str(error)
-    names = list(asdict(SamplingSettings()))
-    if not weights.keys() >= {'t_max', *(prefix + name for prefix in (MASK, SAMPLES) for name in names)}:
+    try:
+        t_max, *stored = weights['t_max'].item(), *(stored_settings(weights, prefix) for prefix in (MASK, SAMPLES))
+    except KeyError:
         return f'The model {file} lacks sampling settings: it was not trained by this {TRAINER}; train it again.'
     if environment_problem(SamplingSettings(t_start=HIGHEST_TRAINED_LEVEL), HIGHEST_TRAINED_LEVEL):
         return ''  # reported already: no model accepts these values
-    for prefix in (MASK, SAMPLES):
-        settings = SamplingSettings(**{name: weights[prefix + name].item() for name in names})
-        if problem := environment_problem(settings, weights['t_max'].item()):
+    for settings in stored:
+        if problem := environment_problem(settings, t_max):
             return f'The model {file} cannot be used for prediction: {problem}'
     return ''
 

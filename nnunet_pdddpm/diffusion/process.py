@@ -6,6 +6,7 @@ samplers do not know which they hold:
     step(x, x0_hat, x_pre, t, s, noise)      from level t down to level s, given the denoiser's estimate of x0
 
 and `stochastic`: whether a step uses its noise.
+
 `x0`, `x_pre` and `x` are coded masks (B, C, ...), `noise` is standard normal of the same shape, levels are integers
 0..T, one for the batch or a tensor (B,) of them.
 """

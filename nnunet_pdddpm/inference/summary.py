@@ -106,5 +106,8 @@ def _flat_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def write_atomically(file: Path, text: str) -> None:
     """Write beside and rename: under its name a file is whole or the old one."""
     partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
-    partial.write_text(text)
-    os.replace(partial, file)
+    try:
+        partial.write_text(text, encoding='utf-8', errors='replace')
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
@@ -109,14 +109,13 @@ class VolumePredictor(nnUNetPredictor):
             print(f'{self.num_samples} samples instead of {wanted}: one for every fold.')
 
     def _settings_of(self, parameters: dict[str, Any]) -> FoldSettings:
-        self.refiner.load_state_dict(parameters)
-        t_max, environment = int(self.refiner.t_max), environment_overrides()
-        stored_of_mask, stored_of_samples = (self.refiner.stored_settings(prefix) for prefix in (MASK, SAMPLES))
+        t_max, environment = int(parameters['t_max']), environment_overrides()
         of_samples, of_mask = ({name: values[i] for name, values in self.overrides.items()} for i in (0, 1))
         source = 'the command line and environment'
         of_mask.pop('samples', None)  # the number of samples asked for is not that of the mask's own draws
-        return FoldSettings(override(stored_of_samples, {**environment, **of_samples}, t_max, source),
-                            override(stored_of_mask, {**environment, **of_mask}, t_max, source))
+        return FoldSettings(*(
+            override(stored_settings(parameters, prefix), {**environment, **flags}, t_max, source)
+            for prefix, flags in ((SAMPLES, of_samples), (MASK, of_mask))))
 
     @property
     def refiner(self) -> Refiner:
@@ -169,7 +168,7 @@ class VolumePredictor(nnUNetPredictor):
         for fold, (parameters, settings) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             self.refiner.load_state_dict(parameters)
             of_fold = volume.start_fold()
-            stock_logits = of_fold.clone() if stock_logits is None else stock_logits.add_(of_fold)
+            stock_logits = of_fold if stock_logits is None else stock_logits + of_fold
             samples = range(fold, self.num_samples, folds)
             own_draws = range(fold, max(settings.mask.samples, folds), folds)
             blend = 1.0 if settings.mask.is_stock else settings.mask.blend
@@ -191,7 +190,7 @@ class VolumePredictor(nnUNetPredictor):
                 volume.add_stock(mask, blend / folds)
         volume.progress.close()
         assert stock_logits is not None
-        stock_logits = stock_logits.div_(folds)[unpad] if folds > 1 else stock_logits[unpad]
+        stock_logits = stock_logits[unpad] / folds
         spread.crop(unpad[1:])
         only_stock = all(settings.mask.is_stock for settings in self.fold_settings)
         logits = stock_logits if only_stock else probabilities_to_logits(mask[unpad], regions).cpu()

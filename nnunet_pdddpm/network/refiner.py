@@ -78,8 +78,7 @@ class Refiner(nn.Module):
             for name, value in asdict(SamplingSettings()).items():
                 dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
                 self.register_buffer(prefix + name, torch.tensor(value, dtype=dtype))
-        self.regions = False  # until weights and settings are loaded or configured
-        self.settings = self.sample_settings = SamplingSettings()
+        self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
 
     def configure(self, settings: SamplingSettings, sample_settings: SamplingSettings, t_max: int,
                   has_regions: bool) -> None:
@@ -101,16 +100,10 @@ class Refiner(nn.Module):
         self.has_regions.fill_(has_regions)
         self.use_stored_settings()
 
-    def stored_settings(self, prefix: str) -> SamplingSettings:
-        """The settings of the mask (`MASK`) or the samples (`SAMPLES`) in the state dict, without any override."""
-        values: dict[str, Any] = {name: getattr(self, prefix + name).item() for name in asdict(SamplingSettings())}
-        values.update({name: round(value, 6) for name, value in values.items() if isinstance(value, float)})
-        return SamplingSettings(**values)
-
     def use_stored_settings(self) -> None:
         """Sample with the settings in the state dict, read once: at every tile that would wait for the GPU."""
         self.regions = bool(self.has_regions)
-        self.settings, self.sample_settings = self.stored_settings(MASK), self.stored_settings(SAMPLES)
+        self.settings = stored_settings(dict(self.named_buffers(recurse=False)), MASK)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; then samples with the settings that came with the weights, or the environment's overrides.
@@ -209,3 +202,14 @@ class Refiner(nn.Module):
             assert presegmentation is not None
             return torch.cat([x, self.design.coding.encode(presegmentation)], 1)
         return x
+
+
+def stored_settings(weights: Mapping[str, Tensor], prefix: str) -> SamplingSettings:
+    """The settings of the mask (`MASK`) or the samples (`SAMPLES`) in a refiner's state dict, without any override.
+
+    Raises:
+        KeyError: if it is no refiner's.
+    """
+    values: dict[str, Any] = {name: weights[prefix + name].item() for name in asdict(SamplingSettings())}
+    values.update({name: round(value, 6) for name, value in values.items() if isinstance(value, float)})
+    return SamplingSettings(**values)

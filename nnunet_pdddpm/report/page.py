@@ -1,13 +1,14 @@
 """Writes report.html."""
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.inference.export import foreground_labels
+from nnunet_pdddpm.inference.summary import write_atomically
 from nnunet_pdddpm.report import summary as text
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR
 from nnunet_pdddpm.report.views import make_view
@@ -42,8 +43,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
     summary, entries = text.read_summary(folder, images)
     dataset, plans = (text.read_json(folder / name) for name in ('dataset.json', 'plans.json'))
     reader, ending = PlansManager(plans).image_reader_writer_class(), dataset['file_ending']
-    regions = {name: tuple(values) if isinstance(values, list | tuple) else (values,)
-               for name, values in dataset['labels'].items() if name not in ('background', 'ignore')}
+    regions = foreground_labels(dataset)
     budget = min(SLICE_BYTES // len(entries), SLICE_BYTES_PER_CASE)
 
     cases = []
@@ -56,7 +56,8 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
         dataset=plans.get('dataset_name', folder.name), not_shown=len(summary['cases']) - len(entries),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
         uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
-    return _replace(folder / REPORT, page)
+    write_atomically(folder / REPORT, page)
+    return folder / REPORT
 
 
 def _template() -> jinja2.Template:
@@ -65,14 +66,3 @@ def _template() -> jinja2.Template:
     environment.filters.update(plain=text.plain, percent=text.percent, volume=text.volume, interval=text.interval,
                                finite=text.finite, sortable=text.sortable)
     return environment.get_template('report.html.jinja')
-
-
-def _replace(file: Path, content: str) -> Path:
-    """Write beside and rename, so that a reader finds the old file or the whole new one."""
-    beside = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        beside.write_text(content, encoding='utf-8', errors='replace')
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
-    return file
