@@ -26,7 +26,8 @@ from hippocampus import (
     nnunet_environment,
 )
 
-from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, probabilities_to_logits
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -35,8 +36,8 @@ from nnunet_pdddpm.network.settings import SamplingSettings
 TRAINER = PDDDPM_TRAINERS[1]
 NUM_VALIDATION = 20
 NUM_SAMPLES = 8
-SWEEP = [SamplingSettings(t_start=t, steps=k, samples=NUM_SAMPLES)
-         for t, k in ((500, 1), (700, 1), (900, 1), (960, 1), (700, 3), (900, 3), (960, 3))]
+SWEEP = [SamplingSettings(steps=0), *(SamplingSettings(t_start=t, steps=k, samples=NUM_SAMPLES)
+                                      for t, k in ((500, 1), (700, 1), (900, 1), (960, 1), (1000, 1), (900, 3)))]
 ROWS = {'stock (mask, softmax)': None, 'PDDDPM, its defaults': (), 'PDDDPM, half blended': ('-blend', '0.5'),
         'PDDDPM, samples and mask from t_start 900': ('-t_start', '900')}
 
@@ -63,21 +64,31 @@ def sweep(work: Path) -> list[dict[str, Any]]:
         with torch.inference_mode():
             volume = Volume(predictor, image, torch.device('cpu'))
             stock = logits_to_probabilities(volume.start_fold()[None], False)[0]
-            entries['stock'].append({**score(stock[(slice(None), *unpad)].numpy(), truth), 'agreement': 1.0})
+            entries['stock'].append(score(stock[(slice(None), *unpad)].numpy(), truth))
             for settings in SWEEP:
-                spread = Spread(volume.shape, NUM_SAMPLES, 1, False, torch.device('cpu'))
-                for sample in range(NUM_SAMPLES):
-                    spread.add(volume.sample(settings, sample, NUM_SAMPLES))
+                n = settings.samples
+                spread = Spread(volume.shape, n, 1, False, torch.device('cpu'))
+                sizes = []
+                for sample in range(n):
+                    p, shifts = volume.sample(settings, sample, n), draw_shifts(3, False, sample, n, settings.seed)
+                    spread.add(p, shifts)
+                    mask = (probabilities_to_logits(p[None], False)[0] + shifts[:, None, None, None]).argmax(0)[unpad]
+                    sizes.append([int((mask == c).sum()) for c in (1, 2)])
                 spread.crop(unpad)
-                agreement = float(np.mean([spread.pairwise_dice(c) or 0 for c in (1, 2)]))
-                entries[settings].append({**score(spread.mean.numpy(), truth), 'agreement': agreement})
+                of_samples = {} if n == 1 else {
+                    'agreement': float(np.mean([spread.pairwise_dice(c) or 0 for c in (1, 2)])),
+                    'inside': float(np.mean([np.quantile(of_label, 0.025) <= (truth == c).sum()
+                                             <= np.quantile(of_label, 0.975)
+                                             for c, of_label in zip((1, 2), np.transpose(sizes), strict=True)]))}
+                entries[settings].append({**score(spread.mean.numpy(), truth), **of_samples})
     rows = []
     for name in names:
-        mean = {key: float(np.mean([e[key] for e in entries[name]])) for key in ('dice', 'nll', 'agreement')}
-        quality, agreement = ([e[key] for e in entries[name]] for key in ('dice', 'agreement'))
-        correlation = None if name == 'stock' else float(np.corrcoef(quality, agreement)[0, 1])
-        title = name if name == 'stock' else f't_start={name.t_start} k={name.steps}'
-        rows.append({'title': title, **mean, 'correlation': correlation})
+        row: dict[str, Any] = {key: float(np.mean([e[key] for e in entries[name]])) for key in entries[name][0]}
+        if 'agreement' in row:
+            quality, agreement = ([e[key] for e in entries[name]] for key in ('dice', 'agreement'))
+            row['correlation'] = float(np.corrcoef(quality, agreement)[0, 1])
+        title = name if name == 'stock' else f't_start={name.t_start} k={name.steps}' if name.steps else 'direct (k=0)'
+        rows.append({'title': title, **row})
     return rows
 
 
@@ -123,7 +134,9 @@ def coverage(work: Path, name: str) -> str:
 
 def write_table(work: Path, rows: list[dict[str, Any]], evaluations: dict[str, dict[str, Any]], file: Path) -> None:
     """The two tables."""
-    number = lambda value: '' if value is None or np.isnan(value) else f'{value:.4f}'  # noqa: E731
+    def number(value: float | None) -> str:
+        return '' if value is None or np.isnan(value) else f'{value:.4f}'
+
     lines = ['# Hippocampus: samples, calibration and triage', '',
              '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK',
              '    .venv/bin/python benchmarks/uncertainty.py -o WORK', '',
@@ -131,10 +144,10 @@ def write_table(work: Path, rows: list[dict[str, Any]], evaluations: dict[str, d
              f'models of [hippocampus.md](hippocampus.md): reduced plans, fold 0, one training seed; noise seed 0, '
              f'{NUM_SAMPLES} samples.', '', f'## {NUM_VALIDATION} validation cases', '',
              'Mirroring spread over the samples. Agreement: Dice between samples. Correlation: of agreement with true '
-             'Dice, over cases (Pearson).', '',
-             '| | Dice | NLL | agreement | correlation |', '|---|---|---|---|---|']
-    lines += [f'| {r["title"]} | {number(r["dice"])} | {number(r["nll"])} | {number(r["agreement"])} | '
-              f'{number(r["correlation"])} |' for r in rows]
+             'Dice, over cases (Pearson). Inside: share of true volumes within the 95 % interval of the samples.', '',
+             '| | Dice | NLL | agreement | correlation | inside |', '|---|---|---|---|---|---|']
+    lines += [f'| {r["title"]} | {number(r["dice"])} | {number(r["nll"])} | {number(r.get("agreement"))} | '
+              f'{number(r.get("correlation"))} | {number(r.get("inside"))} |' for r in rows]
     cases = len(next(iter(evaluations.values()))['cases'])
     lines += ['', f'## {cases} test cases, by the commands', '',
               'NLL and ECE over all voxels, ECE also within the margin around the reference that docs/evaluation.md '

@@ -64,7 +64,7 @@ class Checker:
         assert len(problems) == 1 and output.endswith(f'{problems[0]}\n'), output
         return problems[0]
 
-    def train(self, model: str, fold: int | str, t_max: int = 960, **changes) -> Path:
+    def train(self, model: str, fold: int | str, t_max: int = 1000, **changes) -> Path:
         """Write a checkpoint as nnU-Net does; of a refined model only what is looked at."""
         plans = json.loads((self.preprocessed / f'{PLANS}.json').read_text())
         dataset_json = json.loads((self.preprocessed / 'dataset.json').read_text())
@@ -147,7 +147,7 @@ def test_nnunet_raw_is_not_needed(checker, monkeypatch):
 
 @pytest.mark.parametrize('variable, value, says', [
     ('nnUNet_pdddpm_steps', 'many', 'must be a whole number, got "many"'),
-    ('nnUNet_pdddpm_t_start', '2000', 'must lie in 0 to 960'),
+    ('nnUNet_pdddpm_t_start', '2000', 'must lie in 0 to 1000'),
     ('nnUNet_pdddpm_tstart', '500', 'nnUNet_pdddpm_tstart is unknown')])
 def test_wrong_environment_variables_are_shown_and_reported(checker, monkeypatch, variable, value, says):
     monkeypatch.setenv(variable, value)
@@ -271,7 +271,7 @@ def test_an_override_beyond_the_levels_of_a_trained_model_is_a_problem_of_that_m
     assert problem.startswith(f'The model {paper} cannot be used for prediction: t_start=500')
     assert 'it must lie in 0 to 300' in problem
     monkeypatch.setenv('nnUNet_pdddpm_t_start', '970')  # no model takes it: told once
-    assert 'must lie in 0 to 960' in checker.problem(str(DATASET_ID), '-p', PLANS)
+    assert 'must lie in 0 to 1000' in checker.problem(str(DATASET_ID), '-p', PLANS)
 
 
 def test_a_refined_model_without_settings_is_a_problem(checker):

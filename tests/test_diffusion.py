@@ -18,6 +18,7 @@ from nnunet_pdddpm.diffusion.coding import (
     probabilities_to_logits,
     regions_to_channels,
 )
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.diffusion.process import GaussianProcess, ddim_step, eps_from_x0, q_sample, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import SCHEDULES, snr, t_at_snr, truncated_levels
@@ -340,3 +341,38 @@ def test_hardened_logits_are_the_mask_nnunet_makes_of_them():
     regions = torch.tensor([[0.0, 0, 1, 0], [0, 0, 1, 0]]).reshape(1, 2, 2, 2)  # sigmoid(0) is not above 0.5
     assert torch.equal(harden(logits, regions=False), classes)
     assert torch.equal(harden(logits, regions=True), regions)
+
+
+# drawing -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('channels', 'regions'), [(2, False), (3, True), (1, True)])
+def test_drawn_masks_of_two_classes_or_regions_are_thresholds_each_quantile_once(channels, regions):
+    p = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).clamp(1e-3, 1 - 1e-3)
+    logits = torch.logit(p).expand(channels, -1) if regions else torch.stack([torch.log(1 - p), torch.log(p)])
+    thresholds = []
+    for sample in range(8):
+        shifted = logits + draw_shifts(channels, regions, sample, 8, seed=3)[:, None]
+        mask = shifted[0] > 0 if regions else shifted.argmax(0) == 1
+        thresholds += [u for u in ((i + 0.5) / 8 for i in range(8)) if torch.equal(mask, p > u)]
+    assert sorted(thresholds) == [(i + 0.5) / 8 for i in range(8)] and thresholds != sorted(thresholds)
+
+
+def test_drawn_classes_have_the_probabilities_they_are_drawn_from():
+    p = torch.tensor([[0.6, 0.3, 0.1], [0.05, 0.05, 0.9], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    n = 2000
+    counts = torch.zeros(3, 3, dtype=torch.float64)
+    for sample in range(n):
+        classes = (p.log() + draw_shifts(3, False, sample, n, seed=0)).argmax(1)
+        counts[range(3), classes] += 1
+    torch.testing.assert_close(counts / n, p, rtol=0, atol=4 * math.sqrt(0.25 / n))
+
+
+@pytest.mark.parametrize(('channels', 'regions'), [(2, False), (4, False), (3, True)])
+def test_a_single_sample_is_the_likeliest_mask_and_seeds_give_other_orders(channels, regions):
+    shifts = draw_shifts(channels, regions, 0, 1, seed=5)
+    torch.testing.assert_close(shifts, shifts[:1].expand(channels))
+    if regions:
+        torch.testing.assert_close(shifts, torch.zeros(channels), atol=1e-6, rtol=0)
+    orders = {tuple(torch.cat([draw_shifts(channels, regions, i, 6, seed) for i in range(6)]).tolist())
+              for seed in range(5)}
+    assert len(orders) == 5

@@ -9,7 +9,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnunet_pdddpm.diffusion.coding import MaskCoding, harden
+from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import truncated_levels
 from nnunet_pdddpm.network.denoiser import Denoiser
@@ -251,6 +251,21 @@ def test_the_most_certain_logits_survive_nnunets_half_precision_accumulation(reg
 
 # state and settings --------------------------------------------------------------------------------------------------
 
+@heads
+@pytest.mark.parametrize('design', [X0, DiffusionDesign(condition_on_presegmentation=True)], ids=['x0', 'conditioned'])
+def test_without_steps_the_denoiser_sees_the_presegmentation_itself_at_level_0(design, regions):
+    settings = SamplingSettings(t_start=300, steps=0, blend=0.25, samples=3)
+    refiner, image = make_refiner(design=design, regions=regions, settings=settings), patch(PLAIN_2D)
+    with torch.no_grad():
+        logits = refiner.presegmenter(image)
+        stock = logits_to_probabilities(logits, regions)
+        parts = [2 * harden(logits, regions) - 1, 2 * stock - 1]
+        mask = torch.cat(parts[:1 + design.condition_on_presegmentation], 1)
+        output = refiner.denoiser(image, mask, torch.zeros(len(image)))
+    expected = 0.75 * logits_to_probabilities(output, regions) + 0.25 * stock
+    torch.testing.assert_close(logits_to_probabilities(refiner(image), regions), expected, rtol=1e-4, atol=1e-5)
+
+
 @two_kinds
 @heads
 def test_settings_and_weights_travel_in_the_state_dict(kind, regions):
@@ -295,6 +310,15 @@ def test_a_lowered_t_start_lowers_the_steps_and_a_raised_one_keeps_them(override
         assert (refiner.settings.t_start, refiner.settings.steps) == (t_start, steps)
 
 
+def test_a_t_start_asks_for_a_chain_where_the_model_has_none(override):
+    refiner = make_refiner(settings=SamplingSettings(t_start=300, steps=0))
+    for values, expected in (({'t_start': 200}, (200, 1)), ({'t_start': 200, 'steps': 0}, (200, 0)),
+                             ({'samples': 3}, (200, 0))):
+        override(**values)
+        refiner.load_state_dict(refiner.state_dict())
+        assert (refiner.settings.t_start, refiner.settings.steps) == expected
+
+
 def test_steps_are_checked_against_the_t_start_of_the_loaded_model(override):
     """A new network has t_start = 700 until the model's weights are in; 800 steps are none too many for those."""
     state = make_refiner(settings=SamplingSettings(t_start=900, steps=3)).state_dict()
@@ -309,8 +333,8 @@ def test_steps_are_checked_against_the_t_start_of_the_loaded_model(override):
     ({'steps': '1.5'}, 'nnUNet_pdddpm_steps must be a whole number, got "1.5"'),
     ({'blend': 'half'}, 'nnUNet_pdddpm_blend must be a number, got "half"'),
     ({'t_start': 401}, 't_start=401 in the environment .* 0 to 400'),
-    ({'t_start': 10, 'steps': 11}, 'steps=11 in the environment .* 1 to 10'),
-    ({'steps': 301}, 'steps=301 in the environment .* 1 to 300'),
+    ({'t_start': 10, 'steps': 11}, 'steps=11 in the environment .* 0 to 10'),
+    ({'steps': 301}, 'steps=301 in the environment .* 0 to 300'),
     ({'samples': 0}, 'samples=0 in the environment'),
     ({'blend': 'nan'}, 'blend=nan in the environment'),
     ({'blend': 1.2}, 'blend=1.2 in the environment'),

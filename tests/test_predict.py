@@ -119,7 +119,7 @@ def test_environment_variables_change_the_sampling_and_it_is_said_once(refined, 
 
 
 @pytest.mark.parametrize(('variable', 'value', 'says'), [
-    ('nnUNet_pdddpm_t_start', '961', 't_start=961'), ('nnUNet_pdddpm_steps', '0', 'steps=0'),
+    ('nnUNet_pdddpm_t_start', '1001', 't_start=1001'), ('nnUNet_pdddpm_steps', '-1', 'steps=-1'),
     ('nnUNet_pdddpm_samples', 'many', 'nnUNet_pdddpm_samples'), ('nnUNet_pdddpm_blend', '1.5', 'blend=1.5'),
     ('nnUNet_pdddpm_tstart', '300', 'nnUNet_pdddpm_tstart')])
 def test_a_wrong_setting_is_refused_by_name(refined, monkeypatch, variable, value, says):

@@ -96,26 +96,39 @@ def test_missing_stock_folds_are_named_once_and_their_cases_presegmented_in_fold
     assert 'phantom_002, phantom_005, phantom_008' in log
 
 
-@pytest.mark.parametrize(('starts', 'allowed'), [('truth', {'truth'}), ('presegmentation', {'presegmentation'}),
-                                                 ('mixed', {'truth', 'presegmentation'})])
-def test_noise_is_added_to_what_the_attribute_says(trainer, starts, allowed):
-    trainer.training_starts = starts
-    seen = set()
+@pytest.mark.parametrize('share', [0, 1, 0.5])
+def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share):
+    trainer.presegmentation_share = share
+    levels = []
     for _ in range(6):
         batch = next(trainer.dataloader_train)
         noisy, noise = trainer.make_noisy_batch(batch['data'], batch['target'][0], batch['keys'])
-        assert noisy.t.min() >= 1 and noisy.t.max() <= trainer.t_max
         x_pre = 2 * harden(trainer.presegment(batch['data'], batch['keys']), False) - 1
         x0 = 2 * one_hot(batch['target'][0], 3) - 1
         abar = trainer.refiner.abar
-        clean = (noisy.noisy - at_level((1 - abar).sqrt(), noisy.t, noise) * noise) / at_level(abar.sqrt(), noisy.t,
-                                                                                               noise)
-        for i in range(len(clean)):
-            near = {name for name, mask in (('truth', x0), ('presegmentation', x_pre))
-                    if torch.allclose(clean[i], mask[i], atol=1e-2)}
-            assert near & allowed
-            seen |= near
-    assert seen >= allowed
+        for i, t in enumerate(noisy.t.tolist()):
+            assert 0 <= t <= trainer.t_max
+            expected = x_pre[i] if t == 0 else abar[t].sqrt() * x0[i] + (1 - abar[t]).sqrt() * noise[i]
+            torch.testing.assert_close(noisy.noisy[i], expected.float(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(trainer.denoising_loss.noisy, noisy.t > 0)
+        levels += noisy.t.tolist()
+    at_0 = sum(t == 0 for t in levels)
+    assert at_0 == share * len(levels) if share in (0, 1) else 0 < at_0 < len(levels)
+
+
+@pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False]])
+def test_at_noise_levels_the_loss_is_cross_entropy_and_at_level_0_nnunets_own(trainer, noisy):
+    """By nnU-Net's own two terms, item by item: the Dice term of these plans is that of the single patch."""
+    trainer.initialize()
+    assert not trainer.full_resolution_loss.dc.batch_dice
+    output, target = torch.randn(2, 3, 8, 8, 8), torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
+    trainer.denoising_loss.noisy = torch.tensor(noisy)
+    expected = 0
+    for i, is_noisy in enumerate(noisy):
+        cross_entropy = torch.nn.functional.cross_entropy(output[i:i + 1], target[i:i + 1, 0].long())
+        dice = trainer.full_resolution_loss.dc(output[i:i + 1], target[i:i + 1])
+        expected = expected + (2 * cross_entropy if is_noisy else cross_entropy + dice) / 2
+    torch.testing.assert_close(trainer.denoising_loss(output, target), expected)
 
 
 def test_the_average_of_the_weights_is_saved_and_the_weights_themselves_are_kept(refined: Workspace):

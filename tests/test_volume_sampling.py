@@ -182,7 +182,7 @@ def spread_of(p, regions, folds=1):
     spread = Spread(p.shape[1:], len(p), folds, regions, CPU)
     for fold in range(folds):
         for sample in range(fold, len(p), folds):
-            spread.add(torch.as_tensor(p[sample], dtype=torch.float32))
+            spread.add(torch.as_tensor(p[sample], dtype=torch.float32), torch.zeros(p.shape[1]))
         spread.end_of_fold()
     return spread
 
@@ -288,7 +288,7 @@ def test_a_region_on_which_all_agree_hides_no_disagreement_on_another(samples):
     for i in range(samples):
         p = torch.ones(2, 1, 1, 2)
         p[1, ..., 0] = float(i % 2)
-        spread.add(p)
+        spread.add(p, torch.zeros(2))
     maps = spread.maps()
     share = (samples // 2) / samples
     expected = -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 2  # mean over the two regions

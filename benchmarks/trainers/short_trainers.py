@@ -53,7 +53,7 @@ class PDDDPMTrainerGlimpse(PDDDPMTrainerHandful):
     iterations = 4
 
 
-class nnUNetTrainerToken(FewIterations, nnUNetTrainer):
+class nnUNetTrainerToken(nnUNetTrainerHandful):
     iterations = 50
 
 

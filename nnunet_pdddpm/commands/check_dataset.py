@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.training.presegmenters import (
@@ -23,7 +24,6 @@ from nnunet_pdddpm.training.presegmenters import (
     load_checkpoint,
 )
 from nnunet_pdddpm.training.previous_stage import PreviousStage
-from nnunet_pdddpm.training.trainer import HIGHEST_TRAINED_LEVEL
 
 TRAINER = 'PDDDPMTrainer'
 
@@ -188,7 +188,7 @@ def check_model(file: Path) -> str:
         t_max, *stored = weights['t_max'].item(), *(stored_settings(weights, prefix) for prefix in (MASK, SAMPLES))
     except KeyError:
         return f'The model {file} lacks sampling settings: it was not trained by this {TRAINER}; train it again.'
-    if environment_problem(SamplingSettings(t_start=HIGHEST_TRAINED_LEVEL), HIGHEST_TRAINED_LEVEL):
+    if environment_problem(SamplingSettings(t_start=NUM_TIMESTEPS), NUM_TIMESTEPS):
         return ''  # reported already: no model accepts these values
     for settings in stored:
         if problem := environment_problem(settings, t_max):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nnunet_pdddpm.diffusion.coding import harden, probabilities_to_logits
+
 UNSURE = (0.1, 0.9)
 """A label is unsure at a voxel where its mean probability lies between these."""
 
@@ -36,12 +38,14 @@ class Spread:
         self.fold_squares = torch.zeros_like(self.entropy)
         self.of_fold = 0
 
-    def add(self, probabilities: Tensor) -> None:
-        """Add the probabilities (C, Z, Y, X) of one sample."""
+    def add(self, probabilities: Tensor, shifts: Tensor) -> None:
+        """Add the probabilities (C, Z, Y, X) of one sample; `shifts` (C,) draw its mask, see `drawing.draw_shifts`."""
+        shifts = shifts.to(probabilities.device).reshape(-1, 1, 1)
         for z in range(probabilities.shape[1]):
             p = probabilities[:, z]
             self.mean[:, z] += p / self.samples
-            self.counts[:, z] += self._harden(p)
+            self.counts[:, z] += harden((probabilities_to_logits(p[None], self.regions) + shifts), self.regions)[0].to(
+                self.counts.dtype)
             self.entropy[z] += self._entropy(p) / self.samples
             self.squares[z] += self._over_channels(p ** 2) / self.samples
             if self.fold_mean is not None:
@@ -105,11 +109,6 @@ class Spread:
             possible += int((p > UNSURE[0]).any(0).sum())
             unsure += int(((p > UNSURE[0]) & (p < UNSURE[1])).any(0).sum())
         return unsure / possible if possible else 0.0
-
-    def _harden(self, p: Tensor) -> Tensor:
-        if self.regions:
-            return (p > 0.5).to(self.counts.dtype)
-        return torch.zeros_like(p, dtype=self.counts.dtype).scatter_(0, p.argmax(0, keepdim=True), 1)
 
     def _over_channels(self, values: Tensor) -> Tensor:
         return values.mean(0) if self.regions else values.sum(0)

@@ -80,13 +80,17 @@ class Volume:
         if settings.t_start == 0:
             return self.add_stock(torch.zeros(self.shape, device=self.device), 1.0)
         mirrored = mirrorings_of_sample(sample, samples, self.mirrorings)
+        coding = self.refiner.design.coding
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
 
         def denoise(x: Tensor, t: int) -> Tensor:
             return fuse_tiles(lambda tile: self.denoise_tile(x, t, tile, mirrored), self.shape, self.tiles, self.weight,
                               self.device)
-        x = refine_volume(denoise, self.refiner.process(settings.eta), self.mask, self.refiner.design.coding,
-                          truncated_levels(settings.t_start, settings.steps), noise)
+        if settings.steps == 0:
+            x = denoise(coding.encode(self.mask), 0)
+        else:
+            x = refine_volume(denoise, self.refiner.process(settings.eta), self.mask, coding,
+                              truncated_levels(settings.t_start, settings.steps), noise)
         for z in range(self.shape[1]):
             x[:, z] = self.refiner.probabilities(x[None, :, z])[0]
         return x

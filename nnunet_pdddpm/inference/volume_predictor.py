@@ -16,13 +16,14 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
-"""Told the number of a sample and its logits (C, Z, Y, X) as soon as it is drawn."""
+"""Told the number of a sample and logits (C, Z, Y, X), whose argmax (regions: sign) is its mask, once it is drawn."""
 
 
 class PredictionError(ValueError):
@@ -173,14 +174,16 @@ class VolumePredictor(nnUNetPredictor):
             own_draws = range(fold, max(settings.mask.samples, folds), folds)
             blend = 1.0 if settings.mask.is_stock else settings.mask.blend
             own_draws = own_draws if blend < 1 and not settings.shared else range(0)
-            volume.expect(len(samples) * settings.samples.steps + len(own_draws) * settings.mask.steps)
+            volume.expect(len(samples) * max(settings.samples.steps, 1) + len(own_draws) * max(settings.mask.steps, 1))
             for sample in samples:
                 p = volume.sample(settings.samples, sample, self.num_samples)
-                spread.add(p)
+                shifts = draw_shifts(len(p), regions, sample, self.num_samples, settings.samples.seed)
+                spread.add(p, shifts)
                 if settings.shared and blend < 1:
                     mask.add_(p, alpha=(1 - blend) / len(samples) / folds)
                 if on_sample is not None:
-                    on_sample(sample, probabilities_to_logits(p[unpad], regions).cpu())
+                    logits = probabilities_to_logits(p[unpad], regions).cpu()
+                    on_sample(sample, logits.add_(shifts.reshape(-1, 1, 1, 1)))
                 del p
             spread.end_of_fold()
             for draw in own_draws:

@@ -162,6 +162,9 @@ class Refiner(nn.Module):
             return stock_logits
         stock = logits_to_probabilities(stock_logits, self.regions)
         x_pre = self.design.coding.encode(harden(stock_logits, self.regions))
+        if settings.steps == 0:
+            mean = self.probabilities(self.denoise(image, x_pre, 0, stock))
+            return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
         levels = truncated_levels(settings.t_start, settings.steps)
         process = self.process(settings.eta)
         mean = torch.zeros_like(stock)

@@ -16,7 +16,8 @@ class SamplingSettings:
     t_start: int = 700
     """Level at which the noised pre-segmentation enters the chain, 0 (no refinement) to the highest trained level."""
     steps: int = 1
-    """Reverse steps k from t_start down to 0, 1 to t_start."""
+    """Reverse steps k from t_start down to 0, up to t_start; 0: no chain, the denoiser is shown the pre-segmentation
+    itself (level 0) and asked once for the best mask."""
     samples: int = 1
     """Noise draws n whose probabilities are averaged."""
     eta: float = 0.0
@@ -32,7 +33,7 @@ class SamplingSettings:
         Raises:
             ValueError: with a sentence that names the setting, its value and its range.
         """
-        ranges = {'t_start': (0, t_max), 'steps': (1, self.t_start or NUM_TIMESTEPS), 'samples': (1, 10_000),
+        ranges = {'t_start': (0, t_max), 'steps': (0, self.t_start or NUM_TIMESTEPS), 'samples': (1, 10_000),
                   'eta': (0, 1), 'blend': (0, 1), 'seed': (0, 2 ** 31 - 1)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -80,7 +81,8 @@ def override(stored: SamplingSettings, overrides: Mapping[str, int | float], t_m
              source: str) -> SamplingSettings:
     """The stored settings with some values replaced, checked.
 
-    A t_start below the stored number of steps lowers the steps with it, unless the steps are given too.
+    A t_start below the stored number of steps lowers the steps with it, and one above 0 makes a chain of one step where
+    none is stored, unless the steps are given too.
 
     Args:
         stored: the model's settings.
@@ -94,7 +96,7 @@ def override(stored: SamplingSettings, overrides: Mapping[str, int | float], t_m
     if not overrides:
         return stored.check(t_max, "the model's sampling settings")
     t_start = int(overrides.get('t_start', stored.t_start))
-    steps = int(overrides.get('steps', max(1, min(stored.steps, t_start))))
+    steps = int(overrides.get('steps', max(1, min(stored.steps, t_start)) if 't_start' in overrides else stored.steps))
     return replace(stored, **{**asdict(stored), **overrides, 'steps': steps}).check(t_max, source)
 
 

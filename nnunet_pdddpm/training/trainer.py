@@ -20,16 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
+from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
+from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.versions import require_nnunet
-
-STARTS = ('truth', 'presegmentation', 'mixed')
-HIGHEST_TRAINED_LEVEL = 960
 
 
 class PDDDPMTrainer(nnUNetTrainer):
@@ -48,10 +47,11 @@ class PDDDPMTrainer(nnUNetTrainer):
         ### Some hyperparameters for you to fiddle with
         self.initial_lr = 5e-4
         self.weight_decay = 1e-2
-        # what the noise is added to in training: the truth, the pre-segmentation, or either with equal chance
-        self.training_starts = 'mixed'
+        # share of the patches that show the denoiser the pre-segmentation itself, which is level 0, and ask for the
+        # best mask; the others show it the noised truth
+        self.presegmentation_share = 0.25
         # noise levels 1..t_max are trained, sampling may start at any of them
-        self.t_max = HIGHEST_TRAINED_LEVEL
+        self.t_max = NUM_TIMESTEPS
         # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
         self.sampling = SamplingSettings()
         self.sampling_of_samples = SamplingSettings(samples=8)
@@ -131,7 +131,13 @@ class PDDDPMTrainer(nnUNetTrainer):
         """nnU-Net's loss for logits of the clean mask; the mean squared error for predicted noise."""
         loss = super()._build_loss()
         self.full_resolution_loss = loss.loss if self.enable_deep_supervision else loss
-        return loss if self.design.parameterisation == 'x0' else nn.MSELoss()
+        self.denoising_loss = DenoisingLoss(self.full_resolution_loss)
+        if self.design.parameterisation == 'eps':
+            return nn.MSELoss()
+        if not self.enable_deep_supervision:
+            return self.denoising_loss
+        loss.loss = self.denoising_loss
+        return loss
 
     # data and training ----------------------------------------------------------------------------------------------
 
@@ -224,11 +230,11 @@ class PDDDPMTrainer(nnUNetTrainer):
         x_pre = coding.encode(harden(logits, regions))
         x0 = self._coded_target(target, x_pre)
         t = torch.randint(1, self.t_max + 1, (len(image),), generator=self.level_generator)
+        t[torch.rand(len(image), generator=self.level_generator) < self.presegmentation_share] = 0
         noise = torch.randn(x_pre.shape, generator=self.noise_generator, device=self.device)
-        from_truth = {'truth': 1.0, 'presegmentation': 0.0, 'mixed': 0.5}[self.training_starts]
-        is_truth = (torch.rand(len(image), generator=self.level_generator) < from_truth).to(self.device)
-        clean = torch.where(is_truth.reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
+        clean = torch.where((t > 0).to(self.device).reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
         del x0
+        self.denoising_loss.noisy = t > 0
         x = self.refiner.process(0.0).marginal(clean, x_pre, t, noise)
         seen = logits if self.design.condition_on_presegmentation else logits[:, :0]
         return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(seen, regions)), noise

@@ -1,0 +1,37 @@
+"""The last step of a sample: a mask drawn from the probabilities that the chain ends with, not their mode."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int) -> Tensor:
+    """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.
+
+    The Gumbel-max trick (Maddison et al., arXiv 1411.0030, section 2): argmax_c (log p_c + g_c) with Gumbel g_c is a
+    draw from p. Every voxel is drawn with its own probabilities, but with the same g_c for the whole volume: so a mask
+    has no speckle, and margins move together. For two classes and for regions that is a threshold: p > u with one
+    uniform u for all voxels and regions (of which nested ones stay nested).
+
+    The uniforms are stratified over the samples: of n samples each has another of the quantiles (i + 1/2) / n. So the
+    mean of the n masks is the samples' mean probability as nearly as n masks can give it; and a single sample has
+    u = 1/2, the likeliest mask.
+
+    Args:
+        num_channels: C.
+        regions: whether the channels are regions.
+        sample: number of the sample, 0 to samples - 1.
+        samples: n.
+        seed: of the prediction.
+
+    Returns:
+        (C,) float32 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    columns = 1 if regions or num_channels == 2 else num_channels
+    order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(columns)])
+    u = (order[:, sample] + 0.5) / samples
+    if columns == num_channels and not regions:
+        return -torch.log(-torch.log(u))
+    threshold = -torch.logit(u)
+    return threshold.expand(num_channels) if regions else torch.cat([torch.zeros(1), threshold])
