@@ -1,7 +1,7 @@
 """Short CPU trainers for the benchmarks, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
 All use bf16 autocast on the CPU (nnU-Net trains in fp32 there), which halves the time of an iteration, and nnU-Net's
-250 iterations an epoch: ten epochs of stock training; four of refinement, with either optimizer; and, as the control,
+250 iterations an epoch: ten epochs of stock training; four of refinement; and, as the control,
 the stock model trained for those four epochs more. Validation is left out of them, since the benchmark measures on its
 own cases.
 """
@@ -48,13 +48,23 @@ class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
         self.network.load_state_dict(context.stock_checkpoint(self.fold)['network_weights'])
 
 
-class PDDDPMTrainerBenchmarkAdamW(ShortCPUTraining, PDDDPMTrainer):
-    """The default: AdamW, learning rate 5e-4 with polynomial decay, a fifth of it in the first epoch."""
+class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
+    """The default."""
 
 
-class PDDDPMTrainerBenchmarkSGD(ShortCPUTraining, PDDDPMTrainer):
-    """nnU-Net's optimizer: SGD, learning rate 0.01 with polynomial decay, Nesterov momentum 0.99."""
+class PDDDPMTrainerBenchmarkTruth(PDDDPMTrainerBenchmark):
+    """Noise on the truth in every patch."""
 
-    def configure_optimizers(self):
-        self.initial_lr, self.weight_decay = 1e-2, 3e-5
-        return nnUNetTrainer.configure_optimizers(self)
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.presegmentation_share = 0.0
+
+
+class PDDDPMTrainerBenchmarkDirect(PDDDPMTrainerBenchmark):
+    """No diffusion: the same second network always sees the pre-segmentation itself."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.presegmentation_share = 1.0

@@ -6,7 +6,7 @@ setting see the same patches in the same order.
 import numpy as np
 import torch
 from benchmark_trainers import (
-    PDDDPMTrainerBenchmarkAdamW,
+    PDDDPMTrainerBenchmark,
     nnUNetTrainerBenchmark,
     nnUNetTrainerBenchmarkLonger,
 )
@@ -36,14 +36,23 @@ class nnUNetTrainerCellsLonger(SixSeededEpochs, nnUNetTrainerBenchmarkLonger):
     """The control: the trained stock model of the fold, trained on for as many iterations as the denoisers."""
 
 
-class PDDDPMTrainerCells(SixSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
-    """The default: the noise is added to the truth or to the pre-segmentation, with equal chance."""
+class PDDDPMTrainerCells(SixSeededEpochs, PDDDPMTrainerBenchmark):
+    """The default: noise on the truth, which is here a rater's mask; a quarter of the patches ask for the best mask."""
 
 
-class PDDDPMTrainerCellsTruth(SixSeededEpochs, PDDDPMTrainerBenchmarkAdamW):
-    """The noise is always added to the truth, which is here a rater's mask."""
+class PDDDPMTrainerCellsTruth(PDDDPMTrainerCells):
+    """Noise on the truth in every patch."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.training_starts = 'truth'
+        self.presegmentation_share = 0.0
+
+
+class PDDDPMTrainerCellsDirect(PDDDPMTrainerCells):
+    """No diffusion: the same second network always sees the pre-segmentation itself."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.presegmentation_share = 1.0

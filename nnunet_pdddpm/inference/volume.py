@@ -1,7 +1,6 @@
 """A padded image and the model that is loaded: the stock pre-segmentation and samples of the whole volume."""
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,7 +102,7 @@ class Volume:
             parts.append(logits_to_probabilities(self.stock_logits[tile][None], self.refiner.regions)[0])
         image, noisy, *conditions = (part[None].to(device) for part in parts)
         total = torch.zeros_like(noisy)
-        with torch.autocast(device.type) if device.type == 'cuda' else nullcontext():
+        with self.predictor.autocast():
             for axes in mirrored:
                 dims = [axis + 2 for axis in axes]
                 condition = conditions[0].flip(dims) if conditions else None

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +43,12 @@ class FoldSettings:
                    for name in ('t_start', 'steps', 'eta', 'seed'))
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 (AVX512-BF16): without them it would be slower than float32."""
+    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', None)  # torch has no public name for it
+    return supported is not None and bool(supported())
+
+
 class VolumePredictor(nnUNetPredictor):
     """As nnUNetPredictor; but a volume is sampled as a whole, and every sample can be had.
 
@@ -69,6 +75,7 @@ class VolumePredictor(nnUNetPredictor):
             raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
         self.overrides = dict(overrides or {})
         self.slice_correlation = slice_correlation
+        self.bfloat16 = cpu_has_bfloat16()
         self.model = ''
         self.folds: list[int | str] = []
         self.fold_settings: list[FoldSettings] = []
@@ -198,6 +205,14 @@ class VolumePredictor(nnUNetPredictor):
         only_stock = all(settings.mask.is_stock for settings in self.fold_settings)
         logits = stock_logits if only_stock else probabilities_to_logits(mask[unpad], regions).cpu()
         return VolumePrediction(stock_logits, logits, spread, volume.network_calls, time.perf_counter() - start)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """For the denoiser: as nnU-Net's on CUDA; bfloat16 on a CPU with instructions for it, which halves the time."""
+        if self.device.type == 'cuda':
+            return torch.autocast('cuda')
+        if self.device.type == 'cpu' and self.bfloat16:
+            return torch.autocast('cpu', torch.bfloat16)
+        return nullcontext()
 
     @contextmanager
     def presegmenting(self) -> Iterator[None]:
