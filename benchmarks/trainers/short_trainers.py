@@ -17,6 +17,7 @@ class FewIterations:
         self.num_epochs = 2
         self.num_iterations_per_epoch = self.iterations
         self.num_val_iterations_per_epoch = 2
+        self.tuning_share = 0
 
 
 class nnUNetTrainerHandful(FewIterations, nnUNetTrainer):

@@ -81,18 +81,19 @@ class Volume:
         mirrored = mirrorings_of_sample(sample, samples, self.mirrorings)
         coding = self.refiner.design.coding
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
-
-        def denoise(x: Tensor, t: int) -> Tensor:
-            return fuse_tiles(lambda tile: self.denoise_tile(x, t, tile, mirrored), self.shape, self.tiles, self.weight,
-                              self.device)
         if settings.steps == 0:
-            x = denoise(coding.encode(self.mask), 0)
+            x = self.denoise(coding.encode(self.mask), 0, mirrored)
         else:
-            x = refine_volume(denoise, self.refiner.process(settings.eta), self.mask, coding,
-                              truncated_levels(settings.t_start, settings.steps), noise)
+            x = refine_volume(lambda x, t: self.denoise(x, t, mirrored), self.refiner.process(settings.eta), self.mask,
+                              coding, truncated_levels(settings.t_start, settings.steps), noise)
         for z in range(self.shape[1]):
             x[:, z] = self.refiner.probabilities(x[None, :, z])[0]
         return x
+
+    def denoise(self, x: Tensor, t: int, mirrored: list[tuple[int, ...]]) -> Tensor:
+        """Estimate of the clean coded mask (C, Z, Y, X), fused over the tiles."""
+        return fuse_tiles(lambda tile: self.denoise_tile(x, t, tile, mirrored), self.shape, self.tiles, self.weight,
+                          self.device)
 
     def denoise_tile(self, x: Tensor, t: int, tile: Tile, mirrored: list[tuple[int, ...]]) -> Tensor:
         """Estimate of the clean coded mask (C, ...) in a tile, mean over some mirrorings."""

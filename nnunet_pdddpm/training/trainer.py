@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,10 @@ from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
+from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.report import NAME as SWEEP
+from nnunet_pdddpm.tuning.report import Choice
+from nnunet_pdddpm.tuning.tune import open_model, tune
 from nnunet_pdddpm.versions import require_nnunet
 
 
@@ -62,6 +67,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         # the denoiser's weights are averaged with this decay for validation, saving and prediction
         self.averaging_decay = 0.999
         self.noise_seed = 12345
+        # sampling settings are tuned on the validation cases after training, for at most this share of its time
+        self.tuning_share = 0.1
 
         self.out_of_fold_presegmenters = nn.ModuleDict()  # by fold, as a string
         self.held_out_in: dict[str, int] = {}  # training case -> stock fold that held it out
@@ -148,6 +155,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         elif not self._restored:
             self._embed_stock_model()
         self._stock_checkpoint = None
+        self._first_epoch = self.current_epoch
         super().on_train_start()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
@@ -265,6 +273,40 @@ class PDDDPMTrainer(nnUNetTrainer):
             masks = one_hot(target if ignored is None else target.masked_fill(ignored, 0), x_pre.shape[1])
         x0 = self.design.coding.encode(masks)
         return x0 if ignored is None else torch.where(ignored, x_pre, x0)
+
+    # the end of training --------------------------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """As nnU-Net's; then the sampling settings are tuned, with which nnU-Net goes on to validate."""
+        super().on_train_end()
+        choice = [self.tune() if self.local_rank == 0 else None]
+        if self.is_ddp:
+            # The others wait for hours, if need be, which NCCL does not allow; gloo does.
+            group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
+            dist.broadcast_object_list(choice, 0, group)
+            dist.destroy_process_group(group)
+        if choice[0] is not None:
+            self.refiner.configure(choice[0].mask, choice[0].samples, int(self.refiner.t_max),
+                                   self.label_manager.has_regions)
+
+    def tune(self) -> Choice | None:
+        """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""
+        starts, ends = (self.logger.get_value(f'epoch_{of}_timestamps', step=None) for of in ('start', 'end'))
+        seconds = self.tuning_share * sum(end - start for start, end in zip(starts, ends, strict=True))
+        stay = 'The sampling settings stay as they are: '
+        if self.tuning_share == 0:
+            self.print_to_log_file(f'{stay}tuning_share is 0.')
+        elif self.disable_checkpointing:
+            self.print_to_log_file(f'{stay}there is no checkpoint to tune.')
+        elif self.current_epoch == self._first_epoch and Path(self.output_folder, f'{SWEEP}.json').is_file():
+            self.print_to_log_file(f'{stay}they were tuned when training ended.')
+        else:
+            try:
+                predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
+                return tune(self, predictor, seconds, log=self.print_to_log_file)
+            except (TuningError, OSError) as error:
+                self.print_to_log_file(f'{stay}{error}')
+        return None
 
     # validation -----------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,7 @@ class PDDDPMTrainerPaper(PDDDPMTrainer):
         self.presegmentation_share = 0.0
         self.t_max = 300
         self.sampling = self.sampling_of_samples = SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
+        self.tuning_share = 0.0  # the settings are the paper's
         self.warm_start = False  # the stock weights give logits, not noise
         self.enable_deep_supervision = False  # nothing in the paper; noise has no coarser version
         # validation during training takes a sample per patch: 50 patches an epoch would cost more than the training

@@ -17,6 +17,7 @@ class FewIterations:
         self.num_iterations_per_epoch = 8
         self.num_val_iterations_per_epoch = 2
         self.save_every = 1
+        self.tuning_share = 0
 
     def initialize(self):
         torch.manual_seed(0)

@@ -1,0 +1,76 @@
+"""nnUNetv2_pdddpm_tune: find the sampling settings of a trained fold on its validation cases."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.run.run_training import get_trainer_from_args
+
+from nnunet_pdddpm.commands.predict import fold, model_folder, prepare_device
+from nnunet_pdddpm.evaluation.folders import EvaluationError
+from nnunet_pdddpm.training.presegmenters import PresegmenterError
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.tune import open_model, tune
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tune, and say what was chosen; exit with 1 and one sentence if that cannot be done."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.budget is not None and not args.budget > 0:
+        parser.error(f'-budget must be a number of minutes above 0, got {args.budget}')
+    try:
+        device = prepare_device(args.device)
+        predictor = open_model(Path(model_folder(args)), args.f, device)
+        trainer = make_trainer(args, device)
+    except (ValueError, NotImplementedError) as error:
+        sys.exit(f'Error: {error}')
+    try:
+        tune(trainer, predictor, None if args.budget is None else 60 * args.budget, args.raters,
+             not args.disable_progress_bar, trainer.print_to_log_file)
+    except (TuningError, EvaluationError, PresegmenterError, FileNotFoundError) as error:
+        sys.exit(f'Error: {error}')
+    except OSError as error:
+        sys.exit(f'Error: the results cannot be written ({error}).')
+
+
+def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTrainer:
+    """The trainer of the model, which knows its validation cases; nothing is built.
+
+    Raises:
+        TuningError: if the data set is not preprocessed with its plans.
+    """
+    dataset = Path(model_folder(args)).parent.name
+    plans = Path(str(nnUNet_preprocessed)) / dataset / f'{args.p}.json'
+    if not plans.is_file():
+        raise TuningError(f'{plans} is missing: the validation cases have to be preprocessed with these plans '
+                          f'(nnUNetv2_plan_and_preprocess).')
+    return get_trainer_from_args(dataset, args.c, args.f, args.tr, args.p, device=device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description='Find the sampling settings of a trained PDDDPM fold on its validation cases and store them in its '
+                    'checkpoints. Training does so at its end; this repeats it, with more time or with raters.')
+    parser.add_argument('d', metavar='DATASET', help='id or name')
+    parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
+    parser.add_argument('f', metavar='FOLD', type=fold, help='fold')
+    parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
+    parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
+    parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
+    parser.add_argument('-budget', type=float, metavar='MINUTES',
+                        help='leave out expensive settings, then cases, to be ready in this time (default: none)')
+    parser.add_argument('-raters', type=Path,
+                        help="folder with several people's masks, CASE__RATER.nii.gz: the samples are chosen by their "
+                             'distance to them')
+    parser.add_argument('--disable_progress_bar', action='store_true')
+    return parser
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,102 @@
+"""The validation cases of a fold, as nnU-Net preprocessed them, and several raters' masks on the same grid."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from torch import Tensor
+
+from nnunet_pdddpm.evaluation.folders import Folders, open_folders
+from nnunet_pdddpm.tuning.choice import TuningError
+
+if TYPE_CHECKING:
+    from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case in the network's grid."""
+    image: Tensor
+    """(image channels, Z, Y, X), with the previous stage's channels for a cascade."""
+    labels: np.ndarray
+    """(Z, Y, X)"""
+    raters: list[np.ndarray]
+    """Several people's label maps (Z, Y, X); empty without them."""
+
+
+class ValidationCases:
+    """Reads them as the trainer's `perform_actual_validation` does."""
+
+    def __init__(self, trainer: PDDDPMTrainer, raters: Path | None = None) -> None:
+        """
+        Args:
+            trainer: of the fold; it need not be initialised.
+            raters: folder of several people's masks, `CASE__RATER` with the data set's file ending.
+
+        Raises:
+            TuningError: if there are no validation cases, or they are not preprocessed.
+            EvaluationError: if the raters' folder or a mask in it cannot be used.
+        """
+        if trainer.fold == 'all':
+            raise TuningError('fold all was trained on every case: the sampling settings can only be tuned in a fold '
+                              'with validation cases.')
+        folder = Path(trainer.preprocessed_dataset_folder)
+        if not folder.is_dir():
+            raise TuningError(f'The preprocessed data {folder} is missing: run nnUNetv2_preprocess with these plans '
+                              f'and this configuration first.')
+        names = trainer.do_split()[1]
+        if not names:
+            raise TuningError(f'Fold {trainer.fold} has no validation cases: the sampling settings need a fold with '
+                              f'them.')
+        there = trainer.dataset_class.get_identifiers(str(folder))
+        if missing := sorted(set(names) - set(there)):
+            raise TuningError(f'{len(missing)} of {len(names)} validation cases are missing in {folder} (such as '
+                              f'{missing[0]}): run nnUNetv2_preprocess first.')
+        self.dataset = trainer.dataset_class(str(folder), list(names), trainer.folder_with_segs_from_previous_stage)
+        self.names: list[str] = list(self.dataset.identifiers)
+        self.is_cascaded, self.label_manager = trainer.is_cascaded, trainer.label_manager
+        self.plans, self.configuration = trainer.plans_manager, trainer.configuration_manager
+        self.raters = None if raters is None else self._open_raters(trainer, raters)
+
+    def _open_raters(self, trainer: PDDDPMTrainer, raters: Path) -> Folders:
+        truth = Path(trainer.preprocessed_dataset_folder_base) / 'gt_segmentations'
+        model = Path(trainer.output_folder_base)
+        folders = open_folders(truth, truth, raters, model / 'dataset.json', model / 'plans.json')
+        if not any(folders.rater_files(name) for name in self.names):
+            raise TuningError(f'{raters} has no mask of any validation case of fold {trainer.fold}: name them '
+                              f'CASE__RATER{folders.ending}, such as {self.names[0]}__1{folders.ending}.')
+        return folders
+
+    def voxels(self, name: str) -> int:
+        """Size of a case."""
+        return int(np.prod(self.dataset.load_case(name)[0].shape[1:]))
+
+    def load(self, name: str) -> Case:
+        """Read a case."""
+        data, seg, previous, properties = self.dataset.load_case(name)
+        image = np.asarray(data[:])
+        if self.is_cascaded:
+            image = np.vstack((image, convert_labelmap_to_one_hot(
+                previous[:], self.label_manager.foreground_labels, output_dtype=image.dtype)))
+        return Case(torch.from_numpy(np.array(image)), np.asarray(seg[:])[0],
+                    self._raters_of(name, properties, image.shape[1:]))
+
+    def _raters_of(self, name: str, properties: dict[str, Any], shape: tuple[int, ...]) -> list[np.ndarray]:
+        """The raters' masks, transposed, cropped and resampled as nnU-Net's preprocessor does with a truth."""
+        if self.raters is None:
+            return []
+        reference = self.raters.read_mask(self.raters.references / f'{name}{self.raters.ending}')
+        forward, box = self.plans.transpose_forward, properties['bbox_used_for_cropping']
+        spacing = [properties['spacing'][i] for i in forward]
+        target = list(self.configuration.spacing)
+        target = target if len(target) == len(spacing) else [spacing[0], *target]
+        masks = []
+        for file in self.raters.rater_files(name).values():
+            mask = self.raters.read_mask(file, reference).array.transpose(forward)[tuple(slice(*b) for b in box)]
+            masks.append(np.asarray(self.configuration.resampling_fn_seg(mask[None].astype(np.float32), shape, spacing,
+                                                                         target))[0].round().astype(np.int16))
+        return masks

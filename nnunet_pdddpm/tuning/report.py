@@ -1,0 +1,170 @@
+"""sampling_sweep.json, .csv and .png: what was measured, what was chosen, and what was left out."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.tuning.choice import LEVEL, RESAMPLINGS, SEED, Row, difference_interval, mean, stock_row
+from nnunet_pdddpm.tuning.sweep import Sweep
+
+matplotlib.use('agg')
+from matplotlib import pyplot as plt  # noqa: E402
+
+NAME = 'sampling_sweep'
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is put into the model."""
+    mask: SamplingSettings
+    samples: SamplingSettings
+
+    def items(self) -> list[tuple[str, SamplingSettings]]:
+        """What each is for, and it."""
+        return [('mask', self.mask), ('samples', self.samples)]
+
+
+def in_one_line(sweep: Sweep, choice: Choice) -> str:
+    """What was chosen and what it is worth on the cases it was chosen on."""
+    stock, mask = sweep.rows[sweep.for_mask[0]], sweep.rows[choice.mask]
+    line = (f'{_named(choice.mask)}, blend={choice.mask.blend:g}: Dice {mean(mask.dice):.4f} against stock '
+            f'{mean(stock.dice):.4f} on {len(sweep.cases)} cases, NLL {mean(mask.nll):.3g} against '
+            f'{mean(stock.nll):.3g}')
+    samples = sweep.rows.get(choice.samples)
+    if samples is None:
+        return f'{line}; samples as they were ({_named(choice.samples)})'
+    ged = f', GED² {mean(samples.ged):.3f}' if samples.ged is not None else ''
+    return f'{line}; samples: {_named(choice.samples)}: Dice between them {mean(samples.agreement):.3f}{ged}'
+
+
+def _named(settings: SamplingSettings) -> str:
+    eta = f', eta={settings.eta:g}' if settings.eta > 0 else ''
+    return f't_start={settings.t_start}, k={settings.steps}{eta}'
+
+
+def left_out(sweep: Sweep) -> str:
+    """What there was no time for; the empty string if nothing."""
+    parts = []
+    if sweep.settings_left_out:
+        steps = sorted({(s.steps, s.eta) for s in sweep.settings_left_out})
+        parts.append('settings with ' + ', '.join(f'k={k} eta={eta:g}' for k, eta in steps))
+    if sweep.cases_left_out:
+        parts.append(f'{len(sweep.cases_left_out)} of {len(sweep.cases) + len(sweep.cases_left_out)} cases')
+    return ' and '.join(parts)
+
+
+def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
+    """Write JSON, CSV and PNG into the fold's folder, all beside first and then renamed; the files.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    contents = {f'{NAME}.json': json.dumps(_without_nan(_summary(sweep, choice)), indent=1).encode(),
+                f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _figure(sweep, choice)}
+    beside = {name: folder / f'.{name}.{os.getpid()}.partial' for name in contents}
+    try:
+        for name, content in contents.items():
+            beside[name].write_bytes(content)
+        for name, file in beside.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in beside.values():
+            file.unlink(missing_ok=True)
+    return [folder / name for name in contents]
+
+
+def _means(row: Row, sweep: Sweep, choice: Choice) -> dict[str, Any]:
+    settings, stock = row.settings, stock_row(list(sweep.rows.values()))
+    low, high = difference_interval(row.dice, stock.dice)
+    return {'for_mask': settings in sweep.for_mask, 'for_samples': settings in sweep.for_samples,
+            'chosen': ' and '.join(of for of, s in choice.items() if s == settings),
+            **asdict(settings), 'network_calls': row.calls, 'dice': mean(row.dice),
+            'dice_difference_to_stock': mean(row.dice) - mean(stock.dice), 'dice_difference_low': low,
+            'dice_difference_high': high, 'nll': mean(row.nll), 'agreement': mean(row.agreement),
+            'ged_squared': mean(row.ged)}
+
+
+def _summary(sweep: Sweep, choice: Choice) -> dict[str, Any]:
+    rows = []
+    for row in sweep.rows.values():
+        per_case = {name: None if values is None else values.tolist() for name, values in (
+            ('dice', row.dice), ('nll', row.nll), ('agreement', row.agreement), ('ged_squared', row.ged))}
+        rows.append({**_means(row, sweep, choice), 'per_case': per_case})
+    return {'chosen': asdict(choice), 'in_one_line': in_one_line(sweep, choice), 'cases': sweep.cases,
+            'left_out': {'settings': [asdict(s) for s in sweep.settings_left_out], 'cases': sweep.cases_left_out},
+            'seconds': round(sweep.seconds, 1), 'rows': rows,
+            'interval': {'level': LEVEL, 'resamplings': RESAMPLINGS, 'seed': SEED}}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no nan: null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(of) for of in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _table(sweep: Sweep, choice: Choice) -> str:
+    """One line a row; undefined values are empty."""
+    lines = [_means(row, sweep, choice) for row in sweep.rows.values()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator='\n')
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({key: '' if isinstance(value, float) and math.isnan(value) else f'{value:.6g}'
+                         if isinstance(value, float) else value for key, value in line.items()})
+    return text.getvalue()
+
+
+def _figure(sweep: Sweep, choice: Choice) -> bytes:
+    """PNG: Dice, NLL and network calls against k, a line for each t_start, without blending; stock is horizontal."""
+    drawn = [row for row in sweep.rows.values() if not row.settings.is_stock and row.settings.blend == 0]
+    number = max(row.settings.samples for row in drawn)
+    drawn = [row for row in drawn if row.settings.samples == number]
+    panels: list[tuple[str, Callable[[Row], float]]] = [
+        ('Dice', lambda row: mean(row.dice)), ('NLL, nats a voxel', lambda row: mean(row.nll)),
+        ('denoiser calls a tile', lambda row: row.calls)]
+    levels = sorted({row.settings.t_start for row in drawn})
+    colours = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(levels)))
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.2))
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        for level, colour in zip(levels, colours, strict=True):
+            for eta, style in ((0, '-'), (1, '--')):
+                line = _line(drawn, level, eta, value)
+                if len(line) > (eta > 0):
+                    axis.plot(*zip(*line, strict=True), style, marker='o', markersize=3, color=colour,
+                              label=f't_start={level}' if eta == 0 else None)
+        axis.axhline(value(sweep.rows[sweep.for_mask[0]]), color='black', linewidth=1, label='stock')
+        for (of, settings), marker in zip(choice.items(), '*s', strict=True):
+            if settings in sweep.rows and not settings.is_stock:
+                axis.plot(settings.steps, value(sweep.rows[settings]), marker, color='tab:red', markersize=11,
+                          fillstyle='none', label=f'chosen for the {of}')
+        axis.set(xlabel='steps k', ylabel=title, xscale='log')
+        axis.set_xticks(ticks := sorted({row.settings.steps for row in drawn}), [str(k) for k in ticks], minor=False)
+        axis.minorticks_off()
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; solid eta 0, dashed 1',
+                    fontsize=10)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _line(rows: Sequence[Row], level: int, eta: float, value: Callable[[Row], float]) -> list[tuple[int, float]]:
+    """(k, value) along k; a single step, in which eta has no part, begins both lines."""
+    return sorted((row.settings.steps, value(row)) for row in rows if row.settings.t_start == level
+                  and (row.settings.eta == eta or row.settings.steps == 1))

@@ -1,0 +1,50 @@
+"""Sampling settings into trained models: the checkpoint's buffers change, its weights do not."""
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES
+from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.training.presegmenters import load_checkpoint
+from nnunet_pdddpm.tuning.choice import TuningError
+
+CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
+
+
+def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings) -> list[Path]:
+    """Put settings into the checkpoints of a fold, each written beside and renamed: a kill leaves the old one.
+
+    Args:
+        fold_folder: in which those of `CHECKPOINTS` that are there are changed.
+        mask: for the consensus mask.
+        samples: for the samples.
+
+    Returns:
+        The changed files.
+
+    Raises:
+        TuningError: if one is no PDDDPM model.
+        PresegmenterError: if one cannot be read.
+        OSError: if one cannot be written.
+    """
+    files = [fold_folder / name for name in CHECKPOINTS if (fold_folder / name).is_file()]
+    for file in files:
+        checkpoint = load_checkpoint(file, 'PDDDPM model')
+        weights = checkpoint['network_weights']
+        for prefix, settings in ((MASK, mask), (SAMPLES, samples)):
+            for name, value in asdict(settings).items():
+                if prefix + name not in weights:
+                    raise TuningError(f'{file} has no sampling setting {name}: it is no model of this version of '
+                                      f'PDDDPMTrainer.')
+                weights[prefix + name].fill_(value)
+        partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
+        try:
+            torch.save(checkpoint, partial)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    return files

@@ -1,0 +1,66 @@
+"""Tune a fold: sweep, choose, report, store."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.network.refiner import SAMPLES, stored_settings
+from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples
+from nnunet_pdddpm.tuning.report import Choice, in_one_line, left_out, write
+from nnunet_pdddpm.tuning.stored import store
+from nnunet_pdddpm.tuning.sweep import sweep
+
+if TYPE_CHECKING:
+    from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+
+
+def open_model(model_folder: Path, fold: int | str, device: torch.device) -> VolumePredictor:
+    """The trained model of a fold, as it is to predict.
+
+    Raises:
+        TuningError: if its folder cannot be written to.
+        PredictionError: if there is none, or it is no PDDDPM model.
+    """
+    predictor = VolumePredictor(device=device, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,))
+    folder = model_folder / f'fold_{fold}'
+    if not os.access(folder, os.W_OK):
+        raise TuningError(f'{folder} cannot be written to: the tuned settings are stored in its checkpoints.')
+    return predictor
+
+
+def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
+         progress: bool = False, log: Callable[[str], None] = print) -> Choice:
+    """Find the sampling settings of a trained fold on its validation cases, report them and put them into the model.
+
+    Args:
+        trainer: of the fold; it need not be initialised.
+        predictor: from `open_model`.
+        seconds: time budget, None for none.
+        raters: folder of several people's masks, `CASE__RATER`.
+        progress: whether to show a bar.
+        log: told what was chosen, and what was left out.
+
+    Raises:
+        TuningError: if there is nothing to tune on, or no time. The model is as before.
+        EvaluationError: if the raters' masks cannot be used.
+        OSError: if the results cannot be written.
+    """
+    measured = sweep(predictor, ValidationCases(trainer, raters), seconds, progress=progress)
+    mask = choose_mask(measured.rows_of(measured.for_mask))
+    samples = choose_samples(measured.rows_of(measured.for_samples), measured.rows[measured.for_mask[0]])
+    stored = stored_settings(dict(predictor.refiner.named_buffers(recurse=False)), SAMPLES)
+    choice = Choice(mask.settings, samples.settings if samples is not None else stored)
+    folder = Path(trainer.output_folder)
+    files = [*write(folder, measured, choice), *store(folder, choice.mask, choice.samples)]
+    if without := left_out(measured):
+        log(f'Tuning the sampling settings left out, for want of time: {without}')
+    log(f'Sampling settings: {in_one_line(measured, choice)}')
+    log('Written: ' + ', '.join(map(str, files)))
+    return choice
