@@ -279,20 +279,20 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """As nnU-Net's; then the sampling settings are tuned, with which nnU-Net goes on to validate."""
         super().on_train_end()
-        choice = [self.tune() if self.local_rank == 0 else None]
-        if self.is_ddp:
-            # The others wait for hours, if need be, which NCCL does not allow; gloo does.
-            group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
+        # The other ranks wait for hours, if need be, which NCCL does not allow; gloo does.
+        group: Any = dist.new_group(backend='gloo', timeout=timedelta(days=30)) if self.is_ddp else None
+        choice = [self.tune_sampling() if self.local_rank == 0 else None]
+        if group is not None:
             dist.broadcast_object_list(choice, 0, group)
             dist.destroy_process_group(group)
         if choice[0] is not None:
             self.refiner.configure(choice[0].mask, choice[0].samples, int(self.refiner.t_max),
                                    self.label_manager.has_regions)
 
-    def tune(self) -> Choice | None:
+    def tune_sampling(self) -> Choice | None:
         """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""
         starts, ends = (self.logger.get_value(f'epoch_{of}_timestamps', step=None) for of in ('start', 'end'))
-        seconds = self.tuning_share * sum(end - start for start, end in zip(starts, ends, strict=True))
+        seconds = self.tuning_share * sum(end - start for start, end in zip(starts, ends, strict=False))
         stay = 'The sampling settings stay as they are: '
         if self.tuning_share == 0:
             self.print_to_log_file(f'{stay}tuning_share is 0.')

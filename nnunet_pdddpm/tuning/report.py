@@ -155,7 +155,7 @@ def _figure(sweep: Sweep, choice: Choice) -> bytes:
         axis.set_xticks(ticks := sorted({row.settings.steps for row in drawn}), [str(k) for k in ticks], minor=False)
         axis.minorticks_off()
     axes[0].legend(fontsize=7)
-    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; solid eta 0, dashed 1',
+    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; eta 0, dashed 1',
                     fontsize=10)
     figure.tight_layout()
     buffer = io.BytesIO()

@@ -3,6 +3,7 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 
@@ -52,6 +53,16 @@ class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
 
 class PDDDPMTrainerTinyPaper(FewIterations, PDDDPMTrainerPaper):
     pass
+
+
+class PDDDPMTrainerTuned(Brief, PDDDPMTrainer):
+    """Tunes its sampling settings, two samples each, with more time than it needs."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.tuning_share = 10_000
+        self.sampling_of_samples = SamplingSettings(samples=2)
 
 
 class nnUNetTrainerBrief(Brief, nnUNetTrainer):

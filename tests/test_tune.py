@@ -1,0 +1,526 @@
+"""nnUNetv2_pdddpm_tune and the tuning at the end of training: the rule, the sweep, what is stored, what is left out."""
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from conftest import DATASET, DATASET_ID, PLANS, STOCK, Workspace, make_trainer
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_pdddpm.commands.tune import main
+from nnunet_pdddpm.evaluation.calibration import negative_log_likelihood
+from nnunet_pdddpm.inference.volume import Volume
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
+from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
+from nnunet_pdddpm.tuning import sweep as sweep_module
+from nnunet_pdddpm.tuning.budget import Cost, plan
+from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_mask, choose_samples, difference_interval
+from nnunet_pdddpm.tuning.scores import Truth
+from nnunet_pdddpm.tuning.sweep import candidates, sweep
+from nnunet_pdddpm.tuning.tune import open_model
+
+TUNED = 'PDDDPMTrainerTuned'
+FILES = {'sampling_sweep.json', 'sampling_sweep.csv', 'sampling_sweep.png'}
+CASES = ('phantom_000', 'phantom_003', 'phantom_006')  # held out in fold 0
+
+
+# the rule
+
+BASE = np.linspace(0.6, 0.9, 20)
+NOISE = np.random.default_rng(0).standard_normal(20) / 50
+
+
+def row(dice, nll=0.1, t_start=700, steps=1, samples=8, **of_settings) -> Row:
+    settings = SamplingSettings(t_start=t_start, steps=steps, samples=samples, **of_settings)
+    return Row(settings, np.broadcast_to(dice, 20).copy(), np.broadcast_to(nll, 20).copy())
+
+
+STOCK_ROW = row(BASE, 0.2, t_start=0, samples=1)
+
+
+def test_the_interval_of_a_difference_is_that_of_the_mean_of_paired_differences():
+    assert difference_interval(BASE + 0.01, BASE) == pytest.approx((0.01, 0.01))
+    low, high = difference_interval(BASE + NOISE, BASE)
+    error = NOISE.std(ddof=1) / np.sqrt(20)
+    assert (low, high) == pytest.approx((NOISE.mean() - 1.96 * error, NOISE.mean() + 1.96 * error), abs=error / 4)
+    assert difference_interval(BASE + NOISE, BASE) == (low, high)  # seeded
+    undefined = np.where(np.arange(20) == 3, np.nan, BASE)  # a false positive where there is nothing counts as 0
+    found_something = np.where(np.arange(20) == 3, 0, BASE)
+    assert difference_interval(undefined, found_something)[1] > 0.02
+    assert difference_interval(undefined, undefined) == (0, 0)
+
+
+def test_the_mask_is_accurate_then_likely_then_cheap():
+    best = row(BASE + 0.02, 0.15, steps=2)
+    as_accurate = row(BASE + 0.015 + NOISE - NOISE.mean(), 0.10, steps=5)
+    cheaper_than_that = row(BASE + 0.015 + NOISE - NOISE.mean(), 0.102 + NOISE - NOISE.mean(), steps=3)
+    likelier_but_worse = row(BASE + 0.01, 0.01)
+    rows = [STOCK_ROW, best, as_accurate, likelier_but_worse]
+    assert choose_mask(rows) is as_accurate
+    assert choose_mask([*rows, cheaper_than_that]) is cheaper_than_that
+    assert choose_mask(list(reversed([*rows, cheaper_than_that]))) is cheaper_than_that
+    assert choose_mask([STOCK_ROW, likelier_but_worse, best]) is best
+
+
+def test_no_mask_below_stocks_dice_is_chosen():
+    within_noise_but_below = row(BASE - 0.001 + NOISE - NOISE.mean(), 0.01)
+    assert choose_mask([STOCK_ROW, within_noise_but_below]) is STOCK_ROW
+    better = row(BASE + 0.004, 0.3)
+    assert choose_mask([STOCK_ROW, within_noise_but_below, better]) is better
+    as_good = row(BASE, 0.01)
+    assert choose_mask([STOCK_ROW, as_good]) is as_good
+    assert choose_mask([STOCK_ROW, row(BASE, 0.2)]) is STOCK_ROW  # it costs nothing
+    with pytest.raises(TuningError, match='No validation case has foreground'):
+        choose_mask([row(np.nan, t_start=0), row(BASE)])
+
+
+def test_samples_have_the_highest_noise_that_costs_no_dice_or_are_closest_to_the_raters():
+    at_700 = row(BASE + 0.01, 0.01, 700)
+    at_900 = [row(BASE - 0.001 + NOISE - NOISE.mean(), nll, 900, k) for nll, k in ((0.12, 1), (0.09, 3), (0.1, 10))]
+    at_960 = row(BASE - 0.01, 0.05, 960)
+    rows = [at_700, *at_900, at_960]
+    assert choose_samples(rows, STOCK_ROW) is at_900[1]
+    assert choose_samples([at_960], STOCK_ROW) is None
+    rated = [replace(r, ged=np.where(np.arange(20) < 4, ged, np.nan)) for r, ged in
+             zip(rows, (0.4, 0.3, 0.35, 0.32, 0.2), strict=True)]
+    assert choose_samples(rated, STOCK_ROW).settings == at_960.settings
+
+
+# the budget
+
+def grid(levels=(500, 900), samples=8) -> list[SamplingSettings]:
+    return [SamplingSettings(t_start=t, steps=k, samples=samples, eta=eta)
+            for t, k, eta in itertools.product(levels, (1, 2, 10), (0.0, 1.0)) if k > 1 or eta == 0]
+
+
+def test_a_budget_leaves_out_many_steps_first_and_cases_next():
+    settings, voxels, cost = grid(), [1000] * 20, Cost(0.001, 0.001, 8)
+    per_step = 20 * 1000 * 0.001 * 8
+    everything = cost.of(settings, voxels)
+    assert everything == pytest.approx(20 + per_step * 2 * (1 + 2 * (1 + 9)))  # pre-segmentation, shared first steps
+    assert plan(settings, voxels, cost, everything) == (settings, list(range(20)))
+    kept, cases = plan(settings, voxels, cost, everything - 1)
+    assert {(s.steps, s.eta) for s in settings} - {(s.steps, s.eta) for s in kept} == {(10, 1.0)} and len(cases) == 20
+    kept, cases = plan(settings, voxels, cost, 20 + per_step * 2)
+    assert {s.steps for s in kept} == {1} and {s.t_start for s in kept} == {500, 900} and len(cases) == 20
+    kept, cases = plan(settings, voxels, cost, (20 + per_step * 2) / 2)
+    assert {s.steps for s in kept} == {1} and len(cases) == 10 and cases[0] == 0 and cases[-1] == 19
+    assert len(plan(settings, voxels, cost, (20 + per_step * 2) / 4)[1]) == 5
+    assert plan(settings, voxels, cost, (20 + per_step * 2) / 4.1) == ([], [])
+    assert plan(settings, [9000, 1000, 1000], cost, 2 * (20 + per_step * 2) / 4.1)[1] == []
+
+
+# scores
+
+class Labels:
+    """What `Truth` asks of a label manager."""
+    def __init__(self, regions=None, ignore=None, heads=3):
+        self.has_regions, self.foreground_regions = regions is not None, regions
+        self.ignore_label, self.num_segmentation_heads = ignore, heads
+
+
+def test_dice_is_over_labels_that_are_there_and_the_ignore_label_counts_nowhere():
+    truth = np.array([[[0, 0, 1, 1, -1, 3, 3, 0]]])
+    probabilities = np.array([[0.9, 0.2, 0.3, 0.1, 0.8, 0.1, 0, 1], [0.1, 0.8, 0.6, 0.9, 0.1, 0.9, 1, 0],
+                              [0, 0, 0.1, 0, 0.1, 0, 0, 0]], np.float32)
+    scored = Truth(truth, Labels(ignore=3), torch.device('cpu')).score(torch.from_numpy(probabilities)[:, None, None])
+    valid = [0, 1, 2, 3, 4, 7]
+    nll = negative_log_likelihood(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0]))
+    assert scored == pytest.approx((2 * 2 / (2 + 3), nll), rel=1e-5)  # label 2 is nowhere: left out
+    nothing = Truth(np.zeros((1, 1, 8)), Labels(), torch.device('cpu'))
+    assert np.isnan(nothing.score(torch.eye(3)[0].reshape(3, 1, 1, 1).expand(3, 1, 1, 8))[0])
+
+
+def test_regions_overlap_and_their_nll_is_binary():
+    truth = np.array([[[0, 1, 2, 2]]])
+    p = np.array([[0.1, 0.7, 0.9, 0.4], [0.2, 0.6, 0.8, 0.9]], np.float32)
+    dice, nll = Truth(truth, Labels([(1, 2), 2], heads=2), torch.device('cpu')).score(
+        torch.from_numpy(p)[:, None, None])
+    assert dice == pytest.approx(np.mean([2 * 2 / (3 + 2), 2 * 2 / (2 + 3)]))
+    assert nll == pytest.approx(-np.log([0.9, 0.7, 0.9, 0.4, 0.8, 0.4, 0.8, 0.9]).mean(), rel=1e-5)
+
+
+# the sweep and what is stored
+
+@pytest.fixture(scope='module')
+def small_grid():
+    """Two start levels and up to two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, 'SIGNAL_TO_NOISE', (0.25, 0.004))
+        patch.setattr(sweep_module, 'STEPS', (1, 2))
+        yield
+
+
+@pytest.fixture(scope='module')
+def tuned(stock: Workspace, small_grid, tmp_path_factory) -> Path:
+    """Model folder of a fold that was trained with tuning at its end, in an own results folder."""
+    results = tmp_path_factory.mktemp('tuned') / 'nnUNet_results'
+    shutil.copytree(stock.model(STOCK), results / DATASET / stock.model(STOCK).name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('nnUNet_results', str(results))
+        make_trainer(TUNED, 0).run_training()
+        yield results / DATASET / f'{TUNED}__{PLANS}__3d_fullres'
+
+
+@pytest.fixture
+def scratch(tuned, tmp_path, monkeypatch) -> Path:
+    """An own copy of it, with the settings that a model has before tuning, and without the sweep's files."""
+    results = tmp_path / 'nnUNet_results'
+    shutil.copytree(tuned.parents[1], results)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    fold = results / DATASET / tuned.name / 'fold_0'
+    for name in FILES:
+        (fold / name).unlink()
+    for file in fold.glob('checkpoint_*.pth'):
+        checkpoint = torch.load(file, weights_only=False)
+        for prefix, settings in ((MASK, SamplingSettings()), (SAMPLES, SamplingSettings(samples=2))):
+            for name in ('t_start', 'steps', 'samples', 'blend', 'eta'):
+                checkpoint['network_weights'][prefix + name].fill_(getattr(settings, name))
+        torch.save(checkpoint, file)
+    return fold.parent
+
+
+def command(*flags: str, fold: str = '0', trainer: str = TUNED) -> None:
+    main([str(DATASET_ID), '3d_fullres', fold, '-tr', trainer, '-p', PLANS, '-device', 'cpu', '--disable_progress_bar',
+          *flags])
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=False)['network_weights']
+
+
+def report(model: Path) -> dict:
+    return json.loads((model / 'fold_0' / 'sampling_sweep.json').read_text())
+
+
+def log(model: Path) -> str:
+    return ''.join(file.read_text() for file in (model / 'fold_0').glob('training_log*'))
+
+
+def settings_of(row: dict) -> SamplingSettings:
+    return SamplingSettings(**{name: row[name] for name in SamplingSettings.__dataclass_fields__})
+
+
+def test_training_ends_with_tuned_settings_in_both_checkpoints_and_in_the_network(tuned):
+    assert FILES <= {file.name for file in (tuned / 'fold_0').iterdir()}
+    chosen = {of: SamplingSettings(**settings) for of, settings in report(tuned)['chosen'].items()}
+    for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
+        stored = weights(tuned / 'fold_0' / name)
+        assert stored_settings(stored, MASK) == chosen['mask'] and stored_settings(stored, SAMPLES) == chosen['samples']
+    assert chosen['samples'].t_start in (703, 960)
+    assert log(tuned).count('Sampling settings: t_start=') == 1
+    assert not list((tuned / 'fold_0').glob('.*partial'))
+
+    trainer = make_trainer(TUNED, 0)  # --val, and --c after a validation that was cut off
+    trainer.load_checkpoint(str(tuned / 'fold_0' / 'checkpoint_final.pth'))
+    assert trainer.refiner.settings == chosen['mask']
+    before = (tuned / 'fold_0' / 'sampling_sweep.json').stat().st_mtime_ns
+    trainer.run_training()
+    assert (tuned / 'fold_0' / 'sampling_sweep.json').stat().st_mtime_ns == before
+    assert 'they were tuned when training ended' in log(tuned)
+    assert stored_settings(weights(tuned / 'fold_0' / 'checkpoint_final.pth'), MASK) == chosen['mask']
+
+
+def test_the_network_that_goes_on_to_validate_has_the_choice(stock, scratch_results, small_grid):
+    trainer = make_trainer(TUNED, 0)
+    trainer.run_training()
+    model = Path(trainer.output_folder_base)
+    assert trainer.refiner.settings == SamplingSettings(**report(model)['chosen']['mask'])
+
+
+def test_the_report_says_what_was_measured(tuned):
+    content = report(tuned)
+    assert content['cases'] == list(CASES) and content['left_out'] == {'settings': [], 'cases': []}
+    rows = {settings_of(r): r for r in content['rows']}
+    assert len(rows) == 1 + 4 * (2 + 2 * 3)  # stock; blends x (single draws; levels x (k=1, k=2 with either eta))
+    assert {s.t_start for s in rows} == {0, 703, 960} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
+    stock = next(r for s, r in rows.items() if s.is_stock)
+    mask = rows[SamplingSettings(**content['chosen']['mask'])]
+    assert mask['dice'] >= stock['dice'] and stock['network_calls'] == 0
+    assert f'Dice {mask["dice"]:.4f} against stock {stock["dice"]:.4f} on 3 cases' in content['in_one_line']
+    assert content['in_one_line'] in log(tuned)
+    with open(tuned / 'fold_0' / 'sampling_sweep.csv', newline='') as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(rows) and 'mask' in ''.join(line['chosen'] for line in table)
+    assert float(table[0]['dice']) == pytest.approx(content['rows'][0]['dice'], rel=1e-4)
+    picture = (tuned / 'fold_0' / 'sampling_sweep.png').read_bytes()
+    assert picture.startswith(b'\x89PNG') and len(picture) > 10_000
+
+
+def test_rows_are_what_each_setting_gives_alone(tuned):
+    """Sharing and blending change nothing; stock is nnU-Net's own prediction with mirroring."""
+    predictor = open_model(tuned, 0, torch.device('cpu'))
+    cases = ValidationCases(make_trainer(TUNED, 0))
+    case = cases.load(CASES[1])
+    content = report(tuned)
+    labels = case.labels.clip(0).astype(int)
+    image, unpad = pad_nd_image(case.image, predictor.configuration_manager.patch_size, 'constant', {'value': 0}, True)
+    box = (slice(None), *unpad[1:])
+    with torch.inference_mode():
+        volume = Volume(predictor, image, torch.device('cpu'))
+        volume.start_fold()
+        stock = volume.add_stock(torch.zeros(volume.shape), 1.0)[box]
+        for r in content['rows']:
+            s = settings_of(r)
+            if not (s.is_stock or (s.t_start == 960 and s.blend in (0, 0.25))):
+                continue
+            p = stock
+            if not s.is_stock:
+                mean = sum(volume.sample(s, i, s.samples) for i in range(s.samples))[box] / s.samples
+                p = (1 - s.blend) * mean + s.blend * stock
+            mask = p.argmax(0).numpy()
+            dice = [2 * ((mask == c) & (labels == c)).sum() / ((mask == c).sum() + (labels == c).sum())
+                    for c in (1, 2) if ((mask == c) | (labels == c)).any()]
+            assert r['per_case']['dice'][1] == pytest.approx(np.mean(dice), abs=1e-5), s
+            nll = negative_log_likelihood(p.flatten(1).numpy(), labels.flatten())
+            assert r['per_case']['nll'][1] == pytest.approx(nll, rel=1e-4), s
+
+
+def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tuned, monkeypatch):
+    predictor = open_model(tuned, 0, torch.device('cpu'))
+    cases = ValidationCases(make_trainer(TUNED, 0))
+    cases.names = cases.names[:1]
+    passes = []
+    monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
+    sweep(predictor, cases)
+    # two samples from two levels: their first steps, and the second ones of k=2 with either eta; two single draws
+    assert len(passes) == 2 * 2 * (1 + 2) + 2
+
+
+def test_memory_is_bounded_at_the_price_of_sharing_less(tuned, monkeypatch):
+    predictor, cases = open_model(tuned, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))
+    cases.names = cases.names[:1]
+    shared = sweep(predictor, cases)
+    monkeypatch.setattr(sweep_module, 'MEMORY', 1)
+    alone = sweep(predictor, cases)
+    assert shared.rows.keys() == alone.rows.keys()
+    for s in shared.rows:
+        np.testing.assert_array_equal(shared.rows[s].dice, alone.rows[s].dice)
+        np.testing.assert_array_equal(shared.rows[s].nll, alone.rows[s].nll)
+
+
+def test_candidates_stay_within_what_the_model_was_trained_on(tuned):
+    predictor = open_model(tuned, 0, torch.device('cpu'))
+    predictor.refiner.t_max.fill_(800)
+    for prefix in (MASK, SAMPLES):
+        tried = candidates(predictor.refiner, prefix)
+        assert {s.t_start for s in tried} == {703, 800}
+        assert (1 in {s.samples for s in tried}) == (prefix == MASK)
+
+
+def test_the_command_changes_the_settings_and_nothing_else(scratch, monkeypatch):
+    fold = scratch / 'fold_0'
+    names = ('checkpoint_final.pth', 'checkpoint_best.pth')
+    before = {name: torch.load(fold / name, weights_only=False) for name in names}
+    command()
+    chosen = report(scratch)['chosen']
+    for name in names:
+        after = torch.load(fold / name, weights_only=False)
+        assert after.keys() == before[name].keys()
+        assert after['logging'] == before[name]['logging'] and after['current_epoch'] == before[name]['current_epoch']
+        changed = [key for key, value in after['network_weights'].items()
+                   if not torch.equal(value, before[name]['network_weights'][key])]
+        assert changed and all(key.removeprefix(SAMPLES) in SamplingSettings.__dataclass_fields__ for key in changed)
+        moved = before[name]['optimizer_state']['denoiser_before_averaging']
+        for key, value in after['optimizer_state']['denoiser_before_averaging'].items():
+            assert torch.equal(value, moved[key])
+        assert stored_settings(after['network_weights'], MASK) == SamplingSettings(**chosen['mask'])
+        assert stored_settings(after['network_weights'], SAMPLES) == SamplingSettings(**chosen['samples'])
+    make_trainer(TUNED, 0).load_checkpoint(str(fold / names[0]))  # --c goes on from it
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(scratch, monkeypatch):
+    file = scratch / 'fold_0' / 'checkpoint_final.pth'
+    before = file.read_bytes()
+
+    def cut_off(checkpoint, target):
+        Path(target).write_bytes(b'half')
+        raise OSError('No space left on device')
+    monkeypatch.setattr(torch, 'save', cut_off)
+    with pytest.raises(SystemExit, match='Error: the results cannot be written .No space left on device'):
+        command()
+    assert file.read_bytes() == before and not list(file.parent.glob('.*partial'))
+
+
+def test_plain_nnunet_prediction_uses_the_choice_and_each_fold_its_own(scratch, tmp_path):
+    command()
+    shutil.copytree(scratch / 'fold_0', scratch / 'fold_1')
+    file = scratch / 'fold_1' / 'checkpoint_final.pth'
+    checkpoint = torch.load(file, weights_only=False)
+    checkpoint['network_weights']['t_start'].fill_(333)
+    torch.save(checkpoint, file)
+    predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(scratch), (0,))
+    chosen = SamplingSettings(**report(scratch)['chosen']['mask'])
+    assert predictor.network.settings == chosen != SamplingSettings()
+    of_both = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False)
+    of_both.initialize_from_trained_model_folder(str(scratch), (0, 1))
+    assert [settings.mask.t_start for settings in of_both.fold_settings] == [chosen.t_start, 333]
+
+
+def test_a_budget_is_kept_by_leaving_out_and_that_is_said(scratch):
+    """By a clock that only a pass over the volume moves: one case costs 8 passes of pre-segmentation."""
+    predictor, cases = open_model(scratch, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))
+    now = [0.0]
+
+    class Clocked(sweep_module.SweepVolume):
+        def start_fold(self):
+            now[0] += 8
+            return super().start_fold()
+
+        def denoise(self, x, t, mirrored):
+            known = self.kept
+            result = super().denoise(x, t, mirrored)
+            now[0] += len(mirrored) * (known is None or self.kept is not known)
+            return result
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, 'SweepVolume', Clocked)
+        found = sweep(predictor, cases, 1e6, lambda: now[0])
+        assert not found.settings_left_out and not found.cases_left_out
+        now[0] = 0
+        found = sweep(predictor, cases, 3 * (8 + 4 * 8 + 1), lambda: now[0])
+        assert {s.steps for s in found.settings_left_out} == {2} and found.cases == list(CASES)
+        assert now[0] <= 3 * (8 + 4 * 8 + 1)
+        with pytest.raises(TuningError, match='too short to tune the sampling settings: single steps on 3 cases'):
+            sweep(predictor, cases, 3 * 8, lambda: now[0])
+
+
+def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
+    monkeypatch.setattr('nnunet_pdddpm.tuning.sweep.plan', lambda settings, *_: (
+        [s for s in settings if s.steps == 1], [0, 2]))
+    command('-budget', '10')
+    assert 'left out, for want of time: settings with k=2 eta=0, k=2 eta=1 and 1 of 3 cases' in log(scratch)
+    content = report(scratch)
+    assert content['cases'] == [CASES[0], CASES[2]] and content['left_out']['cases'] == [CASES[1]]
+    assert {s['steps'] for s in content['left_out']['settings']} == {2}
+    assert {r['steps'] for r in content['rows']} == {1}
+
+
+def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, scratch_results, small_grid,
+                                                                        monkeypatch):
+    trainer = make_trainer(TUNED, 0)
+    trainer.tuning_share = 1e-9
+    trainer.run_training()
+    model = Path(trainer.output_folder_base)
+    assert 'The sampling settings stay as they are: 0.0 minutes are too short' in log(model)
+    stored = weights(model / 'fold_0' / 'checkpoint_final.pth')
+    assert stored_settings(stored, MASK) == SamplingSettings() and not (FILES & set(os.listdir(model / 'fold_0')))
+    for fold, share, said in (('all', 1, 'fold all was trained on every case'), (0, 0, 'tuning_share is 0')):
+        trainer = make_trainer(TUNED, fold)
+        trainer.tuning_share = share
+        shutil.copytree(model / 'fold_0', model / 'fold_all', dirs_exist_ok=True)
+        trainer._first_epoch = -1
+        assert trainer.tune_sampling() is None
+        assert said in Path(trainer.log_file).read_text()
+
+
+def test_the_papers_trainer_is_not_tuned(stock):
+    plans, dataset = (json.loads((stock.preprocessed / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
+    trainer = PDDDPMTrainerPaper({**plans, 'continue_training': False}, '3d_fullres', 0, dataset, torch.device('cpu'))
+    assert trainer.tuning_share == 0
+    shutil.rmtree(trainer.output_folder_base)
+
+
+# raters
+
+@pytest.fixture
+def raters(stock, tmp_path) -> Path:
+    """Masks of three people who disagree about one side of the phantom, of two cases."""
+    folder = tmp_path / 'raters'
+    folder.mkdir()
+    for case in CASES[:2]:
+        image = sitk.ReadImage(str(stock.raw / 'labelsTr' / f'{case}.nii.gz'))
+        for i in range(3):
+            labels = sitk.GetArrayFromImage(image)
+            labels[:, :, :8 + 3 * i] = 0
+            mask = sitk.GetImageFromArray(labels)
+            mask.CopyInformation(image)
+            sitk.WriteImage(mask, str(folder / f'{case}__{i}.nii.gz'))
+    return folder
+
+
+def test_with_raters_the_samples_closest_to_them_are_chosen(scratch, raters):
+    command('-raters', str(raters))
+    content = report(scratch)
+    rows = {settings_of(r): r for r in content['rows'] if r['for_samples']}
+    ged = {s: r['ged_squared'] for s, r in rows.items()}
+    assert len(ged) == 6 and len(set(ged.values())) > 1
+    assert ged[SamplingSettings(**content['chosen']['samples'])] == min(ged.values())
+    assert next(iter(rows.values()))['per_case']['ged_squared'][2] is None  # has no raters
+    assert f'GED² {min(ged.values()):.3f}' in content['in_one_line']
+
+
+def test_raters_masks_come_onto_the_grid_of_the_preprocessed_truth(stock, tuned, tmp_path):
+    """The truth itself, given as a rater's mask, is the preprocessed truth, voxel by voxel."""
+    for case in CASES:
+        shutil.copy(stock.raw / 'labelsTr' / f'{case}.nii.gz', tmp_path / f'{case}__me.nii.gz')
+    cases = ValidationCases(make_trainer(TUNED, 0), tmp_path)
+    for name in CASES:
+        case = cases.load(name)
+        assert (case.labels > 0).any()
+        np.testing.assert_array_equal(case.raters[0], case.labels.clip(0))
+
+
+# refusals
+
+def test_what_cannot_be_tuned_is_refused_in_one_sentence(scratch, stock, tmp_path, monkeypatch):
+    final = scratch / 'fold_0' / 'checkpoint_final.pth'
+    before = final.read_bytes()
+
+    def refused(*flags: str, **kwargs) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            command(*flags, **kwargs)
+        message = str(exit_.value)
+        assert message.startswith('Error: ') and '\n' not in message and final.read_bytes() == before
+        return message
+
+    assert 'There is no trained model' in refused(trainer='PDDDPMTrainer_5epochs')
+    assert 'fold_2/checkpoint_final.pth does not exist' in refused(fold='2')
+    assert 'trained by nnUNetTrainerTiny, which is no PDDDPM' in refused(trainer=STOCK)
+    assert 'too short to tune' in refused('-budget', '0.0001')
+    (scratch / 'fold_0').rename(scratch / 'fold_all')
+    final = scratch / 'fold_all' / 'checkpoint_final.pth'
+    assert 'fold with validation cases' in refused(fold='all')
+    (scratch / 'fold_all').rename(scratch / 'fold_0')
+    final = scratch / 'fold_0' / 'checkpoint_final.pth'
+    assert 'There is no folder' in refused('-raters', str(tmp_path / 'nobody'))
+    (tmp_path / 'others').mkdir()
+    shutil.copy(stock.raw / 'labelsTr' / 'phantom_001.nii.gz', tmp_path / 'others' / 'phantom_001__1.nii.gz')
+    assert 'no mask of any validation case of fold 0' in refused('-raters', str(tmp_path / 'others'))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'access', lambda path, mode: False)
+        assert 'cannot be written to' in refused()
+
+    elsewhere = tmp_path / 'preprocessed' / DATASET
+    monkeypatch.setenv('nnUNet_preprocessed', str(elsewhere.parent))
+    elsewhere.mkdir(parents=True)
+    assert f'{PLANS}.json is missing' in refused()
+    for name in (f'{PLANS}.json', 'dataset.json', 'splits_final.json'):
+        shutil.copy(stock.preprocessed / name, elsewhere)
+    assert 'run nnUNetv2_preprocess' in refused()
+    data = json.loads((elsewhere / f'{PLANS}.json').read_text())['configurations']['3d_fullres']['data_identifier']
+    (elsewhere / data).mkdir()
+    for file in (stock.preprocessed / data).glob('phantom_000*'):
+        shutil.copy(file, elsewhere / data)
+    assert '2 of 3 validation cases are missing' in refused()
+    (elsewhere / 'splits_final.json').write_text(json.dumps([{'train': list(CASES), 'val': []}]))
+    assert 'Fold 0 has no validation cases' in refused()
+
+
+def test_a_budget_has_to_be_positive(capsys):
+    with pytest.raises(SystemExit):
+        command('-budget', '0')
+    assert '-budget must be a number of minutes above 0' in capsys.readouterr().err
