@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from conftest import DATASET, PLANS, REFINED, in_this_process, make_trainer, suc
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_pdddpm.tuning import sweep
 
 ON_CPU = 'PDDDPMTrainerOnCPU'
 
@@ -25,6 +29,8 @@ def rank_main(rank: int, folder: str) -> None:
                                    timeout=datetime.timedelta(seconds=40))
     trainer = make_trainer(ON_CPU, 0)
     trainer.num_epochs = 1
+    trainer.tuning_share = 10_000  # by rank 0; the other one waits and is told
+    sweep.SIGNAL_TO_NOISE, sweep.STEPS = (0.004,), (1,)
     levels, counts = [], []
     make_noisy_batch, validation_step = trainer.make_noisy_batch, trainer.validation_step
 
@@ -43,7 +49,8 @@ def rank_main(rank: int, folder: str) -> None:
     with in_this_process():
         trainer.perform_actual_validation()
     torch.save({'weights': trainer.refiner.state_dict(), 'average': trainer.averaged.module.state_dict(),
-                'updates': int(trainer.averaged.n_averaged), 'levels': torch.cat(levels),
+                'updates': int(trainer.averaged.n_averaged), 'settings': trainer.refiner.settings,
+                'levels': torch.cat(levels),
                 'tp': np.sum([c['tp_hard'] for c in counts], 0), 'stock': sum(c['stock_tp_hard'] for c in counts),
                 'losses': trainer.logger.get_value('train_losses', -1),
                 'dice': trainer.logger.get_value('dice_per_class_or_region', -1)}, Path(folder) / f'{rank}.pt')
@@ -67,6 +74,8 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     for part in ('weights', 'average'):
         for name, value in one[part].items():
             assert torch.equal(value, other[part][name]), name
+    tuned = json.loads((fold / 'sampling_sweep.json').read_text())['chosen']['mask']
+    assert asdict(one['settings']) == asdict(other['settings']) == tuned
     assert one['updates'] == other['updates'] == 8
     assert one['losses'] == other['losses'] and one['dice'] == other['dice']
 
