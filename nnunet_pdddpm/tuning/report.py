@@ -71,7 +71,7 @@ def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
         OSError: if the folder cannot be written to.
     """
     contents = {f'{NAME}.json': json.dumps(_without_nan(_summary(sweep, choice)), indent=1).encode(),
-                f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _figure(sweep, choice)}
+                f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep, choice)}
     beside = {name: folder / f'.{name}.{os.getpid()}.partial' for name in contents}
     try:
         for name, content in contents.items():
@@ -128,6 +128,12 @@ def _table(sweep: Sweep, choice: Choice) -> str:
     return text.getvalue()
 
 
+def _picture(sweep: Sweep, choice: Choice) -> bytes:
+    """The PNG, in matplotlib's own style: in training nnU-Net has set fonts for its own, much larger figure."""
+    with plt.style.context('default'):
+        return _figure(sweep, choice)
+
+
 def _figure(sweep: Sweep, choice: Choice) -> bytes:
     """PNG: Dice, NLL and network calls against k, a line for each t_start, without blending; stock is horizontal."""
     drawn = [row for row in sweep.rows.values() if not row.settings.is_stock and row.settings.blend == 0]
@@ -154,8 +160,8 @@ def _figure(sweep: Sweep, choice: Choice) -> bytes:
         axis.set(xlabel='steps k', ylabel=title, xscale='log')
         axis.set_xticks(ticks := sorted({row.settings.steps for row in drawn}), [str(k) for k in ticks], minor=False)
         axis.minorticks_off()
-    axes[0].legend(fontsize=7)
-    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; eta 0, dashed 1',
+    axes[-1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1.02, 0.5))
+    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; dashed: eta 1',
                     fontsize=10)
     figure.tight_layout()
     buffer = io.BytesIO()
