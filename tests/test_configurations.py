@@ -25,6 +25,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.demo.phantom import write_dataset
+from nnunet_pdddpm.tuning.cases import ValidationCases
 
 DATASET_ID = 703
 DATASET = f'Dataset{DATASET_ID}_Cascade'
@@ -128,6 +129,12 @@ def test_the_previous_stage_s_channels_reach_the_presegmenter_and_the_denoiser(s
     with torch.no_grad():
         seen, flipped = trainer.network(noisy)[0], trainer.network(noisy._replace(image=other))[0]
     assert not torch.allclose(seen, flipped)
+
+    to_tune_on = ValidationCases(trainer)
+    case = to_tune_on.load(to_tune_on.names[0])
+    previous = to_tune_on.dataset.load_case(to_tune_on.names[0])[2][:]
+    np.testing.assert_array_equal(case.image[1:], np.stack([previous == label for label in (1, 2)]))
+    assert case.labels.shape == case.image.shape[1:] == previous.shape
 
 
 def test_an_own_previous_stage_is_preferred_once_it_has_every_case(scratch):

@@ -15,6 +15,9 @@ from conftest import BRIEF, BRIEF_STOCK, in_this_process, make_trainer, prepare
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_pdddpm.demo.phantom import write_dataset
+from nnunet_pdddpm.tuning import sweep as sweep_module
+from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.tune import open_model
 
 CONFIGURATIONS = ('2d', '3d_fullres')
 EMPTY = 'phantom_001'
@@ -118,6 +121,14 @@ def test_training_validation_and_prediction(kind, configuration, monkeypatch):
     else:
         np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-3)
         np.testing.assert_array_equal(labels, probabilities.argmax(0))
+
+    if configuration == '2d':
+        monkeypatch.setattr(sweep_module, 'SIGNAL_TO_NOISE', (0.25,))
+        monkeypatch.setattr(sweep_module, 'STEPS', (1,))
+        model = open_model(Path(trainer.output_folder_base), 0, torch.device('cpu'))
+        rows = sweep_module.sweep(model, ValidationCases(trainer)).rows.values()
+        assert len(rows) == 1 + 4 * 2 and all(len(row.dice) == 2 for row in rows)
+        assert all((0 <= row.dice).all() and (row.dice <= 1).all() and np.isfinite(row.nll).all() for row in rows)
 
 
 @pytest.mark.parametrize('configuration', CONFIGURATIONS)
