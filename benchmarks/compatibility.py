@@ -137,7 +137,7 @@ voxels and three cases, a fold each; the case of fold 0 is predicted whole. Redu
 {FEATURES} features. Token trainings: 100 iterations of stock and 50 of PDDDPM (hippocampus), 16 and 8
 (MSLesion), so the Dice says only that the path works. Stock models of all three folds first, for out-of-fold
 pre-segmentations. Seconds with the start of the program, and with mirroring but for MSLesion, whose trainers do
-without; memory is that of the largest process of a command.
+without; memory is that of the largest process of a command. The machine was not idle: seconds are upper bounds.
 `nnUNetv2_pdddpm_predict` draws 8 samples and writes uncertainty, summary and report.
 
 | data set | configuration | trainer | training and validation of fold 0, s | GiB | Dice in validation | \

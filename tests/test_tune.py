@@ -251,8 +251,8 @@ def test_the_report_says_what_was_measured(tuned):
     content = report(tuned)
     assert content['cases'] == list(CASES) and content['left_out'] == {'settings': [], 'cases': []}
     rows = {settings_of(r): r for r in content['rows']}
-    assert len(rows) == 1 + 4 * (2 + 2 * 3)  # stock; blends x (single draws; levels x (k=1, k=2 with either eta))
-    assert {s.t_start for s in rows} == {0, 703, 960} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
+    assert len(rows) == 1 + 4 * (1 + 2 * 3)  # stock; blends x (direct; levels x (k=1, k=2 with either eta))
+    assert {s.t_start for s in rows} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
     stock = next(r for s, r in rows.items() if s.is_stock)
     mask = rows[SamplingSettings(**content['chosen']['mask'])]
     assert mask['dice'] >= stock['dice'] and stock['network_calls'] == 0
@@ -302,8 +302,8 @@ def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tune
     passes = []
     monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
     sweep(predictor, cases)
-    # two samples from two levels: their first steps, and the second ones of k=2 with either eta; two single draws
-    assert len(passes) == 2 * 2 * (1 + 2) + 2
+    # two samples from two levels: their first steps, and the second ones of k=2 with either eta; the direct one
+    assert len(passes) == 2 * 2 * (1 + 2) + 1
 
 
 def test_memory_is_bounded_at_the_price_of_sharing_less(tuned, monkeypatch):
@@ -398,7 +398,7 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
             return result
     monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
     monkeypatch.setattr(cases, 'voxels', lambda name: 1000)  # as the clock has it: all cases take the same time
-    single_steps = 3 * (8 + 2 + 2)  # under two mirrorings: a single draw, two samples
+    single_steps = 3 * (8 + 2 + 2)  # under two mirrorings: the direct one, two samples
     second_steps = 3 * (2 + 2)  # of two samples with either eta
     found = sweep(predictor, cases, single_steps + second_steps + 1, lambda: now[0])
     assert now[0] == single_steps + second_steps

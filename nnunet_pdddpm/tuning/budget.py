@@ -24,7 +24,7 @@ class Cost:
         """Seconds of all these settings on cases of these sizes; first steps are shared, see `sweep`."""
         starts = {(s.t_start, s.samples) for s in settings}
         passes = sum(max(samples, self.mirrorings) for _, samples in starts)
-        passes += sum(max(s.samples, self.mirrorings) * (s.steps - 1) for s in settings)
+        passes += sum(max(s.samples, self.mirrorings) * max(s.steps - 1, 0) for s in settings)
         return sum(voxels) * (self.presegmentation + self.network_pass * passes)
 
 

@@ -34,7 +34,7 @@ class Row:
     @property
     def calls(self) -> int:
         """Denoiser calls that a prediction makes for a tile, without mirroring."""
-        return 0 if self.settings.is_stock else self.settings.samples * self.settings.steps
+        return 0 if self.settings.is_stock else self.settings.samples * max(self.settings.steps, 1)
 
 
 def mean(values: np.ndarray | None) -> float:

@@ -12,6 +12,8 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, probabilities_to_logits
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.diffusion.schedule import t_at_snr
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.summary import estimated_dice
@@ -27,6 +29,8 @@ from nnunet_pdddpm.tuning.scores import Truth
 SIGNAL_TO_NOISE = (1.0, 0.25, 0.06, 0.016, 0.004)
 """Of the start levels: t = 497, 703, 847, 920 and 960 of the cosine schedule with -1/+1 masks."""
 STEPS = (1, 2, 3, 5, 10)
+MOST_STEPS_OF_MASK = 3
+"""More were not better for the mask in any measurement, and every call of plain prediction costs mirrorings times."""
 ETAS = (0.0, 1.0)
 BLENDS = (0.0, 0.25, 0.5, 0.75)
 MEMORY = 4 * 2 ** 30
@@ -37,17 +41,19 @@ def candidates(refiner: Refiner, prefix: str) -> list[SamplingSettings]:
     """What is tried for the mask (`MASK`) or the samples (`SAMPLES`), before blending, cheapest first.
 
     Everything that is not varied is as stored for the one or the other, but that as many samples are drawn for the mask
-    as are stored for the samples; and for the mask also a single one in a single step, the cheapest there is.
+    as are stored for the samples. For the mask also the direct refinement without a chain, the cheapest there is.
     """
     buffers = dict(refiner.named_buffers(recurse=False))
     stored, number = stored_settings(buffers, prefix), stored_settings(buffers, SAMPLES).samples
     power = ((refiner.design.coding.high - refiner.design.coding.low) / 2) ** 2  # of a mask: 1 for -1/+1
     t_max = int(refiner.t_max)
     levels = sorted({min(t_at_snr(refiner.abar, ratio / power), t_max) for ratio in SIGNAL_TO_NOISE})
-    varied = [(samples, steps, eta) for samples in dict.fromkeys((1, number) if prefix == MASK else (number,))
-              for steps in STEPS for eta in ETAS if (steps == 1 and eta == 0) or (steps > 1 and samples == number)]
-    return [replace(stored, t_start=level, steps=steps, samples=samples, eta=eta, blend=0.0).check(t_max)
-            for samples, steps, eta in varied for level in levels if steps <= level]
+    most = MOST_STEPS_OF_MASK if prefix == MASK else max(STEPS)
+    varied = [(steps, eta) for steps in STEPS for eta in ETAS if steps <= most and (eta == 0 or steps > 1)]
+    chains = [replace(stored, t_start=level, steps=steps, samples=number, eta=eta, blend=0.0).check(t_max)
+              for steps, eta in varied for level in levels if steps <= level]
+    direct = replace(stored, t_start=t_max, steps=0, samples=1, eta=0.0, blend=0.0)
+    return [direct, *chains] if prefix == MASK and refiner.design.parameterisation == 'x0' else chains
 
 
 class SweepVolume(Volume):
@@ -209,9 +215,12 @@ class CaseSweep:
             volume.forget()
             for s, spread, masks in zip(group, spreads, hard, strict=True):
                 p = volume.sample(s, sample, number)
-                spread.add(p)
+                shifts = draw_shifts(len(p), regions, sample, number, s.seed)
+                spread.add(p, shifts)
                 if self.truth.raters:
-                    masks.append(self.truth.harden(p[self.box]).to(torch.int16).cpu().numpy())
+                    drawn = probabilities_to_logits(p[self.box][None], regions)[0] + shifts.to(p).reshape(-1, 1, 1, 1)
+                    drawn = logits_to_probabilities(drawn[None], regions)[0]
+                    masks.append(self.truth.harden(drawn).to(torch.int16).cpu().numpy())
         volume.forget()
         for s, spread, masks in zip(group, spreads, hard, strict=True):
             spread.crop(self.box[1:])
