@@ -17,14 +17,12 @@ from nnunet_pdddpm.evaluation.evaluate import evaluate_cases
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
-from nnunet_pdddpm.network.settings import SamplingSettings
 
 SAMPLES = 16
-T_STARTS = (500, 700, 900, 960)
-SWEEP = tuple(sorted([*((t, k, eta) for t in T_STARTS for k, eta in ((1, 0.0), (5, 0.0), (5, 1.0))),
-                      *((t, 10, 1.0) for t in T_STARTS[-2:])]))
-DEFAULT = (SamplingSettings().t_start, SamplingSettings().steps, SamplingSettings().eta)
-STARTS = dict(zip(PDDDPM_TRAINERS, ('mixed', 'truth'), strict=True))
+DIRECT = (1000, 0, 0.0)
+CHAINS = (*((t, 1, 0.0) for t in (500, 700, 900, 960, 1000)), (900, 3, 0.0), (960, 3, 0.0), (960, 3, 1.0),
+          (960, 10, 1.0))
+STARTS = dict(zip(PDDDPM_TRAINERS, ('default', 'truth', 'no diffusion'), strict=True))
 Metrics = dict[str, list[float]]
 """Of a row: name of the metric -> value of each image, in alphabetical order of images."""
 
@@ -48,7 +46,7 @@ class Row:
     def calls(self) -> int:
         """Network calls for an image, which is one tile; mirroring is spread over samples, the stock call has all."""
         mirrored = 4 if self.mirroring else 1
-        return mirrored * len(self.folds) + (self.settings[1] * SAMPLES if self.settings else 0)
+        return mirrored * len(self.folds) + (max(self.settings[1], 1) * SAMPLES if self.settings else 0)
 
     @property
     def folder(self) -> str:
@@ -74,23 +72,24 @@ def stock_rows(work: Path) -> list[Row]:
 def pdddpm_row(trainer: str, settings: tuple[int, int, float], mirroring: bool = False) -> Row:
     """A PDDDPM model with sampling settings."""
     t_start, steps, eta = settings
-    title = f'PDDDPM {STARTS[trainer]}: t_start={t_start} k={steps}' + (f' eta={eta:g}' if steps > 1 else '')
-    return Row(title + ', mirroring' * mirroring + ' (default)' * (settings == DEFAULT), trainer, mirroring=mirroring,
+    title = (f't_start={t_start} k={steps}' + (f' eta={eta:g}' if steps > 1 else '')) if steps else 'direct (k=0)'
+    return Row(f'PDDDPM {STARTS[trainer]}: {title}' + ', mirroring' * mirroring, trainer, mirroring=mirroring,
                settings=settings)
 
 
 def sweep(trainer: str) -> list[Row]:
     """What is tried on the validation images."""
-    return [pdddpm_row(trainer, settings) for settings in SWEEP]
+    settings = {'default': (DIRECT, *CHAINS), 'truth': CHAINS, 'no diffusion': (DIRECT,)}[STARTS[trainer]]
+    return [pdddpm_row(trainer, s) for s in settings]
 
 
 def test_rows(work: Path, trainer: str) -> list[Row]:
-    """Of a PDDDPM model: the default, every start at one way down, and what the validation images say."""
-    picked = {chosen(work, trainer).settings, nearest_to_raters(work, trainer).settings}
-    unmirrored = sorted({DEFAULT, *((t, 5, 1.0) for t in T_STARTS), *picked})
-    mirrored = sorted({DEFAULT, chosen(work, trainer).settings})
-    return [*(pdddpm_row(trainer, settings) for settings in unmirrored),
-            *(pdddpm_row(trainer, settings, mirroring=True) for settings in mirrored)]
+    """Of a PDDDPM model: what the validation images say, without and with mirroring, and some starts beside it."""
+    settings = {row.settings for row in sweep(trainer)}
+    picked = {chosen(work, trainer).settings, *settings & {DIRECT}}
+    unmirrored = {*picked, nearest_to_raters(work, trainer).settings, *settings & {(700, 1, 0.0), (900, 1, 0.0)}}
+    return [*(pdddpm_row(trainer, s) for s in sorted(filter(None, unmirrored))),
+            *(pdddpm_row(trainer, s, mirroring=True) for s in sorted(filter(None, picked)))]
 
 
 def is_trained(work: Path, trainer: str) -> bool:

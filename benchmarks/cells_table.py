@@ -12,7 +12,6 @@ import torch
 from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
 from cells_evaluation import (
     SAMPLES,
-    STARTS,
     Metrics,
     Row,
     chosen,
@@ -51,22 +50,16 @@ def table_row(row: Row, metrics: Metrics, stock: Metrics, thresholds: Metrics) -
 
 
 def sweep_table(work: Path) -> list[str]:
-    """The sweep on the validation images, both trainers beside each other."""
-    stock, thresholds = (measure(work, 'validation', row) for row in stock_rows(work)[:2])
-    names = ' | '.join(f'{STARTS[trainer]}: {what}' for trainer in trained_pdddpm(work)
-                       for what in ('GED²', 'IoU between samples', 'Dice'))
-
-    def cells(metrics: Metrics) -> str:
-        return (f'{mean(metrics, "ged_squared"):.3f} | {1 - mean(metrics, "sample_diversity"):.3f} '
-                f'| {mean(metrics, "dice"):.4f}')
-    lines = [f'| t_start | k | eta | {names} |', '|' + '---|' * (3 + 3 * len(trained_pdddpm(work)))]
-    for rows in zip(*map(sweep, trained_pdddpm(work)), strict=True):
-        t_start, steps, eta = rows[0].settings or (0, 0, 0)
-        lines.append(f'| {t_start} | {steps} | {f"{eta:g}" if steps > 1 else "-"} | '
-                     + ' | '.join(cells(measure(work, 'validation', row)) for row in rows) + ' |')
-    reference = (f'On the same images, GED², IoU between masks, Dice: stock {cells(stock)}; its {SAMPLES} thresholds '
-                 f'{cells(thresholds)}. IoU between the raters: {1 - mean(stock, "rater_diversity"):.3f}.')
-    return [*lines, '', reference.replace(' | ', ', ')]
+    """Everything on the validation images."""
+    rows = [*stock_rows(work), *(row for trainer in trained_pdddpm(work) for row in sweep(trainer))]
+    lines = ['| | GED² | IoU between masks | Dice to majority | NLL |', '|' + '---|' * 5]
+    for row in rows:
+        metrics = measure(work, 'validation', row)
+        lines.append(f'| {row.title} | {mean(metrics, "ged_squared"):.3f} '
+                     f'| {1 - mean(metrics, "sample_diversity"):.3f} | {mean(metrics, "dice"):.4f} '
+                     f'| {mean(metrics, "nll"):.4f} |')
+    raters = 1 - mean(measure(work, 'validation', rows[0]), 'rater_diversity')
+    return [*lines, '', f'IoU between the raters: {raters:.3f}.']
 
 
 def findings(work: Path) -> list[str]:
@@ -88,14 +81,8 @@ def findings(work: Path) -> list[str]:
                   f'{verdict(of_best, stock, "dice")} the stock model\'s.',
                   f'- {near.title} was nearest to the raters\' disagreement on the validation images. On the test '
                   f'images its samples agree with IoU {1 - mean(of_near, "sample_diversity"):.3f}, the raters with '
-                  f'{raters:.3f}; at the default settings it is '
-                  f'{1 - mean(measure(work, "test", default_row(work, trainer)), "sample_diversity"):.3f}.']
+                  f'{raters:.3f}.']
     return lines
-
-
-def default_row(work: Path, trainer: str) -> Row:
-    """The settings that a new model has."""
-    return next(row for row in test_rows(work, trainer) if row.title.endswith('(default)') and not row.mirroring)
 
 
 def verdict(metrics: Metrics, baseline: Metrics, name: str) -> str:
@@ -132,15 +119,17 @@ out: the planned networks have no dropout, and a network with it would be anothe
 
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
 resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
-model of every fold, two PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
-stock model of fold 0 trained that much longer. `mixed` is the default `training_starts`, half of the noise on a rater's
-mask and half on the pre-segmentation; `truth` has all of it on raters' masks. Same seeds, training in bf16
-autocast; no mirroring but where the row says so.
+model of every fold, three PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
+stock model of fold 0 trained that much longer. `default`: noise on raters' masks, but a quarter of the patches show the
+pre-segmentation itself; `truth`: noise on raters' masks in all of them; `no diffusion`: the same second network, which
+always sees the pre-segmentation itself. Same seeds, training in bf16 autocast; no mirroring but where the row says so.
 
-{SAMPLES} samples, or as many masks as a row has. GED² and HM-IoU as `nnUNetv2_pdddpm_evaluate` has them (d = 1 - IoU);
-GED² of fewer than 16 masks misses some of their spread. NLL, ECE and Brier score take each rater in turn for the truth,
-over all pixels: they are best where the probability is the share of raters. Dice is that of the mask of the mean
-probability with the majority of the raters. Δ: mean paired difference with its 95 % bootstrap interval over images.
+{SAMPLES} samples, or as many masks as a row has. A sample is drawn from the probabilities at the end of its chain with
+one threshold for all pixels, another for each sample; `direct` has no chain, only that threshold. GED² and HM-IoU as
+`nnUNetv2_pdddpm_evaluate` has them (d = 1 - IoU); GED² of fewer than 16 masks misses some of their spread. NLL, ECE and
+Brier score take each rater in turn for the truth, over all pixels: they are best where the probability is the share of
+raters. Dice is that of the mask of the mean probability with the majority of the raters. Δ: mean paired difference with
+its 95 % bootstrap interval over images.
 {not_run(work)}"""
 
 
@@ -153,8 +142,8 @@ def write_results(work: Path, file: Path) -> None:
     lines = [
         introduction(work),
         f'## Sweep on the {validation} validation images of fold 0', '', *sweep_table(work), '',
-        f'Chosen, for the lowest GED²: {picked}. The chosen, the settings nearest to the raters\' disagreement, the '
-        'default and every start with k=5 eta=1 go on to the test images.', '',
+        f'Chosen, for the lowest GED²: {picked}. The chosen, the settings nearest to the raters\' disagreement, '
+        'and some starts beside them go on to the test images.', '',
         f'## {len(stock["dice"])} test images', '',
         f'IoU between the raters of an image: {1 - mean(stock, "rater_diversity"):.3f}. The row `stock` is the model '
         'that PDDDPM refines; thresholds are at 1/32, 3/32, ..., 31/32 of the probability.', '',
