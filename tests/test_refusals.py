@@ -11,7 +11,8 @@ import torch
 from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, make_trainer, run_command
 
 from nnunet_pdddpm import versions
-from nnunet_pdddpm.training.presegmenters import PresegmenterError, load_checkpoint
+from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
+from nnunet_pdddpm.training.presegmenters import PresegmenterError
 
 
 def initialise(fold: int = 0) -> None:
@@ -110,14 +111,14 @@ class Payload:
 
 def test_a_checkpoint_with_a_payload_is_refused_before_it_runs(scratch_results, tmp_path):
     tampered(scratch_results, lambda c: c.update(extra=Payload(tmp_path / 'executed')))
-    with pytest.raises(PresegmenterError, match='objects that nnU-Net does not write'):
+    with pytest.raises(CheckpointError, match='objects that nnU-Net does not write'):
         load_checkpoint(stock_file(scratch_results))
     assert not (tmp_path / 'executed').exists()
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     torch.save({'weights': torch.zeros(1)}, tmp_path / 'foreign.pth')
-    with pytest.raises(PresegmenterError, match='no nnU-Net v2 checkpoint'):
+    with pytest.raises(CheckpointError, match='no nnU-Net v2 checkpoint'):
         load_checkpoint(tmp_path / 'foreign.pth')
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,10 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
-from nnunet_pdddpm.training.presegmenters import (
-    CHECKPOINT,
-    PresegmenterError,
-    TrainingContext,
-    checkpoint_file,
-    load_checkpoint,
-)
+from nnunet_pdddpm.training.presegmenters import CHECKPOINT, TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 
 TRAINER = 'PDDDPMTrainer'
@@ -84,7 +79,7 @@ def check_dataset(named: str, plans_named: str, configuration: str | None, probl
     for name, stock_folder in stock_folders.items():
         print(f' {name}')
         stock = check_stock(data.context(name), stock_folder, problems)
-        refined = check_refined(data, name, problems)
+        refined = check_refined(data, name, stock, problems)
         obstacle = obstacle_to_training(data, name, stock_folder) or check_previous_stage(data, name)
         if obstacle:
             row('note' if configuration is None else 'problem', obstacle)
@@ -150,20 +145,25 @@ def choose_configurations(data: DataSet, configuration: str | None) -> list[str]
     return [configuration]
 
 
-def check_stock(context: TrainingContext, folder: Path, problems: list[str]) -> list[int | str]:
-    """The trained folds of the stock model, each loaded and compared with the plans."""
+def check_stock(context: TrainingContext, folder: Path, problems: list[str]) -> dict[int | str, int | None]:
+    """The trained folds of the stock model, each loaded and compared with the plans: fold -> checksum, None if bad."""
     folds = trained_folds(folder)
     row('stock model', f'trained folds: {_listed(folds)} in {folder}')
+    checksums: dict[int | str, int | None] = dict.fromkeys(folds)
     for fold in folds:
         try:
-            context.stock_network(fold)
-        except PresegmenterError as error:
+            checksums[fold] = checksum(context.stock_network(fold).state_dict())
+        except CheckpointError as error:
             problems.append(str(error))
-    return folds
+    return checksums
 
 
-def check_refined(data: DataSet, configuration: str, problems: list[str]) -> dict[str, list[int | str]]:
-    """Trained folds of PDDDPMTrainer and of every trainer whose name starts with that."""
+def check_refined(data: DataSet, configuration: str, stock: Mapping[int | str, int | None], problems: list[str]
+                  ) -> dict[str, list[int | str]]:
+    """Trained folds of PDDDPMTrainer and of every trainer whose name starts with that.
+
+    `stock`: of the stock model's folds, their checksums. Those that are not embedded any more are named.
+    """
     results = Path(os.environ['nnUNet_results'], data.name)
     ending = f'__{data.plans_name}__{configuration}'
     refined: dict[str, list[int | str]] = {}
@@ -172,28 +172,37 @@ def check_refined(data: DataSet, configuration: str, problems: list[str]) -> dic
         refined[trainer] = trained_folds(folder)
         row(trainer, f'trained folds: {_listed(refined[trainer])}')
         for fold in refined[trainer]:
-            problem = check_model(checkpoint_file(folder, fold))
+            problem, embedded = check_model(checkpoint_file(folder, fold))
             if problem:
                 problems.append(problem)
+            if None not in (embedded, stock.get(fold)) and embedded != stock[fold]:
+                row('note', f'fold {fold} of {trainer} holds another stock model than the one that is there now: that '
+                            f'was trained again since. Prediction uses the one it was trained with; to use the new '
+                            f'one, train fold {fold} of {trainer} again.')
     return refined
 
 
-def check_model(file: Path) -> str:
-    """Why a trained refined model could not be used for prediction in this environment; empty if it could."""
+def check_model(file: Path) -> tuple[str, int | None]:
+    """Why a trained refined model could not be used for prediction in this environment (empty if it could).
+
+    And the checksum of the stock model that is embedded in it, if it can be read.
+    """
     try:
         weights = load_checkpoint(file, 'model')['network_weights']
-    except PresegmenterError as error:
-        return str(error)
+        check_weights(weights, f'The model {file}')
+    except CheckpointError as error:
+        return str(error), None
     try:
         t_max, *stored = weights['t_max'].item(), *(stored_settings(weights, prefix) for prefix in (MASK, SAMPLES))
     except KeyError:
-        return f'The model {file} lacks sampling settings: it was not trained by this {TRAINER}; train it again.'
+        return f'The model {file} lacks sampling settings: it was not trained by this {TRAINER}; train it again.', None
+    embedded = checksum(weights, PRESEGMENTER)
     if environment_problem(SamplingSettings(t_start=NUM_TIMESTEPS), NUM_TIMESTEPS):
-        return ''  # reported already: no model accepts these values
+        return '', embedded  # reported already: no model accepts these values
     for settings in stored:
         if problem := environment_problem(settings, t_max):
-            return f'The model {file} cannot be used for prediction: {problem}'
-    return ''
+            return f'The model {file} cannot be used for prediction: {problem}', embedded
+    return '', embedded
 
 
 def environment_problem(settings: SamplingSettings, t_max: int) -> str:

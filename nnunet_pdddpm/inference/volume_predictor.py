@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
@@ -19,6 +20,7 @@ from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
+from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
 
@@ -28,6 +30,18 @@ OnSample = Callable[[int, Tensor], None]
 
 class PredictionError(ValueError):
     """What was asked for cannot be predicted: the message says why and what to do."""
+
+
+def refuse_unusable(file: Path) -> None:
+    """Raise CheckpointError for a checkpoint that is damaged, executes code, or does not fit the files beside it."""
+    checkpoint = load_checkpoint(file, 'model')
+    check_weights(checkpoint['network_weights'], f'The model {file}')
+    plans, dataset_json = (load_json(str(file.parents[1] / name)) for name in ('plans.json', 'dataset.json'))
+    trained_with = checkpoint['init_args']
+    for what, (trained, here) in differences(trained_with, plans, trained_with['configuration'], dataset_json).items():
+        raise CheckpointError(f'The model {file} does not fit the plans.json and dataset.json in {file.parents[1]}: '
+                              f'{what} was {trained} when it was trained and is {here} there. Put back the files that '
+                              f'it was trained with.')
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,7 @@ class VolumePredictor(nnUNetPredictor):
 
         Raises:
             PredictionError: if the folder, a fold or the checkpoint is missing, or it is no PDDDPM model.
+            CheckpointError: if a checkpoint is damaged, or the plans beside it are not those it was trained with.
             ValueError: if a sampling setting is out of range for the model.
         """
         folder = Path(model_training_output_dir)
@@ -100,6 +115,7 @@ class VolumePredictor(nnUNetPredictor):
             if not (file := folder / f'fold_{fold}' / checkpoint_name).is_file():
                 raise PredictionError(f'{file} does not exist: name the trained folds with -f and the checkpoint with '
                                       f'-chk.')
+            refuse_unusable(file)  # before nnU-Net unpickles it
         super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
         if isinstance(self.network, OptimizedModule):
             self.network = self.network._orig_mod

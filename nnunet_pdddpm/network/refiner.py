@@ -12,6 +12,7 @@ from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabi
 from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS, SCHEDULES, truncated_levels
+from nnunet_pdddpm.network.checkpoint import check_weights, note_checksum
 from nnunet_pdddpm.network.denoiser import Denoiser
 from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
 
@@ -78,6 +79,8 @@ class Refiner(nn.Module):
             for name, value in asdict(SamplingSettings()).items():
                 dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
                 self.register_buffer(prefix + name, torch.tensor(value, dtype=dtype))
+        self.presegmenter_checksum: int | None = None  # see `check_weights`
+        self.register_state_dict_post_hook(note_checksum)
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
 
     def configure(self, settings: SamplingSettings, sample_settings: SamplingSettings, t_max: int,
@@ -109,8 +112,9 @@ class Refiner(nn.Module):
         """As nn.Module's; then samples with the settings that came with the weights, or the environment's overrides.
 
         Raises:
-            ValueError: if a setting is out of range.
+            ValueError: if a setting is out of range, or the weights are damaged, see `check_weights`.
         """
+        self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         before = self.settings
         result = super().load_state_dict(state_dict, strict, assign)
         self.use_stored_settings()

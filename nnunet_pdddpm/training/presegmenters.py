@@ -2,37 +2,26 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
 
 DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
 CHECKPOINT = 'checkpoint_final.pth'
 
-# What nnU-Net writes into a checkpoint beside tensors: numpy scalars in the log and in the plans.
-# numpy 2 renamed its core; 1.26 has an empty _core
-_NUMPY_CORE: Any = getattr(np, '_core' if np.lib.NumpyVersion(np.__version__) >= '2.0.0' else 'core')
-_NUMPY_SCALARS: list[Any] = [np.dtype, *{type(np.dtype(t)) for t in 'bBhHiIlLqQefd?'},
-                             *((_NUMPY_CORE.multiarray.scalar, f'numpy.{core}.multiarray.scalar')
-                               for core in ('core', '_core'))]
 
-
-class PresegmenterError(ValueError):
-    """The stock model is missing, cannot be read, or does not fit what is to be trained on it."""
+class PresegmenterError(CheckpointError):
+    """The stock model does not fit what is to be trained on it."""
 
 
 def presegmenter_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
@@ -58,44 +47,6 @@ def checkpoint_file(model_folder: Path, fold: int | str) -> Path:
     return model_folder / f'fold_{fold}' / CHECKPOINT
 
 
-def load_checkpoint(file: Path, what: str = 'stock model') -> dict[str, Any]:
-    """An nnU-Net checkpoint on the CPU, read with `weights_only=True`: nothing in it is executed.
-
-    Args:
-        file: its path.
-        what: what to call it in an error.
-
-    Raises:
-        PresegmenterError: if the file is missing, truncated, holds more than tensors and numbers, or is no nnU-Net
-            checkpoint.
-    """
-    if not file.is_file():
-        raise PresegmenterError(f'The {what} {file} does not exist: train it first with nnUNetv2_train, or name '
-                                f'another trained model in {PRESEGMENTER_VARIABLE}.')
-    if not zipfile.is_zipfile(file):
-        raise PresegmenterError(f'The {what} {file} is truncated or no checkpoint; train or copy it again.')
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise PresegmenterError(f'The {what} {file} cannot be read ({_first_line(error)}); train or copy it '
-                                f'again.') from error
-    except pickle.UnpicklingError as error:
-        found = re.search(r'GLOBAL (\S+)', str(error))
-        raise PresegmenterError(f'The {what} {file} holds objects that nnU-Net does not write'
-                                f'{f" ({found[1]})" if found else ""} and is not loaded: use a checkpoint written by '
-                                f'nnUNetv2_train.') from error
-    if not (isinstance(checkpoint, dict) and {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys()
-            and isinstance(checkpoint['init_args'], dict)):
-        raise PresegmenterError(f'{file} is no nnU-Net v2 checkpoint: it has no network_weights, init_args and '
-                                f'trainer_name.')
-    return checkpoint
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], configuration: str, fold: int | str,
                dataset_json: dict[str, Any]) -> None:
     """Refuse a stock model that was trained on other labels, channels, plans, configuration or fold.
@@ -104,29 +55,13 @@ def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], co
         PresegmenterError: naming the file, what differs, and both values.
     """
     theirs = checkpoint['init_args']
-    stated: dict[str, tuple[Any, Any]] = {}
     if {'plans', 'configuration', 'fold', 'dataset_json'} - theirs.keys():
         raise PresegmenterError(f'The stock model {file} does not say what it was trained on; train it again.')
-    stated['configuration'] = (theirs['configuration'], configuration)
-    stated['fold'] = (theirs['fold'], fold)
-    for key in ('labels', 'channel_names', 'regions_class_order'):
-        stated[key] = (theirs['dataset_json'].get(key), dataset_json.get(key))
-    for what, (of_stock, here) in stated.items():
+    stated = {'configuration': (theirs['configuration'], configuration), 'fold': (theirs['fold'], fold)}
+    differing = differences(theirs, plans, configuration, dataset_json)
+    for what, (of_stock, here) in {**stated, **differing}.items():
         if of_stock != here:
             raise _misfit(file, what, of_stock, here)
-    stock_plans, our_plans = theirs['plans'], plans
-    if configuration not in stock_plans.get('configurations', {}):
-        raise _misfit(file, 'the plans\' list of configurations', list(stock_plans.get('configurations', {})),
-                      list(our_plans['configurations']))
-    of_stock = PlansManager(stock_plans).get_configuration(configuration).configuration
-    here = PlansManager(our_plans).get_configuration(configuration).configuration
-    for key in ('spacing', 'patch_size', 'normalization_schemes', 'use_mask_for_norm', 'preprocessor_name',
-                'resampling_fn_data', 'resampling_fn_data_kwargs', 'architecture', 'previous_stage'):
-        if of_stock.get(key) != here.get(key):
-            raise _misfit(file, f'the plans\' {key}', of_stock.get(key), here.get(key))
-    for key in ('transpose_forward', 'foreground_intensity_properties_per_channel'):
-        if stock_plans.get(key) != our_plans.get(key):
-            raise _misfit(file, f'the plans\' {key}', stock_plans.get(key), our_plans.get(key))
 
 
 def load_network(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
@@ -163,14 +98,15 @@ class TrainingContext:
         return presegmenter_folder(self.plans['dataset_name'], self.plans['plans_name'], self.configuration)
 
     def stock_checkpoint(self, fold: int | str) -> dict[str, Any]:
-        """Checkpoint of the stock model of a fold, checked to fit; raises `PresegmenterError`."""
+        """Checkpoint of the stock model of a fold, checked to fit; raises `CheckpointError`."""
         file = checkpoint_file(self.model_folder, fold)
         checkpoint = load_checkpoint(file)
         check_fits(checkpoint, file, self.plans, self.configuration, fold, self.dataset_json)
+        check_weights(checkpoint['network_weights'], f'The stock model {file}')
         return checkpoint
 
     def stock_network(self, fold: int | str) -> nn.Module:
-        """The stock network of a fold, frozen and in eval mode, on the CPU; raises `PresegmenterError`."""
+        """The stock network of a fold, frozen and in eval mode, on the CPU; raises `CheckpointError`."""
         weights, network = self.stock_checkpoint(fold)['network_weights'], self.planned_network()
         load_network(network, weights, checkpoint_file(self.model_folder, fold))
         return network.requires_grad_(False).eval()

@@ -22,9 +22,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
+from nnunet_pdddpm.training.finite import require_finite_loss
 from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
@@ -114,6 +116,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         file = checkpoint_file(self.context().model_folder, self.fold)
         load_network(self.refiner.presegmenter, self._stock_checkpoint['network_weights'], file)
         self.refiner.configure(self.sampling, self.sampling_of_samples, self.t_max, self.label_manager.has_regions)
+        self.refiner.presegmenter_checksum = checksum(self.refiner.state_dict(), PRESEGMENTER)
         self.mirror_axes = self._stock_checkpoint.get('inference_allowed_mirroring_axes')
         self.print_to_log_file(f'Pre-segmenter: {file} (another stock model is named by {PRESEGMENTER_VARIABLE}; '
                                f'-pretrained_weights is for the denoiser and takes a PDDDPM model)')
@@ -207,6 +210,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         seed = (self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank
         self.level_generator.manual_seed(seed)
         self.noise_generator.manual_seed(seed + 500)
+        self.iteration = 0  # of this epoch
 
     def train_step(self, batch: dict) -> dict:
         """Pre-segment and noise the batch, then nnU-Net's step on it."""
@@ -218,6 +222,8 @@ class PDDDPMTrainer(nnUNetTrainer):
             target = noise
         del noise  # as large as the mask: with a hundred classes gigabytes
         losses = super().train_step({**batch, 'data': noisy, 'target': target})
+        require_finite_loss(losses['loss'], self.iteration, self.current_epoch, batch['keys'], Path(self.output_folder))
+        self.iteration += 1
         self.averaged.update_parameters(self.refiner.denoiser)
         return losses
 
@@ -369,6 +375,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         partial = Path(filename + '.partial')
         self._swap_average()
         try:
+            check_weights(self.refiner.state_dict(), 'The network in training', self.refiner.presegmenter_checksum)
             super().save_checkpoint(str(partial))
         finally:
             self._swap_average()
@@ -378,7 +385,13 @@ class PDDDPMTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net's. The pre-segmenter comes from the checkpoint: no stock model need be there."""
         self._restored = True
+        stored = None
+        if isinstance(filename_or_checkpoint, str):
+            weights = load_checkpoint(Path(filename_or_checkpoint), 'checkpoint')['network_weights']
+            stored = check_weights(weights, f'The checkpoint {filename_or_checkpoint}')
+            del weights
         super().load_checkpoint(filename_or_checkpoint)
+        self.refiner.presegmenter_checksum = stored  # nnU-Net's loading drops it
         self.refiner.use_stored_settings()  # overrides are for prediction
         self.mirror_axes = self.inference_allowed_mirroring_axes
 

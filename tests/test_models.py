@@ -1,0 +1,202 @@
+"""Damaged, foreign, edited and exploding models: refused in one sentence, and the last good checkpoint stays."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BRIEF, DATASET, PLANS, REFINED, STOCK, Workspace, make_trainer
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_pdddpm.commands.check_dataset import TRAINER, check_refined, check_stock, read_dataset
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint, stored_checksum
+from nnunet_pdddpm.training.finite import NonFiniteLoss
+
+MODEL_FOLDER = f'{REFINED}__{PLANS}__3d_fullres'
+
+
+@pytest.fixture
+def model(refined: Workspace, tmp_path: Path) -> Path:
+    """A copy of the trained PDDDPM model, fold 0, to damage."""
+    folder = tmp_path / 'results' / DATASET / MODEL_FOLDER
+    (folder / 'fold_0').mkdir(parents=True)
+    for name in ('plans.json', 'dataset.json', 'fold_0/checkpoint_final.pth'):
+        shutil.copy(refined.model(REFINED) / name, folder / name)
+    return folder
+
+
+def checkpoint(model: Path) -> Path:
+    return model / 'fold_0' / 'checkpoint_final.pth'
+
+
+def rewrite(model: Path, change) -> None:
+    """Save the checkpoint again after `change(checkpoint)`; the archive's own checksums are then right."""
+    content = torch.load(checkpoint(model), weights_only=False)
+    change(content)
+    torch.save(content, checkpoint(model))
+
+
+def load(model: Path) -> None:
+    PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False).initialize_from_trained_model_folder(str(model), (0,))
+
+
+def load_as_nnunet_does(model: Path) -> None:
+    nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False).initialize_from_trained_model_folder(str(model), (0,))
+
+
+def flip_a_bit(file: Path, weight: str) -> None:
+    """One bit of one weight, in the file itself."""
+    values = torch.load(file, weights_only=False)['network_weights'][weight].numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    content[content.index(values) + 2] ^= 0x10
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize('share', [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_model_is_refused(model, share):
+    content = checkpoint(model).read_bytes()
+    checkpoint(model).write_bytes(content[:int(share * len(content))])
+    with pytest.raises(CheckpointError, match='checkpoint_final.pth is truncated or no checkpoint'):
+        load(model)
+
+
+@pytest.mark.parametrize('weight', ['presegmenter.encoder.stages.1.0.convs.0.conv.weight',
+                                    'denoiser.unet.encoder.stages.1.0.convs.0.conv.weight'])
+def test_a_flipped_bit_anywhere_is_told_by_the_checksums_of_the_archive(model, weight):
+    flip_a_bit(checkpoint(model), weight)
+    torch.load(checkpoint(model), weights_only=False)  # torch does not notice
+    with pytest.raises(CheckpointError, match='is damaged: the checksum of .* in it is wrong'):
+        load(model)
+
+
+def test_a_presegmenter_that_is_not_the_embedded_one_is_refused_by_plain_nnunet_too(model):
+    flip_a_bit(checkpoint(model), 'presegmenter.encoder.stages.1.0.convs.0.conv.weight')
+    with pytest.raises(CheckpointError, match='the stock model in it is not the one that it was trained with'):
+        load_as_nnunet_does(model)
+    rewrite(model, lambda content: None)  # an archive that is right again, around wrong weights
+    for how in (load, load_as_nnunet_does):
+        with pytest.raises(CheckpointError, match='the stock model in it is not the one that it was trained with'):
+            how(model)
+
+
+def test_a_model_from_before_there_were_checksums_is_read(model):
+    def forget(content):
+        content['network_weights']._metadata[''].pop('presegmenter_checksum')
+    assert stored_checksum(load_checkpoint(checkpoint(model))['network_weights']) is not None
+    rewrite(model, forget)
+    assert stored_checksum(load_checkpoint(checkpoint(model))['network_weights']) is None
+    load(model)
+    load_as_nnunet_does(model)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_denoiser_with_weights_that_are_no_numbers_does_not_predict(model, value):
+    def spoil(content):
+        content['network_weights']['denoiser.embedding.layers.0.bias'][3] = value
+    rewrite(model, spoil)
+    for how in (load, load_as_nnunet_does):
+        with pytest.raises(CheckpointError, match=r'NaN or infinite weights \(denoiser.embedding.layers.0.bias\)'):
+            how(model)
+
+
+@pytest.mark.parametrize(('file', 'change', 'what'), [
+    ('plans.json', lambda plans: plans['configurations']['3d_fullres'].update(spacing=[2.0, 2.0, 2.0]), 'spacing'),
+    ('plans.json', lambda plans: plans['configurations']['3d_fullres'].update(patch_size=[16, 16, 16]), 'patch_size'),
+    ('plans.json', lambda plans: plans.update(transpose_forward=[2, 1, 0]), 'transpose_forward'),
+    ('dataset.json', lambda description: description['labels'].update(lesion=1, organ=2), 'labels')])
+def test_plans_or_labels_edited_after_training_are_refused(model, file, change, what):
+    content = json.loads((model / file).read_text())
+    change(content)
+    (model / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f'{what} was .* when it was trained and is '):
+        load(model)
+
+
+def test_the_check_says_that_the_stock_model_was_trained_again_and_that_is_no_problem(refined, model, tmp_path,
+                                                                                      monkeypatch, capsys):
+    results = tmp_path / 'results'
+    shutil.copytree(refined.model(STOCK), results / DATASET / refined.model(STOCK).name)
+    model.rename(model.with_name(MODEL_FOLDER.replace(REFINED, TRAINER)))
+    monkeypatch.setenv('nnUNet_results', str(results))
+    data = read_dataset(DATASET, PLANS)
+
+    def check() -> str:
+        problems: list[str] = []
+        stock = check_stock(data.context('3d_fullres'), results / DATASET / refined.model(STOCK).name, problems)
+        assert check_refined(data, '3d_fullres', stock, problems)[TRAINER] == [0]
+        assert problems == []
+        return capsys.readouterr().out
+
+    assert 'another stock model' not in check()
+    file = results / DATASET / refined.model(STOCK).name / 'fold_0' / 'checkpoint_final.pth'
+    content = torch.load(file, weights_only=False)
+    next(iter(content['network_weights'].values())).add_(1e-3)
+    torch.save(content, file)
+    assert f'fold 0 of {TRAINER} holds another stock model than the one that is there now' in check()
+
+
+# training
+
+def test_training_stops_at_the_first_loss_that_is_no_number_and_keeps_the_last_good_checkpoint(scratch_results):
+    trainer = make_trainer(REFINED, 0)
+    trainer.on_train_start()
+    seen = []
+
+    class Spoiled:
+        """The data loader, with a NaN in the image of the fourth iteration of the second epoch."""
+
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __next__(self):
+            batch = next(self.loader)
+            if trainer.current_epoch == 1 and trainer.iteration == 3:
+                batch['data'][0, 0, 0, 0, 0] = np.nan
+                seen.extend(batch['keys'])
+            return batch
+    trainer.dataloader_train = Spoiled(trainer.dataloader_train)
+    trainer.on_train_start = lambda: None
+    with pytest.raises(NonFiniteLoss, match='nan at iteration 3 of epoch 1') as error:
+        trainer.run_training()
+    assert all(case in str(error.value) for case in seen) and seen
+    folder = Path(trainer.output_folder)
+    assert 'checkpoint_latest.pth' in str(error.value) and not (folder / 'checkpoint_final.pth').exists()
+    kept = load_checkpoint(folder / 'checkpoint_latest.pth')
+    assert kept['current_epoch'] == 1
+    assert all(torch.isfinite(value).all() for value in kept['network_weights'].values())
+
+    resumed = make_trainer(REFINED, 0)
+    resumed.load_checkpoint(str(folder / 'checkpoint_latest.pth'))
+    assert resumed.current_epoch == 1
+    resumed.save_checkpoint(str(folder / 'again.pth'))  # what a resumed training saves has the checksum, too
+    assert stored_checksum(load_checkpoint(folder / 'again.pth')['network_weights']) == \
+        stored_checksum(kept['network_weights']) is not None
+
+
+def test_weights_that_are_no_numbers_are_not_saved_over_a_good_checkpoint(scratch_results):
+    trainer = make_trainer(BRIEF, 0)
+    trainer.initialize()
+    file = Path(trainer.output_folder) / 'checkpoint_latest.pth'
+    trainer.save_checkpoint(str(file))
+    good = file.read_bytes()
+    with torch.no_grad():
+        next(trainer.averaged.module.parameters()).fill_(np.nan)
+    with pytest.raises(CheckpointError, match='The network in training has NaN'):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'flipped'])
+def test_training_does_not_go_on_from_a_damaged_checkpoint(model, scratch_results, damage):
+    if damage == 'flipped':
+        flip_a_bit(checkpoint(model), 'denoiser.unet.encoder.stages.1.0.convs.0.conv.weight')
+    else:
+        checkpoint(model).write_bytes(checkpoint(model).read_bytes()[:-100])
+    trainer = make_trainer(BRIEF, 0)
+    with pytest.raises(CheckpointError, match='The checkpoint .*checkpoint_final.pth is (damaged|truncated)'):
+        trainer.load_checkpoint(str(checkpoint(model)))
+    assert not trainer.was_initialized
