@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
-from nnunet_pdddpm.inference.summary import read_case
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
+from nnunet_pdddpm.inference.summary import read_case, write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.report import write_report
+
+IMAGE_ENDINGS = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,29 +111,48 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 parser.error(f'-{name} takes one value or two, got {len(values)}')
             overrides[name] = (values[0], values[-1])
     try:
-        predictor, images = prepare(args, overrides)
+        predictor, images, unusable = prepare(args, overrides)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
+    try:
+        failed = predict_and_report(args, predictor, images, unusable)
+    except ValueError as error:
+        sys.exit(f'Error: {error}')
+    except OSError as error:
+        place = f' ({error.filename})' if error.filename else ''
+        sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '
+                 f'go on with --continue_prediction.')
+    if failed:
+        sys.exit(f'Error: {failures(failed, len(images) + len(unusable))}')
+
+
+def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, images: list[list[str]],
+                       unusable: dict[str, str]) -> dict[str, str]:
+    """Predict all cases that can be, and report on them; the others: case -> why not."""
+    output = Path(args.o)
+    for case, reason in unusable.items():
+        write_failure(output, case, reason)
     try:
         predictor.predict_from_files(
             images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
             num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
             folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts,
             part_id=args.part_id)
-    except PredictionError as error:
-        sys.exit(f'Error: {error}')
+    except PredictionError:
+        if not predictor.failed:
+            raise
+    failed = {**unusable, **predictor.failed}
     if args.report:  # other parts may still be at work
         cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
-        finished = {case: files for case, files in cases.items() if read_case(Path(args.o), case) is not None}
-        try:
-            print(f'Report: {write_report(Path(args.o), finished)}')
-        except ValueError as error:
-            sys.exit(f'Error: {error}')
+        finished = {case: files for case, files in cases.items() if read_case(output, case) is not None}
+        if finished or not failed:
+            print(f'Report: {write_report(output, finished)}')
+    return failed
 
 
 def prepare(args: argparse.Namespace, overrides: dict[str, tuple[int | float, int | float]]
-            ) -> tuple[PDDDPMPredictor, list[list[str]]]:
-    """Load the model and check the input; the predictor, and the image files of every case.
+            ) -> tuple[PDDDPMPredictor, list[list[str]], dict[str, str]]:
+    """Load the model and check the input; the predictor, the image files of every case, and what is no case and why.
 
     Raises:
         ValueError: with a sentence that says what is wrong and what to do.
@@ -144,7 +166,7 @@ def prepare(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
                         samples=args.save_samples, presegmentation=args.save_presegmentation or args.report))
     folder = args.m if hasattr(args, 'm') else model_folder(args)
     predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)
-    images = find_images(args.i, predictor)
+    images, unusable = find_images(args.i, predictor)
     if previous := predictor.configuration_manager.previous_stage_name:
         if args.prev_stage_predictions is None:
             raise PredictionError(f'This is a cascade: name the folder with the predictions of {previous} with '
@@ -158,7 +180,7 @@ def prepare(args: argparse.Namespace, overrides: dict[str, tuple[int | float, in
     if args.continue_prediction:
         for files in images:
             predictor.refuse_other_settings(Path(args.o, case_name(files, predictor)))
-    return predictor, images
+    return predictor, images, unusable
 
 
 def model_folder(args: argparse.Namespace) -> str:
@@ -186,25 +208,42 @@ def case_name(files: Sequence[str], predictor: PDDDPMPredictor) -> str:
     return Path(files[0]).name[:-len('_0000' + predictor.dataset_json['file_ending'])]
 
 
-def find_images(folder: str, predictor: PDDDPMPredictor) -> list[list[str]]:
-    """The image files of every case, by channel.
+def find_images(folder: str, predictor: PDDDPMPredictor) -> tuple[list[list[str]], dict[str, str]]:
+    """The image files of every case, by channel; and of what looks like a case and is none: name -> why.
 
     Raises:
-        PredictionError: if there is none, or a case has not as many channels as the model.
+        PredictionError: if there is no case, or none has as many channels as the model.
     """
     ending = predictor.dataset_json['file_ending']
     if not Path(folder).is_dir():
         raise PredictionError(f'The input folder {folder} does not exist.')
-    images: list[list[str]] = create_lists_from_splitted_dataset_folder(folder, ending)
-    if not images:
+    named = re.compile(r'(.+)_\d{4}' + re.escape(ending))
+    names = sorted(file.name for file in Path(folder).iterdir() if file.is_file() or file.is_symlink())
+    channels: dict[str, list[str]] = {}
+    unusable: dict[str, str] = {}
+    for name in names:
+        if match := named.fullmatch(name):
+            channels.setdefault(match[1], []).append(str(Path(folder, name)))
+        elif name.endswith(ending):
+            unusable[name[:-len(ending)]] = f'{name} has no channel number, as in CASE_0000{ending}'
+        elif match := re.fullmatch(r'(.+)_\d{4}(\.[a-zA-Z.]+)', name):
+            if match[2].lower() in IMAGE_ENDINGS:
+                unusable[match[1]] = f'{name} ends in {match[2]}, this model reads {ending}'
+    if not channels:
         raise PredictionError(f'{folder} holds no images named CASE_0000{ending}, which this model reads.')
-    channels = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
-    for files in images:
-        if len(files) != channels:
-            case = case_name(files, predictor)
-            raise PredictionError(f'{case} in {folder} has {len(files)} channel files, the model needs {channels} '
-                                  f'({case}_0000{ending} to {case}_{channels - 1:04d}{ending}).')
-    return images
+    needed = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
+    right = [f'_{channel:04d}{ending}' for channel in range(needed)]
+    images = []
+    for case, files in sorted(channels.items()):
+        if [Path(file).name[len(case):] for file in files] == right:
+            images.append(files)
+            unusable.pop(case, None)
+        else:
+            unusable[case] = (f'{case} in {folder} has {len(files)} channel files, the model needs {needed} '
+                              f'({case}{right[0]} to {case}{right[-1]})')
+    if not images:
+        raise PredictionError(f'{next(reason for case, reason in unusable.items() if case in channels)}.')
+    return images, unusable
 
 
 if __name__ == '__main__':

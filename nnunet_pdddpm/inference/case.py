@@ -3,18 +3,25 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy, label_channels
-from nnunet_pdddpm.inference.summary import CASES, estimated_dice, versions, volumes, write_case
+from nnunet_pdddpm.inference.preprocess import end_with_parent
+from nnunet_pdddpm.inference.summary import CASES, FAILED, estimated_dice, versions, volumes, write_case
 from nnunet_pdddpm.inference.volume import VolumePrediction
+
+LOCK = '.lock'
+
+
+class OutputInUse(ValueError):
+    """Two processes predict the same case into the same folder: the message names both."""
 
 
 class InThisProcess(Executor):
@@ -25,16 +32,6 @@ class InThisProcess(Executor):
         future: Future[Any] = Future()
         future.set_result(function(*args, **kwargs))
         return future
-
-
-def end_with_parent() -> None:
-    """End this background process when the one that started it was killed: it would wait for work for ever."""
-    def wait_and_end() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 class ExportQueue:
@@ -76,12 +73,25 @@ class CaseUnderWay:
             num_folds: sample number i comes from model i modulo this.
             settings: of the models, for the summary.
             queue: where exports run.
+
+        Raises:
+            OutputInUse: if another process is at the same case.
         """
         self.export, self.output, self.queue, self.settings = export, output, queue, settings
         self.folds = [i % num_folds for i in range(num_samples)]
         self.samples: dict[int, Future[dict[str, int]]] = {}
-        shutil.rmtree(export.folder, ignore_errors=True)  # of an earlier run that was cut off
-        export.folder.mkdir(parents=True)
+        export.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(export.folder / LOCK)
+        try:
+            self.lock.acquire(timeout=0)  # the system lets go of it when a process ends, however that ends
+        except Timeout:
+            raise OutputInUse(f'{export.case} is being predicted into {output} by another process: wait until that '
+                              f'has ended, or name another output folder.') from None
+        for left in export.folder.iterdir():  # of an earlier run that was cut off
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
 
     def add_sample(self, number: int, logits: Tensor) -> None:
         """Export a sample, logits (C, Z, Y, X)."""
@@ -121,8 +131,15 @@ class CaseUnderWay:
         write_case(folder / CASES, {**self.row, 'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
-        files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]
+        files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file() and file.name != LOCK]
         for file in sorted(files, key=lambda file: file == Path(mask)):  # a mask in place says that the case is done
             (self.output / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / file, self.output / file)
-        shutil.rmtree(folder)
+        (self.output / FAILED / f'{self.export.case}.json').unlink(missing_ok=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Take away what is not in place."""
+        wait([*self.samples.values(), *([self.rest] if hasattr(self, 'rest') else [])])
+        shutil.rmtree(self.export.folder)
+        self.lock.release()

@@ -1,8 +1,11 @@
 """From the network's grid to files in the geometry of the input image, and what is measured on them there."""
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from scipy import ndimage
 
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
+from nnunet_pdddpm.inference.image_files import damage
 
 FULL_SCALE = 65535
 """Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
+
+
+NEARLY_FULL = 1 << 16
+"""Free bytes below which a failed writing is put down to a full disk."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class CaseExport:
         """Voxels of each label in one sample, logits (C, Z, Y, X); its mask as a file if samples are to be saved."""
         labels = self.segmentation(logits)
         if self.outputs.samples:
-            self._write_labels(labels, self.folder / 'samples' / f'{self.case}_s{number:02d}')
+            with writing(self.folder):
+                self._write_labels(labels, self.folder / 'samples' / f'{self.case}_s{number:02d}')
         return self.sizes(labels)
 
     def rest(self, logits: np.ndarray, stock_logits: np.ndarray, maps: Mapping[str, np.ndarray]
@@ -87,11 +96,25 @@ class CaseExport:
         Returns:
             label -> voxels of the mask (`voxels`), of the stock model's mask (`voxels_stock`), and the mask's connected
             `components` (26-connected in 3D, 8-connected in 2D).
+
+        Raises:
+            OSError: if a file cannot be written, or is not whole afterwards.
         """
+        with writing(self.folder):
+            mask, stock = self._write(logits, stock_logits, maps)
+        of_mask, of_stock = self.sizes(mask), self.sizes(stock)
+        return {name: {'voxels': of_mask[name], 'voxels_stock': of_stock[name],
+                       'components': int(ndimage.label(np.isin(mask, labels), np.ones((3, 3, 3)))[1])}
+                for name, labels in self.labels().items()}
+
+    def _write(self, logits: np.ndarray, stock_logits: np.ndarray, maps: Mapping[str, np.ndarray]
+               ) -> tuple[np.ndarray, np.ndarray]:
+        """The files of `rest`; the mask as it was read back, and the stock model's."""
         file = self.folder / self.case
         all_maps = self.outputs.uncertainty == 'all'
         export_prediction_from_logits(logits, self.properties, self.configuration_manager, self.plans_manager,
                                       self.dataset_json, str(file), self.outputs.probabilities or all_maps)
+        refuse_torn(Path(str(file) + self.dataset_json['file_ending']))
         mask = self._reader().read_seg(str(file) + self.dataset_json['file_ending'])[0][0]
         stock = self.segmentation(stock_logits)
         if self.outputs.presegmentation:
@@ -103,10 +126,7 @@ class CaseExport:
                 self._write_map(values, name)
         if all_maps:
             self._write_probability_maps(Path(f'{file}.npz'))
-        of_mask, of_stock = self.sizes(mask), self.sizes(stock)
-        return {name: {'voxels': of_mask[name], 'voxels_stock': of_stock[name],
-                       'components': int(ndimage.label(np.isin(mask, labels), np.ones((3, 3, 3)))[1])}
-                for name, labels in self.labels().items()}
+        return mask, stock
 
     def segmentation(self, logits: np.ndarray) -> np.ndarray:
         """Label map of the original image for logits (C, Z, Y, X), by nnU-Net's own rules."""
@@ -132,7 +152,9 @@ class CaseExport:
 
     def _write_labels(self, labels: np.ndarray, truncated: Path) -> None:
         truncated.parent.mkdir(exist_ok=True)
-        self._reader().write_seg(labels, str(truncated) + self.dataset_json['file_ending'], self.properties)
+        file = Path(str(truncated) + self.dataset_json['file_ending'])
+        self._reader().write_seg(labels, str(file), self.properties)
+        refuse_torn(file)
 
     def _to_image(self, maps: np.ndarray) -> np.ndarray:
         """Maps (M, Z, Y, X) of the network's grid resampled as nnU-Net resamples probabilities; 0 outside the crop."""
@@ -167,6 +189,7 @@ class CaseExport:
         file = str(self.folder / 'uncertainty' / f'{self.case}_{name}{ending}')
         integers = np.round(np.clip(values, 0, 1) * FULL_SCALE).astype(np.uint16)
         self._reader().write_seg(integers, file, self.properties)
+        refuse_torn(Path(file))
         if ending in ('.nii', '.nii.gz'):
             written: Any = nibabel.load(file)
             image = nibabel.Nifti1Image(np.asarray(written.dataobj, np.float32) / FULL_SCALE, None, written.header)
@@ -174,6 +197,27 @@ class CaseExport:
             nibabel.save(image, file)
         elif ending in ('.nrrd', '.mha', '.gipl'):
             sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), sitk.sitkFloat32) / FULL_SCALE, file, True)
+        refuse_torn(Path(file))
+
+
+def refuse_torn(file: Path) -> None:
+    """Raise OSError if an image just written is not whole: SimpleITK says nothing when the disk is full."""
+    if wrong := damage(file):
+        raise OSError(errno.EIO, f'What was written {wrong}', str(file))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within it, errors of the image libraries that come of a full disk or a deleted folder say so, as OSError."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, 'The folder was deleted while its case was predicted', str(folder)
+                                    ) from error
+        if shutil.disk_usage(folder).free < NEARLY_FULL:
+            raise OSError(errno.ENOSPC, 'The disk is full', str(folder)) from error
+        raise
 
 
 def probability_map(label: str) -> str:

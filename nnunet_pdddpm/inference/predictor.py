@@ -1,9 +1,10 @@
 """PDDDPMPredictor: nnU-Net's predictor with whole-volume samples, from files to files."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -12,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
-from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
+from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
-from nnunet_pdddpm.inference.summary import read_case, write_summary
+from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
+from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 
 
@@ -42,6 +43,7 @@ class PDDDPMPredictor(VolumePredictor):
         super().__init__(*args, **kwargs)
         self.outputs = outputs
         self._num_cases: int | None = None
+        self.failed: dict[str, str] = {}  # case -> why it could not be predicted, in the last prediction
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
@@ -93,15 +95,13 @@ class PDDDPMPredictor(VolumePredictor):
 
     def _internal_get_data_iterator_from_lists_of_filenames(
             self, input_list_of_lists: list[list[str]], seg_from_prev_stage_files: list | None,
-            output_filenames_truncated: list | None, num_processes: int) -> Iterator[dict[str, Any]]:
-        """As nnUNetPredictor's; with 0 processes in this one."""
-        if num_processes > 0:
-            return super()._internal_get_data_iterator_from_lists_of_filenames(
-                input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes)
-        return iter(PreprocessAdapter(
-            input_list_of_lists, seg_from_prev_stage_files,
-            self.configuration_manager.preprocessor_class(verbose=self.verbose_preprocessing),
-            output_filenames_truncated, self.plans_manager, self.dataset_json, self.configuration_manager))
+            output_filenames_truncated: list | None, num_processes: int) -> Iterator[dict[str, Any] | FailedCase]:
+        """As nnUNetPredictor's; a case that cannot be read comes as a `FailedCase`. With 0 processes in this one."""
+        nothing = [None] * len(input_list_of_lists)
+        preprocess = CasePreprocessor(self.plans_manager, self.configuration_manager, self.dataset_json,
+                                      self.verbose_preprocessing)
+        return preprocessed(preprocess, list(zip(input_list_of_lists, seg_from_prev_stage_files or nothing,
+                                                 output_filenames_truncated or nothing, strict=True)), num_processes)
 
     def predict_from_files_sequential(self, *args: Any, **kwargs: Any) -> Any:
         """As nnUNetPredictor's: everything in this process."""
@@ -111,27 +111,44 @@ class PDDDPMPredictor(VolumePredictor):
 
     def predict_from_data_iterator(self, data_iterator: Any, save_probabilities: bool = False,
                                    num_processes_segmentation_export: int = default_num_processes) -> list[Any]:
-        """As nnUNetPredictor's: files are written for items with an `ofile`, masks returned for those without."""
+        """As nnUNetPredictor's: files are written for items with an `ofile`, masks returned for those without.
+
+        Raises:
+            PredictionError: at the end, if cases could not be predicted; they are in `failed`, the others are done.
+            OSError: if files cannot be written; cases finished before are there.
+        """
         results: list[Any] = []
         outputs: set[Path] = set()
+        self.failed = {}
         try:
             with ExportQueue(num_processes_segmentation_export) as queue:
                 self._predict_all(data_iterator, save_probabilities, queue, outputs, results)
-            return [result.result() if isinstance(result, Future) else result for result in results]
+            results = [result.result() if isinstance(result, Future) else result for result in results]
         except BrokenProcessPool:
-            raise PredictionError('A background process for export was killed, probably for lack of memory: use fewer '
-                                  'with -nps. Finished cases are there; go on with --continue_prediction.') from None
+            raise PredictionError('A background process was killed, probably for lack of memory: use fewer with -npp '
+                                  'and -nps. Finished cases are there; go on with --continue_prediction.') from None
+        except OutputInUse as error:
+            raise PredictionError(str(error)) from None
         finally:
             for output in outputs:
-                write_summary(output)
+                if output.is_dir():
+                    write_summary(output)
             compute_gaussian.cache_clear()
             empty_cache(self.device)
+        if self.failed:
+            raise PredictionError(failures(self.failed, len(results)))
+        return results
 
     def _predict_all(self, data_iterator: Any, save_probabilities: bool, queue: ExportQueue, outputs: set[Path],
                      results: list[Any]) -> None:
         """Predict item by item, into `results`; the folders in which files are written are added to `outputs`."""
         under_way: list[CaseUnderWay] = []
+        finished: list[Path] = []
         for item in tqdm(data_iterator, 'Cases', self._num_cases, disable=not self.allow_tqdm):
+            if isinstance(item, FailedCase):
+                results.append(None)
+                self._fail(item, outputs)
+                continue
             data, properties, file = item['data'], item['data_properties'], item['ofile']
             if isinstance(data, str):  # as nnU-Net's: a temporary file
                 file_of_data, data = Path(data), torch.from_numpy(np.load(data))
@@ -147,10 +164,56 @@ class PDDDPMPredictor(VolumePredictor):
             print(f'\nPredicting {Path(file).name}:')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(), queue)
-            case.add_rest(self.predict_volume(data, case.add_sample))
-            under_way.append(case)
+            with self._lack_of_memory_fails(case, outputs):
+                case.add_rest(self.predict_volume(data, case.add_sample))
+                under_way.append(case)
             for case in [case for case in under_way if case.done()]:
-                case.put_in_place()
                 under_way.remove(case)
+                self._finish(case, outputs, finished)
         for case in under_way:
+            self._finish(case, outputs, finished)
+        for mask in finished:
+            if not mask.is_file():
+                raise PredictionError(f'{mask} was written and is not there any more, nor may others be: something '
+                                      f'else deletes files in {mask.parent}. Predict again with --continue_prediction.')
+
+    def _finish(self, case: CaseUnderWay, outputs: set[Path], finished: list[Path]) -> None:
+        with self._lack_of_memory_fails(case, outputs):
             case.put_in_place()
+            finished.append(case.output / (case.export.case + self.dataset_json['file_ending']))
+
+    @contextmanager
+    def _lack_of_memory_fails(self, case: CaseUnderWay, outputs: set[Path]) -> Iterator[None]:
+        """Within it a case for which the memory is not enough fails alone: the next may be smaller."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            case.discard()
+            empty_cache(self.device)
+            self._fail(FailedCase(str(case.output / case.export.case),
+                                  f'not enough memory for it ({str(error).splitlines()[0] if str(error) else "no more"}'
+                                  f'): use fewer processes (-npp, -nps), -not_on_device, or a machine with more'),
+                       outputs)
+
+    def _fail(self, failed: FailedCase, outputs: set[Path]) -> None:
+        """Note a case that cannot be predicted; a case without a file for it ends the prediction."""
+        if failed.output is None:
+            raise PredictionError(failed.reason)
+        output = Path(failed.output)
+        outputs.add(output.parent)
+        print(f'\n{output.name} is not predicted: {failed.reason}')
+        self.failed[output.name] = failed.reason
+        write_failure(output.parent, output.name, failed.reason)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory was not enough: Python's, torch's on the GPU, or torch's on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def failures(failed: Mapping[str, str], cases: int) -> str:
+    """What is said at the end of a prediction in which some of a number of cases failed."""
+    return (f'{len(failed)} of {cases} cases could not be predicted, the others are done: '
+            + '; '.join(f'{case} ({reason})' for case, reason in failed.items()))

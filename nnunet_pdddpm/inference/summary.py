@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from nnunet_pdddpm.versions import require_nnunet
 
 CASES = 'pdddpm_cases'
 """Folder with one file per finished case, from which the summary is made: parts of a prediction share it."""
+FAILED = f'{CASES}/failed'
+"""Folder with one file per case that could not be predicted and has not been since."""
 SUMMARY = 'pdddpm_summary'
 
 
@@ -65,13 +68,26 @@ def read_case(output: Path, case: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def write_failure(output: Path, case: str, reason: str) -> None:
+    """Note that a case could not be predicted, and why."""
+    (output / FAILED).mkdir(parents=True, exist_ok=True)
+    write_atomically(output / FAILED / f'{case}.json', json.dumps({'case': case, 'error': reason}))
+
+
 def write_summary(output: Path) -> None:
-    """Collect the rows of all finished cases in an output folder. Several processes may do so at the same time."""
+    """Collect the rows of all cases in an output folder. Several processes may do so at the same time."""
     written: list[Path] | None = None
-    while (files := sorted((output / CASES).glob('*.json'))) != written:
-        rows = [json.loads(file.read_text()) for file in files]
-        write_atomically(output / f'{SUMMARY}.json', json.dumps({'cases': rows}, indent=2))
-        write_atomically(output / f'{SUMMARY}.csv', _table(rows))
+    while (files := [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
+           ) != written:
+        rows = []
+        for file in files:
+            with suppress(FileNotFoundError):  # a failure that another process has just taken back
+                rows.append(json.loads(file.read_text()))
+        failed = [row for row in rows if 'error' in row]
+        rows = [row for row in rows if 'error' not in row]
+        content = {'cases': rows, **({'failed': failed} if failed else {})}
+        write_atomically(output / f'{SUMMARY}.json', json.dumps(content, indent=2))
+        write_atomically(output / f'{SUMMARY}.csv', _table(rows, failed))
         written = files  # a case that another process has finished meanwhile: once more
 
 
@@ -81,13 +97,13 @@ def versions() -> dict[str, str]:
             'numpy': np.__version__, 'python': platform.python_version()}
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line for every case and label."""
+def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]] = ()) -> str:
+    """One line for every case and label, and one for every case that could not be predicted."""
     lines = [{'case': row['case'], 'label': name, **values,
               **{f'case_{key}': row[key] for key in ('estimated_dice', 'uncertain_share', 'seconds')},
               **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},
               **_flat_settings(row['settings']), **row['versions']}
-             for row in rows for name, values in row['labels'].items()]
+             for row in rows for name, values in row['labels'].items()] + [dict(row) for row in failed]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator='\n')
     writer.writeheader()

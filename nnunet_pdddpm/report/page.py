@@ -55,7 +55,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
         cases=cases, outlines=list(regions), labels=text.label_names(entries), versions=entries[0].get('versions', {}),
         dataset=plans.get('dataset_name', folder.name), not_shown=len(summary['cases']) - len(entries),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
-        uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
+        failed=summary.get('failed', []), uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
     write_atomically(folder / REPORT, page)
     return folder / REPORT
 

@@ -1,0 +1,147 @@
+"""Cases read and preprocessed one by one: what is wrong with one of them stops none of the others."""
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_pdddpm.inference.image_files import damage
+
+# what SimpleITK, nibabel, tifffile, skimage and nnU-Net's readers and preprocessors raise for images they cannot take
+REFUSALS = (RuntimeError, ValueError, AssertionError, ArithmeticError, IndexError, OSError, EOFError, zlib.error,
+            MemoryError)
+
+
+@dataclass(frozen=True)
+class FailedCase:
+    """A case that could not be preprocessed."""
+    output: str | None
+    """Path of its mask without the ending, if it was to be a file."""
+    reason: str
+
+
+class UnusableImage(ValueError):
+    """What was read is no image that a segmentation could be made of."""
+
+
+@dataclass(frozen=True)
+class CasePreprocessor:
+    """Reads and preprocesses a case as nnU-Net does, but for refusing what it would take for an image."""
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    verbose: bool
+
+    def __call__(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any] | FailedCase:
+        """The item that nnU-Net's predictor takes, with a numpy array as `data`; or why there is none.
+
+        Args:
+            files: the image's channels.
+            previous: mask of the previous stage of a cascade.
+            output: path of the mask without the ending.
+        """
+        try:
+            return self.preprocess(files, previous, output)
+        except REFUSALS as error:
+            lines = str(error).strip().splitlines() or [f'{type(error).__name__} in reading or preprocessing it, see '
+                                                        f'the lines above']
+            reason = lines[-1] if not isinstance(error, MemoryError) else f'not enough memory to preprocess it: {error}'
+            named = isinstance(error, UnusableImage) or Path(files[0]).name in reason
+            return FailedCase(output, reason if named else f'{Path(files[0]).name}: {reason}')
+
+    def preprocess(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any]:
+        """As `__call__`; raises one of `REFUSALS`."""
+        for file in [*files, *([previous] if previous else [])]:
+            if wrong := damage(Path(file)):
+                raise UnusableImage(f'{Path(file).name} {wrong}')
+        reader = self.plans_manager.image_reader_writer_class()
+        image, properties = reader.read_images(files)
+        require_image(image, properties, [Path(file).name for file in files])
+        mask = reader.read_seg(previous)[0] if previous else None
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
+        data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
+                                                           self.configuration_manager, self.dataset_json)
+        if previous:
+            labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
+            data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
+        return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output}
+
+
+def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse what would be segmented without complaint into a mask that means nothing.
+
+    Args:
+        image: (channels, Z, Y, X).
+        properties: from nnU-Net's reader.
+        names: of the channels' files, one of them if all channels are in one.
+
+    Raises:
+        UnusableImage: there are no voxels, NaN or infinite ones, all are alike, or their size is not positive.
+    """
+    what = ', '.join(names)
+    if image.size == 0:
+        raise UnusableImage(f'{what}: the image has no voxels')
+    bad = int(np.count_nonzero(~np.isfinite(image)))
+    if bad:
+        raise UnusableImage(f'{what}: {bad} of {image.size} voxels are NaN or infinite')
+    if all(channel.min() == channel.max() for channel in image):
+        raise UnusableImage(f'{what}: all voxels have the value {image.flat[0]:g}, there is nothing to segment')
+    spacing = [float(value) for value in properties['spacing']]
+    if not all(np.isfinite(value) and value > 0 for value in spacing):
+        raise UnusableImage(f'{what}: the voxel size is {" x ".join(f"{value:g}" for value in spacing)}')
+
+
+def end_with_parent() -> None:
+    """End this background process when the one that started it was killed: it would wait for work for ever."""
+    def wait_and_end() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=wait_and_end, daemon=True).start()
+
+
+def preprocessed(preprocess: CasePreprocessor, cases: Sequence[tuple[Any, ...]], processes: int
+                 ) -> Iterator[dict[str, Any] | FailedCase]:
+    """All cases in their order, preprocessed ahead in background processes; with 0 processes in this one, one by one.
+
+    Args:
+        preprocess: of one case.
+        cases: its arguments.
+        processes: their number; as many cases, and one more, are kept in memory.
+
+    Raises:
+        BrokenProcessPool: if a background process was killed.
+    """
+    if processes == 0:
+        for case in cases:
+            yield with_tensor(preprocess(*case))
+        return
+    pool = ProcessPoolExecutor(min(processes, len(cases)), get_context('spawn'), end_with_parent)
+    try:
+        under_way: deque[Future[dict[str, Any] | FailedCase]] = deque()
+        for case in cases:
+            under_way.append(pool.submit(preprocess, *case))
+            if len(under_way) > processes:
+                yield with_tensor(under_way.popleft().result())
+        while under_way:
+            yield with_tensor(under_way.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def with_tensor(item: dict[str, Any] | FailedCase) -> dict[str, Any] | FailedCase:
+    """The item with its image as a tensor."""
+    return item if isinstance(item, FailedCase) else {**item, 'data': torch.from_numpy(item['data'])}

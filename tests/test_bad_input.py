@@ -1,0 +1,287 @@
+"""Images that cannot be segmented: each is named at the end and in the summary, and the others are predicted."""
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import DATASET_ID, PLANS, REFINED, Workspace
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_pdddpm.commands.predict import main
+from nnunet_pdddpm.inference import export
+from nnunet_pdddpm.inference.case import CaseUnderWay
+from nnunet_pdddpm.inference.image_files import damage
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
+from nnunet_pdddpm.inference.volume_predictor import PredictionError
+
+GOOD = 'phantom_009'
+
+
+def predict(source: Path, output: Path, *flags: str, processes: int = 0) -> Path:
+    """The command in this process, as fast as it goes."""
+    main(['-i', str(source), '-o', str(output), '-d', str(DATASET_ID), '-c', '3d_fullres', '-tr', REFINED, '-p', PLANS,
+          '-f', '0', '-device', 'cpu', '--disable_progress_bar', '--disable_tta', '-step_size', '1', '-samples', '2',
+          '-npp', str(processes), '-nps', '0', *flags])
+    return output
+
+
+def refusal(*args, **kwargs) -> str:
+    """What is said at the end: one line, exit status 1."""
+    with pytest.raises(SystemExit) as refused:
+        predict(*args, **kwargs)
+    assert isinstance(refused.value.code, str) and '\n' not in refused.value.code
+    return refused.value.code
+
+
+@pytest.fixture
+def source(refined: Workspace, tmp_path: Path) -> Path:
+    """A folder with one good image."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    shutil.copy(refined.raw / 'imagesTs' / f'{GOOD}_0000.nii.gz', folder)
+    return folder
+
+
+def good_file(source: Path) -> Path:
+    return source / f'{GOOD}_0000.nii.gz'
+
+
+def write(source: Path, case: str, array: np.ndarray) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.float32)), str(source / f'{case}_0000.nii.gz'))
+
+
+def array(source: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(good_file(source))))
+
+
+def with_header(source: Path, case: str, offset: int, value: float) -> None:
+    """The good image with a float32 of its header replaced."""
+    content = bytearray(gzip.decompress(good_file(source).read_bytes()))
+    content[offset:offset + 4] = struct.pack('<f', value)
+    (source / f'{case}_0000.nii.gz').write_bytes(gzip.compress(content))
+
+
+def write_bad_images(source: Path) -> dict[str, str]:
+    """One image for each way to be bad: case -> what is said of it."""
+    image, content = array(source), good_file(source).read_bytes()
+    write(source, 'zeros', 0 * image)
+    write(source, 'constant', 0 * image + 7)
+    for case, bytes_ in (('truncated', content[:len(content) // 2]), ('empty', b''), ('text', b'no image'),
+                         ('short', gzip.compress(gzip.decompress(content)[:2000])),
+                         ('flipped', content[:-6] + bytes([content[-6] ^ 1]) + content[-5:])):
+        (source / f'{case}_0000.nii.gz').write_bytes(bytes_)
+    with_header(source, 'spacing_0', 80, 0.0)
+    with_header(source, 'spacing_negative', 84, -1.5)
+    with_header(source, 'spacing_nan', 88, np.nan)
+    (source / 'dangling_0000.nii.gz').symlink_to(source / 'nowhere.nii.gz')
+    for channel in range(2):
+        shutil.copy(good_file(source), source / f'two_{channel:04d}.nii.gz')
+    shutil.copy(good_file(source), source / 'unnumbered.nii.gz')
+    shutil.copy(good_file(source), source / 'nrrd_0000.nrrd')
+    return {'zeros': 'all voxels have the value 0', 'constant': 'all voxels have the value 7',
+            'truncated': 'is truncated or damaged', 'empty': 'is empty', 'text': 'is truncated or damaged',
+            'short': 'is truncated: it has 2000 bytes of', 'flipped': 'is truncated or damaged',
+            'spacing_0': 'gives a voxel size of 0 x', 'spacing_negative': 'x -1.5 x', 'spacing_nan': 'x nan mm',
+            'dangling': 'cannot be read (No such file or directory)', 'two': 'has 2 channel files, the model needs 1',
+            'unnumbered': 'has no channel number', 'nrrd': 'ends in .nrrd, this model reads .nii.gz'}
+
+
+@pytest.mark.parametrize('processes', [0, 1])
+def test_bad_images_are_named_at_the_end_and_in_the_summary_and_the_good_ones_are_done(source, tmp_path, processes):
+    alone = predict(source, tmp_path / 'alone')
+    bad = write_bad_images(source)
+    out = tmp_path / 'out'
+    said = refusal(source, out, '--report', processes=processes)
+    assert said.startswith(f'Error: {len(bad)} of {len(bad) + 1} cases could not be predicted, the others are done: ')
+    summary = json.loads((out / 'pdddpm_summary.json').read_text())
+    reasons = {row['case']: row['error'] for row in summary['failed']}
+    assert reasons.keys() == bad.keys()
+    page = (out / 'report.html').read_text()
+    for case, reason in bad.items():
+        assert reason in reasons[case]
+        assert f'{case} ({reasons[case]})' in said
+        assert f'{case} (' in page
+    assert [row['case'] for row in summary['cases']] == [GOOD]
+    lines = list(csv.DictReader((out / 'pdddpm_summary.csv').open(newline='')))
+    assert {line['case']: line['error'] for line in lines if line['error']} == reasons
+    assert [file.name for file in out.glob('*.nii.gz')] == [f'{GOOD}.nii.gz']
+    assert (out / f'{GOOD}.nii.gz').read_bytes() == (alone / f'{GOOD}.nii.gz').read_bytes()
+    assert not list(out.glob('.*'))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_refused_where_the_reader_keeps_them_and_0_where_it_makes_them_0(refined, source, value):
+    """SimpleITK reads them as 0 from NIfTI, in training as in prediction, and so does stock nnU-Net."""
+    spoiled = array(source).astype(np.float32)
+    spoiled[3, 4, 5] = value
+    write(source, 'spoiled', spoiled)
+    spoiled[3, 4, 5] = 0
+    write(source, 'zero', spoiled)
+    plans = json.loads((refined.model(REFINED) / 'plans.json').read_text())
+    description = json.loads((refined.model(REFINED) / 'dataset.json').read_text())
+
+    def read(case: str, reader: str):
+        manager = PlansManager({**plans, 'image_reader_writer': reader})
+        preprocess = CasePreprocessor(manager, manager.get_configuration('3d_fullres'), description, False)
+        return preprocess([str(source / f'{case}_0000.nii.gz')], None, f'out/{case}')
+    assert read('spoiled', 'NibabelIO') == FailedCase(
+        'out/spoiled', f'spoiled_0000.nii.gz: 1 of {spoiled.size} voxels are NaN or infinite')
+    np.testing.assert_array_equal(read('spoiled', 'SimpleITKIO')['data'], read('zero', 'SimpleITKIO')['data'])
+
+
+def test_a_case_that_has_been_put_right_is_no_failure_any_more(source, tmp_path):
+    write(source, 'other', np.zeros((20, 26, 22)))
+    out = tmp_path / 'out'
+    assert '1 of 2 cases could not be predicted' in refusal(source, out)
+    done = (out / f'{GOOD}.nii.gz').stat().st_mtime_ns
+    write(source, 'other', array(source) + 1)
+    predict(source, out, '--continue_prediction')
+    summary = json.loads((out / 'pdddpm_summary.json').read_text())
+    assert 'failed' not in summary and [row['case'] for row in summary['cases']] == ['other', GOOD]
+    assert (out / f'{GOOD}.nii.gz').stat().st_mtime_ns == done
+
+
+def test_when_nothing_can_be_predicted_that_is_said_and_earlier_masks_stay(source, tmp_path):
+    out = predict(source, tmp_path / 'out')
+    mask = (out / f'{GOOD}.nii.gz').read_bytes()
+    good_file(source).write_bytes(b'')
+    assert '1 of 1 cases could not be predicted' in refusal(source, out)
+    assert (out / f'{GOOD}.nii.gz').read_bytes() == mask
+
+
+@pytest.mark.parametrize('shape', [(1, 26, 22), (20, 1, 22), (1, 1, 30), (1, 1, 1), (3, 2, 2)])
+def test_axes_of_one_voxel_keep_their_geometry(source, tmp_path, shape):
+    good_file(source).unlink()
+    write(source, 'thin', np.random.default_rng(0).normal(size=shape))
+    if shape == (1, 1, 1):  # constant
+        assert 'there is nothing to segment' in refusal(source, tmp_path / 'out')
+        return
+    out = predict(source, tmp_path / 'out', '--uncertainty', '--save_samples')
+    files = list(out.rglob('*.nii.gz'))
+    assert len(files) == 4
+    for file in files:
+        values = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        assert values.shape == shape and np.isfinite(values).all()
+
+
+def test_names_with_spaces_letters_and_markup_and_symbolic_links_are_names_like_others(source, tmp_path):
+    names = ['größe 1 é', '<script>alert(1)<∕script>', 'a & "b"; $(c)', '病例 _s00']
+    for name in names:
+        (source / f'{name}_0000.nii.gz').symlink_to(good_file(source))
+    real = tmp_path / 'somewhere else'
+    real.mkdir()
+    out = tmp_path / 'link to output'
+    out.symlink_to(real)
+    predict(source, out, '--report', '--save_samples')
+    assert {file.name for file in real.glob('*.nii.gz')} == {f'{name}.nii.gz' for name in [*names, GOOD]}
+    masks = {file.read_bytes() for file in real.glob('*.nii.gz')}
+    assert len(masks) == 1  # the same image under all names
+    page = (out / 'report.html').read_text()
+    assert '<script>alert' not in page and '&lt;script&gt;alert(1)' in page
+
+
+def test_files_are_told_whole_from_damaged(source, tmp_path):
+    good = good_file(source)
+    assert damage(good) == ''
+    (tmp_path / 'plain.nii').write_bytes(gzip.decompress(good.read_bytes()))
+    assert damage(tmp_path / 'plain.nii') == ''
+    (tmp_path / 'plain.nii').write_bytes(gzip.decompress(good.read_bytes())[:-1])
+    assert 'is truncated: it has' in damage(tmp_path / 'plain.nii')
+
+
+# what happens to the output folder
+
+def test_an_output_that_cannot_be_written_is_one_sentence(source, tmp_path):
+    (tmp_path / 'file').write_text('')
+    said = refusal(source, tmp_path / 'file' / 'out')
+    assert said.startswith('Error: Not a directory') and str(tmp_path / 'file') in said
+    assert 'go on with --continue_prediction' in said
+
+
+def test_a_second_run_at_the_same_case_is_refused_and_disturbs_nothing(source, tmp_path, monkeypatch):
+    out, seen = tmp_path / 'out', []
+    add_rest = CaseUnderWay.add_rest
+
+    def while_another_starts(self, prediction):
+        if not seen:
+            seen.append(refusal(source, out))
+        add_rest(self, prediction)
+    monkeypatch.setattr(CaseUnderWay, 'add_rest', while_another_starts)
+    predict(source, out)
+    assert f'{GOOD} is being predicted into {out} by another process' in seen[0]
+    monkeypatch.undo()
+    alone = predict(source, tmp_path / 'alone')
+    assert (out / f'{GOOD}.nii.gz').read_bytes() == (alone / f'{GOOD}.nii.gz').read_bytes()
+
+
+@pytest.mark.parametrize(('moment', 'said_then'), [
+    ('exporting', 'The folder was deleted while its case was predicted'), ('afterwards', 'is not there any more')])
+def test_a_deleted_output_folder_is_told(source, tmp_path, monkeypatch, moment, said_then):
+    out = tmp_path / 'out'
+    name = {'exporting': 'add_rest', 'afterwards': 'put_in_place'}[moment]
+    original = getattr(CaseUnderWay, name)
+
+    def deleting(self, *args):
+        if moment == 'exporting':
+            shutil.rmtree(out)
+        original(self, *args)
+        if moment == 'afterwards':
+            shutil.rmtree(out)
+    monkeypatch.setattr(CaseUnderWay, name, deleting)
+    assert said_then in refusal(source, out)
+
+
+def test_a_mask_that_the_writer_left_torn_is_not_put_in_place(source, tmp_path, monkeypatch):
+    """As on a full disk, where SimpleITK reports no error."""
+    out = predict(source, tmp_path / 'out')
+    earlier = {file: file.read_bytes() for file in out.rglob('*') if file.is_file() and file.suffix != '.json'}
+    original = export.export_prediction_from_logits
+
+    def torn(logits, properties, configuration, plans, description, file, *args):
+        original(logits, properties, configuration, plans, description, file, *args)
+        os.truncate(f'{file}.nii.gz', 200)
+    monkeypatch.setattr(export, 'export_prediction_from_logits', torn)
+    assert 'What was written is truncated or damaged' in refusal(source, out, '-seed', '3')
+    assert {file: file.read_bytes() for file in earlier} == earlier
+
+
+def test_a_case_too_large_for_the_memory_fails_alone(source, tmp_path, monkeypatch):
+    write(source, 'huge', np.pad(array(source), 5, mode='reflect'))
+    predict_volume = PDDDPMPredictor.predict_volume
+
+    def limited(self, data, *args):
+        if data.numel() > 1.3 * array(source).size:
+            torch.empty(2 ** 60)
+        return predict_volume(self, data, *args)
+    monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', limited)
+    said = refusal(source, tmp_path / 'out')
+    assert '1 of 2 cases could not be predicted' in said and 'huge (not enough memory for it' in said
+    assert [file.name for file in (tmp_path / 'out').glob('*.nii.gz')] == [f'{GOOD}.nii.gz']
+    assert not list((tmp_path / 'out').glob('.*'))
+
+
+def test_errors_that_are_no_lack_of_memory_are_not_taken_for_one(source, tmp_path, monkeypatch):
+    def broken(self, data, *args):
+        raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
+    monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', broken)
+    with pytest.raises(RuntimeError, match='mat1 and mat2'):
+        predict(source, tmp_path / 'out')
+    assert not list((tmp_path / 'out').glob('*.nii.gz'))
+
+
+def test_from_python_a_bad_image_without_a_file_for_its_mask_is_an_error(refined, source):
+    predictor = PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(refined.model(REFINED)), (0,))
+    write(source, 'dark', np.zeros((20, 26, 22)))
+    with pytest.raises(PredictionError, match='dark_0000.nii.gz: all voxels have the value 0'):
+        predictor.predict_from_files_sequential([[str(source / 'dark_0000.nii.gz')]], None)
