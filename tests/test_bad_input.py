@@ -224,6 +224,15 @@ def test_a_second_run_at_the_same_case_is_refused_and_disturbs_nothing(source, t
     assert (out / f'{GOOD}.nii.gz').read_bytes() == (alone / f'{GOOD}.nii.gz').read_bytes()
 
 
+def test_what_a_run_killed_at_its_very_end_has_left_is_taken_away(source, tmp_path):
+    out = predict(source, tmp_path / 'out')
+    left = out / f'.{GOOD}.partial'
+    left.mkdir()
+    (left / '.lock').write_text('')
+    predict(source, out, '--continue_prediction')
+    assert not left.exists()
+
+
 @pytest.mark.parametrize(('moment', 'said_then'), [
     ('exporting', 'The folder was deleted while its case was predicted'), ('afterwards', 'is not there any more')])
 def test_a_deleted_output_folder_is_told(source, tmp_path, monkeypatch, moment, said_then):

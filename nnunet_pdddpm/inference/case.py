@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ class ExportQueue:
 
     def __exit__(self, *exception: Any) -> None:
         self.executor.shutdown(cancel_futures=True)
+
+
+def clear_leftover(folder: Path) -> None:
+    """Take away the folder of a finished case that a run killed at the very end has left, unless one is at work."""
+    if not folder.is_dir():
+        return
+    lock = FileLock(folder / LOCK)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+        shutil.rmtree(folder)
+        lock.release()
 
 
 class CaseUnderWay:

@@ -19,7 +19,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
-from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse
+from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse, clear_leftover
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summary
@@ -86,7 +86,10 @@ class PDDDPMPredictor(VolumePredictor):
         self.refuse_other_settings(truncated)
         row = read_case(truncated.parent, truncated.name)
         export = self._export(truncated, {}, save_probabilities)
-        return row is not None and all((truncated.parent / file).is_file() for file in export.files(self.num_samples))
+        done = row is not None and all((truncated.parent / file).is_file() for file in export.files(self.num_samples))
+        if done:
+            clear_leftover(export.folder)
+        return done
 
     def _export(self, truncated: Path, properties: dict[str, Any], save_probabilities: bool) -> CaseExport:
         return CaseExport(self.plans_manager, self.configuration_manager, self.dataset_json, properties,
