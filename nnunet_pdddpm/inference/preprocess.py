@@ -68,7 +68,9 @@ class CasePreprocessor:
                 raise UnusableImage(f'{Path(file).name} {wrong}')
         reader = self.plans_manager.image_reader_writer_class()
         image, properties = reader.read_images(files)
-        require_image(image, properties, [Path(file).name for file in files])
+        names = [Path(file).name for file in files]
+        require_image(image, properties, names)
+        self.require_thickness(image.shape[1:], properties['spacing'], names)
         mask = reader.read_seg(previous)[0] if previous else None
         preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
         data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
@@ -77,6 +79,16 @@ class CasePreprocessor:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
         return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output}
+
+
+    def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
+        """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
+        order = self.plans_manager.transpose_forward
+        for axis, of_model in zip(order[::-1], self.configuration_manager.spacing[::-1], strict=False):  # 2d: slices
+            thickness = shape[axis] * spacing[axis]
+            if round(thickness / of_model) < 1:
+                raise UnusableImage(f'{", ".join(names)}: the image is {thickness:g} mm thick along an axis, which is '
+                                    f'thinner than half a voxel of the model ({of_model:g} mm)')
 
 
 def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence[str]) -> None:

@@ -1,0 +1,248 @@
+"""What holds for every shape, spacing, number of labels and setting, and for every damage to a file."""
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import REFINED, Workspace
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from test_network import SETTINGS, make_refiner
+from torch import nn
+
+from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, one_hot, regions_to_channels
+from nnunet_pdddpm.diffusion.process import GaussianProcess
+from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
+from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
+from nnunet_pdddpm.inference.export import CaseExport, Outputs
+from nnunet_pdddpm.inference.image_files import damage
+from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
+from nnunet_pdddpm.inference.spread import Spread
+from nnunet_pdddpm.inference.volume_sampling import fuse_tiles
+from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
+from nnunet_pdddpm.network.refiner import DiffusionDesign, Refiner
+from nnunet_pdddpm.network.settings import SamplingSettings
+
+fixed = settings(derandomize=True, deadline=None, max_examples=30, database=None)  # the same examples in every run
+few = settings(fixed, max_examples=12)
+shapes = st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple)
+CODING = MaskCoding()
+
+
+@st.composite
+def samplings(draw) -> SamplingSettings:
+    """Any settings that are in range."""
+    t_start = draw(st.integers(0, 960))
+    return SamplingSettings(t_start=t_start, steps=draw(st.integers(1, min(max(t_start, 1), 5))),
+                            samples=draw(st.integers(1, 3)), eta=draw(st.sampled_from([0.0, 0.3, 1.0])),
+                            blend=draw(st.sampled_from([0.0, 0.5, 1.0])), seed=draw(st.integers(0, 2 ** 31 - 1)))
+
+
+class Pointwise(nn.Module):
+    """Stands in for a U-Net where the denoiser's inside does not matter: logits of an image for any shape."""
+
+    def __init__(self, classes: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(scale * torch.linspace(-1, 1, classes))
+
+    def forward(self, image):
+        return image[:, :1] * self.weight.reshape(1, -1, *[1] * (image.ndim - 2))
+
+
+class PointwiseDenoiser(Pointwise):
+    def forward(self, image, mask, t):
+        return super().forward(image) + mask * torch.cos(t.float()).reshape(-1, *[1] * (image.ndim - 1))
+
+
+def pointwise_refiner(classes: int, scale: float, regions: bool, sampling: SamplingSettings) -> Refiner:
+    refiner = make_refiner(design=DiffusionDesign())
+    refiner.num_channels = classes
+    refiner.presegmenter, refiner.denoiser = Pointwise(classes, scale), PointwiseDenoiser(classes, scale)
+    refiner.configure(sampling, sampling, 960, regions)
+    return refiner.eval()
+
+
+@fixed
+@given(shapes, st.integers(1, 7), st.booleans(), samplings(), st.sampled_from([0.0, 1.0, 100.0, 3e4]))
+def test_probabilities_are_finite_and_sum_to_one_or_lie_in_0_to_1(shape, channels, regions, sampling, scale):
+    assume(regions or channels > 1)
+    refiner = pointwise_refiner(channels, scale, regions, sampling)
+    image = torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
+    with torch.no_grad():
+        logits = refiner(image)
+        stock = refiner.presegmenter(image)
+    assert logits.shape == (2, channels, *shape) and torch.isfinite(logits).all()
+    if sampling.is_stock:
+        assert torch.equal(logits, stock)
+        return
+    assert logits.abs().max() < 13.9 and torch.isfinite(10 * logits.half()).all()
+    p = torch.sigmoid(logits) if regions else logits.exp()
+    assert 0 <= p.min() and p.max() <= 1
+    if not regions:
+        torch.testing.assert_close(p.sum(1), torch.ones(2, *shape), rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(st.tuples(st.integers(1, 3), st.integers(1, 3)), samplings(), st.booleans())
+def test_so_they_are_with_a_real_network(size, sampling, regions):
+    refiner = make_refiner(settings=SETTINGS, regions=regions)
+    image = torch.randn(1, 2, 4 * size[0] + 4, 4 * size[1] + 4, generator=torch.Generator().manual_seed(1))
+    logits = refiner.sample(image, sampling)
+    assert torch.isfinite(logits).all()
+    if sampling.is_stock:
+        assert torch.equal(logits, refiner.presegmenter(image))
+    elif not regions:
+        torch.testing.assert_close(logits.exp().sum(1), torch.ones(1, *image.shape[2:]), rtol=1e-4, atol=1e-4)
+
+
+@fixed
+@given(shapes, st.permutations(range(4)), samplings())
+def test_relabelling_the_classes_relabels_the_result(shape, permutation, sampling):
+    generator, order = torch.Generator().manual_seed(sampling.seed), torch.tensor(permutation)
+    logits = torch.randn(1, 4, *shape, generator=generator)
+    labels = torch.randint(0, 4, (1, 1, *shape), generator=generator)
+    assert torch.equal(one_hot(order.argsort()[labels], 4), one_hot(labels, 4)[:, order])
+    assert torch.equal(harden(logits[:, order], False), harden(logits, False)[:, order])
+
+    def sample(order):
+        noise = seeded_noise(logits.shape, sampling.seed, 0, logits.device)
+        x_pre = CODING.encode(harden(logits, False))[:, order]
+        return refine(lambda x, t: torch.tanh(3 * x), GaussianProcess(cosine_abar(), sampling.eta), x_pre,
+                      truncated_levels(sampling.t_start, sampling.steps), lambda: noise()[:, order])
+    torch.testing.assert_close(sample(order), sample(torch.arange(4))[:, order])
+
+
+@fixed
+@given(shapes, st.lists(st.sets(st.integers(1, 5), min_size=1).map(lambda region: tuple(sorted(region))), min_size=1,
+                        max_size=4))
+def test_regions_are_the_unions_of_their_labels(shape, regions):
+    labels = torch.randint(0, 6, (1, 1, *shape), generator=torch.Generator().manual_seed(len(regions)))
+    channels = regions_to_channels(labels, regions)
+    for channel, region in zip(channels[0], regions, strict=True):
+        np.testing.assert_array_equal(channel.numpy(), np.isin(labels[0, 0].numpy(), region))
+
+
+@fixed
+@given(st.tuples(*[st.integers(1, 12)] * 3), st.tuples(*[st.integers(1, 6)] * 3))
+def test_tiles_of_any_size_cover_any_volume(shape, tile):
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+    shape = tuple(map(max, shape, tile))
+    steps = compute_steps_for_sliding_window(shape, tile, 0.5)
+    tiles = [(slice(None), *(slice(s, s + n) for s, n in zip(start, tile, strict=True)))
+             for start in np.stack(np.meshgrid(*steps, indexing='ij'), -1).reshape(-1, 3)]
+    volume = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    fused = fuse_tiles(lambda t: volume[t], volume.shape, tiles, torch.rand(tile) + 0.1, volume.device)
+    torch.testing.assert_close(fused, volume, rtol=1e-4, atol=1e-5)
+
+
+@fixed
+@given(st.tuples(*[st.integers(1, 5)] * 3), st.integers(2, 4), st.integers(1, 4), st.booleans())
+def test_maps_lie_in_0_to_1_whatever_the_samples(shape, channels, samples, regions):
+    spread = Spread((channels, *shape), samples, 1, regions, torch.device('cpu'))
+    generator = torch.Generator().manual_seed(samples)
+    for _ in range(samples):
+        sharp = 30 * torch.randn(channels, *shape, generator=generator)
+        spread.add(torch.sigmoid(sharp) if regions else torch.softmax(sharp, 0))
+    spread.end_of_fold()
+    spread.crop(tuple(slice(None) for _ in shape))
+    for name, values in spread.maps().items():
+        assert torch.isfinite(values).all(), name
+        assert -1e-6 <= values.min() and values.max() <= 1 + 1e-6, name
+
+
+# files
+
+@few
+@given(shape=st.tuples(*[st.integers(1, 10)] * 3), spacing=st.tuples(*[st.floats(0.3, 2)] * 3),
+       origin=st.tuples(*[st.floats(-500, 500)] * 3), seed=st.integers(0, 99))
+def test_a_mask_has_the_geometry_of_its_image_unless_that_is_too_thin(refined: Workspace, shape, spacing, origin, seed):
+    plans, description = (json.loads((refined.model(REFINED) / name).read_text())
+                          for name in ('plans.json', 'dataset.json'))
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration('3d_fullres')
+    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    assume(values.size > 1)
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'case_0000.nii.gz')
+        sitk.WriteImage(image, str(file))
+        item = CasePreprocessor(manager, configuration, description, False)([str(file)], None, f'{folder}/case')
+        if isinstance(item, FailedCase):
+            assert any(n * mm < 0.6 * of_model for n, mm, of_model in zip(shape, spacing[::-1], configuration.spacing,
+                                                                          strict=True))
+            assert 'is thinner than half a voxel of the model' in item.reason
+            return
+        export = CaseExport(manager, configuration, description, item['data_properties'], Path(folder), 'case',
+                            Outputs(uncertainty='entropy'))
+        logits = np.random.default_rng(seed).normal(size=(3, *item['data'].shape[1:])).astype(np.float32)
+        export.rest(logits, logits, {'uncertainty': np.full(item['data'].shape[1:], 0.5, np.float32)})
+        read = sitk.ReadImage(str(file))
+        for name in ('case.nii.gz', 'uncertainty/case_uncertainty.nii.gz'):
+            written = sitk.ReadImage(f'{folder}/{name}')
+            assert written.GetSize() == read.GetSize()
+            assert written.GetSpacing() == pytest.approx(read.GetSpacing(), rel=1e-5)
+            assert written.GetOrigin() == pytest.approx(read.GetOrigin(), abs=1e-3)
+            assert np.isfinite(sitk.GetArrayFromImage(written)).all()
+
+
+def nifti() -> bytes:
+    """A small .nii.gz."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'image.nii.gz')
+        values = np.random.default_rng(0).integers(0, 9, (4, 5, 6)).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(file), True)
+        return file.read_bytes()
+
+
+NIFTI = nifti()
+
+
+def told(content: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'image.nii.gz')
+        file.write_bytes(content)
+        return damage(file)
+
+
+@settings(fixed, max_examples=100)
+@given(st.integers(0, len(NIFTI) - 1))
+def test_an_image_cut_off_anywhere_is_told(length):
+    assert told(NIFTI) == ''
+    assert told(NIFTI[:length])
+
+
+@settings(fixed, max_examples=100)
+@given(st.integers(0, 8 * len(NIFTI) - 1))
+def test_an_image_with_any_bit_flipped_is_told_or_is_the_same_image(bit):
+    content = bytearray(NIFTI)
+    content[bit // 8] ^= 1 << bit % 8
+    if not told(bytes(content)):
+        with gzip.open(io.BytesIO(content)) as flipped, gzip.open(io.BytesIO(NIFTI)) as good:
+            assert flipped.read() == good.read()
+
+
+@settings(fixed, max_examples=40)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_model_with_any_bit_flipped_is_refused_or_is_the_same_model(refined: Workspace, where, bit):
+    file = refined.model(REFINED) / 'fold_0' / 'checkpoint_final.pth'
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    with tempfile.TemporaryDirectory() as folder:
+        flipped = Path(folder, 'checkpoint.pth')
+        flipped.write_bytes(content)
+        try:
+            weights = load_checkpoint(flipped)['network_weights']
+        except CheckpointError:
+            return
+    for name, value in load_checkpoint(file)['network_weights'].items():
+        assert torch.equal(weights[name], value), name
