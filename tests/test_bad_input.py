@@ -234,7 +234,7 @@ def test_what_a_run_killed_at_its_very_end_has_left_is_taken_away(source, tmp_pa
 
 
 @pytest.mark.parametrize(('moment', 'said_then'), [
-    ('exporting', 'The folder was deleted while its case was predicted'), ('afterwards', 'is not there any more')])
+    ('exporting', 'The folder was deleted while it was written to'), ('afterwards', 'is not there any more')])
 def test_a_deleted_output_folder_is_told(source, tmp_path, monkeypatch, moment, said_then):
     out = tmp_path / 'out'
     name = {'exporting': 'add_rest', 'afterwards': 'put_in_place'}[moment]

@@ -1,4 +1,5 @@
-"""Trainers of a few iterations, for integration.py and compatibility.py, which ask whether every path runs."""
+"""Trainers of a few iterations, for integration.py, compatibility.py, faults.py: they ask whether every path runs."""
+import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -60,3 +61,28 @@ class nnUNetTrainerToken(nnUNetTrainerHandful):
 
 class PDDDPMTrainerToken(FewIterations, PDDDPMTrainer):
     iterations = 25
+
+
+class RepeatableEpochs(FewIterations):
+    """Mixin: a checkpoint after each of four short epochs, and data drawn alike whether interrupted or not."""
+
+    iterations = 6
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 4
+        self.save_every = 1
+
+    def initialize(self):
+        torch.manual_seed(0)
+        super().initialize()
+
+    def on_epoch_start(self):
+        np.random.seed(self.current_epoch)
+        torch.manual_seed(self.current_epoch)
+        super().on_epoch_start()
+
+
+class PDDDPMTrainerFaults(RepeatableEpochs, PDDDPMTrainer):
+    """For faults.py."""

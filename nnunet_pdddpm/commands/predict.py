@@ -13,7 +13,7 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures, lacks_memory
 from nnunet_pdddpm.inference.summary import read_case, write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.report import write_report
@@ -112,12 +112,14 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             overrides[name] = (values[0], values[-1])
     try:
         predictor, images, unusable = prepare(args, overrides)
+        failed = predict_and_report(args, predictor, images, unusable)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
-    try:
-        failed = predict_and_report(args, predictor, images, unusable)
-    except ValueError as error:
-        sys.exit(f'Error: {error}')
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        sys.exit('Error: There is not enough memory, not even for the model. Cases finished before are there; with more '
+                 'memory, or fewer processes (-npp, -nps), go on with --continue_prediction.')
     except OSError as error:
         place = f' ({error.filename})' if error.filename else ''
         sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '

@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import errno
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from scipy import ndimage
 
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
+from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.inference.image_files import damage
 
 FULL_SCALE = 65535
 """Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
-
-
-NEARLY_FULL = 1 << 16
-"""Free bytes below which a failed writing is put down to a full disk."""
 
 
 @dataclass(frozen=True)
@@ -204,20 +199,6 @@ def refuse_torn(file: Path) -> None:
     """Raise OSError if an image just written is not whole: SimpleITK says nothing when the disk is full."""
     if wrong := damage(file):
         raise OSError(errno.EIO, f'What was written {wrong}', str(file))
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Within it, errors of the image libraries that come of a full disk or a deleted folder say so, as OSError."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, 'The folder was deleted while its case was predicted', str(folder)
-                                    ) from error
-        if shutil.disk_usage(folder).free < NEARLY_FULL:
-            raise OSError(errno.ENOSPC, 'The disk is full', str(folder)) from error
-        raise
 
 
 def probability_map(label: str) -> str:

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
@@ -376,7 +377,11 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._swap_average()
         try:
             check_weights(self.refiner.state_dict(), 'The network in training', self.refiner.presegmenter_checksum)
-            super().save_checkpoint(str(partial))
+            with writing(partial.parent):
+                super().save_checkpoint(str(partial))
+        except OSError:
+            partial.unlink(missing_ok=True)  # it would only keep the disk full
+            raise
         finally:
             self._swap_average()
         if self.local_rank == 0 and not self.disable_checkpointing:
