@@ -206,7 +206,7 @@ def rows(output: Path) -> dict[str, dict]:
 
 def torn(output: Path) -> list[str]:
     """Files of this project under final names that are not whole."""
-    from nnunet_pdddpm.inference.image_files import damage
+    from nnunet_pdddpm.image_files import damage
     bad = [file.name for file in output.rglob('*.nii.gz') if '.partial' not in str(file) and damage(file)]
     for file in [*output.glob('pdddpm_*.json'), *output.glob('pdddpm_cases/**/*.json')]:
         try:

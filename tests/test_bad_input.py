@@ -17,9 +17,9 @@ from conftest import DATASET_ID, PLANS, REFINED, Workspace
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.commands.predict import main
+from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export
 from nnunet_pdddpm.inference.case import CaseUnderWay
-from nnunet_pdddpm.inference.image_files import damage
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
 from nnunet_pdddpm.inference.volume_predictor import PredictionError

@@ -22,8 +22,8 @@ from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, one_hot, regions_
 from nnunet_pdddpm.diffusion.process import GaussianProcess
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
+from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference.export import CaseExport, Outputs
-from nnunet_pdddpm.inference.image_files import damage
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume_sampling import fuse_tiles

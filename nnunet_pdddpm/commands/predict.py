@@ -118,8 +118,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        sys.exit('Error: There is not enough memory, not even for the model. Cases finished before are there; with more '
-                 'memory, or fewer processes (-npp, -nps), go on with --continue_prediction.')
+        sys.exit('Error: There is not enough memory, not even for the model. Cases finished before are there; with '
+                 'more memory, or fewer processes (-npp, -nps), go on with --continue_prediction.')
     except OSError as error:
         place = f' ({error.filename})' if error.filename else ''
         sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '

@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.inference.image_files import damage
+from nnunet_pdddpm.image_files import damage
 
 FULL_SCALE = 65535
 """Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""

@@ -17,7 +17,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_pdddpm.inference.image_files import damage
+from nnunet_pdddpm.image_files import damage
 
 # what SimpleITK, nibabel, tifffile, skimage and nnU-Net's readers and preprocessors raise for images they cannot take
 REFUSALS = (RuntimeError, ValueError, AssertionError, ArithmeticError, IndexError, OSError, EOFError, zlib.error,
