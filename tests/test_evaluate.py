@@ -472,6 +472,10 @@ def damaged(name: str) -> Callable[[Data], None]:
     return lambda data: (data.pred / name).write_bytes(b'damaged') and None
 
 
+def truncated(name: str) -> Callable[[Data], None]:
+    return lambda data: (data.pred / name).write_bytes((data.pred / name).read_bytes()[:-30]) and None
+
+
 def npz(array: np.ndarray, key: str = 'probabilities') -> Callable[[Data], None]:
     return lambda data: np.savez(data.pred / 'case_0.npz', **{key: array})
 
@@ -484,6 +488,7 @@ def rater_of_another_case(data: Data) -> None:
     (unknown_label, ['ref/case_0.nii.gz', 'label values such as 4', '(0, 1, 2)', '-djfile']),
     (fractional_label, ['pred/case_0.nii.gz', 'label values such as 0.5']),
     (damaged('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read']),
+    (truncated('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read: it is truncated']),
     (damaged('case_0.npz'), ['pred/case_0.npz is not what --save_probabilities writes']),
     (npz(np.zeros((3, *SHAPE)), 'softmax'), ['pred/case_0.npz is not what --save_probabilities writes']),
     (npz(np.zeros((4, *SHAPE))), ['(4, 14, 18, 16)', 'need (3, 14, 18, 16)', 'predict the case again']),

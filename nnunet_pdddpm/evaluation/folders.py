@@ -15,6 +15,8 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.image_files import damage
+
 Label = Union[int, tuple[int, ...]]
 SUMMARY = 'pdddpm_summary.json'
 UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, zlib.error)
@@ -84,6 +86,8 @@ class Folders:
         return self._read(file, like)[0]
 
     def _read(self, file: Path, like: Mask | None) -> tuple[np.ndarray, dict[str, Any]]:
+        if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
+            raise EvaluationError(f'{file} cannot be read: it {wrong}.')
         try:
             array, properties = self.reader.read_seg(str(file))
         except UNREADABLE as error:
