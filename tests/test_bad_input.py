@@ -139,6 +139,18 @@ def test_nan_and_inf_are_refused_where_the_reader_keeps_them_and_0_where_it_make
     np.testing.assert_array_equal(read('spoiled', 'SimpleITKIO')['data'], read('zero', 'SimpleITKIO')['data'])
 
 
+def test_channels_of_different_shape_or_spacing_are_refused(refined, source):
+    plans, description = (json.loads((refined.model(REFINED) / name).read_text())
+                          for name in ('plans.json', 'dataset.json'))
+    manager = PlansManager(plans)
+    preprocess = CasePreprocessor(manager, manager.get_configuration('3d_fullres'), description, False)
+    write(source, 'small', array(source)[1:])
+    with_header(source, 'coarse', 80, 1.7)
+    for other in ('small', 'coarse'):
+        failed = preprocess([str(good_file(source)), str(source / f'{other}_0000.nii.gz')], None, None)
+        assert isinstance(failed, FailedCase) and f'{GOOD}_0000.nii.gz: RuntimeError' in failed.reason
+
+
 def test_a_case_that_has_been_put_right_is_no_failure_any_more(source, tmp_path):
     write(source, 'other', np.zeros((20, 26, 22)))
     out = tmp_path / 'out'
