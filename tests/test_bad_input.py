@@ -21,7 +21,7 @@ from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export
 from nnunet_pdddpm.inference.case import CaseUnderWay
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
-from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
+from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
 GOOD = 'phantom_009'
@@ -298,6 +298,13 @@ def test_errors_that_are_no_lack_of_memory_are_not_taken_for_one(source, tmp_pat
     with pytest.raises(RuntimeError, match='mat1 and mat2'):
         predict(source, tmp_path / 'out')
     assert not list((tmp_path / 'out').glob('*.nii.gz'))
+
+
+def test_a_background_process_that_is_killed_is_told_in_one_sentence():
+    predictor = PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    items = preprocessed(os._exit, [(9,), (9,)], 1)  # each process ends at its first case, as one that is killed
+    with pytest.raises(PredictionError, match='A background process was killed, probably for lack of memory'):
+        predictor.predict_from_data_iterator(items, num_processes_segmentation_export=0)
 
 
 def test_from_python_a_bad_image_without_a_file_for_its_mask_is_an_error(refined, source):
