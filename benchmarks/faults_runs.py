@@ -145,12 +145,16 @@ class Workspace:
 
 def prepare(work: Path, data: str | None, dataset: str | None) -> Workspace:
     """Make the phantoms, or copy the first cases of a data set; plan for a small network; train the stock model."""
+    torch.set_num_threads(1)  # threads would not survive the fork
     name = dataset or 'Dataset790_FaultPhantoms'
     space = Workspace(work, name)
     raw, preprocessed = work / 'nnUNet_raw' / name, work / 'nnUNet_preprocessed' / name
     folders = {folder: str(work / folder) for folder in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')}
     os.environ.update(folders, nnUNet_extTrainer=str(HERE / 'trainers'), nnUNet_n_proc_DA='0', nnUNet_def_n_proc='1',
                       nnUNet_pdddpm_presegmenter=STOCK, nnUNet_compile='f')
+
+    import nnunet_pdddpm.commands.predict
+    import nnunet_pdddpm.training.trainer  # noqa: F401 imported once, here
     if dataset:
         copy_cases(find_data(data, dataset), raw, NUM_TRAINING, NUM_TEST)
     else:
