@@ -259,7 +259,7 @@ class Faults:
         outcome = Outcome()
         for _ in range(self.repeats):
             output = self.fresh()
-            ended = runs.run(self.log, limited(self.predict(output), int(self.random.uniform(0, 150) * MIB)))
+            ended = runs.run(self.log, limited(self.predict(output), int(self.random.uniform(0, 300) * MIB)))
             outcome.injected += 1
             outcome.ends[end_of(ended)] += 1
             self.check_what_is_there(outcome, output)
@@ -271,7 +271,7 @@ class Faults:
         outcome, expected = Outcome(), runs.weights(self.space.fold(self.model))
         for _ in range(self.repeats):
             results = self.space.results('limited')
-            ended = runs.run(self.log, limited(self.space.train(results), int(self.random.uniform(0, 150) * MIB)))
+            ended = runs.run(self.log, limited(self.space.train(results), int(self.random.uniform(0, 300) * MIB)))
             outcome.injected += 1
             outcome.ends[end_of(ended)] += 1
             outcome.torn += runs.torn_checkpoints(self.space.fold(results))

@@ -212,8 +212,9 @@ class PDDDPMPredictor(VolumePredictor):
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that memory was not enough: Python's, torch's on the GPU, or torch's on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether an error says that memory was not enough: Python's, torch's on the GPU or the CPU, or SimpleITK's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("can't allocate memory", 'Failed to allocate memory', 'bad_alloc'))
 
 
 def failures(failed: Mapping[str, str], cases: int) -> str:

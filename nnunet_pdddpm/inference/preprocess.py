@@ -57,7 +57,7 @@ class CasePreprocessor:
         except REFUSALS as error:
             lines = str(error).strip().splitlines() or [f'{type(error).__name__} in reading or preprocessing it, see '
                                                         f'the lines above']
-            reason = lines[-1] if not isinstance(error, MemoryError) else f'not enough memory to preprocess it: {error}'
+            reason = 'not enough memory to preprocess it' if isinstance(error, MemoryError) else lines[-1]
             named = isinstance(error, UnusableImage) or Path(files[0]).name in reason
             return FailedCase(output, reason if named else f'{Path(files[0]).name}: {reason}')
 
