@@ -429,7 +429,7 @@ def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, s
     model = Path(trainer.output_folder_base)
     assert 'The sampling settings stay as they are: 0.0 minutes are too short' in log(model)
     stored = weights(model / 'fold_0' / 'checkpoint_final.pth')
-    assert stored_settings(stored, MASK) == SamplingSettings() and not (FILES & set(os.listdir(model / 'fold_0')))
+    assert stored_settings(stored, MASK) == trainer.sampling and not (FILES & set(os.listdir(model / 'fold_0')))
     for fold, share, said in (('all', 1, 'fold all was trained on every case'), (0, 0, 'tuning_share is 0')):
         trainer = make_trainer(TUNED, fold)
         trainer.tuning_share = share
