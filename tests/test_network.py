@@ -320,12 +320,12 @@ def test_a_t_start_asks_for_a_chain_where_the_model_has_none(override):
 
 
 def test_steps_are_checked_against_the_t_start_of_the_loaded_model(override):
-    """A new network has t_start = 900 until the model's weights are in; 940 steps are none too many for those."""
-    state = make_refiner(settings=SamplingSettings(t_start=950, steps=3)).state_dict()
-    override(steps=940)
+    """A new network has t_start = 700 until the model's weights are in; 800 steps are none too many for those."""
+    state = make_refiner(settings=SamplingSettings(t_start=900, steps=3)).state_dict()
+    override(steps=800)
     fresh = Refiner(unet(PLAIN_2D, 1), unet(PLAIN_2D, 2), CLASSES, X0)
     fresh.load_state_dict(state)
-    assert (fresh.settings.t_start, fresh.settings.steps) == (950, 940)
+    assert (fresh.settings.t_start, fresh.settings.steps) == (900, 800)
 
 
 @pytest.mark.parametrize('values, message', [

@@ -251,7 +251,8 @@ def test_the_report_says_what_was_measured(tuned):
     content = report(tuned)
     assert content['cases'] == list(CASES) and content['left_out'] == {'settings': [], 'cases': []}
     rows = {settings_of(r): r for r in content['rows']}
-    assert len(rows) == 1 + 4 * (1 + 2 * 3)  # stock; blends x (direct; levels x (k=1, k=2 with either eta))
+    # stock; blends x (direct; mask and samples x levels x (k=1, k=2 with either eta))
+    assert len(rows) == 1 + 4 * (1 + 2 * 2 * 3)
     assert {s.t_start for s in rows} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
     stock = next(r for s, r in rows.items() if s.is_stock)
     mask = rows[SamplingSettings(**content['chosen']['mask'])]
@@ -302,8 +303,9 @@ def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tune
     passes = []
     monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
     sweep(predictor, cases)
-    # two samples from two levels: their first steps, and the second ones of k=2 with either eta; the direct one
-    assert len(passes) == 2 * 2 * (1 + 2) + 1
+    # from two levels a draw for the mask and two samples: first steps, and the second ones of k=2 with either eta; the
+    # direct one
+    assert len(passes) == 2 * 3 * (1 + 2) + 1
 
 
 def test_memory_is_bounded_at_the_price_of_sharing_less(tuned, monkeypatch):
@@ -323,9 +325,11 @@ def test_candidates_stay_within_what_the_model_was_trained_on(tuned):
     predictor = open_model(tuned, 0, torch.device('cpu'))
     predictor.refiner.t_max.fill_(800)
     for prefix in (MASK, SAMPLES):
-        tried = candidates(predictor.refiner, prefix)
-        assert {s.t_start for s in tried} == {703, 800}
-        assert (1 in {s.samples for s in tried}) == (prefix == MASK)
+        for mirrored in (True, False):
+            tried = candidates(predictor.refiner, prefix, mirrored)
+            assert {s.t_start for s in tried} == {703, 800}
+            assert {s.samples for s in tried if s.steps} == {1 if prefix == MASK and mirrored else 2}
+            assert (0 in {s.steps for s in tried}) == (prefix == MASK)
 
 
 def test_the_command_changes_the_settings_and_nothing_else(scratch, monkeypatch):
@@ -398,8 +402,8 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
             return result
     monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
     monkeypatch.setattr(cases, 'voxels', lambda name: 1000)  # as the clock has it: all cases take the same time
-    single_steps = 3 * (8 + 2 + 2)  # under two mirrorings: the direct one, two samples
-    second_steps = 3 * (2 + 2)  # of two samples with either eta
+    single_steps = 3 * (8 + 2 + 2 + 2)  # under two mirrorings: the direct one, a draw for the mask, two samples
+    second_steps = 3 * 2 * (2 + 2)  # with either eta
     found = sweep(predictor, cases, single_steps + second_steps + 1, lambda: now[0])
     assert now[0] == single_steps + second_steps
     assert not found.settings_left_out and not found.cases_left_out

@@ -13,7 +13,7 @@ ENVIRONMENT_PREFIX = 'nnUNet_pdddpm_'
 @dataclass(frozen=True)
 class SamplingSettings:
     """How masks are drawn. A model holds two: for its consensus mask, and for the samples. Checked by `check`."""
-    t_start: int = 900
+    t_start: int = 700
     """Level at which the noised pre-segmentation enters the chain, 0 (no refinement) to the highest trained level."""
     steps: int = 1
     """Reverse steps k from t_start down to 0, up to t_start; 0: no chain, the denoiser is shown the pre-segmentation

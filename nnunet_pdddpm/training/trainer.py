@@ -61,7 +61,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         # noise levels 1..t_max are trained, sampling may start at any of them
         self.t_max = NUM_TIMESTEPS
         # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
-        self.sampling = SamplingSettings(steps=0)
+        self.sampling = SamplingSettings()
         self.sampling_of_samples = SamplingSettings(samples=8)
         # start from the stock model's weights, or from nnU-Net's initialisation
         self.warm_start = True

@@ -37,14 +37,16 @@ MEMORY = 4 * 2 ** 30
 """Bytes that running sums of settings measured side by side may take."""
 
 
-def candidates(refiner: Refiner, prefix: str) -> list[SamplingSettings]:
+def candidates(refiner: Refiner, prefix: str, mirrored: bool) -> list[SamplingSettings]:
     """What is tried for the mask (`MASK`) or the samples (`SAMPLES`), before blending, cheapest first.
 
-    Everything that is not varied is as stored for the one or the other, but that as many samples are drawn for the mask
-    as are stored for the samples. For the mask also the direct refinement without a chain, the cheapest there is.
+    Everything that is not varied is as stored for the one or the other, but the number of draws for the mask: with
+    mirroring a single one, since it meets the image under every mirroring anew; without as many as there are samples.
+    For the mask also the direct refinement without a chain, the cheapest there is.
     """
     buffers = dict(refiner.named_buffers(recurse=False))
-    stored, number = stored_settings(buffers, prefix), stored_settings(buffers, SAMPLES).samples
+    stored = stored_settings(buffers, prefix)
+    number = 1 if prefix == MASK and mirrored else stored_settings(buffers, SAMPLES).samples
     power = ((refiner.design.coding.high - refiner.design.coding.low) / 2) ** 2  # of a mask: 1 for -1/+1
     t_max = int(refiner.t_max)
     levels = sorted({min(t_at_snr(refiner.abar, ratio / power), t_max) for ratio in SIGNAL_TO_NOISE})
@@ -112,7 +114,8 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
         TuningError: if the time is too short for single steps on FEWEST_CASES.
     """
     start = clock()
-    for_mask, for_samples = (candidates(predictor.refiner, prefix) for prefix in (MASK, SAMPLES))
+    mirrored = predictor.use_mirroring and bool(predictor.allowed_mirroring_axes)
+    for_mask, for_samples = (candidates(predictor.refiner, prefix, mirrored) for prefix in (MASK, SAMPLES))
     everything = list(dict.fromkeys([*for_mask, *for_samples]))
     settings, order = everything, list(range(len(cases.names)))
     measured: list[dict[SamplingSettings, Scores]] = []
