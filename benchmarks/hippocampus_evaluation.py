@@ -37,16 +37,14 @@ class Row(NamedTuple):
     folds: tuple[str, ...] = ('0',)
 
 
-ROWS = (Row('stock without mirroring', STOCK_TRAINER, flags=('--disable_tta',)),
-        Row(BASELINE, STOCK_TRAINER),
-        Row('stock, 3 folds', STOCK_TRAINER, folds=('0', '1', '2')),
+ROWS = (Row(BASELINE, STOCK_TRAINER),
+        Row('stock without mirroring', STOCK_TRAINER, flags=('--disable_tta',)),
         Row('control: stock trained longer', CONTROL_TRAINER),
         Row('no diffusion: second stage', DIRECT_TRAINER, True, ('-steps', '0')),
-        Row('PDDDPM, nnUNetv2_predict', PDDDPM_TRAINER),
         Row('PDDDPM', PDDDPM_TRAINER, True),
-        Row('PDDDPM, half blended', PDDDPM_TRAINER, True, ('-blend', '0.5')),
-        Row('PDDDPM, mask without a chain', PDDDPM_TRAINER, True, ('-steps', '1', '0')),
-        Row('PDDDPM, mask from the samples', PDDDPM_TRAINER, True, ('-t_start', '900', '-steps', '1')))
+        Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER),
+        Row('PDDDPM, mask without a chain', PDDDPM_TRAINER, True, ('-t_start', '900', '-steps', '1', '0')),
+        Row('stock, 3 folds', STOCK_TRAINER, folds=('0', '1', '2')))
 
 
 def folder(work: Path, row: Row) -> Path:
