@@ -97,13 +97,15 @@ def test_missing_stock_folds_are_named_once_and_their_cases_presegmented_in_fold
 
 
 @pytest.mark.parametrize('share', [0, 1, 0.5])
-def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share):
+def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share, monkeypatch):
     trainer.presegmentation_share = share
-    levels = []
+    presegment, levels = trainer.presegment, []
+    if share == 0:  # then no time is spent on it
+        monkeypatch.setattr(trainer, 'presegment', None)
     for _ in range(6):
         batch = next(trainer.dataloader_train)
         noisy, noise = trainer.make_noisy_batch(batch['data'], batch['target'][0], batch['keys'])
-        x_pre = 2 * harden(trainer.presegment(batch['data'], batch['keys']), False) - 1
+        x_pre = 2 * harden(presegment(batch['data'], batch['keys']), False) - 1
         x0 = 2 * one_hot(batch['target'][0], 3) - 1
         abar = trainer.refiner.abar
         for i, t in enumerate(noisy.t.tolist()):

@@ -55,9 +55,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         ### Some hyperparameters for you to fiddle with
         self.initial_lr = 5e-4
         self.weight_decay = 1e-2
-        # share of the patches that show the denoiser the pre-segmentation itself, which is level 0, and ask for the
-        # best mask; the others show it the noised truth
-        self.presegmentation_share = 0.25
+        # share of the patches that show the denoiser the pre-segmentation itself, which is level 0; the others show it
+        # the noised truth. With 1 it is a second stage without diffusion
+        self.presegmentation_share = 0.0
         # noise levels 1..t_max are trained, sampling may start at any of them
         self.t_max = NUM_TIMESTEPS
         # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
@@ -65,7 +65,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.sampling_of_samples = SamplingSettings(samples=8)
         # start from the stock model's weights, or from nnU-Net's initialisation
         self.warm_start = True
-        # pre-segment each training case by the stock model of the fold that held it out
+        # pre-segment each training case, where that is needed, by the stock model of the fold that held it out
         self.out_of_fold = True
         # the denoiser's weights are averaged with this decay for validation, saving and prediction
         self.averaging_decay = 0.999
@@ -183,9 +183,17 @@ class PDDDPMTrainer(nnUNetTrainer):
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's data sets; the stock models of the other folds are loaded for the training cases they held out."""
         dataset_tr, dataset_val = super().get_tr_and_val_datasets()
-        if self.out_of_fold:
+        if not self.shows_presegmentation:
+            self.print_to_log_file('Training adds noise to the truth and needs no pre-segmentations.')
+        elif self.out_of_fold:
             self._load_out_of_fold_presegmenters(list(dataset_tr.identifiers))
         return dataset_tr, dataset_val
+
+    @property
+    def shows_presegmentation(self) -> bool:
+        """Whether pre-segmentations have a part in training batches; they stand in for labels to be ignored, too."""
+        return (self.presegmentation_share > 0 or self.design.condition_on_presegmentation
+                or self.label_manager.has_ignore_label)
 
     def _load_out_of_fold_presegmenters(self, cases: Sequence[str]) -> None:
         splits_file = join(self.preprocessed_dataset_folder_base, 'splits_final.json')
@@ -241,8 +249,12 @@ class PDDDPMTrainer(nnUNetTrainer):
             The batch, and the noise (B, C, ...) in it.
         """
         coding, regions = self.design.coding, self.label_manager.has_regions
-        logits = self.presegment(image, keys)
-        x_pre = coding.encode(harden(logits, regions))
+        if self.shows_presegmentation:
+            logits = self.presegment(image, keys)
+            x_pre = coding.encode(harden(logits, regions))
+        else:  # it plays no part in the batch
+            x_pre = logits = torch.zeros((len(image), self.label_manager.num_segmentation_heads, *image.shape[2:]),
+                                         device=self.device)
         x0 = self._coded_target(target, x_pre)
         t = torch.randint(1, self.t_max + 1, (len(image),), generator=self.level_generator)
         t[torch.rand(len(image), generator=self.level_generator) < self.presegmentation_share] = 0

@@ -47,7 +47,16 @@ class nnUNetTrainerTiny(FewIterations, nnUNetTrainer):
         self.num_iterations_per_epoch = 30
 
 
-class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
+class HalfShown(PDDDPMTrainer):
+    """Half of the patches show the pre-segmentation, so that both ways of training are tested."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.presegmentation_share = 0.5
+
+
+class PDDDPMTrainerTiny(FewIterations, HalfShown):
     pass
 
 
@@ -69,7 +78,7 @@ class nnUNetTrainerBrief(Brief, nnUNetTrainer):
     pass
 
 
-class PDDDPMTrainerBrief(Brief, PDDDPMTrainer):
+class PDDDPMTrainerBrief(Brief, HalfShown):
     pass
 
 
