@@ -23,7 +23,7 @@ STAGES = ('prepare', 'stock', 'pdddpm', 'tune', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 50
 NUM_FOLDS = 3
-TUNING_MINUTES = 10
+TUNING_MINUTES = 6
 HERE = Path(__file__).resolve().parent
 
 

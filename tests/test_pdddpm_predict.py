@@ -536,7 +536,7 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence_and_nothing_is_writ
         f'{tmp_path / "empty"} holds no images': refusal(predict, tmp_path / 'empty', out),
         f'{tmp_path / "none"} does not exist': refusal(predict, tmp_path / 'none', out),
         'case in ': refusal(predict, tmp_path / 'two_channels', out),
-        't_start=961': refusal(predict, one_case, out, '-t_start', '961'),
+        't_start=1001': refusal(predict, one_case, out, '-t_start', '1001'),
         'steps=-1': refusal(predict, one_case, out, '-steps', '-1'),
         'eta=2': refusal(predict, one_case, out, '-eta', '2'),
         'slice_correlation=1.5': refusal(predict, one_case, out, '-slice_correlation', '1.5'),
