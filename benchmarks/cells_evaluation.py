@@ -22,7 +22,7 @@ SAMPLES = 16
 DIRECT = (1000, 0, 0.0)
 CHAINS = (*((t, 1, 0.0) for t in (500, 700, 900, 960, 1000)), (900, 3, 0.0), (960, 3, 0.0), (960, 3, 1.0),
           (960, 10, 1.0))
-STARTS = dict(zip(PDDDPM_TRAINERS, ('default', 'quarter', 'no diffusion'), strict=True))
+STARTS = dict(zip(PDDDPM_TRAINERS, ('default', 'truth', 'no diffusion'), strict=True))
 Metrics = dict[str, list[float]]
 """Of a row: name of the metric -> value of each image, in alphabetical order of images."""
 
@@ -81,7 +81,7 @@ def pdddpm_row(trainer: str, settings: tuple[int, int, float], mirroring: bool =
 
 def sweep(trainer: str) -> list[Row]:
     """What is tried on the validation images."""
-    settings = {'default': CHAINS, 'quarter': (DIRECT, *CHAINS), 'no diffusion': (DIRECT,)}[STARTS[trainer]]
+    settings = {'default': (DIRECT, *CHAINS), 'truth': CHAINS, 'no diffusion': (DIRECT,)}[STARTS[trainer]]
     return [pdddpm_row(trainer, s) for s in settings]
 
 

@@ -121,9 +121,10 @@ out: the planned networks have no dropout, and a network with it would be anothe
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
 resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
 model of every fold, three PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
-stock model of fold 0 trained that much longer. `default`: noise on raters' masks; `quarter`: the same, but a quarter of
-the patches show the pre-segmentation itself and ask for the best mask; `no diffusion`: the same second network, which
-always sees the pre-segmentation itself. Same seeds, training in bf16 autocast; no mirroring but where the row says so.
+stock model of fold 0 trained that much longer. `default`: noise on raters' masks, but a quarter of the patches
+show the pre-segmentation itself and ask for the best mask; `truth`: noise on raters' masks in all of them;
+`no diffusion`: the same second network, which always sees the pre-segmentation itself. Same seeds, training in bf16
+autocast; no mirroring but where the row says so.
 
 {SAMPLES} samples, or as many masks as a row has. A sample is drawn from the probabilities at the end of its chain with
 one threshold for all pixels, another for each sample; `direct` has no chain, only that threshold. GED² and HM-IoU as

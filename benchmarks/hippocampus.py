@@ -19,11 +19,12 @@ STOCK_TRAINER = 'nnUNetTrainerBenchmark'
 CONTROL_TRAINER = 'nnUNetTrainerBenchmarkLonger'
 PDDDPM_TRAINER = 'PDDDPMTrainerBenchmark'
 DIRECT_TRAINER = 'PDDDPMTrainerBenchmarkDirect'
+TRUTH_TRAINER = 'PDDDPMTrainerBenchmarkTruth'
 STAGES = ('prepare', 'stock', 'pdddpm', 'tune', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 50
 NUM_FOLDS = 3
-TUNING_MINUTES = 6
+TUNING_MINUTES = 10
 HERE = Path(__file__).resolve().parent
 
 
@@ -114,11 +115,12 @@ def main() -> None:
         for fold in range(NUM_FOLDS):
             train(work, STOCK_TRAINER, fold)
     if 'pdddpm' in args.stages:
-        for trainer in (PDDDPM_TRAINER, DIRECT_TRAINER, CONTROL_TRAINER):
+        for trainer in (PDDDPM_TRAINER, DIRECT_TRAINER, TRUTH_TRAINER, CONTROL_TRAINER):
             train(work, trainer, 0)
     if 'tune' in args.stages:
-        call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, '0', '-tr', PDDDPM_TRAINER, '-p', PLANS, '-device',
-             'cpu', '-budget', str(TUNING_MINUTES))
+        for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER):
+            call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, '0', '-tr', trainer, '-p', PLANS, '-device',
+                 'cpu', '-budget', str(TUNING_MINUTES))
         fold = work / 'nnUNet_results' / DATASET / f'{PDDDPM_TRAINER}__{PLANS}__{CONFIGURATION}' / 'fold_0'
         shutil.copyfile(fold / 'sampling_sweep.png', Path(args.table).with_name('sampling_sweep.png'))
     if 'evaluate' in args.stages:

@@ -21,6 +21,7 @@ from hippocampus import (
     PLANS,
     SPLIT_SEED,
     STOCK_TRAINER,
+    TRUTH_TRAINER,
     call,
 )
 
@@ -43,6 +44,7 @@ ROWS = (Row(BASELINE, STOCK_TRAINER),
         Row('no diffusion: second stage', DIRECT_TRAINER, True, ('-steps', '0')),
         Row('PDDDPM', PDDDPM_TRAINER, True),
         Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER),
+        Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True),
         Row('stock, 3 folds', STOCK_TRAINER, folds=('0', '1', '2')))
 
 
@@ -111,8 +113,8 @@ def write_table(work: Path, file: Path) -> None:
     stock = json.loads((folder(work, next(r for r in ROWS if r.title == BASELINE)) / 'evaluation.json').read_text())
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
-    fold = work / 'nnUNet_results' / DATASET / f'{PDDDPM_TRAINER}__{PLANS}__{CONFIGURATION}' / 'fold_0'
-    tuned = json.loads((fold / 'sampling_sweep.json').read_text())
+    tuned = [json.loads((work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0' /
+                         'sampling_sweep.json').read_text())['in_one_line'] for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER)]
     lines = [
         '# Hippocampus: stock nnU-Net, its controls, and PDDDPM', '',
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
@@ -123,11 +125,12 @@ def write_table(work: Path, file: Path) -> None:
         f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
         f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
         f'{nnUNetTrainerBenchmark.epochs} epochs, every fold. PDDDPM: {PDDDPMTrainerBenchmark.epochs} epochs, warm '
-        f'start, noise on the truth. Control: the stock model of fold 0 trained for '
+        f'start, out-of-fold pre-segmentations. Control: the stock model of fold 0 trained for '
         f'{nnUNetTrainerBenchmarkLonger.epochs} epochs more. No diffusion: a second network of the same size, warm '
         'start and training, which only ever sees the pre-segmentation (out-of-fold) without noise.', '',
         'Settings of PDDDPM by `nnUNetv2_pdddpm_tune` on validation cases of fold 0, none of which is here: '
-        f'{tuned["in_one_line"]} Its table and figure: [sampling_sweep.png](sampling_sweep.png).', '',
+        f'{tuned[0]}; figure: [sampling_sweep.png](sampling_sweep.png). With noise on the truth in every patch: '
+        f'{tuned[1]}.', '',
         f'## {stock["num_cases"]} test cases', '',
         'By `nnUNetv2_predict` and `nnUNetv2_pdddpm_predict` with mirroring, mean over labels, and '
         '`nnUNetv2_pdddpm_evaluate`. Δ: paired difference to `stock` with its 95 % bootstrap interval over cases. '

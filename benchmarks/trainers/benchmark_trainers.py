@@ -53,13 +53,13 @@ class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
     """The default."""
 
 
-class PDDDPMTrainerBenchmarkQuarter(PDDDPMTrainerBenchmark):
-    """A quarter of the patches show the pre-segmentation itself and ask for the best mask."""
+class PDDDPMTrainerBenchmarkTruth(PDDDPMTrainerBenchmark):
+    """Noise on the truth in every patch."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = 0.25
+        self.presegmentation_share = 0.0
 
 
 class PDDDPMTrainerBenchmarkDirect(PDDDPMTrainerBenchmark):

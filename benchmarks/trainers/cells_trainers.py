@@ -37,16 +37,16 @@ class nnUNetTrainerCellsLonger(SixSeededEpochs, nnUNetTrainerBenchmarkLonger):
 
 
 class PDDDPMTrainerCells(SixSeededEpochs, PDDDPMTrainerBenchmark):
-    """The default: noise on the truth, which is here a rater's mask."""
+    """The default: noise on the truth, which is here a rater's mask; a quarter of the patches ask for the best mask."""
 
 
-class PDDDPMTrainerCellsQuarter(PDDDPMTrainerCells):
-    """A quarter of the patches show the pre-segmentation itself and ask for the best mask."""
+class PDDDPMTrainerCellsTruth(PDDDPMTrainerCells):
+    """Noise on the truth in every patch."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = 0.25
+        self.presegmentation_share = 0.0
 
 
 class PDDDPMTrainerCellsDirect(PDDDPMTrainerCells):

@@ -56,8 +56,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.initial_lr = 5e-4
         self.weight_decay = 1e-2
         # share of the patches that show the denoiser the pre-segmentation itself, which is level 0; the others show it
-        # the noised truth. With 1 it is a second stage without diffusion
-        self.presegmentation_share = 0.0
+        # the noised truth. With 0 the samples are best and masks suffer; with 1 it is a second stage without diffusion
+        self.presegmentation_share = 0.25
         # noise levels 1..t_max are trained, sampling may start at any of them
         self.t_max = NUM_TIMESTEPS
         # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
