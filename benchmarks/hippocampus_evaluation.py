@@ -113,8 +113,9 @@ def write_table(work: Path, file: Path) -> None:
     stock = json.loads((folder(work, next(r for r in ROWS if r.title == BASELINE)) / 'evaluation.json').read_text())
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
-    tuned = [json.loads((work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0' /
-                         'sampling_sweep.json').read_text())['in_one_line'] for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER)]
+    folds = [work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0'
+             for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER)]
+    tuned = [json.loads((fold / 'sampling_sweep.json').read_text())['in_one_line'] for fold in folds]
     lines = [
         '# Hippocampus: stock nnU-Net, its controls, and PDDDPM', '',
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
