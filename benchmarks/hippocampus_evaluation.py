@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,6 @@ class Row(NamedTuple):
     samples: bool = False
     """`nnUNetv2_pdddpm_predict` with samples, uncertainty and report; else `nnUNetv2_predict`."""
     flags: tuple[str, ...] = ()
-    folds: tuple[str, ...] = ('0',)
 
 
 ROWS = (Row(BASELINE, STOCK_TRAINER),
@@ -44,8 +42,7 @@ ROWS = (Row(BASELINE, STOCK_TRAINER),
         Row('no diffusion: second stage', DIRECT_TRAINER, True, ('-steps', '0')),
         Row('PDDDPM', PDDDPM_TRAINER, True),
         Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER),
-        Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True),
-        Row('stock, 3 folds', STOCK_TRAINER, folds=('0', '1', '2')))
+        Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True))
 
 
 def folder(work: Path, row: Row) -> Path:
@@ -58,19 +55,16 @@ def evaluate(work: Path) -> None:
     raw = work / 'nnUNet_raw' / DATASET
     for row in ROWS:
         output = folder(work, row)
-        if (output / 'seconds.txt').is_file():
+        if (output / 'evaluation.json').is_file():
             continue
         command = ['nnUNetv2_predict']
         if row.samples:
             command = ['nnUNetv2_pdddpm_predict', '--uncertainty', '--save_samples', '--report']
-        start = time.perf_counter()
         call(work, *command, '-i', str(raw / 'imagesTs'), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION,
-             '-p', PLANS, '-tr', row.trainer, '-f', *row.folds, '-device', 'cpu', '--save_probabilities', '-npp', '1',
+             '-p', PLANS, '-tr', row.trainer, '-f', '0', '-device', 'cpu', '--save_probabilities', '-npp', '1',
              '-nps', '1', '--disable_progress_bar', *row.flags)
-        seconds = (time.perf_counter() - start) / len(list((raw / 'imagesTs').iterdir()))
         call(work, 'nnUNetv2_pdddpm_evaluate', '-pred', str(output), '-ref', str(raw / 'labelsTs'), '-np', '2',
              '--disable_progress_bar')
-        (output / 'seconds.txt').write_text(str(seconds))
 
 
 def coverage(output: Path) -> str:
@@ -103,13 +97,12 @@ def table_row(work: Path, row: Row, stock: dict[str, Any]) -> str:
             f'| {mean["hd95_mm"]:.2f} | {mean["surface_dice"]:.3f} | {voxels["all"]["nll"]:.4f} '
             f'| {paired(lambda case: case["voxelwise"]["all"]["nll"])} | {voxels["all"]["ece"]:.4f} '
             f'| {voxels["near"]["ece"]:.4f} | {voxels["all"]["aurc"]:.5f} '
-            f'| {"" if correlation is None else f"{correlation:.2f}"} | {coverage(output) if row.samples else ""} '
-            f'| {float((output / "seconds.txt").read_text()):.1f} |')
+            f'| {"" if correlation is None else f"{correlation:.2f}"} | {coverage(output) if row.samples else ""} |')
 
 
 def write_table(work: Path, file: Path) -> None:
     """The markdown table, and what the sampling settings were tuned to."""
-    rows = [row for row in ROWS if (folder(work, row) / 'seconds.txt').is_file()]
+    rows = [row for row in ROWS if (folder(work, row) / 'evaluation.json').is_file()]
     stock = json.loads((folder(work, next(r for r in ROWS if r.title == BASELINE)) / 'evaluation.json').read_text())
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
@@ -119,9 +112,9 @@ def write_table(work: Path, file: Path) -> None:
     lines = [
         '# Hippocampus: stock nnU-Net, its controls, and PDDDPM', '',
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
-        f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}; not idle, so '
-        f'seconds are upper bounds. Data: Medical Segmentation Decathlon Task04; {stock["num_cases"]} test cases split '
-        f'off first (seed {SPLIT_SEED}), the others in 3 folds. Fold 0, one training seed: differences of about 0.002 '
+        f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: Medical '
+        f'Segmentation Decathlon Task04; {stock["num_cases"]} test cases split off first (seed {SPLIT_SEED}), the '
+        'others in 3 folds. Fold 0, one training seed: differences of about 0.002 '
         'in Dice are within the noise of training.', '',
         f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
         f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
@@ -136,11 +129,10 @@ def write_table(work: Path, file: Path) -> None:
         'By `nnUNetv2_predict` and `nnUNetv2_pdddpm_predict` with mirroring, mean over labels, and '
         '`nnUNetv2_pdddpm_evaluate`. Δ: paired difference to `stock` with its 95 % bootstrap interval over cases. '
         'Surface Dice at 1 mm. NLL and ECE over all voxels, ECE also near the reference; AURC: lower is better; ρ: '
-        'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, of 8 samples. Seconds '
-        'a case with start of the program, input, output, and in the rows with an interval samples and report.', '',
+        'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, of 8 samples.', '',
         '| | Dice ± sd over cases | Δ Dice | HD95 mm | surface Dice | NLL | Δ NLL | ECE | ECE near | AURC | ρ | '
-        'true volume in the interval | s/case |',
-        '|' + '---|' * 13,
+        'true volume in the interval |',
+        '|' + '---|' * 12,
         *(table_row(work, row, stock) for row in rows), '',
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
