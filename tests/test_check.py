@@ -270,7 +270,7 @@ def test_an_override_beyond_the_levels_of_a_trained_model_is_a_problem_of_that_m
     problem = checker.problem(str(DATASET_ID), '-p', PLANS)
     assert problem.startswith(f'The model {paper} cannot be used for prediction: t_start=500')
     assert 'it must lie in 0 to 300' in problem
-    monkeypatch.setenv('nnUNet_pdddpm_t_start', '970')  # no model takes it: told once
+    monkeypatch.setenv('nnUNet_pdddpm_t_start', '1070')  # no model takes it: told once
     assert 'must lie in 0 to 1000' in checker.problem(str(DATASET_ID), '-p', PLANS)
 
 

@@ -127,7 +127,7 @@ def test_training_validation_and_prediction(kind, configuration, monkeypatch):
         monkeypatch.setattr(sweep_module, 'STEPS', (1,))
         model = open_model(Path(trainer.output_folder_base), 0, torch.device('cpu'))
         rows = sweep_module.sweep(model, ValidationCases(trainer)).rows.values()
-        assert len(rows) == 1 + 4 * 2 and all(len(row.dice) == 2 for row in rows)
+        assert len(rows) == 1 + 4 * 3 and all(len(row.dice) == 2 for row in rows)
         assert all((0 <= row.dice).all() and (row.dice <= 1).all() and np.isfinite(row.nll).all() for row in rows)
 
 

@@ -150,7 +150,7 @@ def test_maps_lie_in_0_to_1_whatever_the_samples(shape, channels, samples, regio
     generator = torch.Generator().manual_seed(samples)
     for _ in range(samples):
         sharp = 30 * torch.randn(channels, *shape, generator=generator)
-        spread.add(torch.sigmoid(sharp) if regions else torch.softmax(sharp, 0))
+        spread.add(torch.sigmoid(sharp) if regions else torch.softmax(sharp, 0), torch.zeros(len(sharp)))
     spread.end_of_fold()
     spread.crop(tuple(slice(None) for _ in shape))
     for name, values in spread.maps().items():

@@ -121,7 +121,6 @@ def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share
 @pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False]])
 def test_at_noise_levels_the_loss_is_cross_entropy_and_at_level_0_nnunets_own(trainer, noisy):
     """By nnU-Net's own two terms, item by item: the Dice term of these plans is that of the single patch."""
-    trainer.initialize()
     assert not trainer.full_resolution_loss.dc.batch_dice
     output, target = torch.randn(2, 3, 8, 8, 8), torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
     trainer.denoising_loss.noisy = torch.tensor(noisy)
