@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from benchmark_trainers import PDDDPMTrainerBenchmark, nnUNetTrainerBenchmark, nnUNetTrainerBenchmarkLonger
@@ -24,7 +25,11 @@ from hippocampus import (
     call,
 )
 
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402
+
 BASELINE = 'stock'
+NUM_SAMPLES = 8
 
 
 class Row(NamedTuple):
@@ -100,6 +105,18 @@ def table_row(work: Path, row: Row, stock: dict[str, Any]) -> str:
             f'| {"" if correlation is None else f"{correlation:.2f}"} | {coverage(output) if row.samples else ""} |')
 
 
+def draw_triage(work: Path, file: Path) -> None:
+    """Estimated against true Dice, a dot a case."""
+    row = next(row for row in ROWS if row.title == 'PDDDPM')
+    cases = json.loads((folder(work, row) / 'evaluation.json').read_text())['cases']
+    figure, axis = plt.subplots(figsize=(4.5, 4))
+    axis.plot([case['estimated_dice'] for case in cases], [case['dice'] for case in cases], 'o', ms=4)
+    axis.set(xlabel='estimated Dice', ylabel='true Dice')
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
 def write_table(work: Path, file: Path) -> None:
     """The markdown table, and what the sampling settings were tuned to."""
     rows = [row for row in ROWS if (folder(work, row) / 'evaluation.json').is_file()]
@@ -135,5 +152,8 @@ def write_table(work: Path, file: Path) -> None:
         '|' + '---|' * 12,
         *(table_row(work, row, stock) for row in rows), '',
     ]
+    lines += ['![Estimated against true Dice](triage.png)', '',
+              f'A dot a case of the row PDDDPM: agreement of its {NUM_SAMPLES} samples against its true Dice.', '']
+    draw_triage(work, file.with_name('triage.png'))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('\n'.join(lines))
