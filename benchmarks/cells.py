@@ -1,7 +1,6 @@
 """Ten raters a cell: the masks of stock nnU-Net and the samples of PDDDPM against the raters' disagreement."""
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from hippocampus import call, nnunet_environment, train
+from hippocampus import call, nnunet_environment, parse, train
 
 DATASET_ID = 770
 DATASET = f'Dataset{DATASET_ID}_Cells'
@@ -100,13 +99,7 @@ def write_images_and_raters(data: Path, images: list[str], target: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-data', help='folder that contains bubil_cells (or set NNUNET_PDDDPM_DATA)')
-    parser.add_argument('-o', required=True, help="work folder: nnU-Net's three folders, predictions and measurements")
-    parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / 'cells.md'),
-                        help='the table to write; the figure beside it')
-    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES))
-    args = parser.parse_args()
+    args = parse(__doc__, 'bubil_cells', 'cells.md', STAGES)
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
         prepare(work, find_data(args.data))

@@ -43,6 +43,11 @@ class Outcome:
     """How the runs ended at the fault."""
     note: str = ''
 
+    def count(self, end: str) -> None:
+        """A fault was injected, and its run ended in this way."""
+        self.injected += 1
+        self.ends[end] += 1
+
     @property
     def good(self) -> bool:
         """Whether nothing was lost."""
@@ -94,6 +99,10 @@ class Faults:
         if ended.status:
             outcome.note = ended.last
 
+    def go_on(self, outcome: Outcome, output: Path) -> None:
+        """Go on with a prediction, and compare."""
+        self.compare(outcome, output, runs.run(self.log, self.predict(output, '--continue_prediction')))
+
     def check_what_is_there(self, outcome: Outcome, output: Path) -> None:
         """What a fault has left under final names has to be whole and that of the uninterrupted run."""
         outcome.torn += runs.torn(output)
@@ -116,8 +125,7 @@ class Faults:
             fold = self.space.fold(results)
             ended = runs.killed(self.log, self.space.train(results),
                                 self.random.uniform(0, self.training_seconds), KILLS[i % 2])
-            outcome.injected += 1
-            outcome.ends[end_of(ended)] += 1
+            outcome.count(end_of(ended))
             outcome.torn += runs.torn_checkpoints(fold)
             ended = runs.run(self.log, self.space.train(results))
             outcome.finished += ended.status == 0
@@ -135,10 +143,9 @@ class Faults:
             output = self.fresh()
             ended = runs.killed(self.log, self.predict(output),
                                 self.random.uniform(0, self.prediction_seconds), KILLS[i % 2])
-            outcome.injected += 1
-            outcome.ends[end_of(ended)] += 1
+            outcome.count(end_of(ended))
             self.check_what_is_there(outcome, output)
-            self.compare(outcome, output, runs.run(self.log, self.predict(output, '--continue_prediction')))
+            self.go_on(outcome, output)
         return outcome
 
     def kill_report(self) -> Outcome:
@@ -155,8 +162,7 @@ class Faults:
             page.write_text(earlier)
             ended = runs.killed(self.log, lambda: write_report(output, images), self.random.uniform(0, seconds),
                                 KILLS[i % 2])
-            outcome.injected += 1
-            outcome.ends[end_of(ended)] += 1
+            outcome.count(end_of(ended))
             if page.read_text() not in (earlier, expected):
                 outcome.torn.append(page.name)
             outcome.finished += runs.run(self.log, lambda: write_report(output, images)).status == 0
@@ -171,11 +177,10 @@ class Faults:
             with small_disk(self.space.root / 'disk', int(self.random.uniform(0.02, 1) * needed)) as disk:
                 output = disk.folder / 'output'
                 ended = runs.run(self.log, self.predict(output))
-                outcome.injected += 1
-                outcome.ends[end_of(ended)] += 1
+                outcome.count(end_of(ended))
                 self.check_what_is_there(outcome, output)
                 disk.resize(10 * needed)
-                self.compare(outcome, output, runs.run(self.log, self.predict(output, '--continue_prediction')))
+                self.go_on(outcome, output)
         return outcome
 
     def full_disk_training(self) -> Outcome:
@@ -188,8 +193,7 @@ class Faults:
                 results = disk.folder / 'results'
                 shutil.copytree(self.space.results('full'), results)
                 ended = runs.run(self.log, self.space.train(results))
-                outcome.injected += 1
-                outcome.ends[end_of(ended)] += 1
+                outcome.count(end_of(ended))
                 outcome.torn += runs.torn_checkpoints(self.space.fold(results))
                 disk.resize(10 * needed)
                 ended = runs.run(self.log, self.space.train(results))
@@ -211,9 +215,8 @@ class Faults:
             disk.remount('ro')
             for action in (self.predict(output, '-seed', '1'), self.space.train(results)):
                 ended = runs.run(self.log, action)
-                outcome.injected += 1
+                outcome.count(end_of(ended))
                 outcome.finished += ended.status != 0
-                outcome.ends[end_of(ended)] += 1
             outcome.compared = len(self.files)
             outcome.differences = runs.differing(runs.files(output), self.files)
             outcome.torn = runs.torn_checkpoints(self.space.fold(results))
@@ -232,11 +235,10 @@ class Faults:
             before_its_end = child.running()
             shutil.rmtree(output, ignore_errors=True)
             ended = child.wait()
-            outcome.injected += 1
-            outcome.ends[end_of(ended)] += 1
+            outcome.count(end_of(ended))
             if ended.status == 0 and before_its_end and not runs.files(output).keys() >= self.files.keys():
                 outcome.differences.append('masks missing at exit status 0')
-            self.compare(outcome, output, runs.run(self.log, self.predict(output, '--continue_prediction')))
+            self.go_on(outcome, output)
         return outcome
 
     def two_runs(self) -> Outcome:
@@ -248,10 +250,9 @@ class Faults:
             time.sleep(self.random.uniform(0, self.prediction_seconds))
             second = runs.run(self.log.with_name('second.log'), self.predict(output))
             ended = first.wait()
-            outcome.injected += 1
-            outcome.ends[f'{end_of(ended)} and {end_of(second)}'] += 1
+            outcome.count(f'{end_of(ended)} and {end_of(second)}')
             self.check_what_is_there(outcome, output)
-            self.compare(outcome, output, runs.run(self.log, self.predict(output, '--continue_prediction')))
+            self.go_on(outcome, output)
         return outcome
 
     def little_memory_prediction(self) -> Outcome:
@@ -260,10 +261,9 @@ class Faults:
         for _ in range(self.repeats):
             output = self.fresh()
             ended = runs.run(self.log, limited(self.predict(output), int(self.random.uniform(0, 300) * MIB)))
-            outcome.injected += 1
-            outcome.ends[end_of(ended)] += 1
+            outcome.count(end_of(ended))
             self.check_what_is_there(outcome, output)
-            self.compare(outcome, output, runs.run(self.log, self.predict(output, '--continue_prediction')))
+            self.go_on(outcome, output)
         return outcome
 
     def little_memory_training(self) -> Outcome:
@@ -272,8 +272,7 @@ class Faults:
         for _ in range(self.repeats):
             results = self.space.results('limited')
             ended = runs.run(self.log, limited(self.space.train(results), int(self.random.uniform(0, 300) * MIB)))
-            outcome.injected += 1
-            outcome.ends[end_of(ended)] += 1
+            outcome.count(end_of(ended))
             outcome.torn += runs.torn_checkpoints(self.space.fold(results))
             ended = runs.run(self.log, self.space.train(results))
             outcome.finished += ended.status == 0

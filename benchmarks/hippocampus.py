@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +101,26 @@ def train(work: Path, trainer: str, fold: int, dataset: str = DATASET, configura
              '--c', **variables)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-data', help='folder that contains Dataset004_Hippocampus (or set NNUNET_PDDDPM_DATA)')
+def parse(description: str | None, dataset: str, table: str, stages: Sequence[str]) -> argparse.Namespace:
+    """The command line of a benchmark in stages.
+
+    Args:
+        description: of the benchmark.
+        dataset: folder of the data set.
+        table: file name of the table in docs/results.
+        stages: names of the stages, all of which are run unless some are named.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('-data', help=f'folder that contains {dataset} (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, help="work folder: nnU-Net's three folders, predictions and measurements")
-    parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / 'hippocampus.md'),
-                        help='the table to write')
-    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES))
-    args = parser.parse_args()
+    parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / table),
+                        help='the table to write; figures beside it')
+    parser.add_argument('--stages', nargs='+', choices=stages, default=list(stages))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse(__doc__, DATASET, 'hippocampus.md', STAGES)
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
         prepare(work, find_data(args.data))

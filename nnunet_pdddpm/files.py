@@ -1,11 +1,14 @@
-"""Why a file could not be written."""
+"""Files written whole, and why one could not be written."""
 from __future__ import annotations
 
 import errno
+import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NEARLY_FULL = 1 << 16
 """Free bytes below which a failed writing is put down to a full disk."""
@@ -26,3 +29,34 @@ def writing(folder: Path) -> Iterator[None]:
         if shutil.disk_usage(folder).free < NEARLY_FULL:
             raise OSError(errno.ENOSPC, 'The disk is full', str(folder)) from error
         raise
+
+
+def write_atomically(folder: Path, contents: Mapping[str, bytes | str]) -> list[Path]:
+    """Write files beside and rename them once all are written: under its name a file is whole or the old one.
+
+    Args:
+        folder: of the files, which exists.
+        contents: name of a file -> what is in it; text in UTF-8, with question marks for what that cannot encode.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    beside = {name: folder / f'.{name}.{os.getpid()}.partial' for name in contents}
+    try:
+        for name, content in contents.items():
+            beside[name].write_bytes(content if isinstance(content, bytes) else content.encode('utf-8', 'replace'))
+        for name, file in beside.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in beside.values():
+            file.unlink(missing_ok=True)
+    return [folder / name for name in contents]
+
+
+def without_nan(value: Any) -> Any:
+    """JSON knows no nan: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(of) for of in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -5,6 +5,7 @@ All use bf16 autocast on the CPU (nnU-Net trains in fp32 there), which halves th
 the stock model trained for those four epochs more. Validation is left out of them, since the benchmark measures on its
 own cases.
 """
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -49,23 +50,43 @@ class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
         self.network.load_state_dict(context.stock_checkpoint(self.fold)['network_weights'])
 
 
+class SeededEpochs:
+    """Mixin: data drawn alike in every run. Needs `nnUNet_n_proc_DA=0`: data workers have seeds of their own."""
+
+    def initialize(self):
+        torch.manual_seed(0)
+        super().initialize()
+
+    def on_epoch_start(self):
+        np.random.seed(self.current_epoch)
+        torch.manual_seed(self.current_epoch)
+        super().on_epoch_start()
+
+
+class NoiseOnTruth:
+    """Mixin: noise on the truth in every patch."""
+
+    share = 0.0
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.presegmentation_share = self.share
+
+
+class NoDiffusion(NoiseOnTruth):
+    """Mixin: the second network always sees the pre-segmentation itself."""
+
+    share = 1.0
+
+
 class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
     """The default."""
 
 
-class PDDDPMTrainerBenchmarkTruth(PDDDPMTrainerBenchmark):
-    """Noise on the truth in every patch."""
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = 0.0
+class PDDDPMTrainerBenchmarkTruth(NoiseOnTruth, PDDDPMTrainerBenchmark):
+    pass
 
 
-class PDDDPMTrainerBenchmarkDirect(PDDDPMTrainerBenchmark):
-    """No diffusion: the same second network always sees the pre-segmentation itself."""
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = 1.0
+class PDDDPMTrainerBenchmarkDirect(NoDiffusion, PDDDPMTrainerBenchmark):
+    pass

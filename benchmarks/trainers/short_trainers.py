@@ -1,6 +1,6 @@
 """Trainers of a few iterations, for integration.py, compatibility.py, faults.py: they ask whether every path runs."""
-import numpy as np
 import torch
+from benchmark_trainers import SeededEpochs
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -63,7 +63,7 @@ class PDDDPMTrainerToken(FewIterations, PDDDPMTrainer):
     iterations = 25
 
 
-class RepeatableEpochs(FewIterations):
+class RepeatableEpochs(SeededEpochs, FewIterations):
     """Mixin: a checkpoint after each of four short epochs, and data drawn alike whether interrupted or not."""
 
     iterations = 6
@@ -73,15 +73,6 @@ class RepeatableEpochs(FewIterations):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 4
         self.save_every = 1
-
-    def initialize(self):
-        torch.manual_seed(0)
-        super().initialize()
-
-    def on_epoch_start(self):
-        np.random.seed(self.current_epoch)
-        torch.manual_seed(self.current_epoch)
-        super().on_epoch_start()
 
 
 class PDDDPMTrainerFaults(RepeatableEpochs, PDDDPMTrainer):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
+
 
 def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int) -> Tensor:
     """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.
@@ -35,3 +37,9 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
         return -torch.log(-torch.log(u))
     threshold = -torch.logit(u)
     return threshold.expand(num_channels) if regions else torch.cat([torch.zeros(1), threshold])
+
+
+def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor) -> Tensor:
+    """Logits of a sample's probabilities (C, ...) with the shifts (C,) that draw its mask added, float32."""
+    logits = probabilities_to_logits(probabilities[None], regions)[0]
+    return logits + shifts.to(logits.device).reshape(-1, *[1] * (logits.ndim - 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
+
+from nnunet_pdddpm.files import without_nan, write_atomically  # noqa: E402
 
 JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', 'evaluation_reliability.png'
 COLUMNS = ('dice', 'iou', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_ml', 'reference_volume_ml',
@@ -37,30 +38,13 @@ def write_files(summary: dict[str, Any], folder: Path) -> list[Path]:
         OSError: if the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {JSON: json.dumps(_without_nan(summary), indent=1).encode(), CSV: _csv(summary).encode()}
+    contents = {JSON: json.dumps(without_nan(summary), indent=1).encode(), CSV: _csv(summary).encode()}
     if summary['reliability']:
         contents[PNG] = _reliability_diagram(summary['reliability'])
-    beside = {name: folder / f'.{name}.{os.getpid()}' for name in contents}
-    try:
-        for name, content in contents.items():
-            beside[name].write_bytes(content)
-        for name, file in beside.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in beside.values():
-            file.unlink(missing_ok=True)
+    written = write_atomically(folder, contents)
     if PNG not in contents:
         (folder / PNG).unlink(missing_ok=True)
-    return [folder / name for name in contents]
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON knows no nan: null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(of) for key, of in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(of) for of in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return written
 
 
 def _csv(summary: dict[str, Any]) -> str:

@@ -80,7 +80,6 @@ class CasePreprocessor:
             data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
         return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output}
 
-
     def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
         """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
         order = self.plans_manager.transpose_forward

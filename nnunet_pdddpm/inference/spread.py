@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.coding import harden, probabilities_to_logits
+from nnunet_pdddpm.diffusion.coding import harden
+from nnunet_pdddpm.diffusion.drawing import drawn_logits
 
 UNSURE = (0.1, 0.9)
 """A label is unsure at a voxel where its mean probability lies between these."""
@@ -40,12 +41,11 @@ class Spread:
 
     def add(self, probabilities: Tensor, shifts: Tensor) -> None:
         """Add the probabilities (C, Z, Y, X) of one sample; `shifts` (C,) draw its mask, see `drawing.draw_shifts`."""
-        shifts = shifts.to(probabilities.device).reshape(-1, 1, 1)
         for z in range(probabilities.shape[1]):
             p = probabilities[:, z]
             self.mean[:, z] += p / self.samples
-            self.counts[:, z] += harden((probabilities_to_logits(p[None], self.regions) + shifts), self.regions)[0].to(
-                self.counts.dtype)
+            hard = harden(drawn_logits(p, self.regions, shifts)[None], self.regions)[0]
+            self.counts[:, z] += hard.to(self.counts.dtype)
             self.entropy[z] += self._entropy(p) / self.samples
             self.squares[z] += self._over_channels(p ** 2) / self.samples
             if self.fold_mean is not None:

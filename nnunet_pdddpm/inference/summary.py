@@ -4,7 +4,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
+from nnunet_pdddpm.files import write_atomically
 from nnunet_pdddpm.versions import require_nnunet
 
 CASES = 'pdddpm_cases'
@@ -59,7 +59,7 @@ def estimated_dice(pairwise: Sequence[float | None]) -> float | None:
 def write_case(folder: Path, row: Mapping[str, Any]) -> None:
     """Row of a finished case as `CASE.json` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f'{row["case"]}.json', json.dumps(row, indent=2))
+    write_atomically(folder, {f'{row["case"]}.json': json.dumps(row, indent=2)})
 
 
 def read_case(output: Path, case: str) -> dict[str, Any] | None:
@@ -71,7 +71,7 @@ def read_case(output: Path, case: str) -> dict[str, Any] | None:
 def write_failure(output: Path, case: str, reason: str) -> None:
     """Note that a case could not be predicted, and why."""
     (output / FAILED).mkdir(parents=True, exist_ok=True)
-    write_atomically(output / FAILED / f'{case}.json', json.dumps({'case': case, 'error': reason}))
+    write_atomically(output / FAILED, {f'{case}.json': json.dumps({'case': case, 'error': reason})})
 
 
 def write_summary(output: Path) -> None:
@@ -86,8 +86,8 @@ def write_summary(output: Path) -> None:
         failed = [row for row in rows if 'error' in row]
         rows = [row for row in rows if 'error' not in row]
         content = {'cases': rows, **({'failed': failed} if failed else {})}
-        write_atomically(output / f'{SUMMARY}.json', json.dumps(content, indent=2))
-        write_atomically(output / f'{SUMMARY}.csv', _table(rows, failed))
+        write_atomically(output, {f'{SUMMARY}.json': json.dumps(content, indent=2),
+                                  f'{SUMMARY}.csv': _table(rows, failed)})
         written = files  # a case that another process has finished meanwhile: once more
 
 
@@ -117,13 +117,3 @@ def _flat_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
              **{f'{of}_{key}': value for of in ('samples', 'mask') for key, value in model[of].items()}}
             for model in settings]
     return {key: '/'.join(dict.fromkeys(str(model[key]) for model in flat)) for key in flat[0]}
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write beside and rename: under its name a file is whole or the old one."""
-    partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
-    try:
-        partial.write_text(text, encoding='utf-8', errors='replace')
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
-from nnunet_pdddpm.diffusion.drawing import draw_shifts
+from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
@@ -205,8 +205,7 @@ class VolumePredictor(nnUNetPredictor):
                 if settings.shared and blend < 1:
                     mask.add_(p, alpha=(1 - blend) / len(samples) / folds)
                 if on_sample is not None:
-                    logits = probabilities_to_logits(p[unpad], regions).cpu()
-                    on_sample(sample, logits.add_(shifts.reshape(-1, 1, 1, 1)))
+                    on_sample(sample, drawn_logits(p[unpad], regions, shifts).cpu())
                 del p
             spread.end_of_fold()
             for draw in own_draws:

@@ -168,14 +168,13 @@ class Refiner(nn.Module):
         x_pre = self.design.coding.encode(harden(stock_logits, self.regions))
         if settings.steps == 0:
             mean = self.probabilities(self.denoise(image, x_pre, 0, stock))
-            return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
-        levels = truncated_levels(settings.t_start, settings.steps)
-        process = self.process(settings.eta)
-        mean = torch.zeros_like(stock)
-        for sample in range(settings.samples):
-            draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
-            x = _refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
-            mean += self.probabilities(x) / settings.samples
+        else:
+            levels, process = truncated_levels(settings.t_start, settings.steps), self.process(settings.eta)
+            mean = torch.zeros_like(stock)
+            for sample in range(settings.samples):
+                draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
+                x = _refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
+                mean += self.probabilities(x) / settings.samples
         return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
 
     @torch.compiler.disable(recursive=False)

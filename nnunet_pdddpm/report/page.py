@@ -7,8 +7,8 @@ from pathlib import Path
 import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.files import write_atomically
 from nnunet_pdddpm.inference.export import foreground_labels
-from nnunet_pdddpm.inference.summary import write_atomically
 from nnunet_pdddpm.report import summary as text
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR
 from nnunet_pdddpm.report.views import make_view
@@ -56,8 +56,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
         dataset=plans.get('dataset_name', folder.name), not_shown=len(summary['cases']) - len(entries),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
         failed=summary.get('failed', []), uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
-    write_atomically(folder / REPORT, page)
-    return folder / REPORT
+    return write_atomically(folder, {REPORT: page})[0]
 
 
 def _template() -> jinja2.Template:

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from nnunet_pdddpm.files import without_nan, write_atomically
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.choice import LEVEL, RESAMPLINGS, SEED, Row, difference_interval, mean, stock_row
 from nnunet_pdddpm.tuning.sweep import Sweep
@@ -70,18 +70,9 @@ def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
     Raises:
         OSError: if the folder cannot be written to.
     """
-    contents = {f'{NAME}.json': json.dumps(_without_nan(_summary(sweep, choice)), indent=1).encode(),
+    contents = {f'{NAME}.json': json.dumps(without_nan(_summary(sweep, choice)), indent=1).encode(),
                 f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep, choice)}
-    beside = {name: folder / f'.{name}.{os.getpid()}.partial' for name in contents}
-    try:
-        for name, content in contents.items():
-            beside[name].write_bytes(content)
-        for name, file in beside.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in beside.values():
-            file.unlink(missing_ok=True)
-    return [folder / name for name in contents]
+    return write_atomically(folder, contents)
 
 
 def _means(row: Row, sweep: Sweep, choice: Choice) -> dict[str, Any]:
@@ -105,15 +96,6 @@ def _summary(sweep: Sweep, choice: Choice) -> dict[str, Any]:
             'left_out': {'settings': [asdict(s) for s in sweep.settings_left_out], 'cases': sweep.cases_left_out},
             'seconds': round(sweep.seconds, 1), 'rows': rows,
             'interval': {'level': LEVEL, 'resamplings': RESAMPLINGS, 'seed': SEED}}
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON knows no nan: null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(of) for of in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _table(sweep: Sweep, choice: Choice) -> str:

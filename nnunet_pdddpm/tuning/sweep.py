@@ -12,8 +12,8 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, probabilities_to_logits
-from nnunet_pdddpm.diffusion.drawing import draw_shifts
+from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
 from nnunet_pdddpm.diffusion.schedule import t_at_snr
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.summary import estimated_dice
@@ -221,8 +221,7 @@ class CaseSweep:
                 shifts = draw_shifts(len(p), regions, sample, number, s.seed)
                 spread.add(p, shifts)
                 if self.truth.raters:
-                    drawn = probabilities_to_logits(p[self.box][None], regions)[0] + shifts.to(p).reshape(-1, 1, 1, 1)
-                    drawn = logits_to_probabilities(drawn[None], regions)[0]
+                    drawn = logits_to_probabilities(drawn_logits(p[self.box], regions, shifts)[None], regions)[0]
                     masks.append(self.truth.harden(drawn).to(torch.int16).cpu().numpy())
         volume.forget()
         for s, spread, masks in zip(group, spreads, hard, strict=True):
