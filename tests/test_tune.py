@@ -366,6 +366,15 @@ def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(scratch, monkeypatch)
     assert file.read_bytes() == before and not list(file.parent.glob('.*partial'))
 
 
+def test_a_damaged_checkpoint_is_named_and_the_other_stays_as_it_is(scratch):
+    final, best = (scratch / 'fold_0' / f'checkpoint_{which}.pth' for which in ('final', 'best'))
+    before = final.read_bytes()
+    best.write_bytes(best.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r'Error: .*checkpoint_best\.pth is truncated or no checkpoint'):
+        command()
+    assert final.read_bytes() == before
+
+
 def test_plain_nnunet_prediction_uses_the_choice_and_each_fold_its_own(tuned, tmp_path):
     model = tmp_path / tuned.name
     for fold in (0, 1):

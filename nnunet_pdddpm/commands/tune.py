@@ -12,7 +12,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_pdddpm.commands.predict import fold, model_folder, prepare_device
 from nnunet_pdddpm.evaluation.folders import EvaluationError
-from nnunet_pdddpm.training.presegmenters import PresegmenterError
+from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.tune import open_model, tune
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         tune(trainer, predictor, None if args.budget is None else 60 * args.budget, args.raters,
              not args.disable_progress_bar, trainer.print_to_log_file)
-    except (TuningError, EvaluationError, PresegmenterError, FileNotFoundError) as error:
+    except (TuningError, EvaluationError, CheckpointError, FileNotFoundError) as error:
         sys.exit(f'Error: {error}')
     except OSError as error:
         sys.exit(f'Error: the results cannot be written ({error}).')

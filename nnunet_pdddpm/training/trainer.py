@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, check_weights, checksum, load_checkpoint
+from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
@@ -323,7 +323,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             try:
                 predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
                 return tune(self, predictor, seconds, log=self.print_to_log_file)
-            except (TuningError, OSError) as error:
+            except (TuningError, CheckpointError, OSError) as error:
                 self.print_to_log_file(f'{stay}{error}')
         return None
 

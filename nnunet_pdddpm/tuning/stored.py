@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from nnunet_pdddpm.network.checkpoint import load_checkpoint
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.training.presegmenters import load_checkpoint
 from nnunet_pdddpm.tuning.choice import TuningError
 
 CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
@@ -28,12 +28,12 @@ def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings) 
 
     Raises:
         TuningError: if one is no PDDDPM model.
-        PresegmenterError: if one cannot be read.
+        CheckpointError: if one cannot be read.
         OSError: if one cannot be written.
     """
     files = [fold_folder / name for name in CHECKPOINTS if (fold_folder / name).is_file()]
-    for file in files:
-        checkpoint = load_checkpoint(file, 'PDDDPM model')
+    checkpoints = [load_checkpoint(file, 'PDDDPM model') for file in files]  # all of them, before one is changed
+    for file, checkpoint in zip(files, checkpoints, strict=True):
         weights = checkpoint['network_weights']
         for prefix, settings in ((MASK, mask), (SAMPLES, samples)):
             for name, value in asdict(settings).items():
