@@ -27,7 +27,7 @@ from nnunet_pdddpm.tuning.choice import Row, TuningError
 from nnunet_pdddpm.tuning.scores import Truth
 
 SIGNAL_TO_NOISE = (1.0, 0.25, 0.06, 0.016, 0.004)
-"""Of the start levels: t = 497, 703, 847, 920 and 960 of the cosine schedule with -1/+1 masks."""
+"""Of the start levels: t = 497, 703, 846, 920 and 960 of the cosine schedule with -1/+1 masks."""
 STEPS = (1, 2, 3, 5, 10)
 MOST_STEPS_OF_MASK = 3
 """More were not better for the mask in any measurement, and every call of plain prediction costs mirrorings times."""
