@@ -80,7 +80,8 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     assert one['losses'] == other['losses'] and one['dice'] == other['dice']
 
     assert len(one['levels']) == len(other['levels']) == 8  # a batch of two, one on each rank
-    assert (one['levels'] != other['levels']).all()
+    noisy = (one['levels'] > 0) & (other['levels'] > 0)  # the others show the pre-segmentation
+    assert noisy.any() and (one['levels'] != other['levels'])[noisy].all()
     assert not np.array_equal(one['tp'], other['tp'])  # each rank validates on its own patches
 
     saved = torch.load(fold / 'checkpoint_final.pth', weights_only=False)['network_weights']

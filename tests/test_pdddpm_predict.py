@@ -638,7 +638,7 @@ def test_folds_can_be_named_as_nnunets_predictor_takes_them(refined, folds):
 
 # regions, slices, pictures
 
-REGIONS = 'Dataset703_RegionsIn2d'
+REGIONS = 'Dataset704_RegionsIn2d'
 
 
 @pytest.fixture(scope='module')
@@ -652,7 +652,7 @@ def in_2d(refined: Workspace, tmp_path_factory) -> SimpleNamespace:
     (raw / 'dataset.json').write_text(json.dumps(description))
     plan_and_preprocess(raw, preprocessed, '2d')
     for trainer in (STOCK, REFINED):
-        make_trainer(trainer, 0, '2d', 703).run_training()
+        make_trainer(trainer, 0, '2d', 704).run_training()
     model, folder = model_folder(REFINED, REGIONS, '2d'), tmp_path_factory.mktemp('in_2d')
 
     def run(name, *flags, model=model, source=raw / 'imagesTs'):
