@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +60,9 @@ def measured(work: Path, trainer: str, *command: str) -> tuple[float, float]:
     return time.monotonic() - start, usage.ru_maxrss / (1024 ** 3 if sys.platform == 'darwin' else 1024 ** 2)
 
 
-def prepare(work: Path, data: str | None) -> None:
+def prepare(work: Path, data: str | None, all_runs: Sequence[Run] = RUNS) -> None:
     """Raw data sets, nnU-Net's planning and preprocessing, reduced plans, three folds (MSLesion: one case each)."""
-    for dataset in dict.fromkeys(run.dataset for run in RUNS):
+    for dataset in dict.fromkeys(run.dataset for run in all_runs):
         raw, preprocessed = work / 'nnUNet_raw' / dataset, work / 'nnUNet_preprocessed' / dataset
         if (preprocessed / f'{PLANS}.json').is_file():
             continue
@@ -72,7 +73,7 @@ def prepare(work: Path, data: str | None) -> None:
         else:
             copy_cases(find_data(data, HIPPOCAMPUS), raw, NUM_TRAINING, NUM_TEST, regions_class_order=[1, 2],
                        labels={'background': 0, 'whole': [1, 2], 'posterior': 2})
-        runs = [run for run in RUNS if run.dataset == dataset]
+        runs = [run for run in all_runs if run.dataset == dataset]
         measured(work, '', 'nnUNetv2_plan_and_preprocess', '-d', dataset[7:10], '-c', *(r.configuration for r in runs),
                  '-npfp', '2', '-np', *['2'] * len(runs), '--verify_dataset_integrity')
         plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())

@@ -1,5 +1,8 @@
-"""Time and memory of `nnUNetv2_pdddpm_predict` with eight samples against `nnUNetv2_predict`, on the models of
-`hippocampus.py`: both with their defaults, one after the other on the same machine, several times."""
+"""Time and memory of `nnUNetv2_pdddpm_predict -samples 8 --uncertainty` against `nnUNetv2_predict`, and where it goes.
+
+Hippocampus with the models of `hippocampus.py`; MSLesion (182 x 218 x 182 voxels, three channels) with models that are
+trained here, briefly. Both commands with their defaults, in turn on the same machine.
+"""
 from __future__ import annotations
 
 import argparse
@@ -11,21 +14,73 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hippocampus import CONFIGURATION, DATASET, HERE, PDDDPM_TRAINER, PLANS, STOCK_TRAINER, nnunet_environment
+from compatibility import LESION, RUNS
+from compatibility import prepare as prepare_lesions
+from hippocampus import (
+    CONFIGURATION,
+    DATASET,
+    HERE,
+    PDDDPM_TRAINER,
+    PLANS,
+    STOCK_TRAINER,
+    nnunet_environment,
+    train,
+)
 
-COMMANDS = {'stock': ('nnUNetv2_predict', '-tr', STOCK_TRAINER),
-            'PDDDPM': ('nnUNetv2_pdddpm_predict', '-tr', PDDDPM_TRAINER, '-samples', '8', '--uncertainty')}
+DIFF_UNET = 46.6 / (8 * 0.46)  # arithmetic against stock nnU-Net's with mirroring, as counted in the design
 
 
-def run(work: Path, name: str, images: Path, device: str) -> tuple[float, float]:
+class Subject(NamedTuple):
+    """A data set, its models, and how much of it is predicted."""
+    dataset: str
+    stock: str
+    refined: str
+    cases: int
+    repeats: int
+
+
+SUBJECTS = (Subject(DATASET, STOCK_TRAINER, PDDDPM_TRAINER, 10, 3),
+            Subject(LESION, 'nnUNetTrainerLesions', 'PDDDPMTrainerLesions', 1, 3))
+
+
+def model(work: Path, dataset: str, trainer: str) -> Path:
+    """Its folder."""
+    return work / 'nnUNet_results' / dataset / f'{trainer}__{PLANS}__{CONFIGURATION}'
+
+
+def prepare(work: Path, data: str | None) -> None:
+    """MSLesion and its models, if they are not there."""
+    prepare_lesions(work, data, [run for run in RUNS if run.dataset == LESION])
+    subject = SUBJECTS[1]
+    for trainer in (subject.stock, subject.refined):
+        train(work, trainer, 0, LESION, nnUNet_pdddpm_presegmenter=subject.stock)
+
+
+def images_of(work: Path, subject: Subject) -> Path:
+    """A folder with the images that are predicted."""
+    images = work / 'speed' / subject.dataset / 'images'
+    if not images.is_dir():
+        images.mkdir(parents=True)
+        source = work / 'nnUNet_raw' / subject.dataset / 'imagesTs'
+        cases = sorted({file.name[:-len('_0000.nii.gz')] for file in source.iterdir()})[:subject.cases]
+        for case in cases:
+            for file in source.glob(f'{case}_*'):
+                shutil.copyfile(file, images / file.name)
+    return images
+
+
+def run(work: Path, subject: Subject, refined: bool, device: str) -> tuple[float, float]:
     """Seconds a case with everything, and GiB of the largest process, of a command on a folder of images."""
-    output = work / 'speed' / name
+    command = ['nnUNetv2_pdddpm_predict', '-tr', subject.refined, '-samples', '8', '--uncertainty'] if refined else \
+        ['nnUNetv2_predict', '-tr', subject.stock]
+    output = work / 'speed' / subject.dataset / command[0]
     shutil.rmtree(output, ignore_errors=True)
-    command = [*COMMANDS[name], '-i', str(images), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION, '-p', PLANS,
-               '-f', '0', '-device', device, '--disable_progress_bar']
+    command += ['-i', str(images_of(work, subject)), '-o', str(output), '-d', subject.dataset, '-c', CONFIGURATION,
+                '-p', PLANS, '-f', '0', '-device', device, '--disable_progress_bar']
     print('$', *command, flush=True)
     start = time.perf_counter()
     process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]],
@@ -33,57 +88,90 @@ def run(work: Path, name: str, images: Path, device: str) -> tuple[float, float]
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f'{" ".join(command)} failed.')
-    return (time.perf_counter() - start) / len(list(images.iterdir())), usage.ru_maxrss / 1024 ** 2
+    return (time.perf_counter() - start) / subject.cases, usage.ru_maxrss / 1024 ** 2
 
 
-def network(work: Path) -> tuple[float, int, int]:
-    """Seconds a case of pre-segmentation and sampling in PDDDPM's last run, and calls of either network."""
-    cases = json.loads((work / 'speed' / 'PDDDPM' / 'pdddpm_summary.json').read_text())['cases']
-    calls = [sum(case['network_calls'][of] for case in cases) for of in ('stock', 'denoiser')]
-    return float(np.mean([case['seconds'] for case in cases])), calls[0], calls[1]
+def commands(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """Both commands in turn: seconds a case and GiB, and what PDDDPM's summary says."""
+    runs = [{name: run(work, subject, name == 'PDDDPM', device) for name in ('stock', 'PDDDPM')}
+            for _ in range(subject.repeats)]
+    cases = json.loads((work / 'speed' / subject.dataset / 'nnUNetv2_pdddpm_predict' / 'pdddpm_summary.json')
+                       .read_text())['cases']
+    return {'runs': runs, 'tiles': float(np.mean([case['refined_tiles'] for case in cases])),
+            'settings': cases[0]['settings'][0],
+            'calls': {of: sum(case['network_calls'][of] for case in cases) / len(cases)
+                      for of in ('stock', 'denoiser')}}
 
 
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f'{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})'
+def parts(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """What is measured within one process, see `speed_parts`."""
+    import speed_parts as measure
+    predictor = measure.opened(model(work, subject.dataset, subject.refined), device,
+                               overrides={'samples': (8, 8)})
+    image = measure.preprocessed(predictor, images_of(work, subject), 1)[0]
+    small = subject.dataset == DATASET
+    result = {'call': measure.seconds_a_call(predictor), 'overhead': measure.overhead(predictor, image, 3),
+              'shape': list(image.shape), 'top': measure.top_costs(predictor, image)}
+    if small:
+        result['cost'] = measure.cost_of_settings(predictor, image, 3)
+        result['training'] = training(work, device)
+    else:
+        result['sure'] = sure_tiles(work, subject, device, image)
+    return result
+
+
+def sure_tiles(work: Path, subject: Subject, device: str, image: torch.Tensor) -> dict[str, Any]:
+    """Share of refined tiles, calls and seconds with -sure, and how far the probabilities are from those without."""
+    import speed_parts as measure
+    rows: dict[str, Any] = {}
+    before = None
+    for sure in (1.0, 0.9999, 0.999, 0.99, 0.9):
+        predictor = measure.opened(model(work, subject.dataset, subject.refined), device, sure=sure,
+                                   overrides={'samples': (8, 8)})
+        prediction = predictor.predict_volume(image)
+        p = torch.softmax(prediction.logits.float(), 0)
+        before = p if before is None else before
+        rows[str(sure)] = {'tiles': prediction.refined_tiles, 'seconds': prediction.seconds,
+                           'calls': prediction.network_calls,
+                           'other labels': int((p.argmax(0) != before.argmax(0)).sum()),
+                           'largest difference': float((p - before).abs().max())}
+    return rows
+
+
+def training(work: Path, device: str, repeats: int = 20) -> dict[str, list[float]]:
+    """Seconds of an iteration of the stock trainer and of PDDDPM's, interleaved."""
+    sys.path.append(str(HERE / 'trainers'))
+    import speed_parts as measure
+    from benchmark_trainers import PDDDPMTrainerBenchmark, nnUNetTrainerBenchmark
+    preprocessed = work / 'nnUNet_preprocessed' / DATASET
+    plans, description = (json.loads((preprocessed / name).read_text()) for name in (f'{PLANS}.json', 'dataset.json'))
+    trainers = {}
+    for name, trainer_class in (('stock', nnUNetTrainerBenchmark), ('PDDDPM', PDDDPMTrainerBenchmark)):
+        trainers[name] = trainer_class(plans, CONFIGURATION, 0, description, torch.device(device))
+        trainers[name].initialize()
+    return measure.training_iterations(trainers, repeats)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-data', help=f'folder that contains {LESION} (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, help='work folder of hippocampus.py, with its trained models')
     parser.add_argument('-device', default='cpu', choices=('cpu', 'cuda'))
-    parser.add_argument('-repeats', type=int, default=3)
-    parser.add_argument('-cases', type=int, default=10)
     parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / 'speed.md'))
     args = parser.parse_args()
     work = Path(args.o).resolve()
-    images = work / 'speed' / 'images'
-    shutil.rmtree(images, ignore_errors=True)
-    images.mkdir(parents=True)
-    for file in sorted((work / 'nnUNet_raw' / DATASET / 'imagesTs').iterdir())[:args.cases]:
-        shutil.copyfile(file, images / file.name)
-    runs = [{name: run(work, name, images, args.device) for name in COMMANDS} for _ in range(args.repeats)]
-    seconds, stock_calls, denoiser_calls = network(work)
-    columns = {name: [[r[name][i] for r in runs] for i in (0, 1)] for name in COMMANDS}
-    ratios = [[r['PDDDPM'][i] / r['stock'][i] for r in runs] for i in (0, 1)]
-    device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{os.cpu_count()} CPU cores'
-    Path(args.table).write_text(f"""# Speed: eight samples with uncertainty against stock nnU-Net
-
-    .venv/bin/python benchmarks/speed.py -o WORK        # after benchmarks/hippocampus.py -o WORK
-
-Machine: {platform.machine()}, {device}, torch {torch.__version__}. Hippocampus, reduced plans, {args.cases} cases in
-one call of each command, {args.repeats} times in turn; both with their defaults (mirroring), start of the program,
-preprocessing and export included. Median (range).
-
-| | s/case | GiB of the largest process |
-|---|---|---|
-""" + '\n'.join(f'| `{" ".join(COMMANDS[name])}` | {spread(values[0])} | {spread(values[1])} |'
-                for name, values in columns.items()) + f"""
-| ratio | {spread(ratios[0])} | {spread(ratios[1])} |
-
-Network part of PDDDPM: {seconds:.2f} s a case, with {stock_calls / args.cases:.0f} calls of the stock network and
-{denoiser_calls / args.cases:.0f} of the denoiser a case.
-""")
+    os.environ.update(nnunet_environment(work), nnUNet_n_proc_DA='0', nnUNet_compile='false')
+    file = work / 'speed' / f'measured_{args.device}.json'
+    measured = json.loads(file.read_text()) if file.is_file() else {}
+    prepare(work, args.data)
+    for subject in SUBJECTS:
+        for what in (commands, parts):
+            if (name := f'{what.__name__} {subject.dataset}') not in measured:
+                measured[name] = what(work, subject, args.device)
+                file.write_text(json.dumps(measured, indent=1))
+    from speed_table import write_table
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{os.cpu_count()} CPU cores, no GPU'
+    write_table(measured, f'{platform.machine()}, {device}, torch {torch.__version__}', Path(args.table))
 
 
 if __name__ == '__main__':

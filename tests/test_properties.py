@@ -139,7 +139,7 @@ def test_tiles_of_any_size_cover_any_volume(shape, tile):
     tiles = [(slice(None), *(slice(s, s + n) for s, n in zip(start, tile, strict=True)))
              for start in np.stack(np.meshgrid(*steps, indexing='ij'), -1).reshape(-1, 3)]
     volume = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    fused = fuse_tiles(lambda t: volume[t], volume.shape, tiles, torch.rand(tile) + 0.1, volume.device)
+    fused = fuse_tiles(((t, volume[t]) for t in tiles), volume.shape, torch.rand(tile) + 0.1, volume.device)
     torch.testing.assert_close(fused, volume, rtol=1e-4, atol=1e-5)
 
 

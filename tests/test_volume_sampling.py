@@ -103,15 +103,24 @@ def test_fused_tiles_are_the_weighted_mean_in_any_order():
         weights[tile[1:]] += weight.double().numpy()
 
     def fuse(order):
-        remaining = iter(order)
-        return fuse_tiles(lambda tile: torch.from_numpy(values[next(remaining)]).float(), shape,
-                          [tiles[i] for i in order], weight, CPU)
+        return fuse_tiles(((tiles[i], torch.from_numpy(values[i]).float()) for i in order), shape, weight, CPU)
     forwards, shuffled = fuse(range(len(tiles))), fuse(rng.permutation(len(tiles)).tolist())
     np.testing.assert_allclose(forwards.numpy(), total / weights, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(forwards, shuffled, rtol=1e-5, atol=1e-5)
     slices = [(slice(None), z, *tile[2:]) for z in range(9) for tile in tiles[:6]]  # 2d: tiles of single slices
-    in_2d = fuse_tiles(lambda tile: torch.full((2, *weight.shape[1:]), float(tile[1])), shape, slices, weight[3], CPU)
+    in_2d = fuse_tiles(((tile, torch.full((2, *weight.shape[1:]), float(tile[1]))) for tile in slices), shape,
+                       weight[3], CPU)
     np.testing.assert_allclose(in_2d[0, :, 0, 0].numpy(), range(9), rtol=1e-6)
+
+
+def test_where_no_tile_is_other_values_stand():
+    shape = (2, 3, 8, 8)
+    tile = (slice(None), slice(0, 2), slice(2, 6), slice(0, 4))
+    fused = fuse_tiles([(tile, torch.full((2, 2, 4, 4), 5.0))], shape, torch.rand(2, 4, 4) + 0.1, CPU,
+                       lambda z: torch.full((2, 8, 8), -float(z)))
+    expected = -torch.arange(3.0).reshape(1, 3, 1, 1).expand(shape).clone()
+    expected[tile] = 5
+    torch.testing.assert_close(fused, expected)
 
 
 TILE, VOLUME = (8, 8, 16), (8, 8, 72)
@@ -119,7 +128,8 @@ TILE, VOLUME = (8, 8, 16), (8, 8, 72)
 
 def sample_of_the_whole_volume(process, mask, levels, sample):
     tiles, weight = tiles_of(VOLUME, TILE)
-    return refine_volume(lambda x, t: fuse_tiles(lambda tile: local_denoiser(x[tile]), mask.shape, tiles, weight, CPU),
+    return refine_volume(lambda x, t: fuse_tiles(((tile, local_denoiser(x[tile])) for tile in tiles), mask.shape,
+                                                 weight, CPU),
                          process, mask, CODING, levels, volume_noise(mask.shape, 0, sample, CPU))
 
 
@@ -127,9 +137,9 @@ def sample_of_every_tile_for_itself(process, mask, levels, sample):
     """What a sliding window makes of a network that draws its noise anew for every tile."""
     tiles, weight = tiles_of(VOLUME, TILE)
     number = itertools.count(1000 * sample)
-    return fuse_tiles(lambda tile: refine_volume(lambda x, t: local_denoiser(x), process, mask[tile], CODING, levels,
-                                                 volume_noise(mask[tile].shape, 0, next(number), CPU)),
-                      mask.shape, tiles, weight, CPU)
+    return fuse_tiles(((tile, refine_volume(lambda x, t: local_denoiser(x), process, mask[tile], CODING, levels,
+                                            volume_noise(mask[tile].shape, 0, next(number), CPU))) for tile in tiles),
+                      mask.shape, weight, CPU)
 
 
 @pytest.mark.parametrize('eta', [0.0, 1.0])
@@ -357,8 +367,8 @@ def a_row(number, folds=1):
     settings = [{'samples': {'t_start': 700, 'steps': 1}, 'mask': {'t_start': 500 + fold, 'steps': 1},
                  'slice_correlation': 0.9} for fold in range(folds)]
     return {'case': f'case_{number:03d}', 'estimated_dice': None, 'uncertain_share': 0.25, 'num_samples': 2,
-            'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number}, 'seconds': 1.5,
-            'versions': {'torch': '2'},
+            'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number}, 'refined_tiles': 1.0,
+            'seconds': 1.5, 'versions': {'torch': '2'},
             'labels': {name: {'volume_ml': number + 0.5, 'pairwise_dice': None} for name in ('organ', 'a, b')}}
 
 

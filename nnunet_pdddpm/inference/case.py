@@ -120,7 +120,8 @@ class CaseUnderWay:
         self.row = {'case': self.export.case, 'estimated_dice': estimated_dice(list(self.pairwise.values())),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
-                    'network_calls': prediction.network_calls, 'seconds': round(prediction.seconds, 3),
+                    'network_calls': prediction.network_calls,
+                    'refined_tiles': round(prediction.refined_tiles, 4), 'seconds': round(prediction.seconds, 3),
                     'versions': versions()}
         maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
         self.rest = self.queue.submit(self.export.rest, as_numpy(prediction.logits),

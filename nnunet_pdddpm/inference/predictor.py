@@ -47,7 +47,7 @@ class PDDDPMPredictor(VolumePredictor):
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
-        of_all = {'slice_correlation': self.slice_correlation, 'step_size': self.tile_step_size,
+        of_all = {'slice_correlation': self.slice_correlation, 'sure': self.sure, 'step_size': self.tile_step_size,
                   'mirroring': self.use_mirroring}
         return [{'model': self.model, 'fold': fold, **asdict(settings), **of_all}
                 for fold, settings in zip(self.folds, self.fold_settings, strict=True)]

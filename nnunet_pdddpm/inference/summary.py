@@ -100,7 +100,8 @@ def versions() -> dict[str, str]:
 def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]] = ()) -> str:
     """One line for every case and label, and one for every case that could not be predicted."""
     lines = [{'case': row['case'], 'label': name, **values,
-              **{f'case_{key}': row[key] for key in ('estimated_dice', 'uncertain_share', 'seconds')},
+              **{f'case_{key}': row.get(key)
+                 for key in ('estimated_dice', 'uncertain_share', 'refined_tiles', 'seconds')},
               **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},
               **_flat_settings(row['settings']), **row['versions']}
              for row in rows for name, values in row['labels'].items()] + [dict(row) for row in failed]

@@ -74,19 +74,25 @@ class VolumePredictor(nnUNetPredictor):
     perform_everything_on_device: bool
 
     def __init__(self, *args: Any, overrides: Mapping[str, tuple[int | float, int | float]] | None = None,
-                 slice_correlation: float = 0.9, **kwargs: Any) -> None:
+                 slice_correlation: float = 0.9, sure: float = 1.0, **kwargs: Any) -> None:
         """
         Args:
             args, kwargs: of nnUNetPredictor.
             overrides: sampling settings in the place of the model's: name -> (for the samples, for the mask).
             slice_correlation: of the noise of neighbouring slices, for configurations that segment slices (2d).
+            sure: probability of its label from which on the stock model is taken to be sure of a voxel; tiles without
+                an unsure one keep the stock model's result. From 1 on everything is refined.
 
         Raises:
-            PredictionError: if the correlation lies outside [0, 1].
+            PredictionError: if the correlation lies outside [0, 1], or sure outside (0.5, 1].
         """
         super().__init__(*args, **kwargs)
         if not 0 <= slice_correlation <= 1:
             raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
+        if not 0.5 < sure <= 1:
+            raise PredictionError(f'sure={sure} is out of range: it must lie above 0.5 and not above 1.')
+        self.sure = sure
+        self.tile_batch = 4 if self.device.type == 'cuda' else 1  # on a CPU more at a time are not faster
         self.overrides = dict(overrides or {})
         self.slice_correlation = slice_correlation
         self.bfloat16 = cpu_has_bfloat16()
@@ -194,10 +200,12 @@ class VolumePredictor(nnUNetPredictor):
             of_fold = volume.start_fold()
             stock_logits = of_fold if stock_logits is None else stock_logits + of_fold
             samples = range(fold, self.num_samples, folds)
-            own_draws = range(fold, max(settings.mask.samples, folds), folds)
+            mask_draws = max(settings.mask.samples, folds)
+            own_draws = range(fold, mask_draws, folds)
             blend = 1.0 if settings.mask.is_stock else settings.mask.blend
             own_draws = own_draws if blend < 1 and not settings.shared else range(0)
-            volume.expect(len(samples) * max(settings.samples.steps, 1) + len(own_draws) * max(settings.mask.steps, 1))
+            volume.expect(settings.samples, samples, self.num_samples)
+            volume.expect(settings.mask, own_draws, mask_draws)
             for sample in samples:
                 p = volume.sample(settings.samples, sample, self.num_samples)
                 shifts = draw_shifts(len(p), regions, sample, self.num_samples, settings.samples.seed)
@@ -209,7 +217,7 @@ class VolumePredictor(nnUNetPredictor):
                 del p
             spread.end_of_fold()
             for draw in own_draws:
-                mask.add_(volume.sample(settings.mask, draw, max(settings.mask.samples, folds)),
+                mask.add_(volume.sample(settings.mask, draw, mask_draws),
                           alpha=(1 - blend) / len(own_draws) / folds)
             if blend > 0:
                 volume.add_stock(mask, blend / folds)
@@ -219,7 +227,8 @@ class VolumePredictor(nnUNetPredictor):
         spread.crop(unpad[1:])
         only_stock = all(settings.mask.is_stock for settings in self.fold_settings)
         logits = stock_logits if only_stock else probabilities_to_logits(mask[unpad], regions).cpu()
-        return VolumePrediction(stock_logits, logits, spread, volume.network_calls, time.perf_counter() - start)
+        return VolumePrediction(stock_logits, logits, spread, volume.network_calls,
+                                sum(volume.refined_tiles) / folds, time.perf_counter() - start)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """For the denoiser: as nnU-Net's on CUDA; bfloat16 on a CPU with instructions for it, which halves the time."""

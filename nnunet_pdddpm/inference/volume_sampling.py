@@ -15,9 +15,7 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.coding import MaskCoding
 from nnunet_pdddpm.diffusion.process import ForwardProcess
 from nnunet_pdddpm.diffusion.sampling import seeded_noise
-
-Tile = tuple[slice | int, ...]
-"""Index into a volume (C, Z, Y, X), as nnU-Net's sliding window makes it."""
+from nnunet_pdddpm.inference.tiling import Tile
 
 
 def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.device,
@@ -78,23 +76,27 @@ def refine_volume(denoise: Callable[[Tensor, int], Tensor], process: ForwardProc
     return x
 
 
-def fuse_tiles(of_tile: Callable[[Tile], Tensor], shape: Sequence[int], tiles: Iterable[Tile], weight: Tensor,
-               device: torch.device) -> Tensor:
+def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], weight: Tensor, device: torch.device,
+               elsewhere: Callable[[int], Tensor] | None = None) -> Tensor:
     """Weighted mean over overlapping tiles, (C, Z, Y, X) float32 on `device`.
 
     Args:
-        of_tile: tile -> its values (C, ...).
+        estimates: tile, as nnU-Net's sliding window makes it, and values (C, ...) in it; a tile may come several times.
         shape: (C, Z, Y, X).
-        tiles: as nnU-Net's sliding window makes them; together they cover the volume.
         weight: of the voxels of a tile, positive: nnU-Net's Gaussian, or 1.
         device: of the volume.
+        elsewhere: z -> values (C, Y, X) of that slice, which stand where no tile is; None if tiles cover the volume.
     """
     total = torch.zeros(tuple(shape), device=device)
     total_weight = torch.zeros(tuple(shape[1:]), device=device)
-    for tile in tiles:
-        total[tile] += weight * of_tile(tile).to(device)
+    for tile, values in estimates:
+        total[tile] += weight * values.to(device)
         total_weight[tile[1:]] += weight
-    return total.div_(total_weight)
+    if elsewhere is None:
+        return total.div_(total_weight)
+    for z in range(shape[1]):
+        total[:, z] = torch.where(total_weight[z] > 0, total[:, z] / total_weight[z], elsewhere(z))
+    return total
 
 
 def mirrorings(axes: Sequence[int] | None) -> list[tuple[int, ...]]:

@@ -249,15 +249,16 @@ class PDDDPMTrainer(nnUNetTrainer):
             The batch, and the noise (B, C, ...) in it.
         """
         coding, regions = self.design.coding, self.label_manager.has_regions
-        if self.shows_presegmentation:
-            logits = self.presegment(image, keys)
-            x_pre = coding.encode(harden(logits, regions))
-        else:  # it plays no part in the batch
-            x_pre = logits = torch.zeros((len(image), self.label_manager.num_segmentation_heads, *image.shape[2:]),
-                                         device=self.device)
-        x0 = self._coded_target(target, x_pre)
         t = torch.randint(1, self.t_max + 1, (len(image),), generator=self.level_generator)
         t[torch.rand(len(image), generator=self.level_generator) < self.presegmentation_share] = 0
+        in_every_patch = self.design.condition_on_presegmentation or self.label_manager.has_ignore_label
+        shown = [i for i in range(len(image)) if in_every_patch or t[i] == 0]
+        logits = torch.zeros((len(image), self.label_manager.num_segmentation_heads, *image.shape[2:]),
+                             device=self.device)
+        if shown:  # in the others the pre-segmentation plays no part
+            logits[shown] = self.presegment(image[shown], [keys[i] for i in shown]).float()
+        x_pre = coding.encode(harden(logits, regions))
+        x0 = self._coded_target(target, x_pre)
         noise = torch.randn(x_pre.shape, generator=self.noise_generator, device=self.device)
         clean = torch.where((t > 0).to(self.device).reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
         del x0

@@ -61,13 +61,13 @@ def candidates(refiner: Refiner, prefix: str, mirrored: bool) -> list[SamplingSe
 class SweepVolume(Volume):
     """A volume whose first estimate after `forget` is kept: chains from the same noisy mask begin with it."""
 
-    kept: tuple[Tensor, int, list[tuple[int, ...]], Tensor] | None = None
+    kept: tuple[Tensor, int, Sequence[tuple[int, ...]], Tensor] | None = None
 
     def forget(self) -> None:
         """Another start level or sample is to come."""
         self.kept = None
 
-    def denoise(self, x: Tensor, t: int, mirrored: list[tuple[int, ...]]) -> Tensor:
+    def denoise(self, x: Tensor, t: int, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
         """As `Volume.denoise`, but not computed twice from the same mask."""
         if self.kept is None:
             self.kept = (x.clone(), t, mirrored, super().denoise(x, t, mirrored))
