@@ -31,6 +31,7 @@ from hippocampus import (
     train,
 )
 
+SURE = (1.0, 0.999, 0.99, 0.9)
 DIFF_UNET = 46.6 / (8 * 0.46)  # arithmetic against stock nnU-Net's with mirroring, as counted in the design
 
 
@@ -44,7 +45,7 @@ class Subject(NamedTuple):
 
 
 SUBJECTS = (Subject(DATASET, STOCK_TRAINER, PDDDPM_TRAINER, 10, 3),
-            Subject(LESION, 'nnUNetTrainerLesions', 'PDDDPMTrainerLesions', 1, 3))
+            Subject(LESION, 'nnUNetTrainerLesions', 'PDDDPMTrainerLesions', 1, 2))
 
 
 def model(work: Path, dataset: str, trainer: str) -> Path:
@@ -106,17 +107,22 @@ def commands(work: Path, subject: Subject, device: str) -> dict[str, Any]:
 def parts(work: Path, subject: Subject, device: str) -> dict[str, Any]:
     """What is measured within one process, see `speed_parts`."""
     import speed_parts as measure
+    from speed_accuracy import bfloat16
     predictor = measure.opened(model(work, subject.dataset, subject.refined), device,
                                overrides={'samples': (8, 8)})
     image = measure.preprocessed(predictor, images_of(work, subject), 1)[0]
     small = subject.dataset == DATASET
+    whole = image
+    if not small:
+        image = image[:, 20:164, 40:184, 20:164]  # a part of it
     result = {'call': measure.seconds_a_call(predictor), 'overhead': measure.overhead(predictor, image, 3),
               'shape': list(image.shape), 'top': measure.top_costs(predictor, image)}
     if small:
+        result['bfloat16'] = bfloat16(work)
         result['cost'] = measure.cost_of_settings(predictor, image, 3)
         result['training'] = training(work, device)
     else:
-        result['sure'] = sure_tiles(work, subject, device, image)
+        result['sure'] = sure_tiles(work, subject, device, whole)
     return result
 
 
@@ -125,9 +131,9 @@ def sure_tiles(work: Path, subject: Subject, device: str, image: torch.Tensor) -
     import speed_parts as measure
     rows: dict[str, Any] = {}
     before = None
-    for sure in (1.0, 0.9999, 0.999, 0.99, 0.9):
+    for sure in SURE:
         predictor = measure.opened(model(work, subject.dataset, subject.refined), device, sure=sure,
-                                   overrides={'samples': (8, 8)})
+                                   overrides={'samples': (8, 8)}, use_mirroring=False)
         prediction = predictor.predict_volume(image)
         p = torch.softmax(prediction.logits.float(), 0)
         before = p if before is None else before

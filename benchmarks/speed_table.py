@@ -9,6 +9,7 @@ import numpy as np
 from compatibility import LESION
 from hippocampus import DATASET
 from speed import DIFF_UNET, SUBJECTS
+from speed_accuracy import paired
 from speed_parts import spread
 
 matplotlib.use('Agg')
@@ -54,6 +55,14 @@ def cost_rows(measured: dict[str, Any]) -> str:
                         ("the paper's setting, 300 steps, 5 samples: 1,500 calls x the seconds of one", 1500)):
         rows.append(f'| {name} | {stock + calls * one:.0f} | {(stock + calls * one) / stock:.0f} |')
     return '\n'.join([*rows, f'| Diff-UNet, by its arithmetic against 8 calls of stock | | {DIFF_UNET:.1f} |'])
+
+
+def accuracy_rows(measured: dict[str, Any]) -> str:
+    """The denoiser in bfloat16 against float32."""
+    rows = measured[f'parts {DATASET}']['bfloat16']
+    return '\n'.join(f'| {name} | {np.mean(row["Dice"]):.4f} | {paired(row["Dice"], rows["float32"]["Dice"])} '
+                     f'| {np.mean(row["NLL"]):.4f} | {paired(row["NLL"], rows["float32"]["NLL"])} |'
+                     for name, row in rows.items())
 
 
 def sure_rows(measured: dict[str, Any]) -> str:
@@ -106,7 +115,7 @@ Machine: {machine}. Reduced plans. Hippocampus: the models of `hippocampus.py`, 
 ## The commands
 
 `nnUNetv2_predict` against `nnUNetv2_pdddpm_predict -samples 8 --uncertainty`, otherwise with their defaults: mirroring, start of
-the program, preprocessing and export included; in turn, {SUBJECTS[0].repeats} times. Memory is that of the largest process.
+the program, preprocessing and export included; in turn, {SUBJECTS[0].repeats} (MSLesion: {SUBJECTS[1].repeats}) times. Memory is that of the largest process.
 
 | data (cases in a call) | stock, s/case | PDDDPM, s/case | ratio | stock, GiB | PDDDPM, GiB | ratio | calls a case: stock + denoiser |
 |---|---|---|---|---|---|---|---|
@@ -114,7 +123,7 @@ the program, preprocessing and export included; in turn, {SUBJECTS[0].repeats} t
 
 ## The network part
 
-One image, within a process, {threads} threads. A call is one network on one tile. "of the calls" is their number times the seconds of
+One image (MSLesion: a part of it), within a process, {threads} threads. A call is one network on one tile. "of the calls" is their number times the seconds of
 one, measured between the repeats; the ratio is what everything else costs: noise, fusion of tiles, updates, running sums.
 
 | image | s a stock call | s a denoiser call | s a denoiser call in float32 | calls | s measured | s of the calls | ratio |
@@ -135,9 +144,18 @@ Network part of one image; the mask from the samples. Ratio to the stock model's
 
 ![Seconds against samples, steps and size](speed.png)
 
+## What bfloat16 costs
+
+The {len(measured[f'parts {DATASET}']['bfloat16'].get('float32', {}).get('Dice', []))} test cases of hippocampus, denoiser in float32 and in bfloat16 (the default on CPUs that have it).
+Paired difference with its 95 % bootstrap interval over cases.
+
+| denoiser | Dice | difference | NLL | difference |
+|---|---|---|---|---|
+{accuracy_rows(measured)}
+
 ## Only where the stock model is unsure (`-sure`), MSLesion
 
-n = 1 run each. "Other labels" are voxels of the mask that differ from the first row's; the difference is of probabilities.
+n = 1 run each, without mirroring. "Other labels" are voxels of the mask that differ from the first row's; the difference is of probabilities.
 
 | `-sure` | tiles refined | denoiser calls | s | other labels | largest difference |
 |---|---|---|---|---|---|
