@@ -118,6 +118,7 @@ def parts(work: Path, subject: Subject, device: str) -> dict[str, Any]:
     result = {'call': measure.seconds_a_call(predictor), 'overhead': measure.overhead(predictor, image, 3),
               'shape': list(image.shape), 'top': measure.top_costs(predictor, image)}
     if small:
+        result['ways'] = measure.ways_to_call(predictor, 7)
         result['bfloat16'] = bfloat16(work)
         result['cost'] = measure.cost_of_settings(predictor, image, 3)
         result['training'] = training(work, device)

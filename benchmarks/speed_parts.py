@@ -2,6 +2,7 @@
 profile, training iterations. Medians and ranges of interleaved repeats."""
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -87,6 +88,24 @@ def seconds_a_call(predictor: PDDDPMPredictor, repeats: int = 7) -> dict[str, li
     return interleaved(device, {'stock': stock, 'denoiser': denoiser,
                                 'denoiser in float32': lambda: refiner.denoiser(image, noisy, level)}, repeats) | {
         'threads': [threads]}
+
+
+@torch.inference_mode()
+def ways_to_call(predictor: PDDDPMPredictor, repeats: int) -> dict[str, list[float]]:
+    """Seconds a tile of the denoiser, several tiles at a time, with channels last, and compiled."""
+    patch, denoiser = predictor.configuration_manager.patch_size, predictor.refiner.to(predictor.device).eval().denoiser
+    channels_last = copy.deepcopy(denoiser).to(memory_format=torch.channels_last_3d)
+    compiled = torch.compile(copy.deepcopy(denoiser))
+
+    def call(network: Any, tiles: int) -> None:
+        image = torch.randn((tiles, len(predictor.dataset_json['channel_names']), *patch), device=predictor.device)
+        noisy = torch.randn((tiles, predictor.refiner.num_channels, *patch), device=predictor.device)
+        with predictor.autocast():
+            network(image, noisy, torch.full((tiles,), 700, device=predictor.device))
+    what = {f'{tiles} at a time': (denoiser, tiles) for tiles in (1, 2, 4, 8)}
+    what |= {'channels last': (channels_last, 1), 'compiled': (compiled, 1)}
+    seconds = interleaved(predictor.device, {name: (lambda one=one: call(*one)) for name, one in what.items()}, repeats)
+    return {name: [value / what[name][1] for value in values] for name, values in seconds.items()}
 
 
 def overhead(predictor: PDDDPMPredictor, image: Tensor, repeats: int) -> dict[str, Any]:

@@ -57,6 +57,12 @@ def cost_rows(measured: dict[str, Any]) -> str:
     return '\n'.join([*rows, f'| Diff-UNet, by its arithmetic against 8 calls of stock | | {DIFF_UNET:.1f} |'])
 
 
+def way_rows(measured: dict[str, Any]) -> str:
+    """Seconds a tile of the denoiser."""
+    return '\n'.join(f'| {name} | {spread(seconds, 3)} |'
+                     for name, seconds in measured[f'parts {DATASET}']['ways'].items())
+
+
 def accuracy_rows(measured: dict[str, Any]) -> str:
     """The denoiser in bfloat16 against float32."""
     rows = measured[f'parts {DATASET}']['bfloat16']
@@ -110,7 +116,7 @@ def write_table(measured: dict[str, Any], machine: str, file: Path) -> None:
 Machine: {machine}. Reduced plans. Hippocampus: the models of `hippocampus.py`, with the settings its tuning chose (mask: t_start =
 {settings['mask']['t_start']}, k = {settings['mask']['steps']}, n = {settings['mask']['samples']}; samples: t_start =
 {settings['samples']['t_start']}, k = {settings['samples']['steps']}). MSLesion: 182 x 218 x 182 voxels, three channels, patch
-96 x 96 x 96, a short training of 300 and 120 iterations, settings not tuned. Median (range).
+96 x 96 x 96, a short training of 120 and 50 iterations, settings not tuned. Median (range).
 
 ## The commands
 
@@ -143,6 +149,14 @@ Network part of one image; the mask from the samples. Ratio to the stock model's
 {cost_rows(measured)}
 
 ![Seconds against samples, steps and size](speed.png)
+
+## Other ways to call the denoiser
+
+Seconds a tile, hippocampus, in turn.
+
+| | s a tile |
+|---|---|
+{way_rows(measured)}
 
 ## What bfloat16 costs
 

@@ -82,7 +82,7 @@ class PDDDPMTrainerFaults(RepeatableEpochs, PDDDPMTrainer):
 class nnUNetTrainerLesions(ShortCPUTraining, nnUNetTrainerHandful):
     """For speed.py: enough for a model that is sure of most of the brain and not of the lesions."""
 
-    epochs, iterations = 2, 150
+    epochs, iterations = 2, 60
 
 
 class PDDDPMTrainerLesions(PDDDPMTrainerBenchmark):
@@ -91,5 +91,5 @@ class PDDDPMTrainerLesions(PDDDPMTrainerBenchmark):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = 60
+        self.num_iterations_per_epoch = 25
         self.num_val_iterations_per_epoch = 2
