@@ -7,7 +7,7 @@ demo: .venv/installed
 	.venv/bin/nnUNetv2_pdddpm_demo -o demo
 
 test: .venv/installed
-	.venv/bin/pytest -n 2 --dist loadfile
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	.venv/bin/ruff check .

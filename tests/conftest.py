@@ -1,20 +1,27 @@
 """A phantom data set with trained stock models, made once a test session with nnU-Net's own code."""
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+# Before torch and nnU-Net read them: the tests are run by as many processes as there are cores, so one thread for each,
+# and threads that wait leave their core to others. The commands that a test runs inherit it.
+os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', nnUNet_def_n_proc='1')
+
 import pytest
 import torch
+from filelock import FileLock
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from nnunetv2.run.run_training import get_trainer_from_args, run_training_entry
@@ -27,7 +34,10 @@ DATASET = f'Dataset{DATASET_ID}_Phantom'
 PLANS = 'nnUNetPlansTiny'
 STOCK, REFINED = 'nnUNetTrainerTiny', 'PDDDPMTrainerTiny'
 BRIEF_STOCK, BRIEF = 'nnUNetTrainerBrief', 'PDDDPMTrainerBrief'  # for what has to run, not to segment
-torch.set_num_threads(2)
+
+
+LONGEST = ('test_pdddpm_predict', 'test_labels', 'test_package', 'test_after_training', 'test_training_flags',
+           'test_predict', 'test_tune', 'test_images', 'test_plans', 'test_training', 'test_configurations', 'test_api')
 
 
 def run_command(*command: str, environment: dict[str, str] | None = None, cwd: Path | None = None,
@@ -44,12 +54,6 @@ def succeed(*command: str, **kwargs) -> str:
     return result.stdout
 
 
-def train(trainer: str, fold: int | str, *flags: str, configuration: str = '3d_fullres', **kwargs) -> str:
-    """`nnUNetv2_train` on the phantoms."""
-    return succeed('nnUNetv2_train', str(DATASET_ID), configuration, str(fold), '-tr', trainer, '-p', PLANS,
-                   '-device', 'cpu', *flags, **kwargs)
-
-
 def make_trainer(trainer: str, fold: int | str, configuration: str = '3d_fullres',
                  dataset: int = DATASET_ID, plans: str = PLANS) -> nnUNetTrainer:
     """The trainer that `nnUNetv2_train` would make, in this process: importing nnU-Net takes longer than training."""
@@ -63,14 +67,22 @@ class ThreadContext:
 
 @contextmanager
 def in_this_process(*arguments: str) -> Iterator[None]:
-    """Within it, nnU-Net's code runs without child processes, each of which imports it for seconds.
+    """Within it, nnU-Net's code runs without child processes, each of which imports it for seconds, in one thread.
 
     `arguments`: the command line that an entry point is to see, without the command's name.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, 'get_context', lambda method=None: ThreadContext)
+        patch.setattr(multiprocessing, 'cpu_count', lambda: 1)  # commands take it for torch's number of threads
         patch.setattr(sys, 'argv', ['nnUNetv2', *arguments])
         yield
+
+
+def succeed_in_process(*command: str) -> None:
+    """Run a console command of nnU-Net by its entry point, in this process; background processes only as threads."""
+    entry_point, = set(entry_points(group='console_scripts', name=command[0]))
+    with in_this_process(*command[1:]):
+        entry_point.load()()
 
 
 def train_in_process(dataset: int, configuration: str, fold: int | str, trainer: str, *flags: str,
@@ -81,11 +93,11 @@ def train_in_process(dataset: int, configuration: str, fold: int | str, trainer:
 
 
 def predict_in_process(source: Path, output: Path, dataset: int, configuration: str, trainer: str, *flags: str,
-                       plans: str = PLANS, folds: tuple[int | str, ...] = (0,)) -> None:
-    """`nnUNetv2_predict` with its command line, without mirroring, in this process."""
+                       plans: str = PLANS, folds: tuple[int | str, ...] = (0,), mirroring: bool = False) -> None:
+    """`nnUNetv2_predict` with its command line, in this process."""
     with in_this_process('-i', str(source), '-o', str(output), '-d', str(dataset), '-c', configuration, '-tr', trainer,
                          '-p', plans, '-f', *map(str, folds), '-device', 'cpu', '-npp', '0', '-nps', '0',
-                         '--disable_tta', *flags):
+                         *([] if mirroring else ['--disable_tta']), *flags):
         predict_entry_point()
 
 
@@ -115,35 +127,69 @@ class Workspace:
         return self.root / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{configuration}'
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first (with xdist's --no-loadscope-reorder): no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The commands that a test runs in this process may have set as many as there are cores."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory) -> Workspace:
     """nnU-Net's three folders in the environment, empty."""
     work = Workspace(tmp_path_factory.mktemp('nnunet'))
     os.environ.update({name: str(work.root / name) for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')})
     os.environ.update(nnUNet_extTrainer=str(Path(__file__).parent / 'trainers'), nnUNet_n_proc_DA='0',
-                      nnUNet_def_n_proc='1', nnUNet_pdddpm_presegmenter=STOCK, OMP_WAIT_POLICY='PASSIVE')
+                      nnUNet_pdddpm_presegmenter=STOCK)
     return work
 
 
 @pytest.fixture(scope='session')
-def workspace(folders: Workspace) -> Workspace:
+def made_once(tmp_path_factory, folders: Workspace) -> Callable[..., None]:
+    """`made_once(name, make, *results)`: the folders `results` in nnU-Net's, made by `make` or copied.
+
+    When several processes share the tests, the first one that needs them makes them and the others copy them, so that
+    no process sees what a test of another one writes.
+    """
+    workers = 'PYTEST_XDIST_WORKER' in os.environ
+    shared = tmp_path_factory.getbasetemp().parent / 'made_once' if workers else None
+
+    def made(name: str, make: Callable[[], object], *results: Path) -> None:
+        if shared is None:
+            make()
+            return
+        shared.mkdir(exist_ok=True)
+        copies = {result: shared / result.relative_to(folders.root) for result in results}
+        with FileLock(shared / f'{name}.lock'):
+            if not (shared / f'{name}.made').exists():
+                make()
+                for result, copy in copies.items():
+                    shutil.copytree(result, copy, dirs_exist_ok=True)
+                (shared / f'{name}.made').touch()
+                return
+        for result, copy in copies.items():
+            shutil.copytree(copy, result, dirs_exist_ok=True)
+    return made
+
+
+@pytest.fixture(scope='session')
+def workspace(folders: Workspace, made_once) -> Workspace:
     """A planned and preprocessed phantom data set, split into three folds, with small plans."""
-    work = folders
-    write_dataset(work.raw, num_training=9, num_test=2, shape=(20, 26, 22))
-    plan_and_preprocess(work.raw, work.preprocessed, '3d_fullres')
-    return work
+    def make() -> None:
+        write_dataset(folders.raw, num_training=9, num_test=2, shape=(20, 26, 22))
+        prepare(folders.raw, '3d_fullres')
 
-
-def plan_and_preprocess(raw: Path, preprocessed: Path, *configurations: str) -> None:
-    """nnU-Net's command, then plans of a size for tests, and three folds."""
-    succeed('nnUNetv2_plan_and_preprocess', '-d', raw.name[7:10], '-c', *configurations, '-npfp', '1',
-            '-np', *['1'] * len(configurations), environment={'nnUNet_n_proc_DA': '1'})
-    shrink_plans(preprocessed, *configurations)
-    write_splits(raw, preprocessed)
+    made_once('workspace', make, folders.raw, folders.preprocessed)
+    return folders
 
 
 def prepare(raw: Path, *configurations: str, planner: str = 'ExperimentPlanner', folds: int = 3) -> Path:
-    """As `plan_and_preprocess`, by the functions behind the command, in this process; the preprocessed folder."""
+    """Preprocess by the functions behind nnU-Net's command, with plans of a size for tests; the preprocessed folder."""
     dataset, preprocessed = int(raw.name[7:10]), Path(os.environ['nnUNet_preprocessed']) / raw.name
     with in_this_process(), pytest.MonkeyPatch.context() as patch:
         patch.setenv('nnUNet_n_proc_DA', '1')  # the planner takes it for its number of threads
@@ -177,20 +223,35 @@ def write_splits(raw: Path, preprocessed: Path, folds: int = 3) -> None:
 
 
 @pytest.fixture(scope='session')
-def stock(workspace: Workspace) -> Workspace:
+def stock(workspace: Workspace, made_once) -> Workspace:
     """The workspace with trained stock folds 0, 1 and 2."""
-    for fold in range(3):
-        make_trainer(STOCK, fold).run_training()
+    def make() -> None:
+        for fold in range(3):
+            make_trainer(STOCK, fold).run_training()
+
+    made_once('stock', make, workspace.model(STOCK))
     return workspace
 
 
 @pytest.fixture(scope='session')
-def refined(stock: Workspace) -> Workspace:
+def refined(stock: Workspace, made_once) -> Workspace:
     """The workspace with trained stock folds 0 to 2 and PDDDPM folds 0 (by the command, with validation) and 1."""
-    log = train(REFINED, 0)
-    make_trainer(REFINED, 1).run_training()
-    (stock.model(REFINED) / 'console.txt').write_text(log)
+    def make() -> None:
+        with redirect_stdout(io.StringIO()) as log:
+            train_in_process(DATASET_ID, '3d_fullres', 0, REFINED)
+        make_trainer(REFINED, 1).run_training()
+        (stock.model(REFINED) / 'console.txt').write_text(log.getvalue())
+
+    made_once('refined', make, stock.model(REFINED))
     return stock
+
+
+@pytest.fixture(scope='session')
+def predicted_by_nnunet(refined: Workspace, made_once) -> Path:
+    """Masks and probabilities of the held-out cases by `nnUNetv2_predict`, fold 0, with mirroring."""
+    folder = refined.root / 'predicted'
+    made_once('predicted', lambda: predict(folder, REFINED, '--save_probabilities'), folder)
+    return folder
 
 
 @pytest.fixture

@@ -28,10 +28,9 @@ from conftest import (
     STOCK,
     Workspace,
     make_trainer,
-    plan_and_preprocess,
+    prepare,
     run_command,
 )
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy import ndimage
@@ -63,8 +62,7 @@ def predict(source: Path, output: Path, *flags: str, **kwargs) -> Path:
 
 
 def predict_stock(source: Path, output: Path, folds: tuple[int, ...]) -> Path:
-    """nnU-Net's own prediction with the stock model, with as many threads as its command takes."""
-    torch.set_num_threads(os.cpu_count())
+    """nnU-Net's own prediction with the stock model."""
     predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model_folder(STOCK)), folds)
     output.mkdir(parents=True)
@@ -266,13 +264,11 @@ def test_the_real_command_on_one_case_with_background_processes_gives_the_same_b
 
 
 def command(flags: list[str]) -> subprocess.CompletedProcess[str]:
-    """The console script where it is installed, else the module; with this process's number of threads."""
-    environment = {'nnUNet_def_n_proc': str(default_num_processes)}
+    """The console script where it is installed, else the module."""
     script = Path(sys.executable).parent / 'nnUNetv2_pdddpm_predict'
     if script.exists():
-        return run_command(script.name, *flags, environment=environment)
-    return run_command(Path(sys.executable).name, '-m', 'nnunet_pdddpm.commands.predict', *flags,
-                       environment=environment)
+        return run_command(script.name, *flags)
+    return run_command(Path(sys.executable).name, '-m', 'nnunet_pdddpm.commands.predict', *flags)
 
 
 # the summary
@@ -480,8 +476,7 @@ def test_a_killed_run_leaves_whole_files_and_is_completed_to_the_same_bytes(sour
     flags = arguments(source, out, *EVERYTHING, '-npp', '0', '-nps', '1')
     with (tmp_path / 'log.txt').open('w') as log:
         process = subprocess.Popen([sys.executable, '-m', 'nnunet_pdddpm.commands.predict', *flags], stdout=log,
-                                   stderr=log, start_new_session=True,
-                                   env={**os.environ, 'nnUNet_def_n_proc': str(default_num_processes)})
+                                   stderr=log, start_new_session=True)
     try:
         while not any((out / f'{case}.nii.gz').exists() for case in CASES):
             assert process.poll() is None, (tmp_path / 'log.txt').read_text()[-4000:]
@@ -606,7 +601,6 @@ def test_from_python_it_is_used_as_nnunets_predictor(source, quick, tmp_path):
     predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
                                 overrides={'samples': (2, 2)})
     predictor.initialize_from_trained_model_folder(str(model_folder()), use_folds=(0,))
-    torch.set_num_threads(os.cpu_count())
     expected = read(quick / f'{CASES[1]}.nii.gz')
     file = source / f'{CASES[1]}_0000.nii.gz'
     array, properties = predictor.plans_manager.image_reader_writer_class().read_images([str(file)])
@@ -644,13 +638,13 @@ REGIONS = 'Dataset704_RegionsIn2d'
 @pytest.fixture(scope='module')
 def in_2d(refined: Workspace, tmp_path_factory) -> SimpleNamespace:
     """A 2d model with the regions whole (labels 1 and 2) and lesion (2), and what it predicts."""
-    raw, preprocessed = (Path(os.environ[name]) / REGIONS for name in ('nnUNet_raw', 'nnUNet_preprocessed'))
+    raw = Path(os.environ['nnUNet_raw']) / REGIONS
     write_dataset(raw, num_training=6, num_test=1, shape=(8, 26, 22), seed=3)
     description = json.loads((raw / 'dataset.json').read_text())
     description['labels'] = {'background': 0, 'whole thing': [1, 2], 'lesion': 2}
     description['regions_class_order'] = [1, 2]
     (raw / 'dataset.json').write_text(json.dumps(description))
-    plan_and_preprocess(raw, preprocessed, '2d')
+    prepare(raw, '2d')
     for trainer in (STOCK, REFINED):
         make_trainer(trainer, 0, '2d', 704).run_training()
     model, folder = model_folder(REFINED, REGIONS, '2d'), tmp_path_factory.mktemp('in_2d')
