@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-import multiprocessing
-import multiprocessing.dummy
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,13 +12,24 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, predict, succeed
+from conftest import (
+    DATASET,
+    DATASET_ID,
+    PLANS,
+    REFINED,
+    STOCK,
+    Workspace,
+    in_this_process,
+    make_trainer,
+    predict,
+    predict_in_process,
+    succeed_in_process,
+)
 
 CASES = ('phantom_009', 'phantom_010')
-FOLDS = ('0', '1', '2')
+FOLDS = (0, 1, 2)
 LABELS = (1, 2)
 CROSSVALIDATION = 'crossval_results_folds_0_1_2'
-ONE_PROCESS = {'nnUNet_npp': '1', 'nnUNet_nps': '1'}  # for commands that are run as they are printed
 
 
 @pytest.fixture(scope='module')
@@ -30,11 +40,10 @@ def results(refined: Workspace, tmp_path_factory) -> Path:
         for trainer in (STOCK, REFINED):
             shutil.copytree(refined.model(trainer), folder / refined.model(trainer).name)
         patch.setenv('nnUNet_results', str(folder.parent))
-        with pytest.MonkeyPatch.context() as in_threads:  # a process imports nnU-Net anew, for seconds
-            in_threads.setattr(multiprocessing, 'get_context', lambda method: multiprocessing.dummy)
+        with in_this_process():
             make_trainer(REFINED, 2).run_training()
             for trainer in (STOCK, REFINED):
-                for fold in map(int, FOLDS):
+                for fold in FOLDS:
                     trained = make_trainer(trainer, fold)
                     trained.load_checkpoint(str(Path(trained.output_folder) / 'checkpoint_final.pth'))
                     trained.perform_actual_validation(save_probabilities=True)
@@ -49,8 +58,9 @@ def model(results: Path, trainer: str) -> Path:
 def predicted(results: Path, tmp_path_factory) -> dict[str, Path]:
     """The held-out cases by the three folds of either model, with probabilities and without mirroring, for speed."""
     folders = {trainer: tmp_path_factory.mktemp(trainer) for trainer in (STOCK, REFINED)}
-    for trainer, folder in folders.items():
-        predict(folder, trainer, '--save_probabilities', '--disable_tta', folds=tuple(map(int, FOLDS)))
+    predict_in_process(Path(os.environ['nnUNet_raw']) / DATASET / 'imagesTs', folders[STOCK], DATASET_ID, '3d_fullres',
+                       STOCK, '--save_probabilities', folds=FOLDS)
+    predict(folders[REFINED], REFINED, '--save_probabilities', '--disable_tta', folds=FOLDS)
     return folders
 
 
@@ -83,9 +93,10 @@ def validation_masks(results: Path, trainer: str) -> dict[str, np.ndarray]:
             for name, mask in masks(model(results, trainer) / f'fold_{fold}' / 'validation').items()}
 
 
-def test_find_best_configuration_compares_both_and_its_commands_work(results, refined, tmp_path):
-    printed = succeed('nnUNetv2_find_best_configuration', str(DATASET_ID), '-c', '3d_fullres', '-tr', STOCK, REFINED,
-                      '-p', PLANS, '-f', *FOLDS, '-np', '1')
+def test_find_best_configuration_compares_both_and_its_commands_work(results, refined, tmp_path, monkeypatch, capsys):
+    succeed_in_process('nnUNetv2_find_best_configuration', str(DATASET_ID), '-c', '3d_fullres', '-tr', STOCK, REFINED,
+                       '-p', PLANS, '-f', *map(str, FOLDS), '-np', '1')
+    printed = capsys.readouterr().out
     found = json.loads((results / 'inference_information.json').read_text())['all_results']
     names = [model(results, trainer).name for trainer in (STOCK, REFINED)]
     assert set(found) == {*names, f'ensemble___{names[0]}___{names[1]}___0_1_2'}
@@ -98,12 +109,14 @@ def test_find_best_configuration_compares_both_and_its_commands_work(results, re
     # the printed commands, with folders in the place of their placeholders and -device as this machine needs it
     commands = re.findall(r'^nnUNetv2_.*$', (results / 'inference_instructions.txt').read_text(), re.MULTILINE)
     assert len(commands) in (2, 4)  # one model, or two and their ensemble; then the postprocessing
+    for variable in ('nnUNet_npp', 'nnUNet_nps'):
+        monkeypatch.setenv(variable, '0')
     for command in commands:
         words = [str(tmp_path / word) if word.startswith('OUTPUT_FOLDER') else word
                  for word in command.replace('INPUT_FOLDER', str(refined.raw / 'imagesTs')).split()]
         if words[0] == 'nnUNetv2_predict':
             words += ['-device', 'cpu']
-        succeed(*words, environment=ONE_PROCESS)
+        succeed_in_process(*words)
     for case in CASES:
         mask = sitk.ReadImage(str(tmp_path / 'OUTPUT_FOLDER_PP' / f'{case}.nii.gz'))
         image = sitk.ReadImage(str(refined.raw / 'imagesTs' / f'{case}_0000.nii.gz'))
@@ -116,17 +129,18 @@ def test_find_best_configuration_compares_both_and_its_commands_work(results, re
 
 def test_crossval_results_are_accumulated_and_their_postprocessing_is_applied(results, refined, predicted, tmp_path):
     merged = tmp_path / 'merged'
-    succeed('nnUNetv2_accumulate_crossval_results', str(DATASET_ID), '-c', '3d_fullres', '-tr', REFINED, '-p', PLANS,
-            '-f', *FOLDS, '-o', str(merged))
+    succeed_in_process('nnUNetv2_accumulate_crossval_results', str(DATASET_ID), '-c', '3d_fullres', '-tr', REFINED,
+                       '-p', PLANS, '-f', *map(str, FOLDS), '-o', str(merged))
     for name, mask in validation_masks(results, REFINED).items():
         np.testing.assert_array_equal(read(merged / name), mask)
     assert summary_dice(merged) == pytest.approx(foreground_dice(masks(merged), refined.raw / 'labelsTr'))
 
-    succeed('nnUNetv2_determine_postprocessing', '-i', str(merged), '-ref', str(refined.raw / 'labelsTr'), '-np', '1')
+    succeed_in_process('nnUNetv2_determine_postprocessing', '-i', str(merged), '-ref', str(refined.raw / 'labelsTr'),
+                       '-np', '1')
     assert summary_dice(merged / 'postprocessed') >= summary_dice(merged)
 
-    succeed('nnUNetv2_apply_postprocessing', '-i', str(predicted[REFINED]), '-o', str(tmp_path / 'applied'),
-            '-pp_pkl_file', str(merged / 'postprocessing.pkl'), '-np', '1')
+    succeed_in_process('nnUNetv2_apply_postprocessing', '-i', str(predicted[REFINED]), '-o', str(tmp_path / 'applied'),
+                       '-pp_pkl_file', str(merged / 'postprocessing.pkl'), '-np', '1')
     for name, mask in masks(predicted[REFINED]).items():
         for function, arguments in zip(*load_pickle(str(merged / 'postprocessing.pkl')), strict=True):
             mask = function(mask, **arguments)
@@ -134,8 +148,8 @@ def test_crossval_results_are_accumulated_and_their_postprocessing_is_applied(re
 
 
 def test_ensemble_of_a_stock_and_a_pdddpm_model(predicted, tmp_path):
-    succeed('nnUNetv2_ensemble', '-i', str(predicted[STOCK]), str(predicted[REFINED]), '-o', str(tmp_path), '-np', '1',
-            '--save_npz')
+    succeed_in_process('nnUNetv2_ensemble', '-i', str(predicted[STOCK]), str(predicted[REFINED]), '-o', str(tmp_path),
+                       '-np', '1', '--save_npz')
     for case in CASES:
         of_both = [np.load(folder / f'{case}.npz')['probabilities'] for folder in predicted.values()]
         assert np.abs(of_both[0] - of_both[1]).max() > 1e-3
@@ -146,9 +160,10 @@ def test_ensemble_of_a_stock_and_a_pdddpm_model(predicted, tmp_path):
 
 
 def test_evaluate_folder(results, refined, predicted, tmp_path):
-    succeed('nnUNetv2_evaluate_folder', str(refined.raw / 'labelsTs'), str(predicted[REFINED]),
-            '-djfile', str(model(results, REFINED) / 'dataset.json'),
-            '-pfile', str(model(results, REFINED) / 'plans.json'), '-o', str(tmp_path / 'summary.json'), '-np', '1')
+    succeed_in_process('nnUNetv2_evaluate_folder', str(refined.raw / 'labelsTs'), str(predicted[REFINED]),
+                       '-djfile', str(model(results, REFINED) / 'dataset.json'),
+                       '-pfile', str(model(results, REFINED) / 'plans.json'), '-o', str(tmp_path / 'summary.json'),
+                       '-np', '1')
     assert summary_dice(tmp_path) == pytest.approx(
         foreground_dice(masks(predicted[REFINED]), refined.raw / 'labelsTs'))
 
@@ -157,7 +172,7 @@ def test_without_processes_and_continued_prediction_give_the_same_files(results,
     """`-npp 0 -nps 0 --continue_prediction` predicts what is missing and leaves what is there."""
     finished, missing = CASES
     (tmp_path / f'{finished}.nii.gz').write_bytes(b'an earlier result')
-    predict(tmp_path, REFINED, '-npp', '0', '-nps', '0', '--continue_prediction', '--disable_tta',
-            folds=tuple(map(int, FOLDS)))
+    predict_in_process(Path(os.environ['nnUNet_raw']) / DATASET / 'imagesTs', tmp_path, DATASET_ID, '3d_fullres',
+                       REFINED, '--continue_prediction', folds=FOLDS)
     assert (tmp_path / f'{finished}.nii.gz').read_bytes() == b'an earlier result'
     assert filecmp.cmp(predicted[REFINED] / f'{missing}.nii.gz', tmp_path / f'{missing}.nii.gz', shallow=False)

@@ -10,19 +10,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import REFINED, Workspace, predict, succeed
+from conftest import REFINED, Workspace, succeed
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 CASES = ('phantom_009', 'phantom_010')
 
 
-@pytest.fixture(scope='module')
-def predicted(refined: Workspace, tmp_path_factory) -> Path:
+@pytest.fixture
+def predicted(predicted_by_nnunet: Path) -> Path:
     """Folder with the masks and probabilities of `nnUNetv2_predict`, fold 0, mirroring as trained."""
-    folder = tmp_path_factory.mktemp('predicted')
-    predict(folder, REFINED, '--save_probabilities')
-    return folder
+    return predicted_by_nnunet
 
 
 @pytest.fixture(scope='module')

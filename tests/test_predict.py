@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, predict, run_command, succeed
+from conftest import (
+    DATASET,
+    DATASET_ID,
+    PLANS,
+    REFINED,
+    STOCK,
+    Workspace,
+    predict_in_process,
+    run_command,
+    succeed_in_process,
+)
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 CASES = ('phantom_009', 'phantom_010')
@@ -25,10 +35,15 @@ def assert_same_files(one: Path, other: Path) -> None:
         assert filecmp.cmp(one / f'{case}.nii.gz', other / f'{case}.nii.gz', shallow=False), case
 
 
-def predict_in_process(workspace: Workspace, trainer: str, folds: tuple[int, ...] = (0,), mirroring: bool = False,
-                       case: str = CASES[0]) -> tuple[np.ndarray, np.ndarray]:
-    """Label map and class probabilities of a held-out case, through nnU-Net's Python API."""
-    predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device('cpu'), allow_tqdm=False)
+def predict(workspace: Workspace, output: Path, trainer: str, *flags: str) -> None:
+    """nnU-Net's command on the held-out cases, without background processes."""
+    predict_in_process(workspace.raw / 'imagesTs', output, DATASET_ID, '3d_fullres', trainer, *flags, mirroring=True)
+
+
+def predict_array(workspace: Workspace, trainer: str, folds: tuple[int, ...] = (0,),
+                  case: str = CASES[0]) -> tuple[np.ndarray, np.ndarray]:
+    """Label map and class probabilities of a held-out case, without mirroring, through nnU-Net's Python API."""
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(workspace.model(trainer)), folds)
     image = workspace.raw / 'imagesTs' / f'{case}_0000.nii.gz'
     array, properties = predictor.plans_manager.image_reader_writer_class().read_images([str(image)])
@@ -37,25 +52,25 @@ def predict_in_process(workspace: Workspace, trainer: str, folds: tuple[int, ...
     return labels, probabilities
 
 
-@pytest.fixture(scope='module')
-def predicted(refined: Workspace, tmp_path_factory) -> Path:
-    """Folder with the refined prediction of fold 0, with probabilities, by `nnUNetv2_predict`."""
-    folder = tmp_path_factory.mktemp('predicted')
-    predict(folder, REFINED, '--save_probabilities')
-    return folder
+@pytest.fixture
+def predicted(predicted_by_nnunet: Path) -> Path:
+    """Folder with the refined prediction of fold 0, with probabilities, by `nnUNetv2_predict` in processes."""
+    return predicted_by_nnunet
 
 
-def test_t_start_0_and_blend_1_are_the_stock_prediction_voxel_for_voxel(refined, tmp_path):
-    predict(tmp_path / 'stock', STOCK)
+def test_t_start_0_and_blend_1_are_the_stock_prediction_voxel_for_voxel(refined, tmp_path, monkeypatch):
+    predict(refined, tmp_path / 'stock', STOCK)
     for variable, value in (('nnUNet_pdddpm_t_start', '0'), ('nnUNet_pdddpm_blend', '1')):
-        predict(tmp_path / variable, REFINED, environment={variable: value})
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            predict(refined, tmp_path / variable, REFINED)
         assert_same_files(tmp_path / 'stock', tmp_path / variable)
 
 
-def test_predicting_again_and_in_two_parts_gives_the_same_files(predicted, tmp_path):
-    predict(tmp_path / 'again', REFINED)
+def test_predicting_again_and_in_two_parts_gives_the_same_files(predicted, refined, tmp_path):
+    predict(refined, tmp_path / 'again', REFINED)
     for part in ('0', '1'):
-        predict(tmp_path / 'parts', REFINED, '-num_parts', '2', '-part_id', part)
+        predict(refined, tmp_path / 'parts', REFINED, '-num_parts', '2', '-part_id', part)
     assert_same_files(predicted, tmp_path / 'again')
     assert_same_files(predicted, tmp_path / 'parts')
 
@@ -75,27 +90,28 @@ def test_the_mask_has_the_geometry_of_its_image_and_the_probabilities_sum_to_one
 
 
 def test_predict_from_modelfolder_gives_the_same_files(predicted, refined, tmp_path):
-    succeed('nnUNetv2_predict_from_modelfolder', '-i', str(refined.raw / 'imagesTs'), '-o', str(tmp_path),
-            '-m', str(refined.model(REFINED)), '-f', '0', '-device', 'cpu', '-npp', '1', '-nps', '1')
+    succeed_in_process('nnUNetv2_predict_from_modelfolder', '-i', str(refined.raw / 'imagesTs'), '-o', str(tmp_path),
+                       '-m', str(refined.model(REFINED)), '-f', '0', '-device', 'cpu', '-npp', '0', '-nps', '0')
     assert_same_files(predicted, tmp_path)
 
 
-def test_an_exported_zip_predicts_the_same_from_an_empty_results_folder(predicted, refined, tmp_path):
+def test_an_exported_zip_predicts_the_same_from_an_empty_results_folder(predicted, refined, tmp_path, monkeypatch):
     archive, results = tmp_path / 'model.zip', tmp_path / 'results'
     results.mkdir()
-    succeed('nnUNetv2_export_model_to_zip', '-d', str(DATASET_ID), '-o', str(archive), '-c', '3d_fullres',
-            '-tr', REFINED, '-p', PLANS, '-f', '0')
-    elsewhere = {'nnUNet_results': str(results)}
-    succeed('nnUNetv2_install_pretrained_model_from_zip', str(archive), environment=elsewhere)
+    succeed_in_process('nnUNetv2_export_model_to_zip', '-d', str(DATASET_ID), '-o', str(archive), '-c', '3d_fullres',
+                       '-tr', REFINED, '-p', PLANS, '-f', '0')
+    monkeypatch.setenv('nnUNet_results', str(results))
+    succeed_in_process('nnUNetv2_install_pretrained_model_from_zip', str(archive))
     assert not (results / DATASET / refined.model(STOCK).name).exists()
-    predict(tmp_path / 'prediction', REFINED, environment=elsewhere)
+    predict(refined, tmp_path / 'prediction', REFINED)
     assert_same_files(predicted, tmp_path / 'prediction')
 
 
 def test_several_folds_and_no_mirroring(refined, tmp_path):
-    predict(tmp_path, REFINED, '--disable_tta', '--save_probabilities', folds=(0, 1))
+    predict_in_process(refined.raw / 'imagesTs', tmp_path, DATASET_ID, '3d_fullres', REFINED, '--save_probabilities',
+                       folds=(0, 1))
     saved = np.load(tmp_path / f'{CASES[0]}.npz')['probabilities']
-    single = [predict_in_process(refined, REFINED, (fold,))[1] for fold in (0, 1)]
+    single = [predict_array(refined, REFINED, (fold,))[1] for fold in (0, 1)]
     assert np.abs(single[0] - single[1]).max() > 0.01  # two different models
     # nnU-Net averages logits over folds
     both = np.exp((np.log(single[0]) + np.log(single[1])) / 2)
@@ -103,18 +119,18 @@ def test_several_folds_and_no_mirroring(refined, tmp_path):
 
 
 def test_refinement_changes_the_probabilities_of_the_stock_model(refined):
-    stock, refinement = (predict_in_process(refined, trainer)[1] for trainer in (STOCK, REFINED))
+    stock, refinement = (predict_array(refined, trainer)[1] for trainer in (STOCK, REFINED))
     assert np.abs(stock - refinement).max() > 1e-3
 
 
 @pytest.mark.parametrize('override', [{'t_start': '900'}, {'steps': '3'}, {'samples': '2'}, {'blend': '0.5'},
                                       {'seed': '7'}])
 def test_environment_variables_change_the_sampling_and_it_is_said_once(refined, monkeypatch, capsys, override):
-    before = predict_in_process(refined, REFINED)[1]
+    before = predict_array(refined, REFINED)[1]
     assert 'The environment overrides' not in capsys.readouterr().out
     for name, value in override.items():
         monkeypatch.setenv(f'nnUNet_pdddpm_{name}', value)
-    assert not np.array_equal(predict_in_process(refined, REFINED)[1], before)
+    assert not np.array_equal(predict_array(refined, REFINED)[1], before)
     assert capsys.readouterr().out.count('The environment overrides the sampling settings of the model') == 1
 
 
@@ -125,7 +141,7 @@ def test_environment_variables_change_the_sampling_and_it_is_said_once(refined, 
 def test_a_wrong_setting_is_refused_by_name(refined, monkeypatch, variable, value, says):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=says):
-        predict_in_process(refined, REFINED)
+        predict_array(refined, REFINED)
 
 
 def test_a_refused_prediction_exits_with_an_error_and_leaves_earlier_results(predicted, refined, tmp_path):
