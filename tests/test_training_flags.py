@@ -21,6 +21,16 @@ def fold(scratch_results) -> Path:
     return scratch_results / DATASET / f'{BRIEF}__{PLANS}__{FULLRES}' / 'fold_0'
 
 
+@pytest.fixture(scope='module')
+def stock_on_all(stock, tmp_path_factory) -> Path:
+    """Folder of a stock model that was trained on every case."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('nnUNet_results', str(tmp_path_factory.mktemp('all')))
+        trainer = make_trainer(STOCK, 'all')
+        trainer.run_training()
+    return Path(trainer.output_folder)
+
+
 def log_of(fold: Path) -> str:
     return '\n'.join(file.read_text() for file in sorted(fold.glob('training_log*')))
 
@@ -68,22 +78,23 @@ def test_without_checkpointing_nothing_is_written_but_the_validation(fold):
     assert (fold / 'validation' / 'summary.json').is_file()
 
 
-def test_fold_all_is_presegmented_by_the_folds_that_held_the_cases_out(scratch_results, fold):
-    make_trainer(STOCK, 'all').run_training()
+def test_fold_all_is_presegmented_by_the_folds_that_held_the_cases_out(scratch_results, stock_on_all):
+    model = scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}'
+    shutil.copytree(stock_on_all, model / 'fold_all')
     trainer = make_trainer(BRIEF, 'all')
     trainer.on_train_start()
     log = Path(trainer.log_file).read_text()
     assert '9 of 9 training cases are pre-segmented by the stock model that held them out (folds [0, 1, 2])' in log
-    stock = torch.load(scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}' / 'fold_all' / 'checkpoint_final.pth',
-                       weights_only=False)['network_weights']
+    stock = torch.load(model / 'fold_all' / 'checkpoint_final.pth', weights_only=False)['network_weights']
     for name, value in trainer.refiner.presegmenter.state_dict().items():
         assert torch.equal(value, stock[name]), name
 
 
-def test_fold_all_alone_is_presegmented_in_fold_and_the_log_says_so(scratch_results, fold):
-    make_trainer(STOCK, 'all').run_training()
+def test_fold_all_alone_is_presegmented_in_fold_and_the_log_says_so(scratch_results, fold, stock_on_all):
+    model = scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}'
+    shutil.copytree(stock_on_all, model / 'fold_all')
     for i in range(3):
-        shutil.rmtree(scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}' / f'fold_{i}')
+        shutil.rmtree(model / f'fold_{i}')
     train_in_process(DATASET_ID, FULLRES, 'all', BRIEF)
     log = log_of(fold.parent / 'fold_all')
     assert '0 of 9 training cases are pre-segmented by the stock model that held them out (folds [])' in log
