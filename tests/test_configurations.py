@@ -43,7 +43,7 @@ def predictions(trainer: str) -> Path:
 def cascade(folders) -> Path:
     """Raw data set with every configuration preprocessed, and stock models of 3d_lowres (validated) and the cascade."""
     raw = Path(os.environ['nnUNet_raw']) / DATASET
-    write_dataset(raw, num_training=4, num_test=1, shape=(20, 26, 22), seed=3)
+    write_dataset(raw, num_training=4, num_test=1, shape=(14, 24, 18), seed=3)
     preprocessed = prepare(raw, '2d', '3d_fullres', folds=FOLDS)
     plans = json.loads((preprocessed / f'{PLANS}.json').read_text())
     fullres = plans['configurations']['3d_fullres']

@@ -69,7 +69,7 @@ def kind(folders, request) -> Kind:
     """A preprocessed data set whose second case has no foreground; every fold trains on it but one."""
     kind = KINDS[request.param]
     raw = Path(os.environ['nnUNet_raw']) / f'Dataset{kind.dataset_id}_Labels'
-    write_dataset(raw, num_training=4, num_test=1, shape=(20, 26, 22), seed=2)
+    write_dataset(raw, num_training=4, num_test=1, shape=(12, 24, 18), seed=2)
     for file in (raw / 'labelsTr').iterdir():
         image = sitk.ReadImage(str(file))
         labels = sitk.GetArrayFromImage(image) * (not file.name.startswith(EMPTY))

@@ -82,6 +82,7 @@ def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clea
     environment = {k: v for k, v in os.environ.items() if not k.startswith(('nnUNet', 'PYTHON', 'VIRTUAL_ENV'))}
     environment.update(nnUNet_raw=os.environ['nnUNet_raw'], nnUNet_preprocessed=os.environ['nnUNet_preprocessed'],
                        nnUNet_results=str(results))
+    environment.update(nnUNet_def_n_proc='1', nnUNet_n_proc_DA='1')  # each process imports nnU-Net for seconds
 
     def run(*command: str) -> str:
         result = subprocess.run([str(binaries / command[0]), *command[1:]], env=environment, cwd=elsewhere, text=True,
@@ -94,7 +95,8 @@ def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clea
     run('nnUNetv2_train', str(DATASET_ID), '3d_fullres', '0', '-tr', 'PDDDPMTrainer_1epoch', '-p', PLANS, '-device',
         'cpu')
     run('nnUNetv2_predict', '-i', str(stock.raw / 'imagesTs'), '-o', str(tmp_path / 'predicted'), '-d',
-        str(DATASET_ID), '-c', '3d_fullres', '-tr', 'PDDDPMTrainer_1epoch', '-p', PLANS, '-f', '0', '-device', 'cpu')
+        str(DATASET_ID), '-c', '3d_fullres', '-tr', 'PDDDPMTrainer_1epoch', '-p', PLANS, '-f', '0', '-device', 'cpu',
+        '-npp', '1', '-nps', '1')
     assert {p.name for p in (tmp_path / 'predicted').glob('*.nii.gz')} == {'phantom_009.nii.gz', 'phantom_010.nii.gz'}
 
     subprocess.run([str(binaries / 'pip'), 'uninstall', '-q', '-y', 'nnunet-pdddpm'], check=True)
