@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, train_in_process
+from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, succeed, train_in_process
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnunet_pdddpm.diffusion.coding import harden, one_hot
@@ -142,7 +142,8 @@ def test_the_average_of_the_weights_is_saved_and_the_weights_themselves_are_kept
     assert int(checkpoint['optimizer_state']['averaged_updates']) == 16
 
 
-def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock, tmp_path, scratch_results, capsys):
+def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock, tmp_path, scratch_results):
+    torch.set_num_threads(os.cpu_count())  # as the command: sums are split among threads
     make_trainer(REFINED, 2).run_training()
     model = scratch_results / DATASET / f'{REFINED}__{PLANS}__3d_fullres'
     uninterrupted = weights(model, 2)
@@ -160,9 +161,7 @@ def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock
     process.wait()
     assert not (model / 'fold_2' / 'checkpoint_final.pth').exists()
 
-    capsys.readouterr()
-    train_in_process(DATASET_ID, '3d_fullres', 2, REFINED, '--c')
-    log = capsys.readouterr().out
+    log = succeed(*command, '--c')
     assert 'Epoch 1' in log and 'Epoch 0' not in log
     resumed = weights(model, 2)
     assert resumed['current_epoch'] == uninterrupted['current_epoch'] == 2
