@@ -104,48 +104,54 @@ def commands(work: Path, subject: Subject, device: str) -> dict[str, Any]:
                       for of in ('stock', 'denoiser')}}
 
 
-def parts(work: Path, subject: Subject, device: str) -> dict[str, Any]:
-    """What is measured within one process, see `speed_parts`."""
+def network_part(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """Of one image, or of a part of a large one: seconds of a call, what comes on top, the costliest operators."""
     import speed_parts as measure
+    predictor, image = open_image(work, subject, device)
+    if subject.dataset == LESION:
+        image = image[:, 20:164, 40:184, 20:164]
+    return {'call': measure.seconds_a_call(predictor), 'overhead': measure.overhead(predictor, image, 3),
+            'shape': list(image.shape), 'top': measure.top_costs(predictor, image)}
+
+
+def cost(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """Against samples, steps and size; and other ways to call the denoiser."""
+    import speed_parts as measure
+    predictor, image = open_image(work, subject, device)
+    return {'cost': measure.cost_of_settings(predictor, image, 3), 'ways': measure.ways_to_call(predictor, 7)}
+
+
+def accuracy(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """What bfloat16 costs."""
     from speed_accuracy import bfloat16
-    predictor = measure.opened(model(work, subject.dataset, subject.refined), device,
-                               overrides={'samples': (8, 8)})
-    image = measure.preprocessed(predictor, images_of(work, subject), 1)[0]
-    small = subject.dataset == DATASET
-    whole = image
-    if not small:
-        image = image[:, 20:164, 40:184, 20:164]  # a part of it
-    result = {'call': measure.seconds_a_call(predictor), 'overhead': measure.overhead(predictor, image, 3),
-              'shape': list(image.shape), 'top': measure.top_costs(predictor, image)}
-    if small:
-        result['ways'] = measure.ways_to_call(predictor, 7)
-        result['bfloat16'] = bfloat16(work)
-        result['cost'] = measure.cost_of_settings(predictor, image, 3)
-        result['training'] = training(work, device)
-    else:
-        result['sure'] = sure_tiles(work, subject, device, whole)
-    return result
+    return bfloat16(work)
 
 
-def sure_tiles(work: Path, subject: Subject, device: str, image: torch.Tensor) -> dict[str, Any]:
-    """Share of refined tiles, calls and seconds with -sure, and how far the probabilities are from those without."""
+def open_image(work: Path, subject: Subject, device: str, **settings: Any) -> tuple[Any, torch.Tensor]:
+    """A predictor with the data set's PDDDPM model and eight samples, and the first image."""
     import speed_parts as measure
+    predictor = measure.opened(model(work, subject.dataset, subject.refined), device, overrides={'samples': (8, 8)},
+                               **settings)
+    return predictor, measure.preprocessed(predictor, images_of(work, subject), 1)[0]
+
+
+def sure(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """Share of refined tiles, calls and seconds with -sure, and how far the probabilities are from those without."""
     rows: dict[str, Any] = {}
     before = None
-    for sure in SURE:
-        predictor = measure.opened(model(work, subject.dataset, subject.refined), device, sure=sure,
-                                   overrides={'samples': (8, 8)}, use_mirroring=False)
+    for value in SURE:
+        predictor, image = open_image(work, subject, device, sure=value, use_mirroring=False)
         prediction = predictor.predict_volume(image)
         p = torch.softmax(prediction.logits.float(), 0)
         before = p if before is None else before
-        rows[str(sure)] = {'tiles': prediction.refined_tiles, 'seconds': prediction.seconds,
-                           'calls': prediction.network_calls,
-                           'other labels': int((p.argmax(0) != before.argmax(0)).sum()),
-                           'largest difference': float((p - before).abs().max())}
+        rows[str(value)] = {'tiles': prediction.refined_tiles, 'seconds': prediction.seconds,
+                            'calls': prediction.network_calls,
+                            'other labels': int((p.argmax(0) != before.argmax(0)).sum()),
+                            'largest difference': float((p - before).abs().max())}
     return rows
 
 
-def training(work: Path, device: str, repeats: int = 20) -> dict[str, list[float]]:
+def training(work: Path, subject: Subject, device: str, repeats: int = 15) -> dict[str, list[float]]:
     """Seconds of an iteration of the stock trainer and of PDDDPM's, interleaved."""
     sys.path.append(str(HERE / 'trainers'))
     import speed_parts as measure
@@ -157,6 +163,9 @@ def training(work: Path, device: str, repeats: int = 20) -> dict[str, list[float
         trainers[name] = trainer_class(plans, CONFIGURATION, 0, description, torch.device(device))
         trainers[name].initialize()
     return measure.training_iterations(trainers, repeats)
+
+
+MEASUREMENTS = {DATASET: (commands, network_part, cost, accuracy, training), LESION: (commands, network_part, sure)}
 
 
 def main() -> None:
@@ -172,9 +181,9 @@ def main() -> None:
     measured = json.loads(file.read_text()) if file.is_file() else {}
     prepare(work, args.data)
     for subject in SUBJECTS:
-        for what in (commands, parts):
-            if (name := f'{what.__name__} {subject.dataset}') not in measured:
-                measured[name] = what(work, subject, args.device)
+        for measure in MEASUREMENTS[subject.dataset]:
+            if (name := f'{measure.__name__} {subject.dataset}') not in measured:
+                measured[name] = measure(work, subject, args.device)
                 file.write_text(json.dumps(measured, indent=1))
     from speed_table import write_table
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{os.cpu_count()} CPU cores, no GPU'

@@ -35,7 +35,7 @@ def part_rows(measured: dict[str, Any]) -> str:
     """The network part of one image of each data set."""
     rows = []
     for subject in SUBJECTS:
-        result = measured[f'parts {subject.dataset}']
+        result = measured[f'network_part {subject.dataset}']
         over, call = result['overhead'], result['call']
         rows.append(f'| {subject.dataset[11:]}, {"x".join(map(str, result["shape"][1:]))} | {spread(call["stock"], 3)} '
                     f'| {spread(call["denoiser"], 3)} | {spread(call["denoiser in float32"], 3)} '
@@ -46,8 +46,7 @@ def part_rows(measured: dict[str, Any]) -> str:
 
 def cost_rows(measured: dict[str, Any]) -> str:
     """Other numbers of samples and steps, other sizes, other methods."""
-    result = measured[f'parts {DATASET}']
-    cost, call = result['cost'], result['call']
+    cost, call = measured[f'cost {DATASET}']['cost'], measured[f'network_part {DATASET}']['call']
     stock = np.median(cost['stock'])
     rows = [f'| {name} | {spread(seconds)} | {np.median(seconds) / stock:.2f} |' for name, seconds in cost.items()]
     one = float(np.median(call['denoiser']))
@@ -60,12 +59,12 @@ def cost_rows(measured: dict[str, Any]) -> str:
 def way_rows(measured: dict[str, Any]) -> str:
     """Seconds a tile of the denoiser."""
     return '\n'.join(f'| {name} | {spread(seconds, 3)} |'
-                     for name, seconds in measured[f'parts {DATASET}']['ways'].items())
+                     for name, seconds in measured[f'cost {DATASET}']['ways'].items())
 
 
 def accuracy_rows(measured: dict[str, Any]) -> str:
     """The denoiser in bfloat16 against float32."""
-    rows = measured[f'parts {DATASET}']['bfloat16']
+    rows = measured[f'accuracy {DATASET}']
     return '\n'.join(f'| {name} | {np.mean(row["Dice"]):.4f} | {paired(row["Dice"], rows["float32"]["Dice"])} '
                      f'| {np.mean(row["NLL"]):.4f} | {paired(row["NLL"], rows["float32"]["NLL"])} |'
                      for name, row in rows.items())
@@ -73,14 +72,14 @@ def accuracy_rows(measured: dict[str, Any]) -> str:
 
 def sure_rows(measured: dict[str, Any]) -> str:
     """Refinement around unsure voxels only."""
-    rows = measured[f'parts {LESION}']['sure']
+    rows = measured[f'sure {LESION}']
     return '\n'.join(f'| {sure} | {row["tiles"]:.0%} | {row["calls"]["denoiser"]} | {row["seconds"]:.0f} '
                      f'| {row["other labels"]} | {row["largest difference"]:.3f} |' for sure, row in rows.items())
 
 
 def draw(measured: dict[str, Any], file: Path) -> None:
     """Seconds against samples, steps and size."""
-    cost = {name: float(np.median(seconds)) for name, seconds in measured[f'parts {DATASET}']['cost'].items()}
+    cost = {name: float(np.median(seconds)) for name, seconds in measured[f'cost {DATASET}']['cost'].items()}
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
     lines = (('samples n (k = 1)', {n: cost[f'n = {n}, k = 1'] for n in (1, 2, 4, 8, 16)}, None),
              ('steps k (n = 8)', {k: cost[f'n = 8, k = {k}'] for k in (1, 2, 3, 5, 10)}, None),
@@ -102,11 +101,11 @@ def draw(measured: dict[str, Any], file: Path) -> None:
 def write_table(measured: dict[str, Any], machine: str, file: Path) -> None:
     """The document."""
     draw(measured, file.with_suffix('.png'))
-    training = measured[f'parts {DATASET}']['training']
+    training = measured[f'training {DATASET}']
     ratio = [a / b for a, b in zip(training['PDDDPM'], training['stock'], strict=True)]
     settings = measured[f'commands {DATASET}']['settings']
-    threads = measured[f'parts {DATASET}']['call']['threads'][0]
-    top = {subject.dataset[11:]: measured[f'parts {subject.dataset}']['top'] for subject in SUBJECTS}
+    threads = measured[f'network_part {DATASET}']['call']['threads'][0]
+    top = {subject.dataset[11:]: measured[f'network_part {subject.dataset}']['top'] for subject in SUBJECTS}
     costs = '\n'.join(f'| {i + 1} | ' + ' | '.join(f'{rows[i][0]} {rows[i][1]:.1%}' for rows in top.values()) + ' |'
                       for i in range(10))
     file.write_text(f"""# Speed: eight samples with uncertainty against stock nnU-Net
@@ -160,7 +159,7 @@ Seconds a tile, hippocampus, in turn.
 
 ## What bfloat16 costs
 
-The {len(measured[f'parts {DATASET}']['bfloat16'].get('float32', {}).get('Dice', []))} test cases of hippocampus, denoiser in float32 and in bfloat16 (the default on CPUs that have it).
+The {len(measured[f'accuracy {DATASET}'].get('float32', {}).get('Dice', []))} test cases of hippocampus, denoiser in float32 and in bfloat16 (the default on CPUs that have it).
 Paired difference with its 95 % bootstrap interval over cases.
 
 | denoiser | Dice | difference | NLL | difference |
