@@ -31,7 +31,7 @@ from hippocampus import (
     train,
 )
 
-SURE = (1.0, 0.999, 0.99, 0.9)
+SURE = (1.0, 0.999, 0.9)
 DIFF_UNET = 46.6 / (8 * 0.46)  # arithmetic against stock nnU-Net's with mirroring, as counted in the design
 
 
@@ -118,7 +118,7 @@ def cost(work: Path, subject: Subject, device: str) -> dict[str, Any]:
     """Against samples, steps and size; and other ways to call the denoiser."""
     import speed_parts as measure
     predictor, image = open_image(work, subject, device)
-    return {'cost': measure.cost_of_settings(predictor, image, 3), 'ways': measure.ways_to_call(predictor, 7)}
+    return {'cost': measure.cost_of_settings(predictor, image, 2), 'ways': measure.ways_to_call(predictor, 7)}
 
 
 def accuracy(work: Path, subject: Subject, device: str) -> dict[str, Any]:
@@ -153,15 +153,12 @@ def sure(work: Path, subject: Subject, device: str) -> dict[str, Any]:
 
 def training(work: Path, subject: Subject, device: str, repeats: int = 15) -> dict[str, list[float]]:
     """Seconds of an iteration of the stock trainer and of PDDDPM's, interleaved."""
-    sys.path.append(str(HERE / 'trainers'))
     import speed_parts as measure
-    from benchmark_trainers import PDDDPMTrainerBenchmark, nnUNetTrainerBenchmark
-    preprocessed = work / 'nnUNet_preprocessed' / DATASET
-    plans, description = (json.loads((preprocessed / name).read_text()) for name in (f'{PLANS}.json', 'dataset.json'))
-    trainers = {}
-    for name, trainer_class in (('stock', nnUNetTrainerBenchmark), ('PDDDPM', PDDDPMTrainerBenchmark)):
-        trainers[name] = trainer_class(plans, CONFIGURATION, 0, description, torch.device(device))
-        trainers[name].initialize()
+    from nnunetv2.run.run_training import get_trainer_from_args
+    trainers = {name: get_trainer_from_args(DATASET, CONFIGURATION, 0, trainer, PLANS, device=torch.device(device))
+                for name, trainer in (('stock', STOCK_TRAINER), ('PDDDPM', PDDDPM_TRAINER))}
+    for trainer in trainers.values():
+        trainer.initialize()
     return measure.training_iterations(trainers, repeats)
 
 
