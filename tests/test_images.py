@@ -31,7 +31,7 @@ def describe(raw: Path, **changes) -> None:
 
 def test_two_channels_in_thick_slices_with_the_plans_as_nnunet_makes_them(folders, tmp_path):
     raw = Path(os.environ['nnUNet_raw']) / 'Dataset720_ThickSlices'
-    write_dataset(raw, num_training=4, num_test=1, shape=(9, 30, 26), seed=4)
+    write_dataset(raw, num_training=4, num_test=1, shape=(8, 40, 30), seed=4)
     for file in raw.glob('*T[rs]/*.nii.gz'):
         image = sitk.ReadImage(str(file))
         image.SetSpacing((0.8, 0.8, 6.0))

@@ -60,6 +60,7 @@ def _csv(summary: dict[str, Any]) -> str:
     return text.getvalue()
 
 
+@plt.style.context('default')  # the process may have trained: nnU-Net then sets fonts for its own, much larger figure
 def _reliability_diagram(pooled: dict[str, dict[str, Any]]) -> bytes:
     """PNG: accuracy over confidence with the share of voxels below, for all voxels and those near the foreground."""
     titles = {'all': 'all voxels', 'near': 'near the reference'}

@@ -110,13 +110,8 @@ def _table(sweep: Sweep, choice: Choice) -> str:
     return text.getvalue()
 
 
+@plt.style.context('default')  # in training nnU-Net has set fonts for its own, much larger figure
 def _picture(sweep: Sweep, choice: Choice) -> bytes:
-    """The PNG, in matplotlib's own style: in training nnU-Net has set fonts for its own, much larger figure."""
-    with plt.style.context('default'):
-        return _figure(sweep, choice)
-
-
-def _figure(sweep: Sweep, choice: Choice) -> bytes:
     """PNG: Dice, NLL and network calls against k, a line for each t_start, without blending; stock is horizontal."""
     drawn = [row for row in sweep.rows.values() if not row.settings.is_stock and row.settings.blend == 0]
     number = max(row.settings.samples for row in drawn)
