@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 
 
 class ShortCPUTraining:
@@ -53,13 +55,15 @@ class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
 class SeededEpochs:
     """Mixin: data drawn alike in every run. Needs `nnUNet_n_proc_DA=0`: data workers have seeds of their own."""
 
+    seed = 0
+
     def initialize(self):
-        torch.manual_seed(0)
+        torch.manual_seed(1000 * self.seed)
         super().initialize()
 
     def on_epoch_start(self):
-        np.random.seed(self.current_epoch)
-        torch.manual_seed(self.current_epoch)
+        np.random.seed(1000 * self.seed + self.current_epoch)
+        torch.manual_seed(1000 * self.seed + self.current_epoch)
         super().on_epoch_start()
 
 
@@ -89,4 +93,20 @@ class PDDDPMTrainerBenchmarkTruth(NoiseOnTruth, PDDDPMTrainerBenchmark):
 
 
 class PDDDPMTrainerBenchmarkDirect(NoDiffusion, PDDDPMTrainerBenchmark):
+    pass
+
+
+class PaperCPUTraining(ShortCPUTraining):
+    """Mixin: the published method, from scratch as there, for as many iterations as the others. Two steps in training's
+    own validation, which nothing here depends on: 1,500 network calls would take longer than the training."""
+
+    def validation_step(self, batch: dict) -> dict:
+        settings, self.refiner.settings = self.refiner.settings, SamplingSettings(t_start=300, steps=2)
+        try:
+            return super().validation_step(batch)
+        finally:
+            self.refiner.settings = settings
+
+
+class PDDDPMTrainerBenchmarkPaper(PaperCPUTraining, PDDDPMTrainerPaper):
     pass
