@@ -21,11 +21,12 @@ CONTROL_TRAINER = 'nnUNetTrainerBenchmarkLonger'
 PDDDPM_TRAINER = 'PDDDPMTrainerBenchmark'
 DIRECT_TRAINER = 'PDDDPMTrainerBenchmarkDirect'
 TRUTH_TRAINER = 'PDDDPMTrainerBenchmarkTruth'
+PAPER_TRAINER = 'PDDDPMTrainerBenchmarkPaper'
 STAGES = ('prepare', 'stock', 'pdddpm', 'tune', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 50
 NUM_FOLDS = 3
-TUNING_MINUTES = 10
+TUNING_MINUTES = (10, 4, 4)  # by fold
 HERE = Path(__file__).resolve().parent
 
 
@@ -89,16 +90,28 @@ def prepare(work: Path, data: Path) -> None:
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
 
 
+def fold_folder(work: Path, trainer: str, fold: int, dataset: str = DATASET,
+                configuration: str = CONFIGURATION) -> Path:
+    """Of a trained model."""
+    return work / 'nnUNet_results' / dataset / f'{trainer}__{PLANS}__{configuration}' / f'fold_{fold}'
+
+
 def train(work: Path, trainer: str, fold: int, dataset: str = DATASET, configuration: str = CONFIGURATION,
           **variables: str) -> None:
     """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted.
 
     `variables`: further environment variables.
     """
-    folder = work / 'nnUNet_results' / dataset / f'{trainer}__{PLANS}__{configuration}' / f'fold_{fold}'
-    if not (folder / 'checkpoint_final.pth').is_file():
+    if not (fold_folder(work, trainer, fold, dataset, configuration) / 'checkpoint_final.pth').is_file():
         call(work, 'nnUNetv2_train', dataset, configuration, str(fold), '-tr', trainer, '-p', PLANS, '-device', 'cpu',
              '--c', **variables)
+
+
+def tune(work: Path, trainer: str, fold: int) -> None:
+    """`nnUNetv2_pdddpm_tune` unless it has been."""
+    if not (fold_folder(work, trainer, fold) / 'sampling_sweep.json').is_file():
+        call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS, '-device',
+             'cpu', '-budget', str(TUNING_MINUTES[fold]))
 
 
 def parse(description: str | None, dataset: str, table: str, stages: Sequence[str]) -> argparse.Namespace:
@@ -130,12 +143,14 @@ def main() -> None:
     if 'pdddpm' in args.stages:
         for trainer in (PDDDPM_TRAINER, DIRECT_TRAINER, TRUTH_TRAINER, CONTROL_TRAINER):
             train(work, trainer, 0)
+        for fold in range(1, NUM_FOLDS):
+            train(work, PDDDPM_TRAINER, fold)
+        train(work, PAPER_TRAINER, 0)
     if 'tune' in args.stages:
-        for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER):
-            call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, '0', '-tr', trainer, '-p', PLANS, '-device',
-                 'cpu', '-budget', str(TUNING_MINUTES))
-        fold = work / 'nnUNet_results' / DATASET / f'{PDDDPM_TRAINER}__{PLANS}__{CONFIGURATION}' / 'fold_0'
-        shutil.copyfile(fold / 'sampling_sweep.png', Path(args.table).with_name('sampling_sweep.png'))
+        for trainer, fold in ((TRUTH_TRAINER, 0), *((PDDDPM_TRAINER, fold) for fold in range(NUM_FOLDS))):
+            tune(work, trainer, fold)
+        shutil.copyfile(fold_folder(work, PDDDPM_TRAINER, 0) / 'sampling_sweep.png',
+                        Path(args.table).with_name('sampling_sweep.png'))
     if 'evaluate' in args.stages:
         os.environ.update(nnunet_environment(work))
         sys.path.append(str(HERE / 'trainers'))

@@ -5,7 +5,11 @@ import csv
 import json
 import os
 import platform
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -17,13 +21,22 @@ from hippocampus import (
     CONTROL_TRAINER,
     DATASET,
     DIRECT_TRAINER,
+    NUM_FOLDS,
+    PAPER_TRAINER,
     PDDDPM_TRAINER,
     PLANS,
     SPLIT_SEED,
     STOCK_TRAINER,
     TRUTH_TRAINER,
+    TUNING_MINUTES,
     call,
+    fold_folder,
 )
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_pdddpm.inference.export import Outputs
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.network.refiner import Refiner
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -39,15 +52,28 @@ class Row(NamedTuple):
     samples: bool = False
     """`nnUNetv2_pdddpm_predict` with samples, uncertainty and report; else `nnUNetv2_predict`."""
     flags: tuple[str, ...] = ()
+    folds: tuple[int, ...] = (0,)
+    cases: int | None = None
+    """Number of test cases; None: all."""
 
 
+FOLDS = tuple(range(NUM_FOLDS))
+FEW = 5  # cases, where one takes minutes
+NOISE = ('-t_start', '1000', '-eta', '1', '-blend', '0')
 ROWS = (Row(BASELINE, STOCK_TRAINER),
         Row('stock without mirroring', STOCK_TRAINER, flags=('--disable_tta',)),
         Row('control: stock trained longer', CONTROL_TRAINER),
         Row('no diffusion: second stage', DIRECT_TRAINER, True, ('-steps', '0')),
         Row('PDDDPM', PDDDPM_TRAINER, True),
         Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER),
-        Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True))
+        Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True),
+        Row('the same without blending', TRUTH_TRAINER, True, ('-blend', '0')),
+        Row(f'stock, {NUM_FOLDS} folds', STOCK_TRAINER, folds=FOLDS),
+        Row(f'PDDDPM, {NUM_FOLDS} folds', PDDDPM_TRAINER, True, folds=FOLDS),
+        Row('DDPM from pure noise: PDDDPM, 10 steps', PDDDPM_TRAINER, True, (*NOISE, '-steps', '10')),
+        Row('DDPM from pure noise: PDDDPM, 1000 steps, one sample, no mirroring', PDDDPM_TRAINER, True,
+            (*NOISE, '-steps', '1000', '-samples', '1', '--disable_tta'), cases=FEW),
+        Row('PDDDPMTrainerPaper, no mirroring', PAPER_TRAINER, True, ('--disable_tta',), cases=FEW))
 
 
 def folder(work: Path, row: Row) -> Path:
@@ -56,20 +82,69 @@ def folder(work: Path, row: Row) -> Path:
 
 
 def evaluate(work: Path) -> None:
-    """Predict and evaluate what has not been."""
-    raw = work / 'nnUNet_raw' / DATASET
+    """Predict, evaluate and time what has not been."""
     for row in ROWS:
-        output = folder(work, row)
-        if (output / 'evaluation.json').is_file():
+        if not all((fold_folder(work, row.trainer, f) / 'checkpoint_final.pth').is_file() for f in row.folds):
             continue
-        command = ['nnUNetv2_predict']
-        if row.samples:
-            command = ['nnUNetv2_pdddpm_predict', '--uncertainty', '--save_samples', '--report']
-        call(work, *command, '-i', str(raw / 'imagesTs'), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION,
-             '-p', PLANS, '-tr', row.trainer, '-f', '0', '-device', 'cpu', '--save_probabilities', '-npp', '1',
-             '-nps', '1', '--disable_progress_bar', *row.flags)
-        call(work, 'nnUNetv2_pdddpm_evaluate', '-pred', str(output), '-ref', str(raw / 'labelsTs'), '-np', '2',
-             '--disable_progress_bar')
+        if not (folder(work, row) / 'evaluation.json').is_file():
+            predict_and_evaluate(work, row)
+        if not (folder(work, row) / 'cost.json').is_file():
+            measure_cost(work, row)
+
+
+def predict_and_evaluate(work: Path, row: Row) -> None:
+    """By the commands."""
+    output = folder(work, row)
+    command = ['nnUNetv2_predict']
+    if row.samples:
+        command = ['nnUNetv2_pdddpm_predict', '--uncertainty', '--save_samples', '--report']
+    call(work, *command, '-i', str(images(work, row.cases)), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION,
+         '-p', PLANS, '-tr', row.trainer, '-f', *map(str, row.folds), '-device', 'cpu', '--save_probabilities',
+         '-npp', '1', '-nps', '1', '--disable_progress_bar', *row.flags)
+    call(work, 'nnUNetv2_pdddpm_evaluate', '-pred', str(output), '-ref',
+         str(work / 'nnUNet_raw' / DATASET / 'labelsTs'), '-np', '2', '--disable_progress_bar',
+         *(['--chill'] if row.cases else []))
+
+
+def images(work: Path, cases: int | None) -> Path:
+    """Folder with the first test images, or all of them."""
+    everything = work / 'nnUNet_raw' / DATASET / 'imagesTs'
+    if cases is None:
+        return everything
+    folder = work / f'first_{cases}'
+    folder.mkdir(exist_ok=True)
+    for file in sorted(everything.iterdir())[:cases]:
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def measure_cost(work: Path, row: Row) -> None:
+    """Network calls and CPU seconds of one thread a case, on the first three or, where they take minutes, the first."""
+    torch.set_num_threads(1)
+    flags = [flag for flag in row.flags if flag != '--disable_tta']
+    settings = {name[1:]: float(value) if name in ('-eta', '-blend') else int(value)
+                for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    common: dict[str, Any] = {'use_mirroring': '--disable_tta' not in row.flags, 'device': torch.device('cpu'),
+                              'allow_tqdm': False}
+    predictor = PDDDPMPredictor(**common, overrides={k: (v, v) for k, v in settings.items()},
+                                outputs=Outputs('entropy', samples=True)) if row.samples else nnUNetPredictor(**common)
+    model = fold_folder(work, row.trainer, row.folds[0]).parent
+    predictor.initialize_from_trained_model_folder(str(model), row.folds)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+    network = predictor.network
+    for part in (network.presegmenter, network.denoiser) if isinstance(network, Refiner) else (network,):
+        part.register_forward_hook(count)
+    files = sorted(images(work, 1 if row.cases else 3).iterdir())
+    with TemporaryDirectory() as target:
+        start = time.process_time()
+        predictor.predict_from_files_sequential([[str(file)] for file in files],
+                                                [str(Path(target, file.name[:-len('_0000.nii.gz')])) for file in files])
+    cost = {'network_calls': calls / len(files), 'cpu_seconds': (time.process_time() - start) / len(files)}
+    (folder(work, row) / 'cost.json').write_text(json.dumps(cost))
 
 
 def coverage(output: Path) -> str:
@@ -85,24 +160,34 @@ def coverage(output: Path) -> str:
     return f'{sum(inside)} of {len(inside)}, {np.mean(width):.0%} wide'
 
 
+def difference(result: dict[str, Any], baseline: dict[str, Any], values: Callable[[dict[str, Any]], float]
+               ) -> tuple[float, float, float]:
+    """Mean paired difference to a baseline in what `values` takes from a case, and its 95 % bootstrap interval."""
+    of_baseline = {case['case']: values(case) for case in baseline['cases']}
+    differences = np.array([values(case) - of_baseline[case['case']] for case in result['cases']])
+    draws = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
+
+
 def table_row(work: Path, row: Row, stock: dict[str, Any]) -> str:
     """One line of markdown; differences are paired, with a bootstrap interval over cases."""
     output = folder(work, row)
-    result = json.loads((output / 'evaluation.json').read_text())
+    result, cost = (json.loads((output / name).read_text()) for name in ('evaluation.json', 'cost.json'))
 
-    def paired(values: Any) -> str:
-        difference = np.array([values(case) for case in result['cases']]) - [values(case) for case in stock['cases']]
-        draws = np.random.default_rng(0).choice(difference, (10_000, len(difference))).mean(1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return f'{difference.mean():+.4f} ({low:+.4f} to {high:+.4f})'
+    def paired(values: Callable[[dict[str, Any]], float]) -> str:
+        return '{:+.4f} ({:+.4f} to {:+.4f})'.format(*difference(result, stock, values))
     mean, voxels = result['foreground_mean'], result['voxelwise']
     sd = np.std([case['dice'] for case in result['cases']], ddof=1)
     correlation = result['estimated_dice'].get('case', {}).get('spearman')
-    return (f'| {row.title} | {mean["dice"]:.4f} ± {sd:.4f} | {paired(lambda case: case["dice"])} '
+    few = f' ({row.cases} cases)' if row.cases else ''
+    return (f'| {row.title}{few} | {mean["dice"]:.4f} ± {sd:.4f} | {paired(lambda case: case["dice"])} '
             f'| {mean["hd95_mm"]:.2f} | {mean["surface_dice"]:.3f} | {voxels["all"]["nll"]:.4f} '
             f'| {paired(lambda case: case["voxelwise"]["all"]["nll"])} | {voxels["all"]["ece"]:.4f} '
             f'| {voxels["near"]["ece"]:.4f} | {voxels["all"]["aurc"]:.5f} '
-            f'| {"" if correlation is None else f"{correlation:.2f}"} | {coverage(output) if row.samples else ""} |')
+            f'| {"" if correlation is None or row.cases else f"{correlation:.2f}"} '
+            f'| {coverage(output) if row.samples and not row.cases else ""} | {cost["network_calls"]:.0f} '
+            f'| {cost["cpu_seconds"]:.1f} |')
 
 
 def draw_triage(work: Path, file: Path) -> None:
@@ -123,15 +208,17 @@ def write_table(work: Path, file: Path) -> None:
     stock = json.loads((folder(work, next(r for r in ROWS if r.title == BASELINE)) / 'evaluation.json').read_text())
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
-    folds = [work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0'
-             for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER)]
-    tuned = [json.loads((fold / 'sampling_sweep.json').read_text())['in_one_line'] for fold in folds]
+    lacking = [row.title for row in ROWS if row not in rows]
+    sweeps = {(trainer, fold): fold_folder(work, trainer, fold) / 'sampling_sweep.json'
+              for trainer, fold in ((PDDDPM_TRAINER, 0), (PDDDPM_TRAINER, 1), (PDDDPM_TRAINER, 2), (TRUTH_TRAINER, 0))}
+    tuned = [f'- `{trainer}`, fold {fold}: {json.loads(file.read_text())["in_one_line"]}'
+             for (trainer, fold), file in sweeps.items() if file.is_file()]
     lines = [
         '# Hippocampus: stock nnU-Net, its controls, and PDDDPM', '',
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
         f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: Medical '
         f'Segmentation Decathlon Task04; {stock["num_cases"]} test cases split off first (seed {SPLIT_SEED}), the '
-        'others in 3 folds. Fold 0, one training seed: differences of about 0.002 '
+        'others in 3 folds. Fold 0 unless the row says otherwise, one training seed: differences of about 0.002 '
         'in Dice are within the noise of training.', '',
         f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
         f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
@@ -139,17 +226,19 @@ def write_table(work: Path, file: Path) -> None:
         f'start, out-of-fold pre-segmentations. Control: the stock model of fold 0 trained for '
         f'{nnUNetTrainerBenchmarkLonger.epochs} epochs more. No diffusion: a second network of the same size, warm '
         'start and training, which only ever sees the pre-segmentation (out-of-fold) without noise.', '',
-        'Settings of PDDDPM by `nnUNetv2_pdddpm_tune` on validation cases of fold 0, none of which is here: '
-        f'{tuned[0]}; figure: [sampling_sweep.png](sampling_sweep.png). With noise on the truth in every patch: '
-        f'{tuned[1]}.', '',
+        'Settings of PDDDPM by `nnUNetv2_pdddpm_tune` on validation cases of the fold, none of which is here (a budget '
+        f'of {TUNING_MINUTES[0]} minutes in fold 0, of {TUNING_MINUTES[1]} in the others):', '', *tuned, '',
+        'Figure of the first: [sampling_sweep.png](sampling_sweep.png).', '',
+        *([f'**Not run, and so not in the table: {"; ".join(lacking)}.**', ''] if lacking else []),
         f'## {stock["num_cases"]} test cases', '',
         'By `nnUNetv2_predict` and `nnUNetv2_pdddpm_predict` with mirroring, mean over labels, and '
         '`nnUNetv2_pdddpm_evaluate`. Δ: paired difference to `stock` with its 95 % bootstrap interval over cases. '
         'Surface Dice at 1 mm. NLL and ECE over all voxels, ECE also near the reference; AURC: lower is better; ρ: '
-        'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, of 8 samples.', '',
+        'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, of 8 samples. Network '
+        'calls and CPU seconds (one thread, reading and writing included) for a case: the mean of three cases.', '',
         '| | Dice ± sd over cases | Δ Dice | HD95 mm | surface Dice | NLL | Δ NLL | ECE | ECE near | AURC | ρ | '
-        'true volume in the interval |',
-        '|' + '---|' * 12,
+        'true volume in the interval | network calls | CPU seconds |',
+        '|' + '---|' * 14,
         *(table_row(work, row, stock) for row in rows), '',
     ]
     lines += ['![Estimated against true Dice](triage.png)', '',
