@@ -1,0 +1,111 @@
+"""PDDDPMTrainer with one thing changed, on the phantom of ambiguous.py: equal iterations, three seeds."""
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from ambiguous import (
+    CONFIGURATION,
+    DATASET,
+    HERE,
+    NUM_FOLDS,
+    PDDDPM_TRAINER,
+    STOCK_TRAINER,
+    TRUTH_TRAINER,
+    VARIABLES,
+    prepare,
+)
+from hippocampus import nnunet_environment, parse, train
+
+STAGES = ('prepare', 'train', 'predict', 'evaluate')
+VARIANTS = {
+    'default (warm start, AdamW, average, out-of-fold, a quarter at level 0)': PDDDPM_TRAINER,
+    'from scratch': 'PDDDPMTrainerAmbiguousScratch',
+    'pre-segmentation as a further input': 'PDDDPMTrainerAmbiguousConditioned',
+    'in-fold pre-segmentations': 'PDDDPMTrainerAmbiguousInFold',
+    'weights not averaged': 'PDDDPMTrainerAmbiguousNoAverage',
+    "nnU-Net's SGD": 'PDDDPMTrainerAmbiguousSGD',
+    'none at level 0': TRUTH_TRAINER,
+    'a tenth at level 0': 'PDDDPMTrainerAmbiguousTenth',
+    'a half at level 0': 'PDDDPMTrainerAmbiguousHalf',
+}
+HEADER = ('| | Dice ± images / seeds | Δ to default | NLL | Δ to default | GED² | Δ to default | frequency error '
+          '| correlation |\n|' + '---|' * 9)
+TEXT = """# Ablation: the default with one thing changed
+
+    .venv/bin/python benchmarks/ablation.py -o WORK
+
+Machine: {machine}, {cores} CPU cores, no GPU, torch {torch}. The phantom, the reduced plans, the stock models and the
+measures are those of [ambiguous.md](ambiguous.md), the work folder may be the same. {iterations} iterations for every
+row, three seeds (folds 0 to 2), {images} test images, {samples} samples, with mirroring, no blending. Nothing was
+tuned: all rows are sampled alike. Δ: mean paired difference to the default, with a 95 % bootstrap interval that draws
+images and seeds; there are nine rows, so an interval that misses 0 by little may be chance.
+"""
+
+
+def main() -> None:
+    args = parse(__doc__, 'nothing: this data set is a phantom', 'ablation.md', STAGES)
+    work = Path(args.o).resolve()
+    if 'prepare' in args.stages:
+        prepare(work)
+    if 'train' in args.stages:
+        for trainer in (STOCK_TRAINER, *VARIANTS.values()):
+            for fold in range(NUM_FOLDS):
+                train(work, trainer, fold, DATASET, CONFIGURATION, **VARIABLES)
+    os.environ.update({**nnunet_environment(work), **VARIABLES})
+    sys.path.append(str(HERE / 'trainers'))
+    if 'predict' in args.stages:
+        predict(work)
+    if 'evaluate' in args.stages:
+        write_table(work, Path(args.table))
+
+
+def settings() -> dict[str, dict[str, float]]:
+    """How every row is sampled."""
+    from ambiguous_evaluation import CHAIN
+    return {'one step from t_start 846': {'t_start': 846, 'steps': 1, 'blend': 0.0},
+            'ten steps from t_start 960, eta 1': {'t_start': 960, **CHAIN}}
+
+
+def predict(work: Path) -> None:
+    """All rows whose models are trained."""
+    from ambiguous_evaluation import Row, predict_row
+    torch.set_num_threads(1)
+    for title, of in settings().items():
+        for name, trainer in VARIANTS.items():
+            row = Row(f'ablation {name}, {title}', trainer, of)
+            for fold in row.trained_folds(work):
+                predict_row(work, row, fold)
+
+
+def write_table(work: Path, file: Path) -> None:
+    """A table for each way to sample."""
+    from ambiguous_evaluation import NUM_TEST, SAMPLES, Row, difference, measure
+    from ambiguous_table import interval, spread, values
+    from ambiguous_trainers import Ambiguous
+    lines = [TEXT.format(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__, images=NUM_TEST,
+                         iterations=Ambiguous.epochs * Ambiguous.iterations, samples=SAMPLES)]
+    for title, of in settings().items():
+        lines += [f'## {title[0].upper()}{title[1:]}', '', HEADER]
+        default = Row(f'ablation {next(iter(VARIANTS))}, {title}', PDDDPM_TRAINER, of)
+        for name, trainer in VARIANTS.items():
+            row = Row(f'ablation {name}, {title}', trainer, of)
+            folds = row.predicted_folds(work)
+            if len(folds) < NUM_FOLDS:
+                continue
+            metrics, baseline = measure(work, row), measure(work, default, folds)
+            error, _, related = values(metrics)
+            deltas = ['' if row == default else interval(difference(metrics, baseline, metric), digits)
+                      for metric, digits in (('dice', 3), ('nll', 4), ('ged', 3))]
+            lines.append(f'| {name} | {spread(metrics["dice"])} | {deltas[0]} | {metrics["nll"].mean():.4f} '
+                         f'| {deltas[1]} | {metrics["ged"].mean():.3f} | {deltas[2]} | {error} | {related} |')
+        lines.append('')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('\n'.join(lines))
+
+
+if __name__ == '__main__':
+    main()
