@@ -24,7 +24,7 @@ NUM_FOLDS = 3
 NUM_TEST = 30
 TEST_SEED = 10_000  # of the first test image; those for training start at 0
 FEATURES = [16, 32, 64]
-TUNING_MINUTES = 1
+TUNING_MINUTES = 2
 HERE = Path(__file__).resolve().parent
 # data are augmented in the training process, whose seed is fixed
 VARIABLES = {'nnUNet_n_proc_DA': '0', 'nnUNet_def_n_proc': '1', 'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
@@ -89,8 +89,8 @@ def main() -> None:
         for fold in range(NUM_FOLDS):
             train(work, STOCK_TRAINER, fold, DATASET, CONFIGURATION, **VARIABLES)
     if 'pdddpm' in args.stages:
-        for trainer in (CONTROL_TRAINER, PDDDPM_TRAINER, TRUTH_TRAINER, DIRECT_TRAINER, PAPER_TRAINER):
-            for fold in range(NUM_FOLDS):
+        for fold in range(NUM_FOLDS):
+            for trainer in (PDDDPM_TRAINER, CONTROL_TRAINER, DIRECT_TRAINER, TRUTH_TRAINER, PAPER_TRAINER):
                 train(work, trainer, fold, DATASET, CONFIGURATION, **VARIABLES)
     if 'tune' in args.stages:
         for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER):

@@ -240,12 +240,13 @@ def difference(metrics: Metrics, baseline: Metrics, name: str) -> tuple[float, f
 
     Args:
         metrics: (seeds, images) of each metric.
-        baseline: of the same seeds, and at least these images.
+        baseline: of the same seeds and images; where one has more, what it has first.
         name: of the metric.
     """
-    of = metrics[name] - baseline[name][:, :metrics[name].shape[1]]
+    seeds, images = (min(n) for n in zip(metrics[name].shape, baseline[name].shape, strict=True))
+    of = metrics[name][:seeds, :images] - baseline[name][:seeds, :images]
     rng = np.random.default_rng(0)
-    seeds, images = (rng.integers(n, size=(10_000, n)) for n in of.shape)
-    draws = of[seeds[:, :, None], images[:, None, :]].mean((1, 2))
+    drawn_seeds, drawn_images = (rng.integers(n, size=(10_000, n)) for n in of.shape)
+    draws = of[drawn_seeds[:, :, None], drawn_images[:, None, :]].mean((1, 2))
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(of.mean()), float(low), float(high)
