@@ -223,7 +223,7 @@ def correlation(metrics: Metrics) -> np.ndarray:
         return metrics['covariance'].sum(1) / np.where(variance > 0, variance, np.nan)
 
 
-def ideal(samples: int, draws: int = 200) -> Metrics:
+def ideal(samples: int, draws: int = 40) -> Metrics:
     """Of an ideal sampler, by `samples` draws of the truth; mean over `draws` sets of them, one "seed" in the shape."""
     rows = []
     for i in range(NUM_TEST):

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ THRESHOLDS = ', 16 thresholds'
 COMPARISONS: dict[str, dict[str, list[str]]] = {
     'hippocampus': {'PDDDPM': ['stock', 'control: stock trained longer', 'no diffusion: second stage'],
                     'PDDDPM, 3 folds': ['stock, 3 folds']},
-    'cells': {f'PDDDPM {starts}: t_start=900 k=1, mirroring': [
+    'cells': {f'PDDDPM {starts}: t_start=': [  # and so on: chosen on the validation images
         'stock, mirroring' + THRESHOLDS, 'control, mirroring' + THRESHOLDS,
         'stock, 3 folds, 16 thresholds of their mean',
         'PDDDPM no diffusion: direct (k=0), mirroring'] for starts in ('default', 'truth')},
@@ -36,9 +36,9 @@ TEXT = """# Evidence: what refinement is worth
 
     NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/evidence.py -o WORK
 
-This joins rows of [hippocampus.md](hippocampus.md), [cells.md](cells.md) and [ambiguous.md](ambiguous.md), where data,
-plans, training, seeds, and all other rows and columns are described. Machine: {machine}, {cores} CPU cores, no GPU,
-torch {torch}: **reduced plans, short trainings, a CPU**. Settings were tuned on validation cases, never on these.
+This joins rows of {tables}, where data, plans, training, seeds, and
+all other rows and columns are described. Machine: {machine}, {cores} CPU cores, no GPU, torch {torch}:
+**reduced plans, short trainings, a CPU**. Settings were tuned on validation cases, never on these.
 
 Dice ± standard deviation over cases or images. Δ: mean paired difference to stock with mirroring, with its 95 %
 bootstrap interval (over cases; in the phantom over images and seeds). NLL and ECE over all voxels; surface Dice at
@@ -83,7 +83,8 @@ def hippocampus(work: Path) -> Iterator[Line]:
     stock = next(result for row, result in results.items() if row.title == BASELINE)
     for row, result in results.items():
         mean, voxels = result['foreground_mean'], result['voxelwise']['all']
-        cost = json.loads((folder(work, row) / 'cost.json').read_text())
+        file = folder(work, row) / 'cost.json'
+        cost = json.loads(file.read_text()) if file.is_file() else {}
         metrics = {'dice': np.array([[case['dice'] for case in result['cases']]]),
                    'nll': np.array([[case['voxelwise']['all']['nll'] for case in result['cases']]])}
         yield Line(row.title + (f' ({row.cases} cases)' if row.cases else ''), dict(
@@ -91,8 +92,8 @@ def hippocampus(work: Path) -> Iterator[Line]:
             nll=f'{voxels["nll"]:.4f}',
             d_nll=interval(difference(result, stock, lambda case: case['voxelwise']['all']['nll'])),
             ece=f'{voxels["ece"]:.4f}', hd95=f'{mean["hd95_mm"]:.2f}', nsd=f'{mean["surface_dice"]:.3f}',
-            aurc=f'{voxels["aurc"]:.5f}', calls=f'{cost["network_calls"]:.0f}', seconds=f'{cost["cpu_seconds"]:.1f}',
-        ), metrics)
+            aurc=f'{voxels["aurc"]:.5f}', calls=f'{cost["network_calls"]:.0f}' if cost else '',
+            seconds=f'{cost["cpu_seconds"]:.1f}' if cost else ''), metrics)
 
 
 def cells(work: Path) -> Iterator[Line]:
@@ -115,10 +116,13 @@ def cells(work: Path) -> Iterator[Line]:
 
 
 def ambiguous(work: Path) -> Iterator[Line]:
-    """Every row, and the ideal sampler."""
+    """Every row, and the ideal sampler; nothing if nothing was predicted."""
     from ambiguous_evaluation import NUM_TEST, ROWS, SAMPLES, STOCK, difference, ideal, measure
     from ambiguous_table import cost
-    for row in (row for row in ROWS if row.predicted_folds(work)):
+    rows = [row for row in ROWS if row.predicted_folds(work)]
+    if not rows:
+        return
+    for row in rows:
         of, stock, costs = measure(work, row), measure(work, STOCK, row.predicted_folds(work)), cost(work, row)
         few = '' if row.images == NUM_TEST else f' ({row.images} images)'
         yield Line(row.title + few, dict(
@@ -131,13 +135,26 @@ def ambiguous(work: Path) -> Iterator[Line]:
                                      ece=f'{of["ece"].mean():.4f}', ged=f'{of["ged"].mean():.3f}'), of)
 
 
+def lacking(parts: Mapping[str, Sequence[Line]]) -> list[str]:
+    """Says what was not run."""
+    from ambiguous_evaluation import ROWS as of_ambiguous
+    from hippocampus_evaluation import ROWS as of_hippocampus
+    absent = []
+    for part, rows in (('hippocampus', of_hippocampus), ('ambiguous', of_ambiguous)):
+        there = [line.title for line in parts[part]]
+        titles = [row.title for row in rows if not any(title.startswith(row.title) for title in there)]
+        absent += [f'{part}: {"; ".join(titles) if there else "all of it"}'] if titles else []
+    return [f'**Not run, and so not here: {". ".join(absent)}.**', ''] if absent else []
+
+
 def comparisons(part: str, lines: Sequence[Line]) -> Iterator[str]:
     """Rows of PDDDPM against what could be had without it, in words and intervals."""
     from ambiguous_evaluation import difference
     by_title = {line.title: line for line in lines}
-    for title, others in COMPARISONS[part].items():
+    for start, others in COMPARISONS[part].items():
+        title = next((t for t in by_title if t == start or start.endswith('=') and t.startswith(start)), None)
         for other in others:
-            if title not in by_title or other not in by_title:
+            if title is None or other not in by_title:
                 continue
             one, baseline = by_title[title].metrics, by_title[other].metrics
             cells = []
@@ -165,15 +182,17 @@ def main() -> None:
     sys.path.append(str(HERE / 'trainers'))
     parts: dict[str, list[Line]] = {part: list(rows(work / part)) for part, rows in (
         ('hippocampus', hippocampus), ('cells', cells), ('ambiguous', ambiguous))}
-    lines = [TEXT.format(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__),
-             '## PDDDPM against what can be had without it', '',
+    tables = ', '.join(f'[{part}.md]({part}.md)' for part in PARTS if parts[part])
+    lines = [TEXT.format(tables=tables, machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__),
+             *lacking(parts), '## PDDDPM against what can be had without it', '',
              'Better or worse where the 95 % interval of the paired difference misses 0.', '',
              '| | | against | Dice | NLL | GED² |\n|' + '---|' * 6,
              *(text for part, rows in parts.items() for text in comparisons(part, rows)), '']
     for title, part in (('Hippocampus: 50 test cases, 3d', 'hippocampus'),
                         ('Cells with ten raters: 19 test images, 2d', 'cells'),
                         ('A known ambiguity: 30 test images, 3 seeds, 2d', 'ambiguous')):
-        lines += [f'## {title}', '', HEADER, *map(str, parts[part]), '']
+        if parts[part]:
+            lines += [f'## {title}', '', HEADER, *map(str, parts[part]), '']
     Path(args.table).write_text('\n'.join(lines))
 
 
