@@ -166,7 +166,7 @@ def draw(work: Path, file: Path) -> None:
                   label=row.title)
     axis.set(xlabel='probability of the rim', ylabel='its frequency in 16 samples', ylim=(-0.02, 1))
     axis.legend(fontsize=7, frameon=False)
-    axes = right.subplots(len(shown), 10)
+    axes = right.subplots(len(shown), 10, squeeze=False)
     case, name = phantom(TEST_SEED), f'phantom_{TEST_SEED}'
     masks, weights = case.distribution()
     for line, row in zip(axes, shown, strict=True):
