@@ -1,9 +1,9 @@
 """Faults on purpose: kills, a full disk, folders that go away, too little memory; and what is lost by them.
 
 Phantoms by default, real data with -data. A killed or stopped run must leave no torn file under a final name, going on
-(`--c`, `--continue_prediction`) must finish, and what is there in the end must equal the uninterrupted run's. Needs
-Linux; the full and the read-only disk are small tmpfs mounts, for which one has to be root. Ends with an error if any
-file was torn or differs, or a run could not be gone on with.
+(`--c`, `--continue_prediction`, tuning once more) must finish, and what is there in the end must equal the
+uninterrupted run's. Needs Linux; the full and the read-only disk are small tmpfs mounts, for which one has to be root.
+Ends with an error if any file was torn or differs, or a run could not be gone on with.
 """
 from __future__ import annotations
 
@@ -42,11 +42,15 @@ class Outcome:
     ends: Counter[str] = field(default_factory=Counter)
     """How the runs ended at the fault."""
     note: str = ''
+    words: list[str] = field(default_factory=list)
+    """The last of what the runs said that the fault ended."""
 
-    def count(self, end: str) -> None:
+    def count(self, end: str, ended: runs.Ended | None = None) -> None:
         """A fault was injected, and its run ended in this way."""
         self.injected += 1
         self.ends[end] += 1
+        if ended is not None and ended.status:
+            self.words.append(ended.said[-3000:])
 
     @property
     def good(self) -> bool:
@@ -60,6 +64,8 @@ def end_of(ended: runs.Ended) -> str:
         return f'signal {-ended.status}'
     if ended.status == 0:
         return 'finished'
+    if not ended.last:
+        return 'without words'
     return 'one sentence' if ended.last.startswith('Error: ') else f'{ended.last.split(":")[0][-40:]}'
 
 
@@ -69,16 +75,32 @@ class Faults:
     def __init__(self, space: Workspace, repeats: int, seed: int) -> None:
         self.space, self.repeats, self.random = space, repeats, random.Random(seed)
         self.log = space.root / 'run.log'
-        self.model = space.results('reference')
-        begin = time.monotonic()
-        self.must(runs.run(self.log, space.train(self.model)))
-        self.training_seconds = time.monotonic() - begin
+        self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
+        self.model, self.tuned = space.results('reference'), space.root / 'runs' / 'tuned'
         self.output = space.root / 'runs' / 'predicted'
         shutil.rmtree(self.output, ignore_errors=True)
-        begin = time.monotonic()
-        self.must(runs.run(self.log, self.predict(self.output)))
-        self.prediction_seconds = time.monotonic() - begin
+        self.measure('training', space.train(self.model))
+        self.measure('prediction', self.predict(self.output))
         self.files, self.rows = runs.files(self.output), runs.rows(self.output)
+
+    def measure(self, what: str, action: Callable[[], None]) -> None:
+        """A run without a fault: the time and the address space that it takes."""
+        file = self.log.with_name('bytes.txt')
+        ended = runs.run(self.log, runs.growing(file, action))
+        self.must(ended)
+        self.seconds[what], self.bytes[what] = ended.seconds, int(file.read_text())
+
+    def kill(self, what: str, action: Callable[[], None], number: int) -> runs.Ended:
+        """Kill a run at any moment. One that has ended by itself shows how long runs are by now."""
+        ended = runs.killed(self.log, action, self.random.uniform(0, self.seconds[what]), KILLS[number % 2])
+        if ended.status == 0:
+            self.seconds[what] = min(self.seconds[what], ended.seconds)
+        return ended
+
+    def limit(self, what: str, action: Callable[[], None]) -> runs.Ended:
+        """Run with an address space of any size below what it takes."""
+        return runs.run(self.log, limited(action, int(self.random.uniform(0, self.bytes[what]))))
 
     def must(self, ended: runs.Ended) -> None:
         """End the benchmark where a run without a fault fails."""
@@ -95,7 +117,7 @@ class Faults:
         found = runs.files(output)
         outcome.compared += len(self.files)
         outcome.differences += runs.differing(found, self.files) + runs.differing(runs.rows(output), self.rows)
-        outcome.differences += [file.name for file in output.glob('.*')]
+        outcome.differences += [folder.name for folder in output.glob('.*') if folder.is_dir()]
         if ended.status:
             outcome.note = ended.last
 
@@ -123,9 +145,7 @@ class Faults:
         for i in range(self.repeats):
             results = self.space.results('killed')
             fold = self.space.fold(results)
-            ended = runs.killed(self.log, self.space.train(results),
-                                self.random.uniform(0, self.training_seconds), KILLS[i % 2])
-            outcome.count(end_of(ended))
+            outcome.count(end_of(self.kill('training', self.space.train(results), i)))
             outcome.torn += runs.torn_checkpoints(fold)
             ended = runs.run(self.log, self.space.train(results))
             outcome.finished += ended.status == 0
@@ -136,14 +156,50 @@ class Faults:
             outcome.differences += runs.differing(runs.weights(fold), expected)
         return outcome
 
+    def kill_tuning(self) -> Outcome:
+        """Kill a tuning, every second time while it writes; then tune again."""
+        outcome, action, writing = Outcome(), *self.tuning()
+        fold = self.space.fold(self.tuned)
+        for i in range(self.repeats):
+            self.space.trained(self.model, 'tuned')
+            if i % 2:
+                ended = runs.killed(self.log, action, self.random.uniform(0, writing), KILLS[i // 2 % 2],
+                                    lambda: any(fold.glob('.*.partial')))
+            else:
+                ended = self.kill('tuning', action, i // 2)
+            outcome.count(end_of(ended))
+            self.tune_again(outcome, action)
+        return outcome
+
+    def tuning(self) -> tuple[Callable[[], None], float]:
+        """A tuning of the trained model, measured, with what comes of it; and the seconds for which it writes."""
+        action, fold = self.space.tune(self.tuned), self.space.fold(self.tuned)
+        self.space.trained(self.model, 'tuned')
+        self.untuned = runs.tuned(fold)
+        self.measure('tuning', action)
+        self.expected = runs.tuned(fold)
+        first, last = ((fold / name).stat().st_mtime for name in (runs.CHECKPOINTS[0], runs.SWEEP[0]))
+        return action, last - first
+
+    def tune_again(self, outcome: Outcome, action: Callable[[], None]) -> None:
+        """What a fault has left is the old or the new; tune again, and compare."""
+        fold = self.space.fold(self.tuned)
+        outcome.torn += runs.torn_checkpoints(fold)
+        outcome.differences += [name for name, content in runs.tuned(fold).items()
+                                if content not in (self.expected[name], self.untuned.get(name))]
+        ended = runs.run(self.log, action)
+        outcome.finished += ended.status == 0
+        outcome.compared += len(self.expected)
+        outcome.differences += runs.differing(runs.tuned(fold), self.expected)
+        if ended.status:
+            outcome.note = ended.last
+
     def kill_prediction(self) -> Outcome:
         """Kill at any moment of a prediction with everything that it writes, then --continue_prediction."""
         outcome = Outcome()
         for i in range(self.repeats):
             output = self.fresh()
-            ended = runs.killed(self.log, self.predict(output),
-                                self.random.uniform(0, self.prediction_seconds), KILLS[i % 2])
-            outcome.count(end_of(ended))
+            outcome.count(end_of(self.kill('prediction', self.predict(output), i)))
             self.check_what_is_there(outcome, output)
             self.go_on(outcome, output)
         return outcome
@@ -155,14 +211,11 @@ class Faults:
         page, earlier = output / 'report.html', '<html>earlier</html>'
         images = {file.name[:-len('_0000.nii.gz')]: [file] for file in self.space.images.glob('*_0000.nii.gz')}
         from nnunet_pdddpm.report import write_report
-        begin = time.monotonic()
-        self.must(runs.run(self.log, lambda: write_report(output, images)))
-        seconds, expected = time.monotonic() - begin, page.read_text()
+        self.measure('report', lambda: write_report(output, images))
+        expected = page.read_text()
         for i in range(self.repeats):
             page.write_text(earlier)
-            ended = runs.killed(self.log, lambda: write_report(output, images), self.random.uniform(0, seconds),
-                                KILLS[i % 2])
-            outcome.count(end_of(ended))
+            outcome.count(end_of(self.kill('report', lambda: write_report(output, images), i)))
             if page.read_text() not in (earlier, expected):
                 outcome.torn.append(page.name)
             outcome.finished += runs.run(self.log, lambda: write_report(output, images)).status == 0
@@ -205,15 +258,33 @@ class Faults:
                 outcome.differences += runs.differing(runs.weights(self.space.fold(results)), expected)
         return outcome
 
+    def full_disk_tuning(self) -> Outcome:
+        """Tune on a disk that fills up while it writes; make room, then tune again."""
+        outcome, (action, _) = Outcome(), self.tuning()
+        new, checkpoint = (sum(file.stat().st_size for file in self.space.fold(self.tuned).glob(names))
+                           for names in ('sampling_sweep.*', runs.CHECKPOINTS[0]))
+        for _ in range(self.repeats):
+            self.space.trained(self.model, 'tuned')
+            needed = sum(file.stat().st_size for file in self.tuned.rglob('*') if file.is_file())
+            with small_disk(self.tuned, 20 * needed) as disk:
+                shutil.copytree(self.model, self.tuned, dirs_exist_ok=True)
+                used = shutil.disk_usage(self.tuned).used
+                disk.resize(used + int(self.random.uniform(0.02, 1) * (new + checkpoint)))
+                ended = runs.run(self.log, action)
+                outcome.count(end_of(ended), ended)
+                disk.resize(20 * needed)
+                self.tune_again(outcome, action)
+        return outcome
+
     def read_only_disk(self) -> Outcome:
-        """Predict and train onto a disk that cannot be written: earlier results stay."""
+        """Predict, train and tune onto a disk that cannot be written: earlier results stay."""
         outcome, needed = Outcome(), 4 * sum(f.stat().st_size for f in self.model.rglob('*') if f.is_file())
         with small_disk(self.space.root / 'disk', needed + 20 * MIB) as disk:
             output, results = disk.folder / 'output', disk.folder / 'results'
             shutil.copytree(self.output, output)
             shutil.copytree(self.model, results)
             disk.remount('ro')
-            for action in (self.predict(output, '-seed', '1'), self.space.train(results)):
+            for action in (self.predict(output, '-seed', '1'), self.space.train(results), self.space.tune(results)):
                 ended = runs.run(self.log, action)
                 outcome.count(end_of(ended))
                 outcome.finished += ended.status != 0
@@ -229,7 +300,7 @@ class Faults:
         for _ in range(self.repeats):
             output = self.fresh()
             child, end = runs.start(self.log, self.predict(output)), \
-                time.monotonic() + self.random.uniform(0, self.prediction_seconds)
+                time.monotonic() + self.random.uniform(0, self.seconds['prediction'])
             while child.running() and time.monotonic() < end:
                 time.sleep(0.002)
             before_its_end = child.running()
@@ -247,7 +318,7 @@ class Faults:
         for _ in range(self.repeats):
             output = self.fresh()
             first = runs.start(self.log, self.predict(output))
-            time.sleep(self.random.uniform(0, self.prediction_seconds))
+            time.sleep(self.random.uniform(0, self.seconds['prediction']))
             second = runs.run(self.log.with_name('second.log'), self.predict(output))
             ended = first.wait()
             outcome.count(f'{end_of(ended)} and {end_of(second)}')
@@ -260,8 +331,8 @@ class Faults:
         outcome = Outcome()
         for _ in range(self.repeats):
             output = self.fresh()
-            ended = runs.run(self.log, limited(self.predict(output), int(self.random.uniform(0, 300) * MIB)))
-            outcome.count(end_of(ended))
+            ended = self.limit('prediction', self.predict(output))
+            outcome.count(end_of(ended), ended)
             self.check_what_is_there(outcome, output)
             self.go_on(outcome, output)
         return outcome
@@ -271,14 +342,24 @@ class Faults:
         outcome, expected = Outcome(), runs.weights(self.space.fold(self.model))
         for _ in range(self.repeats):
             results = self.space.results('limited')
-            ended = runs.run(self.log, limited(self.space.train(results), int(self.random.uniform(0, 300) * MIB)))
-            outcome.count(end_of(ended))
+            ended = self.limit('training', self.space.train(results))
+            outcome.count(end_of(ended), ended)
             outcome.torn += runs.torn_checkpoints(self.space.fold(results))
             ended = runs.run(self.log, self.space.train(results))
             outcome.finished += ended.status == 0
             if ended.status == 0:
                 outcome.compared += len(expected)
                 outcome.differences += runs.differing(runs.weights(self.space.fold(results)), expected)
+        return outcome
+
+    def little_memory_tuning(self) -> Outcome:
+        """The same in a tuning; then once more."""
+        outcome, (action, _) = Outcome(), self.tuning()
+        for _ in range(self.repeats):
+            self.space.trained(self.model, 'tuned')
+            ended = self.limit('tuning', action)
+            outcome.count(end_of(ended), ended)
+            self.tune_again(outcome, action)
         return outcome
 
     def many_cases(self) -> Outcome:
@@ -318,7 +399,7 @@ class Faults:
 def limited(action: Callable[[], None], more: int) -> Callable[[], None]:
     """The action with an address space of so many bytes more than the process has at its start."""
     def within_limit() -> None:
-        now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        now = runs.address_space()
         resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
         action()
     return within_limit
@@ -347,9 +428,9 @@ class small_disk:
         subprocess.run(['mount', '-o', f'remount,{options}', str(self.folder)], check=True)
 
 
-NAMES = [name for name in vars(Faults) if not name.startswith('_') and name not in (
-    'must', 'predict', 'compare', 'check_what_is_there', 'fresh')]
-ON_A_SMALL_DISK = ('full_disk_prediction', 'full_disk_training', 'read_only_disk')
+NAMES = [name for name in vars(Faults) if name.startswith((
+    'kill_', 'full_disk_', 'read_only_', 'deleted_', 'two_', 'little_memory_', 'many_'))]
+ON_A_SMALL_DISK = ('full_disk_prediction', 'full_disk_training', 'full_disk_tuning', 'read_only_disk')
 
 
 def row(name: str, outcome: Outcome) -> str:
@@ -364,7 +445,7 @@ def main() -> None:
     parser.add_argument('-o', required=True, help='work folder')
     parser.add_argument('-data', help='folder that contains the data set of -d (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-d', help='a data set such as Dataset004_Hippocampus (default: phantoms)')
-    parser.add_argument('-repeats', type=int, default=50, help='of each fault (default: %(default)s)')
+    parser.add_argument('-repeats', type=int, default=13, help='of each fault (default: %(default)s, so 52 kills)')
     parser.add_argument('-faults', nargs='+', choices=NAMES, default=NAMES)
     parser.add_argument('-seed', type=int, default=0, help='of the moments (default: %(default)s)')
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What faults.py does harm to: training, prediction and report as processes of their own, and their results.
+"""What faults.py does harm to: training, tuning, prediction, report as processes of their own, and their results.
 
 Processes are forked from one that has imported nnU-Net, so that a run takes as long as its work. They call what the
 commands call, in one process each.
@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,9 +23,12 @@ from integration import copy_cases
 sys.path.insert(0, str(HERE.parent))  # this checkout, not an installed copy
 
 PLANS = 'nnUNetPlansReduced'
-STOCK, REFINED = 'nnUNetTrainerToken', 'PDDDPMTrainerFaults'
+STOCK, REFINED = 'nnUNetTrainerGlimpse', 'PDDDPMTrainerFaults'
 NUM_TRAINING, NUM_TEST = 4, 3
-OURS = ('.nii.gz', '.npz', '.html', 'pdddpm_summary.json', 'pdddpm_summary.csv')
+LARGEST_PATCH = 32
+IMAGES = ('.nii.gz', '.npz')
+CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
+SWEEP = ('sampling_sweep.json', 'sampling_sweep.csv', 'sampling_sweep.png')
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Ended:
     """Exit status, or minus the signal."""
     said: str
     """All it printed."""
+    seconds: float
+    """From its start."""
 
     @property
     def last(self) -> str:
@@ -47,11 +52,13 @@ class Child:
     """A forked process that does something, with what it prints in a file."""
     pid: int
     log: Path
+    begin: float = field(default_factory=time.monotonic)
 
     def wait(self) -> Ended:
         """How it ends."""
         _, status = os.waitpid(self.pid, 0)
-        return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(errors='replace'))
+        return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(errors='replace'),
+                     time.monotonic() - self.begin)
 
     def running(self) -> bool:
         """Whether it has not ended yet; `wait` can still be called."""
@@ -88,14 +95,33 @@ def run(log: Path, action: Callable[[], object]) -> Ended:
     return start(log, action).wait()
 
 
-def killed(log: Path, action: Callable[[], object], after: float, how: signal.Signals) -> Ended:
-    """Do something in a process of its own and kill it after some seconds, if it has not ended."""
-    child, end = start(log, action), time.monotonic() + after
+def killed(log: Path, action: Callable[[], object], after: float, how: signal.Signals,
+           once: Callable[[], bool] = lambda: True) -> Ended:
+    """Do something in a process of its own and kill it some seconds after something is so, if it has not ended."""
+    child = start(log, action)
+    while child.running() and not once():
+        time.sleep(0.002)
+    end = time.monotonic() + after
     while child.running() and time.monotonic() < end:
         time.sleep(0.002)
     if child.running():
         os.kill(child.pid, how)
     return child.wait()
+
+
+def address_space(what: str = 'VmSize') -> int:
+    """Bytes of this process's address space, or with `VmPeak` the most it has been."""
+    return next(int(line.split()[1]) * 1024 for line in Path('/proc/self/status').read_text().splitlines()
+                if line.startswith(what))
+
+
+def growing(file: Path, action: Callable[[], None]) -> Callable[[], None]:
+    """The action, which then writes into a file by how many bytes its address space has grown at most."""
+    def measured() -> None:
+        before = address_space()
+        action()
+        file.write_text(str(address_space('VmPeak') - before))
+    return measured
 
 
 @dataclass
@@ -120,6 +146,12 @@ class Workspace:
         """Folder of the refined model's fold 0."""
         return results / self.dataset / f'{REFINED}__{PLANS}__3d_fullres' / 'fold_0'
 
+    def trained(self, model: Path, name: str) -> Path:
+        """A copy of a results folder under another name."""
+        folder = self.root / 'runs' / name
+        shutil.rmtree(folder, ignore_errors=True)
+        return Path(shutil.copytree(model, folder))
+
     def train(self, results: Path, trainer: str = REFINED) -> Callable[[], None]:
         """`nnUNetv2_train ... --c`, but for the validation."""
         def action() -> None:
@@ -143,6 +175,20 @@ class Workspace:
         return action
 
 
+    def tune(self, results: Path) -> Callable[[], None]:
+        """`nnUNetv2_pdddpm_tune` with a start level and up to two steps, in one thread."""
+        def action() -> None:
+            os.environ['nnUNet_results'] = str(results)
+            torch.set_num_threads(1)
+            from nnunet_pdddpm.commands import tune
+            from nnunet_pdddpm.tuning import sweep
+            tune.prepare_device = torch.device
+            sweep.SIGNAL_TO_NOISE, sweep.STEPS = (0.06,), (1, 2)
+            tune.main([self.dataset, '3d_fullres', '0', '-tr', REFINED, '-p', PLANS, '-device', 'cpu',
+                       '--disable_progress_bar'])
+        return action
+
+
 def prepare(work: Path, data: str | None, dataset: str | None) -> Workspace:
     """Make the phantoms, or copy the first cases of a data set; plan for a small network; train the stock model."""
     torch.set_num_threads(1)  # threads would not survive the fork
@@ -154,9 +200,12 @@ def prepare(work: Path, data: str | None, dataset: str | None) -> Workspace:
                       nnUNet_pdddpm_presegmenter=STOCK, nnUNet_compile='f')
 
     import nnunet_pdddpm.commands.predict
-    import nnunet_pdddpm.training.trainer  # noqa: F401 imported once, here
+    import nnunet_pdddpm.commands.tune  # noqa: F401 imported once, here
     if dataset:
-        copy_cases(find_data(data, dataset), raw, NUM_TRAINING, NUM_TEST)
+        source = find_data(data, dataset)
+        cases = len(list((source / 'labelsTr').glob('*.nii.gz')))
+        tested = NUM_TEST if cases >= NUM_TRAINING + NUM_TEST else 1
+        copy_cases(source, raw, min(NUM_TRAINING, cases - tested), tested)
     else:
         from nnunet_pdddpm.demo.phantom import write_dataset
         write_dataset(raw, NUM_TRAINING, NUM_TEST, (20, 26, 22))
@@ -166,8 +215,6 @@ def prepare(work: Path, data: str | None, dataset: str | None) -> Workspace:
         sys.exit(f'Planning failed: {ended.last}')
     reduce(preprocessed)
     cases = sorted(file.name.partition('.')[0] for file in (raw / 'labelsTr').iterdir())
-    if not space.images.is_dir():  # a data set of a few cases
-        shutil.copytree(raw / 'imagesTr', space.images)
     (preprocessed / 'splits_final.json').write_text(json.dumps([{'train': cases[1:], 'val': cases[:1]}]))
     ended = run(work / 'stock.log', space.train(work / 'nnUNet_results', STOCK))
     if ended.status:
@@ -188,7 +235,7 @@ def reduce(preprocessed: Path) -> None:
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations']['3d_fullres']
-    configuration.update(patch_size=[min(n, 64) // 4 * 4 for n in configuration['patch_size']], batch_size=2)
+    configuration.update(patch_size=[min(n, LARGEST_PATCH) // 4 * 4 for n in configuration['patch_size']], batch_size=2)
     configuration['architecture']['arch_kwargs'].update(
         n_stages=3, features_per_stage=[8, 16, 16], kernel_sizes=[[3] * 3] * 3, strides=[[1] * 3, [2] * 3, [2] * 3],
         n_conv_per_stage=[1, 1, 1], n_conv_per_stage_decoder=[1, 1])
@@ -196,9 +243,9 @@ def reduce(preprocessed: Path) -> None:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    """Images, arrays and report of a prediction: relative path -> content; nothing that is not under its final name."""
+    """Images and arrays of a prediction: relative path -> content; nothing that is not under its final name."""
     return {str(file.relative_to(output)): file.read_bytes() for file in output.rglob('*')
-            if file.is_file() and file.name.endswith(OURS[:2]) and '.partial' not in str(file)}
+            if file.is_file() and file.name.endswith(IMAGES) and '.partial' not in str(file)}
 
 
 def rows(output: Path) -> dict[str, dict]:
@@ -224,21 +271,32 @@ def torn(output: Path) -> list[str]:
 
 
 def torn_checkpoints(fold: Path) -> list[str]:
-    """Checkpoints that are not whole."""
-    from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
+    """Checkpoints that are not whole, or whose checksums or weights are wrong."""
+    from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, load_checkpoint
     bad = []
     for file in fold.glob('*.pth'):
         try:
-            load_checkpoint(file)
+            check_weights(load_checkpoint(file)['network_weights'], str(file))
         except CheckpointError:
             bad.append(file.name)
     return bad
 
 
-def weights(fold: Path) -> dict[str, torch.Tensor]:
-    """Of the final checkpoint."""
+def weights(fold: Path, name: str = 'checkpoint_final.pth') -> dict[str, torch.Tensor]:
+    """Of a checkpoint."""
     from nnunet_pdddpm.network.checkpoint import load_checkpoint
-    return load_checkpoint(fold / 'checkpoint_final.pth')['network_weights']
+    return load_checkpoint(fold / name)['network_weights']
+
+
+def tuned(fold: Path) -> dict[str, object]:
+    """What tuning writes, as far as it is there: files of the sweep, without the time it took, and checkpoints."""
+    found: dict[str, object] = {name: (fold / name).read_bytes() for name in SWEEP[1:] if (fold / name).is_file()}
+    if (fold / SWEEP[0]).is_file():
+        found[SWEEP[0]] = {key: value for key, value in json.loads((fold / SWEEP[0]).read_text()).items()
+                           if key != 'seconds'}
+    for checkpoint in CHECKPOINTS:
+        found |= {f'{checkpoint} {name}': value.numpy().tobytes() for name, value in weights(fold, checkpoint).items()}
+    return found
 
 
 def differing(one: dict, other: dict) -> list[str]:

@@ -30,10 +30,11 @@ def copy_cases(data: Path, raw: Path, num_training: int, num_test: int, **descri
     cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))[:num_training + num_test]
     for i, case in enumerate(cases):
         part = 'Tr' if i < num_training else 'Ts'
-        for kind, suffix in (('images', '_0000'), ('labels', '')):
+        for kind, named in (('images', f'{case}_????.nii.gz'), ('labels', f'{case}.nii.gz')):
             target = raw / (kind + part)
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(data / f'{kind}Tr' / f'{case}{suffix}.nii.gz', target / f'{case}{suffix}.nii.gz')
+            for file in (data / f'{kind}Tr').glob(named):
+                shutil.copyfile(file, target / file.name)
     original = json.loads((data / 'dataset.json').read_text())
     (raw / 'dataset.json').write_text(json.dumps({**original, 'numTraining': num_training, **description}))
 

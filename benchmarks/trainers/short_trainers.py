@@ -4,6 +4,7 @@ from benchmark_trainers import PDDDPMTrainerBenchmark, SeededEpochs, ShortCPUTra
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 
 
@@ -76,7 +77,12 @@ class RepeatableEpochs(SeededEpochs, FewIterations):
 
 
 class PDDDPMTrainerFaults(RepeatableEpochs, PDDDPMTrainer):
-    """For faults.py."""
+    """For faults.py, with few samples to tune."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.sampling_of_samples = SamplingSettings(samples=2)
 
 
 class nnUNetTrainerLesions(ShortCPUTraining, nnUNetTrainerHandful):
