@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 from nnunet_pdddpm.tuning import sweep as sweep_module
+from nnunet_pdddpm.tuning import tune as tune_module
 from nnunet_pdddpm.tuning.budget import Cost, plan
 from nnunet_pdddpm.tuning.cases import ValidationCases
 from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_mask, choose_samples, difference_interval
 from nnunet_pdddpm.tuning.scores import Truth
+from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import candidates, sweep
 from nnunet_pdddpm.tuning.tune import open_model
 
@@ -364,6 +367,58 @@ def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(scratch, monkeypatch)
     with pytest.raises(SystemExit, match='Error: the results cannot be written .No space left on device'):
         command()
     assert file.read_bytes() == before and not list(file.parent.glob('.*partial'))
+
+
+def test_a_full_disk_is_told_where_torch_does_not_tell_it(scratch, monkeypatch):
+    def cut_off(checkpoint, target):
+        raise RuntimeError('[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0')
+    monkeypatch.setattr(torch, 'save', cut_off)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match='The disk is full'):
+        store(scratch / 'fold_0', SamplingSettings(), SamplingSettings())
+
+
+def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_again(scratch, monkeypatch):
+    """And one of an earlier training in the same folder is not taken for it."""
+    fold = scratch / 'fold_0'
+    trainer = make_trainer(TUNED, 0)
+    trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
+    trainer._first_epoch = trainer.current_epoch - 1
+    (fold / 'sampling_sweep.json').write_text('{}')
+    measured = []
+
+    def once(predictor, cases, *args, **kwargs):
+        measured.extend([] if measured else [sweep(predictor, cases)])
+        return measured[0]
+    monkeypatch.setattr(tune_module, 'sweep', once)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(tune_module, 'write', kill)
+        trainer.tune_sampling()
+    assert not (fold / 'sampling_sweep.json').exists()
+    trainer._first_epoch = trainer.current_epoch  # --c
+    choice = trainer.tune_sampling()
+    assert report(scratch)['chosen'] == {'mask': asdict(choice.mask), 'samples': asdict(choice.samples)}
+    for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
+        assert stored_settings(weights(fold / name), MASK) == choice.mask
+
+
+def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(tune_module, 'sweep', no_memory)
+    with pytest.raises(SystemExit, match='Error: There is not enough memory to tune'):
+        command()
+    trainer = make_trainer(TUNED, 0)
+    trainer.load_checkpoint(str(scratch / 'fold_0' / 'checkpoint_final.pth'))
+    trainer._first_epoch = trainer.current_epoch
+    assert trainer.tune_sampling() is None
+    assert 'stay as they are: there is not enough memory to tune them' in log(scratch)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_other_stays_as_it_is(scratch):

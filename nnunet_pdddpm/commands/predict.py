@@ -13,9 +13,10 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures, lacks_memory
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
 from nnunet_pdddpm.inference.summary import read_case, write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.report import write_report
 
 IMAGE_ENDINGS = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
@@ -118,7 +119,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         failed = predict_and_report(args, predictor, images, unusable)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
-    except (MemoryError, RuntimeError) as error:
+    except MEMORY_ERRORS as error:
         if not lacks_memory(error):
             raise
         sys.exit('Error: There is not enough memory, not even for the model. Cases finished before are there; with '

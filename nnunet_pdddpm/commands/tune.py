@@ -12,6 +12,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_pdddpm.commands.predict import fold, model_folder, prepare_device
 from nnunet_pdddpm.evaluation.folders import EvaluationError
+from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.choice import TuningError
@@ -24,6 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.budget is not None and not args.budget > 0:
         parser.error(f'-budget must be a number of minutes above 0, got {args.budget}')
+    try:
+        run(args)
+    except MEMORY_ERRORS as error:
+        if not lacks_memory(error):
+            raise
+        sys.exit('Error: There is not enough memory to tune the sampling settings: run it again where there is more.')
+
+
+def run(args: argparse.Namespace) -> None:
+    """As `main`; memory may not be enough."""
     try:
         device = prepare_device(args.device)
         predictor = open_model(Path(model_folder(args)), args.f, device)

@@ -23,7 +23,20 @@ from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse,
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summary
+from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
+from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
+
+INFINITE = 'Encountered inf in predicted array'
+"""nnU-Net's words for logits of the stock model that are beyond its half precision."""
+
+
+class UnusableLogits(ArithmeticError):
+    """A network gave NaN or infinite values for an image: no mask can be made of them."""
+
+
+CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
+"""Types of the errors at which a case may fail alone."""
 
 
 class PDDDPMPredictor(VolumePredictor):
@@ -167,8 +180,10 @@ class PDDDPMPredictor(VolumePredictor):
             print(f'\nPredicting {Path(file).name}:')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(), queue)
-            with self._lack_of_memory_fails(case, outputs):
-                case.add_rest(self.predict_volume(data, case.add_sample))
+            with self._fails_alone(case, outputs):
+                prediction = self.predict_volume(data, case.add_sample)
+                require_finite(prediction)
+                case.add_rest(prediction)
                 under_way.append(case)
             for case in [case for case in under_way if case.done()]:
                 under_way.remove(case)
@@ -181,24 +196,27 @@ class PDDDPMPredictor(VolumePredictor):
                                       f'else deletes files in {mask.parent}. Predict again with --continue_prediction.')
 
     def _finish(self, case: CaseUnderWay, outputs: set[Path], finished: list[Path]) -> None:
-        with self._lack_of_memory_fails(case, outputs):
+        with self._fails_alone(case, outputs):
             case.put_in_place()
             finished.append(case.output / (case.export.case + self.dataset_json['file_ending']))
 
     @contextmanager
-    def _lack_of_memory_fails(self, case: CaseUnderWay, outputs: set[Path]) -> Iterator[None]:
-        """Within it a case for which the memory is not enough fails alone: the next may be smaller."""
+    def _fails_alone(self, case: CaseUnderWay, outputs: set[Path]) -> Iterator[None]:
+        """Within it a case fails alone for which memory is not enough, or of which the networks make no numbers."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
+        except CASE_ERRORS as error:
+            words = str(error).splitlines()[0] if str(error) else 'no more'
+            if isinstance(error, UnusableLogits) or INFINITE in words:
+                reason = f'the networks give NaN or infinite values for it ({words}): look at its intensities'
+            elif lacks_memory(error):
+                reason = (f'not enough memory for it ({words}): use fewer processes (-npp, -nps), -not_on_device, or a '
+                          f'machine with more')
+            else:
                 raise
             case.discard()
             empty_cache(self.device)
-            self._fail(FailedCase(str(case.output / case.export.case),
-                                  f'not enough memory for it ({str(error).splitlines()[0] if str(error) else "no more"}'
-                                  f'): use fewer processes (-npp, -nps), -not_on_device, or a machine with more'),
-                       outputs)
+            self._fail(FailedCase(str(case.output / case.export.case), reason), outputs)
 
     def _fail(self, failed: FailedCase, outputs: set[Path]) -> None:
         """Note a case that cannot be predicted; a case without a file for it ends the prediction."""
@@ -211,10 +229,11 @@ class PDDDPMPredictor(VolumePredictor):
         write_failure(output.parent, output.name, failed.reason)
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that memory was not enough: Python's, torch's on the GPU or the CPU, or SimpleITK's."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(error) for text in ("can't allocate memory", 'Failed to allocate memory', 'bad_alloc'))
+def require_finite(prediction: VolumePrediction) -> None:
+    """Raise `UnusableLogits` unless the logits of the stock model and of the mask are numbers."""
+    for logits, of in ((prediction.presegmentation, 'stock model'), (prediction.logits, 'refined mask')):
+        if not bool(torch.isfinite(logits).all()):
+            raise UnusableLogits(f'logits of the {of}')
 
 
 def failures(failed: Mapping[str, str], cases: int) -> str:

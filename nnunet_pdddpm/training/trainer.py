@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 from nnunet_pdddpm.files import writing
+from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
@@ -321,11 +322,17 @@ class PDDDPMTrainer(nnUNetTrainer):
         elif self.current_epoch == self._first_epoch and Path(self.output_folder, f'{SWEEP}.json').is_file():
             self.print_to_log_file(f'{stay}they were tuned when training ended.')
         else:
+            # of an earlier training: --c would take it for this one's, if tuning is killed
+            Path(self.output_folder, f'{SWEEP}.json').unlink(missing_ok=True)
             try:
                 predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
                 return tune(self, predictor, seconds, log=self.print_to_log_file)
             except (TuningError, CheckpointError, OSError) as error:
                 self.print_to_log_file(f'{stay}{error}')
+            except MEMORY_ERRORS as error:
+                if not lacks_memory(error):
+                    raise
+                self.print_to_log_file(f'{stay}there is not enough memory to tune them ({error}).')
         return None
 
     # validation -----------------------------------------------------------------------------------------------------

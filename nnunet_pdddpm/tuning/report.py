@@ -65,13 +65,13 @@ def left_out(sweep: Sweep) -> str:
 
 
 def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
-    """Write JSON, CSV and PNG into the fold's folder, all beside first and then renamed; the files.
+    """Write CSV, PNG and JSON into the fold's folder, all beside first and then renamed, the JSON last; the files.
 
     Raises:
         OSError: if the folder cannot be written to.
     """
-    contents = {f'{NAME}.json': json.dumps(without_nan(_summary(sweep, choice)), indent=1).encode(),
-                f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep, choice)}
+    contents = {f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep, choice),
+                f'{NAME}.json': json.dumps(without_nan(_summary(sweep, choice)), indent=1).encode()}
     return write_atomically(folder, contents)
 
 

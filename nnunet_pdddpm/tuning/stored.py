@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -43,7 +44,8 @@ def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings) 
                 weights[prefix + name].fill_(value)
         partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
         try:
-            torch.save(checkpoint, partial)
+            with writing(fold_folder):
+                torch.save(checkpoint, partial)
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)

@@ -58,7 +58,8 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
     stored = stored_settings(dict(predictor.refiner.named_buffers(recurse=False)), SAMPLES)
     choice = Choice(mask.settings, samples.settings if samples is not None else stored)
     folder = Path(trainer.output_folder)
-    files = [*write(folder, measured, choice), *store(folder, choice.mask, choice.samples)]
+    # the sweep last: where it is, training that is gone on with takes its settings for stored
+    files = [*store(folder, choice.mask, choice.samples), *write(folder, measured, choice)]
     if without := left_out(measured):
         log(f'Tuning the sampling settings left out, for want of time: {without}')
     log(f'Sampling settings: {in_one_line(measured, choice)}')
