@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import struct
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import DATASET_ID, PLANS, REFINED, Workspace
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.commands.predict import main
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export
-from nnunet_pdddpm.inference.case import CaseUnderWay
+from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
+from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
@@ -151,6 +155,40 @@ def test_channels_of_different_shape_or_spacing_are_refused(refined, source):
         assert isinstance(failed, FailedCase) and f'{GOOD}_0000.nii.gz: RuntimeError' in failed.reason
 
 
+def test_channels_of_different_origin_or_direction_are_predicted_with_nnunets_warning(refined, source, capsys):
+    plans, description = (json.loads((refined.model(REFINED) / name).read_text())
+                          for name in ('plans.json', 'dataset.json'))
+    for name in ('normalization_schemes', 'use_mask_for_norm'):
+        plans['configurations']['3d_fullres'][name] *= 2
+    intensities = plans['foreground_intensity_properties_per_channel']
+    intensities['1'] = intensities['0']
+    manager = PlansManager(plans)
+    image = sitk.ReadImage(str(good_file(source)))
+    image.SetOrigin((1, 2, 3))
+    image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(source / 'moved_0000.nii.gz'))
+    preprocess = CasePreprocessor(manager, manager.get_configuration('3d_fullres'), description, False)
+    item = preprocess([str(good_file(source)), str(source / 'moved_0000.nii.gz')], None, None)
+    assert item['data'].shape[0] == 2 and np.array_equal(item['data'][0], item['data'][1])
+    said = capsys.readouterr().out
+    assert 'not all input images have the same origin' in said.lower() and 'have the same direction' in said
+
+
+@pytest.mark.parametrize(('factor', 'words'), [(np.inf, 'Encountered inf'), (np.nan, 'logits of the stock model')])
+def test_a_case_of_which_the_networks_make_no_numbers_fails_alone(source, tmp_path, monkeypatch, factor, words):
+    spiked = array(source).astype(np.float32)
+    spiked[10, 13, 11] = 1e6
+    write(source, 'spiked', spiked)
+    predict_tile = nnUNetPredictor._internal_maybe_mirror_and_predict
+
+    def overflowing(self, tile):
+        return predict_tile(self, tile) * (factor if tile.max() > 50 else 1)
+    monkeypatch.setattr(nnUNetPredictor, '_internal_maybe_mirror_and_predict', overflowing)
+    said = refusal(source, tmp_path / 'out')
+    assert '1 of 2 cases' in said and f'spiked (the networks give NaN or infinite values for it ({words}' in said
+    assert [file.name for file in (tmp_path / 'out').glob('*.nii.gz')] == [f'{GOOD}.nii.gz']
+
+
 def test_a_case_that_has_been_put_right_is_no_failure_any_more(source, tmp_path):
     write(source, 'other', np.zeros((20, 26, 22)))
     out = tmp_path / 'out'
@@ -276,19 +314,60 @@ def test_a_mask_that_the_writer_left_torn_is_not_put_in_place(source, tmp_path, 
     assert {file: file.read_bytes() for file in earlier} == earlier
 
 
-def test_a_case_too_large_for_the_memory_fails_alone(source, tmp_path, monkeypatch):
+def of_the_device() -> None:
+    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+
+
+@pytest.mark.parametrize('allocate', [lambda: torch.empty(2 ** 60), lambda: np.empty(2 ** 55), of_the_device],
+                         ids=['torch', 'numpy', 'cuda'])
+def test_a_case_too_large_for_the_memory_fails_alone(source, tmp_path, monkeypatch, allocate):
     write(source, 'huge', np.pad(array(source), 5, mode='reflect'))
     predict_volume = PDDDPMPredictor.predict_volume
 
     def limited(self, data, *args):
         if data.numel() > 1.3 * array(source).size:
-            torch.empty(2 ** 60)
+            allocate()
         return predict_volume(self, data, *args)
     monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', limited)
     said = refusal(source, tmp_path / 'out')
     assert '1 of 2 cases could not be predicted' in said and 'huge (not enough memory for it' in said
     assert [file.name for file in (tmp_path / 'out').glob('*.nii.gz')] == [f'{GOOD}.nii.gz']
     assert not list((tmp_path / 'out').glob('.*'))
+
+
+def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(refined, source, tmp_path, monkeypatch,
+                                                                              capsys):
+    """On a GPU whose memory ends after the first sample: the sample is drawn again, and the files are the same."""
+    predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
+                                outputs=Outputs(samples=True))
+    predictor.initialize_from_trained_model_folder(str(refined.model(REFINED)), (0,))
+    results = []
+    _predict_volume = PDDDPMPredictor._predict_volume
+
+    def too_large(self, data, device, on_sample):
+        predictor.device = torch.device('cpu')
+        result = _predict_volume(self, data, torch.device('cpu'), on_sample)
+        if device.type == 'cuda':
+            of_the_device()
+        return result
+    for device in ('cpu', 'cuda'):
+        monkeypatch.setattr(PDDDPMPredictor, '_predict_volume', too_large)
+        predictor.device, predictor.perform_everything_on_device = torch.device(device), device == 'cuda'
+        predictor.predict_from_files_sequential([[str(good_file(source))]], [str(tmp_path / device / 'case')])
+        results.append({file.name: file.read_bytes() for file in (tmp_path / device).rglob('*.nii.gz')})
+    assert results[0] == results[1] and len(results[0]) == 1 + predictor.num_samples
+    assert capsys.readouterr().out.count('its arrays are kept in main memory') == 1
+    assert predictor.perform_everything_on_device and predictor.failed == {}
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't start new thread"),
+                                   RuntimeError('could not create a primitive'),
+                                   ImportError('libx.so: failed to map segment from shared object')])
+def test_too_little_memory_for_the_model_is_one_sentence(source, tmp_path, monkeypatch, error):
+    def no_memory(*args):
+        raise SystemError('initialization of x raised unreported exception') from error
+    monkeypatch.setattr(PDDDPMPredictor, 'initialize_from_trained_model_folder', no_memory)
+    assert refusal(source, tmp_path / 'out').startswith('Error: There is not enough memory, not even for the model.')
 
 
 def test_errors_that_are_no_lack_of_memory_are_not_taken_for_one(source, tmp_path, monkeypatch):
@@ -305,6 +384,16 @@ def test_a_background_process_that_is_killed_is_told_in_one_sentence():
     items = preprocessed(os._exit, [(9,), (9,)], 1)  # each process ends at its first case, as one that is killed
     with pytest.raises(PredictionError, match='A background process was killed, probably for lack of memory'):
         predictor.predict_from_data_iterator(items, num_processes_segmentation_export=0)
+
+
+def test_a_killed_process_of_the_export_is_told_in_one_sentence(source, tmp_path, monkeypatch):
+    def broken(self, *args):
+        future = Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+    monkeypatch.setattr(ExportQueue, 'submit', broken)
+    assert 'A background process was killed, probably for lack of memory' in refusal(source, tmp_path / 'out')
+    assert not list((tmp_path / 'out').glob('*.nii.gz'))
 
 
 def test_from_python_a_bad_image_without_a_file_for_its_mask_is_an_error(refined, source):

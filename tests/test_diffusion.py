@@ -314,6 +314,12 @@ def test_label_maps_become_channels(extra, dtype):
     assert torch.equal(regions_to_channels(labels, [(1, 2), (2,)]), overlapping)
 
 
+@pytest.mark.parametrize('label', [-1, 3])
+def test_a_label_outside_the_declared_set_ends_training(label):
+    with pytest.raises(RuntimeError, match='out of bounds'):
+        one_hot(torch.tensor([[[0, label]]]), 3)
+
+
 def test_a_label_map_of_two_channels_is_refused():
     with pytest.raises(ValueError, match='got 2'):
         one_hot(torch.zeros(1, 2, 3, 3), 4)

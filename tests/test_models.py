@@ -177,6 +177,27 @@ def test_training_stops_at_the_first_loss_that_is_no_number_and_keeps_the_last_g
         stored_checksum(kept['network_weights']) is not None
 
 
+def test_a_killed_data_worker_ends_training_and_the_last_checkpoint_is_there(scratch_results, monkeypatch):
+    monkeypatch.setenv('nnUNet_n_proc_DA', '1')
+    trainer = make_trainer(REFINED, 0)
+    trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+    on_train_epoch_start = trainer.on_train_epoch_start
+
+    def kill_the_worker():
+        on_train_epoch_start()
+        if trainer.current_epoch == 1:
+            for process in trainer.dataloader_train._processes:
+                process.kill()
+            trainer.num_iterations_per_epoch = 1000  # what lies ready does not last
+    trainer.on_train_epoch_start = kill_the_worker
+    with pytest.raises(RuntimeError, match='background workers are no longer alive'):
+        trainer.run_training()
+    trainer.dataloader_val._finish()
+    folder = Path(trainer.output_folder)
+    assert load_checkpoint(folder / 'checkpoint_latest.pth')['current_epoch'] == 1
+    assert not (folder / 'checkpoint_final.pth').exists()
+
+
 def test_weights_that_are_no_numbers_are_not_saved_over_a_good_checkpoint(scratch_results):
     trainer = make_trainer(BRIEF, 0)
     trainer.initialize()

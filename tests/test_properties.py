@@ -5,33 +5,40 @@ import gzip
 import io
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from conftest import REFINED, Workspace
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_network import SETTINGS, make_refiner
 from torch import nn
 
-from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, one_hot, regions_to_channels
+from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, one_hot, regions_to_channels
 from nnunet_pdddpm.diffusion.process import GaussianProcess
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
 from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.inference import volume
 from nnunet_pdddpm.inference.export import CaseExport, Outputs
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.volume_sampling import fuse_tiles
+from nnunet_pdddpm.inference.volume import VolumePrediction
+from nnunet_pdddpm.inference.volume_predictor import FoldSettings, VolumePredictor
+from nnunet_pdddpm.inference.volume_sampling import fuse_tiles, volume_noise
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings
 
-fixed = settings(derandomize=True, deadline=None, max_examples=30, database=None)  # the same examples in every run
+# the same examples in every run, however busy the machine
+fixed = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30,
+                 database=None)
 few = settings(fixed, max_examples=12)
 shapes = st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple)
 CODING = MaskCoding()
@@ -118,6 +125,75 @@ def test_relabelling_the_classes_relabels_the_result(shape, permutation, samplin
         return refine(lambda x, t: torch.tanh(3 * x), GaussianProcess(cosine_abar(), sampling.eta), x_pre,
                       truncated_levels(sampling.t_start, sampling.steps), lambda: noise()[:, order])
     torch.testing.assert_close(sample(order), sample(torch.arange(4))[:, order])
+
+
+# whole volumes: any tile, any number of samples, stock's sliding window and the denoiser's
+
+volumes = st.tuples(*[st.integers(1, 7)] * 3)
+patches = st.lists(st.integers(3, 6), min_size=2, max_size=3)
+samplings_or_none = st.one_of(samplings(), samplings().map(lambda s: replace(s, steps=0)))  # without a chain
+
+
+def volume_predictor(refiner: Refiner, patch: list[int], sampling: SamplingSettings, mask: SamplingSettings,
+                     mirrored: bool) -> VolumePredictor:
+    """As from a trained model's folder."""
+    predictor = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=mirrored)
+    predictor.network, predictor.list_of_parameters = refiner, [refiner.state_dict()]
+    predictor.configuration_manager = SimpleNamespace(patch_size=patch)
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=refiner.num_channels)
+    predictor.allowed_mirroring_axes = tuple(range(len(patch)))
+    predictor.fold_settings, predictor.num_samples = [FoldSettings(sampling, mask)], sampling.samples
+    predictor.bfloat16 = False
+    return predictor
+
+
+@few
+@given(volumes, patches, st.integers(1, 5), st.booleans(), samplings(), samplings_or_none, st.booleans(),
+       st.sampled_from([0.0, 1.0, 100.0]))
+def test_volumes_are_finite_and_sum_to_one_whatever_the_patch(shape, patch, channels, regions, sampling, mask, mirrored,
+                                                              scale):
+    assume(regions or channels > 1)
+    predictor = volume_predictor(pointwise_refiner(channels, scale, regions, sampling), patch, sampling, mask, mirrored)
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
+    samples = {}
+    prediction = predictor.predict_volume(image, samples.__setitem__)
+    with predictor.presegmenting():
+        stock = predictor.predict_sliding_window_return_logits(image)
+    assert torch.equal(prediction.presegmentation, stock)
+    assert prediction.logits.shape == (channels, *shape) and torch.isfinite(prediction.logits).all()
+    mean, of_stock = prediction.spread.mean, logits_to_probabilities(stock[None].float(), regions)[0]
+    if mask.is_stock:
+        assert torch.equal(prediction.logits, stock)
+    elif not regions:
+        torch.testing.assert_close(prediction.logits.exp().sum(0), torch.ones(shape), rtol=1e-4, atol=1e-4)
+    assert mean.shape == (channels, *shape) and mean.min() >= 0 and mean.max() <= 1 + 1e-5
+    if not regions:
+        torch.testing.assert_close(mean.sum(0), torch.ones(shape), rtol=1e-4, atol=1e-4)
+    if sampling.t_start == 0:
+        torch.testing.assert_close(mean, of_stock, rtol=1e-3, atol=1e-3)
+    assert samples.keys() == set(range(sampling.samples))
+    assert all(logits.shape == (channels, *shape) and torch.isfinite(logits).all() for logits in samples.values())
+
+
+@few
+@given(volumes, patches, st.permutations(range(4)), samplings_or_none)
+def test_relabelling_the_classes_relabels_the_volume(shape, patch, permutation, sampling):
+    order = torch.tensor(permutation)
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
+
+    def predict(order: torch.Tensor) -> VolumePrediction:
+        refiner = pointwise_refiner(4, 3.0, False, sampling)
+        for network in (refiner.presegmenter, refiner.denoiser):
+            network.weight.data = network.weight.data[order]
+
+        def noise(*args):
+            return lambda: (eps[order] for eps in volume_noise(*args)())
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(volume, 'volume_noise', noise)
+            return volume_predictor(refiner, patch, sampling, sampling, True).predict_volume(image)
+    relabelled, prediction = predict(order), predict(torch.arange(4))
+    torch.testing.assert_close(relabelled.logits, prediction.logits[order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(relabelled.spread.mean, prediction.spread.mean[order], rtol=1e-4, atol=1e-5)
 
 
 @fixed

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, DATASET, DATASET_ID, PLANS, STOCK, in_this_process, make_trainer, train_in_process
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch._dynamo import OptimizedModule
 
 FULLRES = '3d_fullres'
@@ -60,10 +61,14 @@ def test_npz_val_and_val_best(fold):
     assert {mask.name: mask.read_bytes() for mask in masks} == final
 
 
-def test_continuing_a_finished_training_only_validates(fold):
-    train_in_process(DATASET_ID, FULLRES, 0, BRIEF)
+def test_continuing_a_training_whose_validation_had_too_little_memory_only_validates(fold, monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    with monkeypatch.context() as patch:
+        patch.setattr(nnUNetPredictor, 'predict_sliding_window_return_logits', no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_in_process(DATASET_ID, FULLRES, 0, BRIEF)
     before = torch.load(fold / 'checkpoint_final.pth', weights_only=False)
-    shutil.rmtree(fold / 'validation')
     train_in_process(DATASET_ID, FULLRES, 0, BRIEF, '--c')
     after = torch.load(fold / 'checkpoint_final.pth', weights_only=False)
     assert log_of(fold).count('Epoch 0') == 1 and (fold / 'validation' / 'summary.json').is_file()

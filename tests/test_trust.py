@@ -13,9 +13,10 @@ import torch
 from conftest import BRIEF, DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, in_this_process, make_trainer
 
 import nnunet_pdddpm
-from nnunet_pdddpm.commands import check, evaluate, predict
+from nnunet_pdddpm.commands import check, evaluate, predict, tune
 from nnunet_pdddpm.commands.check_dataset import check_model
 from nnunet_pdddpm.network.checkpoint import CheckpointError
+from nnunet_pdddpm.tuning import sweep
 
 
 class Payload:
@@ -77,12 +78,16 @@ def no_network(monkeypatch):
         monkeypatch.setattr(socket, name, closed)
 
 
-def test_training_prediction_report_evaluation_and_check_need_no_network(results, refined, tmp_path, no_network,
-                                                                         capsys):
+def test_training_tuning_prediction_report_evaluation_and_check_need_no_network(results, refined, tmp_path, no_network,
+                                                                                capsys, monkeypatch):
     for module in pkgutil.walk_packages(nnunet_pdddpm.__path__, 'nnunet_pdddpm.'):
         importlib.import_module(module.name)
     with in_this_process():
         make_trainer(BRIEF, 0).run_training()
+    monkeypatch.setattr(sweep, 'SIGNAL_TO_NOISE', (0.004,))
+    monkeypatch.setattr(sweep, 'STEPS', (1,))
+    tune.main([str(DATASET_ID), '3d_fullres', '0', '-tr', REFINED, '-p', PLANS, '-device', 'cpu',
+               '--disable_progress_bar'])
     predict.main(arguments(refined.raw / 'imagesTs', tmp_path / 'out'))
     evaluate.main(['-pred', str(tmp_path / 'out'), '-ref', str(refined.raw / 'labelsTs')])
     page = (tmp_path / 'out' / 'report.html').read_text()
