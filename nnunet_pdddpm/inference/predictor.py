@@ -210,8 +210,8 @@ class PDDDPMPredictor(VolumePredictor):
             if isinstance(error, UnusableLogits) or INFINITE in words:
                 reason = f'the networks give NaN or infinite values for it ({words}): look at its intensities'
             elif lacks_memory(error):
-                reason = (f'not enough memory for it ({words}): use fewer processes (-npp, -nps), -not_on_device, or a '
-                          f'machine with more')
+                reason = (f'not enough memory for it ({words}): use fewer processes (-npp, -nps), --not_on_device, or '
+                          f'a machine with more')
             else:
                 raise
             case.discard()
