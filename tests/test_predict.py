@@ -19,6 +19,7 @@ from conftest import (
     Workspace,
     predict_in_process,
     run_command,
+    succeed,
     succeed_in_process,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -90,8 +91,8 @@ def test_the_mask_has_the_geometry_of_its_image_and_the_probabilities_sum_to_one
 
 
 def test_predict_from_modelfolder_gives_the_same_files(predicted, refined, tmp_path):
-    succeed_in_process('nnUNetv2_predict_from_modelfolder', '-i', str(refined.raw / 'imagesTs'), '-o', str(tmp_path),
-                       '-m', str(refined.model(REFINED)), '-f', '0', '-device', 'cpu', '-npp', '1', '-nps', '1')
+    succeed('nnUNetv2_predict_from_modelfolder', '-i', str(refined.raw / 'imagesTs'), '-o', str(tmp_path), '-m',
+            str(refined.model(REFINED)), '-f', '0', '-device', 'cpu', '-npp', '1', '-nps', '1')
     assert_same_files(predicted, tmp_path)
 
 
