@@ -347,6 +347,8 @@ def test_hardened_logits_are_the_mask_nnunet_makes_of_them():
     regions = torch.tensor([[0.0, 0, 1, 0], [0, 0, 1, 0]]).reshape(1, 2, 2, 2)  # sigmoid(0) is not above 0.5
     assert torch.equal(harden(logits, regions=False), classes)
     assert torch.equal(harden(logits, regions=True), regions)
+    ties = torch.randint(0, 3, (2, 5, 4, 6), generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(harden(ties, regions=False), one_hot(ties.argmax(1, keepdim=True), 5))
 
 
 # drawing -------------------------------------------------------------------------------------------------------------
