@@ -121,6 +121,13 @@ def cost(work: Path, subject: Subject, device: str) -> dict[str, Any]:
     return {'cost': measure.cost_of_settings(predictor, image, 2), 'ways': measure.ways_to_call(predictor, 7)}
 
 
+def share(work: Path, subject: Subject, device: str) -> dict[str, Any]:
+    """Against the share of tiles that are denoised, of a volume of four times the voxels."""
+    import speed_parts as measure
+    predictor, image = open_image(work, subject, device)
+    return measure.cost_of_share(predictor, image, 2)
+
+
 def accuracy(work: Path, subject: Subject, device: str) -> dict[str, Any]:
     """What bfloat16 costs."""
     from speed_accuracy import bfloat16
@@ -162,7 +169,8 @@ def training(work: Path, subject: Subject, device: str, repeats: int = 15) -> di
     return measure.training_iterations(trainers, repeats)
 
 
-MEASUREMENTS = {DATASET: (commands, network_part, cost, accuracy, training), LESION: (commands, network_part, sure)}
+MEASUREMENTS = {DATASET: (commands, network_part, cost, share, accuracy, training),
+                LESION: (commands, network_part, sure)}
 
 
 def main() -> None:

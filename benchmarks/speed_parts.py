@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nnunet_pdddpm.inference import volume
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.volume_predictor import FoldSettings
 
@@ -152,6 +153,28 @@ def cost_of_settings(predictor: PDDDPMPredictor, image: Tensor, repeats: int) ->
         return interleaved(predictor.device, what, repeats)
     finally:
         predictor.fold_settings, predictor.num_samples = before
+
+
+def cost_of_share(predictor: PDDDPMPredictor, image: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the network part of a large image when only a share of nnU-Net's tiles is denoised."""
+    large = enlarged(image, 4)
+    choose = volume.tiles_around
+
+    def predict(share: float) -> None:
+        def some(unsure: Tensor, patch_size: Any, tile: Callable[..., Any]) -> list[Any]:
+            tiles = tile(tuple(unsure.shape))
+            return tiles[:round(share * len(tiles))]
+        volume.tiles_around = some
+        try:
+            predictor.predict_volume(large)
+        finally:
+            volume.tiles_around = choose
+
+    def stock() -> None:
+        with predictor.presegmenting():
+            predictor.predict_sliding_window_return_logits(large)
+    return interleaved(predictor.device, {'stock': stock, **{str(share): (lambda share=share: predict(share))
+                                                             for share in (1.0, 0.5, 0.25, 0.0)}}, repeats)
 
 
 def top_costs(predictor: PDDDPMPredictor, image: Tensor, rows: int = 10) -> list[tuple[str, float]]:
