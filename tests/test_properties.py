@@ -192,8 +192,10 @@ def test_relabelling_the_classes_relabels_the_volume(shape, patch, permutation, 
             monkeypatch.setattr(volume, 'volume_noise', noise)
             return volume_predictor(refiner, patch, sampling, sampling, True).predict_volume(image)
     relabelled, prediction = predict(order), predict(torch.arange(4))
-    torch.testing.assert_close(relabelled.logits, prediction.logits[order], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(relabelled.spread.mean, prediction.spread.mean[order], rtol=1e-4, atol=1e-5)
+    first, second = prediction.presegmentation.float().topk(2, 0).values
+    clear = first - second > 1e-2  # of labels that are alike in half precision the first is taken, as nnU-Net does
+    for one, other in ((relabelled.logits, prediction.logits), (relabelled.spread.mean, prediction.spread.mean)):
+        torch.testing.assert_close(one[:, clear], other[order][:, clear], rtol=1e-4, atol=1e-4)
 
 
 @fixed
