@@ -71,11 +71,9 @@ def preprocessed(predictor: PDDDPMPredictor, images: Path, cases: int) -> list[T
 def seconds_a_call(predictor: PDDDPMPredictor, repeats: int = 7) -> dict[str, list[float]]:
     """Seconds of a forward pass over a tile: stock network, denoiser as it is called, denoiser in float32."""
     refiner, device = predictor.refiner.to(predictor.device).eval(), predictor.device
-    channels = refiner.denoiser.unet.encoder.stages[0]  # for the dtype and device only
-    dtype = next(channels.parameters()).dtype
     patch = predictor.configuration_manager.patch_size
-    image = torch.randn((1, len(predictor.dataset_json['channel_names']), *patch), dtype=dtype, device=device)
-    noisy = torch.randn((1, refiner.num_channels, *patch), dtype=dtype, device=device)
+    image = torch.randn((1, len(predictor.dataset_json['channel_names']), *patch), device=device)
+    noisy = torch.randn((1, refiner.num_channels, *patch), device=device)
     level = torch.tensor([700], device=device)
 
     def stock() -> None:

@@ -44,12 +44,14 @@ def tiles_around(unsure: Tensor, patch_size: Sequence[int], tile: Callable[[tupl
     Returns:
         None if no voxel is unsure, and never more than `tile` gives for the whole volume.
     """
-    found = unsure.nonzero()
-    if not len(found):
-        return []
     starts, shape = [], []
     sizes = [1] * (unsure.ndim - len(patch_size)) + list(patch_size)
-    for low, high, size, whole in zip(found.amin(0).tolist(), found.amax(0).tolist(), sizes, unsure.shape, strict=True):
+    for axis, (size, whole) in enumerate(zip(sizes, unsure.shape, strict=True)):
+        # axis by axis: the indices of all voxels would take 24 bytes a voxel
+        found = unsure.any([other for other in range(unsure.ndim) if other != axis]).nonzero().flatten()
+        if not len(found):
+            return []
+        low, high = int(found[0]), int(found[-1])
         margin = size // 4
         missing = max(size - (high + 1 - low + 2 * margin), 0)  # to a tile's size
         low = max(min(low - margin - missing // 2, whole - size), 0)

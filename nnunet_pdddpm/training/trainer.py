@@ -192,9 +192,13 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     @property
     def shows_presegmentation(self) -> bool:
-        """Whether pre-segmentations have a part in training batches; they stand in for labels to be ignored, too."""
-        return (self.presegmentation_share > 0 or self.design.condition_on_presegmentation
-                or self.label_manager.has_ignore_label)
+        """Whether pre-segmentations have a part in training batches."""
+        return self.presegmentation_share > 0 or self.presegments_every_patch
+
+    @property
+    def presegments_every_patch(self) -> bool:
+        """Whether also in those with noise on the truth: as an input, or in the place of labels to be ignored."""
+        return self.design.condition_on_presegmentation or self.label_manager.has_ignore_label
 
     def _load_out_of_fold_presegmenters(self, cases: Sequence[str]) -> None:
         splits_file = join(self.preprocessed_dataset_folder_base, 'splits_final.json')
@@ -252,8 +256,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         coding, regions = self.design.coding, self.label_manager.has_regions
         t = torch.randint(1, self.t_max + 1, (len(image),), generator=self.level_generator)
         t[torch.rand(len(image), generator=self.level_generator) < self.presegmentation_share] = 0
-        in_every_patch = self.design.condition_on_presegmentation or self.label_manager.has_ignore_label
-        shown = [i for i in range(len(image)) if in_every_patch or t[i] == 0]
+        shown = [i for i in range(len(image)) if self.presegments_every_patch or t[i] == 0]
         logits = torch.zeros((len(image), self.label_manager.num_segmentation_heads, *image.shape[2:]),
                              device=self.device)
         if shown:  # in the others the pre-segmentation plays no part
