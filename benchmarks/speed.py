@@ -10,15 +10,12 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from compatibility import LESION, RUNS
+from compatibility import LESION, RUNS, measured
 from compatibility import prepare as prepare_lesions
 from hippocampus import (
     CONFIGURATION,
@@ -82,14 +79,8 @@ def run(work: Path, subject: Subject, refined: bool, device: str) -> tuple[float
     shutil.rmtree(output, ignore_errors=True)
     command += ['-i', str(images_of(work, subject)), '-o', str(output), '-d', subject.dataset, '-c', CONFIGURATION,
                 '-p', PLANS, '-f', '0', '-device', device, '--disable_progress_bar']
-    print('$', *command, flush=True)
-    start = time.perf_counter()
-    process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]],
-                               env=nnunet_environment(work), stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f'{" ".join(command)} failed.')
-    return (time.perf_counter() - start) / subject.cases, usage.ru_maxrss / 1024 ** 2
+    seconds, memory = measured(work, subject.stock, *command)
+    return seconds / subject.cases, memory
 
 
 def commands(work: Path, subject: Subject, device: str) -> dict[str, Any]:
@@ -183,16 +174,16 @@ def main() -> None:
     work = Path(args.o).resolve()
     os.environ.update(nnunet_environment(work), nnUNet_n_proc_DA='0', nnUNet_compile='false')
     file = work / 'speed' / f'measured_{args.device}.json'
-    measured = json.loads(file.read_text()) if file.is_file() else {}
+    results = json.loads(file.read_text()) if file.is_file() else {}
     prepare(work, args.data)
     for subject in SUBJECTS:
         for measure in MEASUREMENTS[subject.dataset]:
-            if (name := f'{measure.__name__} {subject.dataset}') not in measured:
-                measured[name] = measure(work, subject, args.device)
-                file.write_text(json.dumps(measured, indent=1))
+            if (name := f'{measure.__name__} {subject.dataset}') not in results:
+                results[name] = measure(work, subject, args.device)
+                file.write_text(json.dumps(results, indent=1))
     from speed_table import write_table
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'{os.cpu_count()} CPU cores, no GPU'
-    write_table(measured, f'{platform.machine()}, {device}, torch {torch.__version__}', Path(args.table))
+    write_table(results, f'{platform.machine()}, {device}, torch {torch.__version__}', Path(args.table))
 
 
 if __name__ == '__main__':
