@@ -31,6 +31,8 @@ VARIANTS = {
     'none at level 0': TRUTH_TRAINER,
     'a tenth at level 0': 'PDDDPMTrainerAmbiguousTenth',
     'a half at level 0': 'PDDDPMTrainerAmbiguousHalf',
+    'high noise levels more often': 'PDDDPMTrainerAmbiguousHigh',
+    'high noise levels more often, a half at level 0': 'PDDDPMTrainerAmbiguousHighHalf',
 }
 HEADER = ('| | Dice ± images / seeds | Δ to default | NLL | Δ to default | GED² | Δ to default | frequency error '
           '| correlation |\n|' + '---|' * 9)

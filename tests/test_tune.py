@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_pdddpm.commands.tune import main
 from nnunet_pdddpm.evaluation.calibration import negative_log_likelihood
+from nnunet_pdddpm.evaluation.overlap import iou_matrix, mean_of_pairs
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
@@ -27,7 +28,7 @@ from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning import tune as tune_module
-from nnunet_pdddpm.tuning.budget import Cost, plan
+from nnunet_pdddpm.tuning.budget import Cost, cases_in, settings_in
 from nnunet_pdddpm.tuning.cases import ValidationCases
 from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_mask, choose_samples, difference_interval
 from nnunet_pdddpm.tuning.scores import Truth
@@ -46,9 +47,9 @@ BASE = np.linspace(0.6, 0.9, 20)
 NOISE = np.random.default_rng(0).standard_normal(20) / 50
 
 
-def row(dice, nll=0.1, t_start=700, steps=1, samples=8, **of_settings) -> Row:
+def row(dice, nll=0.1, t_start=700, steps=1, samples=8, ged=0.3, **of_settings) -> Row:
     settings = SamplingSettings(t_start=t_start, steps=steps, samples=samples, **of_settings)
-    return Row(settings, np.broadcast_to(dice, 20).copy(), np.broadcast_to(nll, 20).copy())
+    return Row(settings, *(np.broadcast_to(values, 20).copy() for values in (dice, nll, ged)))
 
 
 STOCK_ROW = row(BASE, 0.2, t_start=0, samples=1)
@@ -90,16 +91,16 @@ def test_no_mask_below_stocks_dice_is_chosen():
         choose_mask([row(np.nan, t_start=0), row(BASE)])
 
 
-def test_samples_have_the_highest_noise_that_costs_no_dice_or_are_closest_to_the_raters():
-    at_700 = row(BASE + 0.01, 0.01, 700)
-    at_900 = [row(BASE - 0.001 + NOISE - NOISE.mean(), nll, 900, k) for nll, k in ((0.12, 1), (0.09, 3), (0.1, 10))]
-    at_960 = row(BASE - 0.01, 0.05, 960)
-    rows = [at_700, *at_900, at_960]
-    assert choose_samples(rows, STOCK_ROW) is at_900[1]
-    assert choose_samples([at_960], STOCK_ROW) is None
-    rated = [replace(r, ged=np.where(np.arange(20) < 4, ged, np.nan)) for r, ged in
-             zip(rows, (0.4, 0.3, 0.35, 0.32, 0.2), strict=True)]
-    assert choose_samples(rated, STOCK_ROW).settings == at_960.settings
+def test_samples_are_close_to_the_truth_then_cheap():
+    far = row(BASE + 0.1, ged=0.4, t_start=960)
+    closest = row(BASE - 0.1, ged=0.3, steps=3)
+    as_close = row(BASE, ged=0.301 + NOISE - NOISE.mean(), t_start=500)
+    as_cheap = row(BASE, ged=0.302 + NOISE - NOISE.mean(), t_start=700)
+    assert choose_samples([far, closest]) is closest
+    assert choose_samples([far, closest, as_cheap]) is as_cheap
+    assert choose_samples([as_cheap, as_close, far, closest]) is as_close
+    undefined = row(BASE, ged=np.where(np.arange(20) < 4, 0.2, np.nan))
+    assert choose_samples([far, closest, undefined]) is undefined
 
 
 # the budget
@@ -109,21 +110,24 @@ def grid(levels=(500, 900), samples=8) -> list[SamplingSettings]:
             for t, k, eta in itertools.product(levels, (1, 2, 10), (0.0, 1.0)) if k > 1 or eta == 0]
 
 
-def test_a_budget_leaves_out_many_steps_first_and_cases_next():
+def test_a_budget_leaves_out_cases_of_single_steps_and_many_steps_of_the_others():
     settings, voxels, cost = grid(), [1000] * 20, Cost(0.001, 0.001, 8)
+    single = [s for s in settings if s.steps == 1]
     per_step = 20 * 1000 * 0.001 * 8
     everything = cost.of(settings, voxels)
     assert everything == pytest.approx(20 + per_step * 2 * (1 + 2 * (1 + 9)))  # pre-segmentation, shared first steps
-    assert plan(settings, voxels, cost, everything) == (settings, list(range(20)))
-    kept, cases = plan(settings, voxels, cost, everything - 1)
-    assert {(s.steps, s.eta) for s in settings} - {(s.steps, s.eta) for s in kept} == {(10, 1.0)} and len(cases) == 20
-    kept, cases = plan(settings, voxels, cost, 20 + per_step * 2)
-    assert {s.steps for s in kept} == {1} and {s.t_start for s in kept} == {500, 900} and len(cases) == 20
-    kept, cases = plan(settings, voxels, cost, (20 + per_step * 2) / 2)
-    assert {s.steps for s in kept} == {1} and len(cases) == 10 and cases[0] == 0 and cases[-1] == 19
-    assert len(plan(settings, voxels, cost, (20 + per_step * 2) / 4)[1]) == 5
-    assert plan(settings, voxels, cost, (20 + per_step * 2) / 4.1) == ([], [])
-    assert plan(settings, [9000, 1000, 1000], cost, 2 * (20 + per_step * 2) / 4.1)[1] == []
+    assert settings_in(everything, settings, voxels, cost) == settings
+    kept = settings_in(everything - 1, settings, voxels, cost)
+    assert {(s.steps, s.eta) for s in settings} - {(s.steps, s.eta) for s in kept} == {(10, 1.0)}
+    kept = settings_in(20 + per_step * 2, settings, voxels, cost)
+    assert {s.steps for s in kept} == {1} and {s.t_start for s in kept} == {500, 900}
+    assert settings_in(20, settings, voxels, cost) == []
+    assert cases_in(20 + per_step * 2, single, voxels, cost) == list(range(20))
+    cases = cases_in((20 + per_step * 2) / 2, single, voxels, cost)
+    assert len(cases) == 10 and cases[0] == 0 and cases[-1] == 19
+    assert len(cases_in((20 + per_step * 2) / 4, single, voxels, cost)) == 5
+    assert cases_in((20 + per_step * 2) / 4.1, single, voxels, cost) == []
+    assert cases_in(2 * (20 + per_step * 2) / 4.1, single, [9000, 1000, 1000], cost) == []
 
 
 # scores
@@ -154,6 +158,43 @@ def test_regions_overlap_and_their_nll_is_binary():
         torch.from_numpy(p)[:, None, None])
     assert dice == pytest.approx(np.mean([2 * 2 / (3 + 2), 2 * 2 / (2 + 3)]))
     assert nll == pytest.approx(-np.log([0.9, 0.7, 0.9, 0.4, 0.8, 0.4, 0.8, 0.9]).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
+@pytest.mark.parametrize('number', [0, 3])
+def test_the_distance_of_samples_is_that_of_iou_matrices_without_pairs_of_a_mask_with_itself(regions, number):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (1 + number, 1, 6, 7))
+    labels[0, 0, 0] = 3  # to be ignored
+    truth = Truth(labels[0], Labels(regions, 3, 2 if regions else 3), torch.device('cpu'), labels[1:])
+    probabilities = torch.from_numpy(rng.random((4, 2 if regions else 3, 1, 6, 7)))
+    hard = (probabilities > 0.5).numpy() if regions else probabilities.argmax(1).numpy()[:, None] == [[[[1]]], [[[2]]]]
+    given = labels[1:] if number else labels[:1]
+    others = np.stack([np.isin(given, of) for of in (regions or (1, 2))], 1)
+    hard, others = hard[..., 1:, :], others[..., 1:, :]
+    expected = []
+    for label in (0, 1):
+        one, other = hard[:, label], others[:, label]
+        expected.append(2 * (1 - iou_matrix(one, other)).mean() - (1 - mean_of_pairs(iou_matrix(one, one)))
+                        - (1 - mean_of_pairs(iou_matrix(other, other)) if number else 0))
+    assert truth.ged([truth.harden(p) for p in probabilities]) == pytest.approx(np.mean(expected))
+
+
+def test_samples_of_the_truths_distribution_have_the_lowest_mean_distance_to_it():
+    """And no set of fewer or more samples is preferred."""
+    rng = np.random.default_rng(0)
+
+    def masks(spread, number):
+        """Shifted balls: one-hot probabilities."""
+        y, x = np.mgrid[:24, :24]
+        balls = [np.hypot(y - 12 - dy, x - 12 - dx) < 7 for dy, dx in rng.normal(0, spread, (number, 2))]
+        return [torch.from_numpy(np.stack([~ball, ball]).astype(np.float32))[:, None] for ball in balls]
+
+    truths = [Truth(p[1].numpy().astype(int), Labels(heads=2), torch.device('cpu')) for p in masks(2, 150)]
+    ged = {(spread, number): np.mean([t.ged([t.harden(p) for p in masks(spread, number)]) for t in truths])
+           for spread, number in ((2, 3), (2, 8), (0.5, 8), (4, 8))}
+    assert ged[2, 8] < min(ged[0.5, 8], ged[4, 8]) and ged[2, 3] == pytest.approx(ged[2, 8], abs=0.02)
+    assert min(ged[0.5, 8], ged[4, 8]) > ged[2, 8] + 0.02
 
 
 # the sweep and what is stored
@@ -254,10 +295,16 @@ def test_the_report_says_what_was_measured(tuned):
     content = report(tuned)
     assert content['cases'] == list(CASES) and content['left_out'] == {'settings': [], 'cases': []}
     rows = {settings_of(r): r for r in content['rows']}
-    # stock; blends x (direct; mask and samples x levels x (k=1, k=2 with either eta))
-    assert len(rows) == 1 + 4 * (1 + 2 * 2 * 3)
-    assert {s.t_start for s in rows} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
+    single, further = ({s for s in rows if (s.steps == 2) == two} for two in (False, True))
+    assert len(single) == 1 + 4 * (1 + 2 * 2)  # stock; blends x (direct; mask and samples x levels)
+    assert {s.t_start for s in single} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
     stock = next(r for s, r in rows.items() if s.is_stock)
+    # two steps with either eta from one of the levels: for the samples, and for the mask if a step reached stock's Dice
+    for_mask = {s for s in single if s.steps == s.samples == 1 and not s.is_stock}
+    reached = any(rows[s]['dice'] >= stock['dice'] for s in for_mask)
+    for number, tried in ((1, reached), (2, True)):
+        of = {s for s in further if s.samples == number}
+        assert len(of) == 4 * 2 * tried and len({s.t_start for s in of}) == tried
     mask = rows[SamplingSettings(**content['chosen']['mask'])]
     assert mask['dice'] >= stock['dice'] and stock['network_calls'] == 0
     assert f'Dice {mask["dice"]:.4f} against stock {stock["dice"]:.4f} on 3 cases' in content['in_one_line']
@@ -305,10 +352,12 @@ def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tune
     cases.names = cases.names[:1]
     passes = []
     monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
+    monkeypatch.setattr(sweep_module, 'choose_mask', lambda rows: rows[-1])
     sweep(predictor, cases)
-    # from two levels a draw for the mask and two samples: first steps, and the second ones of k=2 with either eta; the
-    # direct one
-    assert len(passes) == 2 * 3 * (1 + 2) + 1
+    single = 2 * 3 + 1  # from two levels a draw for the mask and two samples; the direct one
+    assert passes[:single].count(703) == passes[:single].count(960) == 3
+    # from one level each: the first step, and the second one of k=2 with either eta
+    assert len(passes) == single + 3 * (1 + 2)
 
 
 def test_memory_is_bounded_at_the_price_of_sharing_less(tuned, monkeypatch):
@@ -465,9 +514,11 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
             now[0] += len(mirrored) * (known is None or result is not known[3])
             return result
     monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
+    monkeypatch.setattr(sweep_module, 'choose_mask', lambda rows: rows[-1])
     monkeypatch.setattr(cases, 'voxels', lambda name: 1000)  # as the clock has it: all cases take the same time
     single_steps = 3 * (8 + 2 + 2 + 2)  # under two mirrorings: the direct one, a draw for the mask, two samples
-    second_steps = 3 * 2 * (2 + 2)  # with either eta
+    # pre-segmentation; a draw for the mask and two samples, with either eta
+    second_steps = 3 * (8 + (2 + 2 * 2) + (2 + 2 * 2))
     found = sweep(predictor, cases, single_steps + second_steps + 1, lambda: now[0])
     assert now[0] == single_steps + second_steps
     assert not found.settings_left_out and not found.cases_left_out
@@ -479,8 +530,8 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
 
 
 def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
-    monkeypatch.setattr('nnunet_pdddpm.tuning.sweep.plan', lambda settings, *_: (
-        [s for s in settings if s.steps <= 1], [0, 2]))
+    monkeypatch.setattr(sweep_module, 'cases_in', lambda *_: [0, 2])
+    monkeypatch.setattr(sweep_module, 'settings_in', lambda *_: [])
     command('-budget', '10')
     assert 'left out, for want of time: settings with k=2 eta=0, k=2 eta=1 and 1 of 3 cases' in log(scratch)
     content = report(scratch)
@@ -532,15 +583,18 @@ def raters(stock, tmp_path) -> Path:
     return folder
 
 
-def test_with_raters_the_samples_closest_to_them_are_chosen(scratch, raters):
+def test_with_raters_the_samples_close_to_them_are_chosen(scratch, raters):
+    command()
+    to_truth = {settings_of(r): r['per_case']['ged_squared'] for r in report(scratch)['rows']}
     command('-raters', str(raters))
     content = report(scratch)
-    rows = {settings_of(r): r for r in content['rows'] if r['for_samples']}
-    ged = {s: r['ged_squared'] for s, r in rows.items()}
-    assert len(ged) == 3 and len(set(ged.values())) > 1
-    assert ged[SamplingSettings(**content['chosen']['samples'])] == min(ged.values())
-    assert next(iter(rows.values()))['per_case']['ged_squared'][2] is None  # has no raters
-    assert f'GED² {min(ged.values()):.3f}' in content['in_one_line']
+    ged = {settings_of(r): r['per_case']['ged_squared'] for r in content['rows'] if r['for_samples']}
+    assert len(ged) == 3 and len({tuple(values) for values in ged.values()}) > 1
+    chosen, lowest = ged[SamplingSettings(**content['chosen']['samples'])], min(ged.values(), key=np.mean)
+    assert difference_interval(np.array(chosen), np.array(lowest))[0] <= 0
+    assert f'GED² {np.mean(chosen):.3f}' in content['in_one_line']
+    for settings, values in ged.items():
+        assert values[:2] != to_truth[settings][:2] and values[2] == to_truth[settings][2]  # which has no raters
 
 
 def test_raters_masks_come_onto_the_grid_of_the_preprocessed_truth(stock, tuned, tmp_path):

@@ -5,6 +5,7 @@ setting see the same patches in the same order.
 """
 import torch
 from benchmark_trainers import (
+    HighLevels,
     NoDiffusion,
     NoiseOnTruth,
     PaperCPUTraining,
@@ -111,3 +112,11 @@ class PDDDPMTrainerAmbiguousTenth(NoiseOnTruth, PDDDPMTrainerAmbiguous):
 
 class PDDDPMTrainerAmbiguousHalf(NoiseOnTruth, PDDDPMTrainerAmbiguous):
     share = 0.5
+
+
+class PDDDPMTrainerAmbiguousHigh(HighLevels, PDDDPMTrainerAmbiguous):
+    pass
+
+
+class PDDDPMTrainerAmbiguousHighHalf(HighLevels, PDDDPMTrainerAmbiguousHalf):
+    pass

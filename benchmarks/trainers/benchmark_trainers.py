@@ -84,6 +84,15 @@ class NoDiffusion(NoiseOnTruth):
     share = 1.0
 
 
+class HighLevels:
+    """Mixin: noise levels with a density that grows as their square: an eighth of them lies below 500."""
+
+    def draw_levels(self, number: int) -> torch.Tensor:
+        t = super().draw_levels(number)
+        shares = torch.rand(number, generator=self.level_generator)
+        return torch.where(t > 0, (self.t_max * shares ** (1 / 3)).ceil().clamp(min=1).long(), 0)
+
+
 class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
     """The default."""
 

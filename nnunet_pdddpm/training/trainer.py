@@ -254,8 +254,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             The batch, and the noise (B, C, ...) in it.
         """
         coding, regions = self.design.coding, self.label_manager.has_regions
-        t = torch.randint(1, self.t_max + 1, (len(image),), generator=self.level_generator)
-        t[torch.rand(len(image), generator=self.level_generator) < self.presegmentation_share] = 0
+        t = self.draw_levels(len(image))
         shown = [i for i in range(len(image)) if self.presegments_every_patch or t[i] == 0]
         logits = torch.zeros((len(image), self.label_manager.num_segmentation_heads, *image.shape[2:]),
                              device=self.device)
@@ -270,6 +269,12 @@ class PDDDPMTrainer(nnUNetTrainer):
         x = self.refiner.process(0.0).marginal(clean, x_pre, t, noise)
         seen = logits if self.design.condition_on_presegmentation else logits[:, :0]
         return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(seen, regions)), noise
+
+    def draw_levels(self, number: int) -> Tensor:
+        """(number,) noise levels of training patches, uniform in 1..t_max; 0 where the pre-segmentation is shown."""
+        t = torch.randint(1, self.t_max + 1, (number,), generator=self.level_generator)
+        t[torch.rand(number, generator=self.level_generator) < self.presegmentation_share] = 0
+        return t
 
     def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
         """Stock logits (B, C, ...) of patches, each by the stock model of the fold that held its case out."""

@@ -1,4 +1,4 @@
-"""What of a sweep fits into a given time: expensive settings are left out first, cases next."""
+"""What of a sweep fits into a given time."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,29 +28,34 @@ class Cost:
         return sum(voxels) * (self.presegmentation + self.network_pass * passes)
 
 
-def plan(settings: Sequence[SamplingSettings], voxels: Sequence[int], cost: Cost, seconds: float
-         ) -> tuple[list[SamplingSettings], list[int]]:
-    """What can be measured in a given time.
+def cases_in(seconds: float, settings: Sequence[SamplingSettings], voxels: Sequence[int], cost: Cost) -> list[int]:
+    """Indices of the cases on which there is time for all settings.
 
     Args:
-        settings: all candidates.
+        seconds: for everything.
+        settings: to be measured.
         voxels: size of each case.
         cost: measured.
-        seconds: for everything.
 
     Returns:
-        The settings, and the indices of the cases: all of them while there are settings with several steps to leave
-        out, then fewer, spread evenly, the first among them. Both are empty if single steps on FEWEST_CASES (or on all
-        cases, if they are fewer) take longer.
+        All of them or fewer, spread evenly, the first among them; none if FEWEST_CASES (or all, if they are fewer) take
+        longer.
     """
-    kept, cases = list(settings), list(range(len(voxels)))
+    for number in range(len(voxels), min(FEWEST_CASES, len(voxels)) - 1, -1):
+        cases = np.linspace(0, len(voxels) - 1, number).round().astype(int).tolist()
+        if cost.of(settings, [voxels[i] for i in cases]) <= seconds:
+            return cases
+    return []
 
-    def fits() -> bool:
-        return cost.of(kept, [voxels[i] for i in cases]) <= seconds
-    while not fits() and (most := max((s.steps, s.eta) for s in kept))[0] > 1:
-        if all((s.steps, s.eta) == most for s in kept):
-            return [], []
+
+def settings_in(seconds: float, settings: Sequence[SamplingSettings], voxels: Sequence[int], cost: Cost
+                ) -> list[SamplingSettings]:
+    """The settings for which there is time on all cases: those with the most steps are left out first.
+
+    Arguments as `cases_in` has them.
+    """
+    kept = list(settings)
+    while kept and cost.of(kept, voxels) > seconds:
+        most = max((s.steps, s.eta) for s in kept)
         kept = [s for s in kept if (s.steps, s.eta) != most]
-    while not fits() and len(cases) > FEWEST_CASES:
-        cases = np.linspace(0, len(voxels) - 1, len(cases) - 1).round().astype(int).tolist()
-    return (kept, cases) if fits() else ([], [])
+    return kept

@@ -26,10 +26,10 @@ class Row:
     """In [0, 1]; nan where neither truth nor prediction holds a label."""
     nll: np.ndarray
     """Nats a voxel."""
+    ged: np.ndarray
+    """Squared generalised energy distance of its samples to the truth, or to the raters' masks."""
     agreement: np.ndarray | None = None
-    """Dice between the samples, nan where none of them holds a label; None where no samples were drawn."""
-    ged: np.ndarray | None = None
-    """Squared generalised energy distance to the raters' masks; None without raters, nan for a case without them."""
+    """Dice between the samples, nan where none of them holds a label; None where there is one sample."""
 
     @property
     def calls(self) -> int:
@@ -82,25 +82,16 @@ def choose_mask(rows: Sequence[Row]) -> Row:
     return min(likely, key=lambda row: (row.calls, mean(row.nll)))
 
 
-def choose_samples(rows: Sequence[Row], stock: Row) -> Row | None:
-    """The row for the samples.
-
-    With raters the one with the lowest mean GED². Else, of the rows whose consensus is not below stock's Dice beyond
-    noise (the interval of the difference reaches 0), those with the highest noise level; of them the one with the
-    lowest NLL. None if there is no such row.
+def choose_samples(rows: Sequence[Row]) -> Row:
+    """The row for the samples: of those whose GED² is within noise of the lowest, the one with the fewest network
+    calls, and of equal ones that with the lowest GED².
 
     Args:
-        rows: means of samples without blending.
-        stock: of the stock model.
+        rows: of samples without blending.
     """
-    drawn = [row for row in rows if not row.settings.is_stock]
-    with_raters = [row for row in drawn if not np.isnan(mean(row.ged))]
-    if with_raters:
-        return min(with_raters, key=lambda row: mean(row.ged))
-    not_worse = [row for row in drawn if difference_interval(row.dice, stock.dice)[1] >= 0]
-    highest = max((row.settings.t_start for row in not_worse), default=0)
-    return min((row for row in not_worse if row.settings.t_start == highest), key=lambda row: mean(row.nll),
-               default=None)
+    closest = min(rows, key=lambda row: mean(row.ged))
+    close = [row for row in rows if difference_interval(row.ged, closest.ged)[0] <= 0]
+    return min(close, key=lambda row: (row.calls, mean(row.ged)))
 
 
 def stock_row(rows: Sequence[Row]) -> Row:

@@ -41,11 +41,9 @@ def in_one_line(sweep: Sweep, choice: Choice) -> str:
     line = (f'{_named(choice.mask)}, blend={choice.mask.blend:g}: Dice {mean(mask.dice):.4f} against stock '
             f'{mean(stock.dice):.4f} on {len(sweep.cases)} cases, NLL {mean(mask.nll):.3g} against '
             f'{mean(stock.nll):.3g}')
-    samples = sweep.rows.get(choice.samples)
-    if samples is None:
-        return f'{line}; samples as they were ({_named(choice.samples)})'
-    ged = f', GED² {mean(samples.ged):.3f}' if samples.ged is not None else ''
-    return f'{line}; samples: {_named(choice.samples)}: Dice between them {mean(samples.agreement):.3f}{ged}'
+    samples = sweep.rows[choice.samples]
+    between = '' if samples.agreement is None else f', Dice between them {mean(samples.agreement):.3f}'
+    return f'{line}; samples: {_named(choice.samples)}: GED² {mean(samples.ged):.3f}{between}'
 
 
 def _named(settings: SamplingSettings) -> str:
@@ -112,16 +110,16 @@ def _table(sweep: Sweep, choice: Choice) -> str:
 
 @plt.style.context('default')  # in training nnU-Net has set fonts for its own, much larger figure
 def _picture(sweep: Sweep, choice: Choice) -> bytes:
-    """PNG: Dice, NLL and network calls against k, a line for each t_start, without blending; stock is horizontal."""
+    """PNG: Dice, NLL, GED² and network calls against k, a line for each t_start, no blending; stock is horizontal."""
     drawn = [row for row in sweep.rows.values() if not row.settings.is_stock and row.settings.blend == 0]
     number = max(row.settings.samples for row in drawn)
     drawn = [row for row in drawn if row.settings.samples == number]
     panels: list[tuple[str, Callable[[Row], float]]] = [
         ('Dice', lambda row: mean(row.dice)), ('NLL, nats a voxel', lambda row: mean(row.nll)),
-        ('denoiser calls a tile', lambda row: row.calls)]
+        ('GED² of the samples', lambda row: mean(row.ged)), ('denoiser calls a tile', lambda row: row.calls)]
     levels = sorted({row.settings.t_start for row in drawn})
     colours = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(levels)))
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.2))
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4))
     for axis, (title, value) in zip(axes, panels, strict=True):
         for level, colour in zip(levels, colours, strict=True):
             for eta, style in ((0, '-'), (1, '--')):

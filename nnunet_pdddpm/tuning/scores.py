@@ -1,7 +1,8 @@
-"""Dice, likelihood and distance to raters of one case, in the network's grid."""
+"""Dice, likelihood and energy distance of one case, in the network's grid."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import regions_to_channels
 from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY
-from nnunet_pdddpm.evaluation.overlap import iou_matrix
-from nnunet_pdddpm.evaluation.raters import ged_squared
 
 
 class Truth:
@@ -33,7 +32,7 @@ class Truth:
         ignore = label_manager.ignore_label
         self.valid = None if ignore is None else torch.from_numpy(labels != ignore).to(device)
         self.truth = self._channels(labels)
-        self.raters = [self._channels(rater).cpu().numpy() for rater in raters]
+        self.raters = [self._channels(rater) for rater in raters]
 
     def _channels(self, labels: np.ndarray) -> Tensor:
         """Label map to (N,) classes, or (R, N) bool of regions."""
@@ -41,7 +40,7 @@ class Truth:
         if self.regions is not None:
             return self._voxels(regions_to_channels(values[None], self.regions)[0] > 0)
         values = self._voxels(values)[0]
-        return torch.where(values < self.num_classes, values, 0)  # a rater's label to ignore
+        return self._compact(torch.where(values < self.num_classes, values, 0))  # a rater's label to ignore
 
     def _voxels(self, values: Tensor) -> Tensor:
         """(C, Z, Y, X) -> (C, N)"""
@@ -52,7 +51,10 @@ class Truth:
         return self._harden(self._voxels(probabilities))
 
     def _harden(self, probabilities: Tensor) -> Tensor:
-        return probabilities > 0.5 if self.regions is not None else probabilities.argmax(0)
+        return probabilities > 0.5 if self.regions is not None else self._compact(probabilities.argmax(0))
+
+    def _compact(self, classes: Tensor) -> Tensor:
+        return classes.to(torch.uint8 if self.num_classes <= 256 else torch.int16)
 
     def score(self, probabilities: Tensor) -> tuple[float, float]:
         """Dice and negative log-likelihood of probabilities (C, Z, Y, X).
@@ -62,28 +64,42 @@ class Truth:
             NLL in nats a voxel, that of regions the mean over them.
         """
         p = self._voxels(probabilities)
-        of_truth = torch.where(self.truth, p, 1 - p) if self.regions is not None else p.gather(0, self.truth[None])
+        of_truth = torch.where(self.truth, p, 1 - p) if self.regions is not None \
+            else p.gather(0, self.truth[None].long())
         nll = -of_truth.clamp(SMALLEST_PROBABILITY, 1).log().mean()
         return self._dice(self._harden(p)), float(nll)
 
     def _dice(self, hard: Tensor) -> float:
-        if self.regions is not None:
-            both, sizes = (self.truth & hard).sum(1), self.truth.sum(1) + hard.sum(1)
-        else:
-            n = self.num_classes
-            confusion = torch.bincount(self.truth * n + hard, minlength=n * n).reshape(n, n)
-            both, sizes = confusion.diagonal()[1:], (confusion.sum(0) + confusion.sum(1))[1:]
+        both, sizes = self._overlap(self.truth, hard)
         there = sizes > 0
         return float((2 * both[there] / sizes[there]).mean()) if there.any() else float('nan')
 
-    def ged(self, samples: Sequence[np.ndarray]) -> float:
-        """GED² of hard samples (as `harden` gives them) to the raters, mean over labels (or regions); nan without."""
-        if not self.raters:
-            return float('nan')
-        channels = range(len(self.regions)) if self.regions is not None else range(1, self.num_classes)
-        values = []
-        for channel in channels:
-            drawn, rated = (np.stack([m[channel] > 0 if self.regions is not None else m == channel for m in masks])
-                            for masks in (samples, self.raters))
-            values.append(ged_squared(iou_matrix(drawn, rated), iou_matrix(drawn, drawn), iou_matrix(rated, rated)))
-        return float(np.mean(values))
+    def ged(self, samples: Sequence[Tensor]) -> float:
+        """Squared generalised energy distance of samples (as `harden` gives them) to the raters, or else to the truth.
+
+        2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU, mean over labels (or regions); a pair is of two
+        different masks, so that the number of samples does not bias it (a fair score: Ferro 2014). To a single truth it
+        is the energy score, a proper one: its mean over cases is lowest for samples from the distribution of the truth
+        (Gneiting and Raftery 2007, section 4.3; 1 - IoU is of negative type).
+        """
+        truths = self.raters or [self.truth]
+        cross = [self._distance(sample, truth) for sample in samples for truth in truths]
+        of_samples, of_truths = ([self._distance(*pair) for pair in combinations(masks, 2)] or [0.0]
+                                 for masks in (samples, truths))
+        return float(2 * np.mean(cross) - np.mean(of_samples) - np.mean(of_truths))
+
+    def _distance(self, one: Tensor, other: Tensor) -> float:
+        """1 - IoU, mean over labels (or regions); two masks without a label agree on it."""
+        both, sizes = self._overlap(one, other)
+        union = sizes - both
+        return float(torch.where(union > 0, 1 - both / union.clamp(min=1), 0).mean())
+
+    def _overlap(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """For each label (or region) the voxels that both masks give to it, and the sum of those that either does."""
+        if self.regions is not None:
+            return (one & other).sum(1), one.sum(1) + other.sum(1)
+        n = self.num_classes
+
+        def count(labels: Tensor) -> Tensor:
+            return torch.bincount(labels.long(), minlength=n)[1:]
+        return count(one[one == other]), count(one) + count(other)

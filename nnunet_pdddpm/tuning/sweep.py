@@ -1,6 +1,7 @@
 """What many sampling settings give on the validation cases of a fold: Dice, likelihood, diversity."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.budget import FEWEST_CASES, Cost, plan
+from nnunet_pdddpm.tuning.budget import FEWEST_CASES, Cost, cases_in, settings_in
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
-from nnunet_pdddpm.tuning.choice import Row, TuningError
+from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_mask, choose_samples
 from nnunet_pdddpm.tuning.scores import Truth
 
 SIGNAL_TO_NOISE = (1.0, 0.25, 0.06, 0.016, 0.004)
@@ -101,45 +102,42 @@ Scores = dict[str, float]
 
 def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | None = None,
           clock: Callable[[], float] = time.perf_counter, progress: bool = False) -> Sweep:
-    """Measure all candidates on all cases, or what of them fits into the time.
+    """Measure single steps from all levels, then further steps from the levels that are best so far.
 
     Args:
         predictor: with one model.
         cases: of its fold.
-        seconds: time budget, None for none.
+        seconds: time budget, None for none. Then single steps are measured on as many cases as there is time for,
+            further steps on the same cases, the cheapest first.
         clock: seconds, of which differences count.
         progress: whether to show a bar.
 
     Raises:
         TuningError: if the time is too short for single steps on FEWEST_CASES.
     """
-    start = clock()
+    run = _Run(predictor, cases, seconds, clock, progress)
     mirrored = predictor.use_mirroring and bool(predictor.allowed_mirroring_axes)
     for_mask, for_samples = (candidates(predictor.refiner, prefix, mirrored) for prefix in (MASK, SAMPLES))
     everything = list(dict.fromkeys([*for_mask, *for_samples]))
-    settings, order = everything, list(range(len(cases.names)))
-    measured: list[dict[SamplingSettings, Scores]] = []
-    bar = tqdm(desc='Tuning, cases', disable=not progress)
-    with torch.inference_mode():
-        while len(measured) < len(order):
-            if seconds is not None and len(measured) >= FEWEST_CASES and clock() - start > seconds:
-                order = order[:len(measured)]
-                break
-            before = clock()
-            case = CaseSweep(predictor, cases.load(cases.names[order[len(measured)]]))
-            if seconds is not None and not measured:
-                voxels = [cases.voxels(name) for name in cases.names]
-                settings, order = _plan(case, everything, voxels, clock() - before, seconds, clock)
-            case.measure(settings)
-            measured.append(case.scores)
-            bar.total = len(order)
-            bar.update()
-    bar.close()
     stock = stock_settings(predictor.refiner)
-    blended = [replace(s, blend=blend) for s in for_mask if s in settings for blend in BLENDS]
-    return Sweep([cases.names[i] for i in order], {s: _row(s, measured) for s in measured[0]}, [stock, *blended],
-                 [s for s in for_samples if s in settings], [s for s in everything if s not in settings],
-                 [name for i, name in enumerate(cases.names) if i not in order], clock() - start)
+    with torch.inference_mode():
+        run.single_steps([s for s in everything if s.steps <= 1])
+        rows = run.rows()
+        chains = [rows[b] for s in for_mask if s.steps == 1 for b in blended(s)]
+        level_of_mask = choose_mask([rows[stock], *chains]).settings.t_start
+        level_of_samples = choose_samples([rows[s] for s in for_samples if s.steps == 1]).settings.t_start
+        left_out = run.further_steps([s for s in everything if s.steps > 1 and (
+            (s in for_mask and s.t_start == level_of_mask) or (s in for_samples and s.t_start == level_of_samples))])
+    run.bar.close()
+    rows = run.rows()
+    kept, rest = ([name for i, name in enumerate(cases.names) if (i in run.order) == there] for there in (True, False))
+    return Sweep(kept, rows, [stock, *(b for s in for_mask if s in rows for b in blended(s))],
+                 [s for s in for_samples if s in rows], left_out, rest, clock() - run.start)
+
+
+def blended(settings: SamplingSettings) -> list[SamplingSettings]:
+    """With every weight of the stock model."""
+    return [replace(settings, blend=blend) for blend in BLENDS]
 
 
 def stock_settings(refiner: Refiner) -> SamplingSettings:
@@ -148,19 +146,71 @@ def stock_settings(refiner: Refiner) -> SamplingSettings:
     return replace(stored, t_start=0, steps=1, samples=1, eta=0.0, blend=0.0)
 
 
-def _plan(first: CaseSweep, everything: list[SamplingSettings], voxels: list[int], presegmentation: float,
-          seconds: float, clock: Callable[[], float]) -> tuple[list[SamplingSettings], list[int]]:
-    """Measure the cheapest setting on the first case, for what it costs, and see what fits into the time."""
-    before = clock()
-    first.measure(everything[:1])
-    mirrorings = len(first.volume.mirrorings)
-    passes = max(everything[0].samples, mirrorings)
-    cost = Cost(presegmentation / voxels[0], (clock() - before) / passes / voxels[0], mirrorings)
-    settings, order = plan(everything, voxels, cost, seconds)
-    if not settings:
-        raise TuningError(f'{seconds / 60:.1f} minutes are too short to tune the sampling settings: single steps on '
-                          f'{min(FEWEST_CASES, len(voxels))} cases take longer.')
-    return settings, order
+class _Run:
+    """Measures settings on cases, within a time."""
+
+    def __init__(self, predictor: VolumePredictor, cases: ValidationCases, seconds: float | None,
+                 clock: Callable[[], float], progress: bool) -> None:
+        self.predictor, self.cases, self.seconds, self.clock = predictor, cases, seconds, clock
+        self.start = clock()
+        self.order = list(range(len(cases.names)))
+        self.measured: list[dict[SamplingSettings, Scores]] = []
+        self.voxels = [] if seconds is None else [cases.voxels(name) for name in cases.names]
+        self.cost: Cost | None = None
+        self.bar = tqdm(desc='Tuning, cases', total=2 * len(self.order), disable=not progress)
+
+    def left(self) -> float:
+        """Seconds; infinite without a budget."""
+        return math.inf if self.seconds is None else self.seconds - (self.clock() - self.start)
+
+    def rows(self) -> dict[SamplingSettings, Row]:
+        """What has been measured on all cases of `order`."""
+        return {s: _row(s, self.measured) for s in self.measured[0]}
+
+    def single_steps(self, settings: list[SamplingSettings]) -> None:
+        """On all cases, or as many as there is time for, which `order` then has."""
+        while len(self.measured) < len(self.order):
+            if len(self.measured) >= FEWEST_CASES and self.left() < 0:
+                self.order = self.order[:len(self.measured)]
+                break
+            before = self.clock()
+            case = CaseSweep(self.predictor, self.cases.load(self.cases.names[self.order[len(self.measured)]]))
+            if self.seconds is not None and not self.measured:
+                self._choose_cases(case, settings, self.clock() - before)
+            case.measure(settings)
+            self.measured.append(case.scores)
+            self.bar.update()
+
+    def _choose_cases(self, first: CaseSweep, settings: list[SamplingSettings], presegmentation: float) -> None:
+        """Measure the cheapest setting on the first case, for what it costs, and see what fits into the time."""
+        assert self.seconds is not None
+        before = self.clock()
+        first.measure(settings[:1])
+        mirrorings = len(first.volume.mirrorings)
+        passes = max(settings[0].samples, mirrorings)
+        self.cost = Cost(presegmentation / self.voxels[0], (self.clock() - before) / passes / self.voxels[0],
+                         mirrorings)
+        self.order = cases_in(self.seconds, settings, self.voxels, self.cost)
+        if not self.order:
+            raise TuningError(f'{self.seconds / 60:.1f} minutes are too short to tune the sampling settings: single '
+                              f'steps on {min(FEWEST_CASES, len(self.voxels))} cases take longer.')
+
+    def further_steps(self, settings: list[SamplingSettings]) -> list[SamplingSettings]:
+        """On the same cases, if there is time; returns what was left out for want of it."""
+        kept = settings
+        if self.cost is not None:
+            kept = settings_in(self.left(), settings, [self.voxels[i] for i in self.order], self.cost)
+        further: list[dict[SamplingSettings, Scores]] = []
+        for i in self.order if kept else []:
+            if self.left() < 0:
+                return settings
+            case = CaseSweep(self.predictor, self.cases.load(self.cases.names[i]))
+            case.measure(kept)
+            further.append(case.scores)
+            self.bar.update()
+        self.measured = [{**one, **more} for one, more in zip(self.measured, further, strict=True)] \
+            if kept else self.measured
+        return [s for s in settings if s not in kept]
 
 
 class CaseSweep:
@@ -199,12 +249,13 @@ class CaseSweep:
         self.truth = Truth(self.case.labels, self.predictor.label_manager, device, self.case.raters)
         self.stock = self.volume.add_stock(torch.zeros(self.volume.shape, device=device), 1.0)[self.box]
         dice, nll = self.truth.score(self.stock)
-        self.scores[stock_settings(self.predictor.refiner)] = {'dice': dice, 'nll': nll}
+        self.scores[stock_settings(self.predictor.refiner)] = {
+            'dice': dice, 'nll': nll, 'ged': self.truth.ged([self.truth.harden(self.stock)])}
 
     def _measure(self, settings: Sequence[SamplingSettings]) -> None:
         for _, chains in groupby(sorted(settings, key=_start), key=_start):
             together = list(chains)
-            channels, hard = len(self.stock), 2 * together[0].samples if self.truth.raters else 0
+            channels, hard = len(self.stock), together[0].samples * (1 if len(self.stock) <= 256 else 2)
             side_by_side = max(1, MEMORY // (self.stock[0].numel() * (5 * channels + 12 + channels * hard)))
             for first in range(0, len(together), side_by_side):
                 self._measure_group(together[first:first + side_by_side])
@@ -213,16 +264,15 @@ class CaseSweep:
         """Settings with the same start, sample by sample."""
         number, regions, volume = group[0].samples, self.truth.regions is not None, self.volume
         spreads = [Spread(volume.shape, number, 1, regions, volume.device) for _ in group]
-        hard: list[list[np.ndarray]] = [[] for _ in group]
+        hard: list[list[Tensor]] = [[] for _ in group]
         for sample in range(number):
             volume.forget()
             for s, spread, masks in zip(group, spreads, hard, strict=True):
                 p = volume.sample(s, sample, number)
                 shifts = draw_shifts(len(p), regions, sample, number, s.seed)
                 spread.add(p, shifts)
-                if self.truth.raters:
-                    drawn = logits_to_probabilities(drawn_logits(p[self.box], regions, shifts)[None], regions)[0]
-                    masks.append(self.truth.harden(drawn).to(torch.int16).cpu().numpy())
+                drawn = logits_to_probabilities(drawn_logits(p[self.box], regions, shifts)[None], regions)[0]
+                masks.append(self.truth.harden(drawn))
         volume.forget()
         for s, spread, masks in zip(group, spreads, hard, strict=True):
             spread.crop(self.box[1:])
@@ -238,9 +288,6 @@ def _start(settings: SamplingSettings) -> tuple[int, int]:
 
 
 def _row(settings: SamplingSettings, measured: Sequence[dict[SamplingSettings, Scores]]) -> Row:
-    def values(name: str) -> np.ndarray | None:
-        found = np.array([scores[settings].get(name, np.nan) for scores in measured])
-        return None if np.isnan(found).all() and name in ('agreement', 'ged') else found
-    dice, nll = values('dice'), values('nll')
-    assert dice is not None and nll is not None
-    return Row(settings, dice, nll, values('agreement'), values('ged'))
+    dice, nll, ged, agreement = (np.array([scores[settings].get(name, np.nan) for scores in measured])
+                                 for name in ('dice', 'nll', 'ged', 'agreement'))
+    return Row(settings, dice, nll, ged, None if np.isnan(agreement).all() else agreement)

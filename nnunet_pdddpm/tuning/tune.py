@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.network.refiner import SAMPLES, stored_settings
 from nnunet_pdddpm.tuning.cases import ValidationCases
 from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples
 from nnunet_pdddpm.tuning.report import Choice, in_one_line, left_out, write
@@ -54,9 +53,8 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
     """
     measured = sweep(predictor, ValidationCases(trainer, raters), seconds, progress=progress)
     mask = choose_mask(measured.rows_of(measured.for_mask))
-    samples = choose_samples(measured.rows_of(measured.for_samples), measured.rows[measured.for_mask[0]])
-    stored = stored_settings(dict(predictor.refiner.named_buffers(recurse=False)), SAMPLES)
-    choice = Choice(mask.settings, samples.settings if samples is not None else stored)
+    samples = choose_samples(measured.rows_of(measured.for_samples))
+    choice = Choice(mask.settings, samples.settings)
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
     files = [*store(folder, choice.mask, choice.samples), *write(folder, measured, choice)]
