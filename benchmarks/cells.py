@@ -107,8 +107,9 @@ def main() -> None:
         for fold in range(NUM_FOLDS):
             train(work, STOCK_TRAINER, fold, DATASET, CONFIGURATION, **VARIABLES)
     if 'pdddpm' in args.stages:
-        for trainer in (*PDDDPM_TRAINERS, CONTROL_TRAINER):
-            train(work, trainer, 0, DATASET, CONFIGURATION, **VARIABLES)
+        for fold in range(NUM_FOLDS):
+            for trainer in (*PDDDPM_TRAINERS, CONTROL_TRAINER):
+                train(work, trainer, fold, DATASET, CONFIGURATION, **VARIABLES)
     if {'predict', 'evaluate'} & set(args.stages):
         os.environ.update({**nnunet_environment(work), **VARIABLES})
         sys.path.append(str(HERE / 'trainers'))

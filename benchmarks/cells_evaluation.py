@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,23 @@ def test_rows(work: Path, trainer: str) -> list[Row]:
             *(pdddpm_row(trainer, s, mirroring=True) for s in sorted(filter(None, picked)))]
 
 
-def is_trained(work: Path, trainer: str) -> bool:
-    """Whether its fold 0 is trained; what is not is left out of the predictions and named in the table."""
+def seed_rows(work: Path) -> list[Row]:
+    """Those trained in every fold, with mirroring and the settings chosen on the validation images of fold 0."""
+    rows = [*(row for row in stock_rows(work) if row.mirroring and row.thresholds),
+            *(pdddpm_row(trainer, settings, mirroring=True) for trainer in trained_pdddpm(work)
+              if (settings := chosen(work, trainer).settings) is not None)]
+    return [row for row in rows if all(is_trained(work, row.trainer, fold) for fold in range(NUM_FOLDS))]
+
+
+def of_folds(row: Row) -> list[Row]:
+    """The same by the model of each fold."""
+    return [replace(row, folds=(fold,)) for fold in range(NUM_FOLDS)]
+
+
+def is_trained(work: Path, trainer: str, fold: int = 0) -> bool:
+    """Whether a fold is trained; what is not is left out of the predictions and named in the table."""
     folder = work / 'nnUNet_results' / DATASET / f'{trainer}__{PLANS}__{CONFIGURATION}'
-    return (folder / 'fold_0' / 'checkpoint_final.pth').is_file()
+    return (folder / f'fold_{fold}' / 'checkpoint_final.pth').is_file()
 
 
 def trained_pdddpm(work: Path) -> list[str]:
@@ -118,6 +132,9 @@ def predict(work: Path) -> None:
             predict_row(work, 'validation', row)
         for row in test_rows(work, trainer):
             predict_row(work, 'test', row)
+    for row in seed_rows(work):
+        for of_fold in of_folds(row):
+            predict_row(work, 'test', of_fold)
 
 
 def predict_row(work: Path, part: str, row: Row) -> None:
@@ -219,9 +236,12 @@ def nearest_to_raters(work: Path, trainer: str) -> Row:
     return min(sweep(trainer), key=gap)
 
 
-def difference(metrics: Metrics, baseline: Metrics, name: str) -> tuple[float, float, float]:
-    """Mean paired difference to a baseline, and its 95 % bootstrap interval over images."""
-    differences = np.array(metrics[name]) - np.array(baseline[name])
-    draws = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(1)
+def difference(metrics: Metrics | Sequence[Metrics], baseline: Metrics | Sequence[Metrics], name: str
+               ) -> tuple[float, float, float]:
+    """Mean paired difference to a baseline, its 95 % interval: a bootstrap that draws images, and folds if given."""
+    one, other = (np.array([m[name] for m in ([of] if isinstance(of, dict) else of)]) for of in (metrics, baseline))
+    of, rng = one - other, np.random.default_rng(0)
+    images, folds = (rng.integers(n, size=(10_000, n)) for n in of.shape[::-1])
+    draws = of[folds[:, :, None], images[:, None, :]].mean((1, 2))
     low, high = np.quantile(draws, [0.025, 0.975])
-    return float(differences.mean()), float(low), float(high)
+    return float(of.mean()), float(low), float(high)

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
+from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
 from cells_evaluation import (
     SAMPLES,
     Metrics,
@@ -20,6 +20,8 @@ from cells_evaluation import (
     mean,
     measure,
     nearest_to_raters,
+    of_folds,
+    seed_rows,
     stock_rows,
     sweep,
     test_rows,
@@ -61,6 +63,27 @@ def sweep_table(work: Path) -> list[str]:
                      f'| {mean(metrics, "nll"):.4f} |')
     raters = 1 - mean(measure(work, 'validation', rows[0]), 'rater_diversity')
     return [*lines, '', f'IoU between the raters: {raters:.3f}.']
+
+
+def seeds_table(work: Path) -> list[str]:
+    """Three trainings each: the folds differ in training images."""
+    rows = seed_rows(work)
+    if len(rows) < 2:
+        return []
+    measured = {row: [measure(work, 'test', of_fold) for of_fold in of_folds(row)] for row in rows}
+    lines = [f'## {NUM_FOLDS} trainings', '',
+             f'The models of folds 0 to {NUM_FOLDS - 1}, {SAMPLES} masks an image, with mirroring, the settings chosen on '
+             'the validation images of fold 0. Mean (values of the folds); Δ to the thresholds of the stock model of the '
+             'same fold, with an interval that draws images and folds.', '',
+             '| | GED² | Δ | Dice to majority | Δ | NLL | Δ |\n|' + '---|' * 7]
+    for row, of in measured.items():
+        cells = []
+        for name, digits in (('ged_squared', 3), ('dice', 3), ('nll', 4)):
+            values = [mean(m, name) for m in of]
+            cells.append(f'{np.mean(values):.{digits}f} ({", ".join(f"{v:.{digits}f}" for v in values)})')
+            cells.append(interval(difference(of, measured[rows[0]], name)) if row != rows[0] else '')
+        lines.append(f'| {row.title} | ' + ' | '.join(cells) + ' |')
+    return [*lines, '']
 
 
 def findings(work: Path) -> list[str]:
@@ -115,13 +138,13 @@ def introduction(work: Path) -> str:
 Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: BU-BIL,
 phase-contrast images of cells, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test images split
 off first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its masks is a case of its own,
-so training sees every opinion. One training seed, a small test set: read the intervals. Monte-Carlo dropout is left
+so training sees every opinion. A small test set: read the intervals. Monte-Carlo dropout is left
 out: the planned networks have no dropout, and a network with it would be another stock model.
 
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
 resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
-model of every fold, three PDDDPM (fold 0, warm start, out-of-fold pre-segmentations), and as the control the
-stock model of fold 0 trained that much longer. `default`: noise on raters' masks, but a quarter of the patches
+model, three PDDDPM (warm start, out-of-fold pre-segmentations), and as the control the stock model trained that much
+longer, each in every fold; of fold 0 where nothing else is said. `default`: noise on raters' masks, but a quarter of the patches
 show the pre-segmentation itself and ask for the best mask; `truth`: noise on raters' masks in all of them;
 `no diffusion`: the same second network, which always sees the pre-segmentation itself. Same seeds, training in bf16
 autocast; no mirroring but where the row says so.
@@ -150,6 +173,7 @@ def write_results(work: Path, file: Path) -> None:
         f'IoU between the raters of an image: {1 - mean(stock, "rater_diversity"):.3f}. The row `stock` is the model '
         'that PDDDPM refines; thresholds are at 1/32, 3/32, ..., 31/32 of the probability.', '',
         HEADER, *(table_row(row, measure(work, 'test', row), stock, thresholds) for row in rows), '',
+        *seeds_table(work),
         '## What the tables say', '', *findings(work), '',
         f'![Raters and samples]({file.with_suffix(".png").name})', '',
         'Four test images by the disagreement of their raters, from the least to the most. Raters: the first tool of '
