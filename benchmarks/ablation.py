@@ -1,4 +1,4 @@
-"""PDDDPMTrainer with one thing changed, on the phantom of ambiguous.py: equal iterations, three seeds."""
+"""Training with one thing changed at a time, on the phantom of ambiguous.py: equal iterations, three seeds."""
 from __future__ import annotations
 
 import os
@@ -22,8 +22,10 @@ from hippocampus import nnunet_environment, parse, train
 
 STAGES = ('prepare', 'train', 'predict', 'evaluate')
 VARIANTS = {
-    'default (warm start, AdamW, average, out-of-fold, a quarter at level 0)': PDDDPM_TRAINER,
+    'base': 'PDDDPMTrainerAmbiguousBase',
     'from scratch': 'PDDDPMTrainerAmbiguousScratch',
+    'from scratch, half as wide': 'PDDDPMTrainerAmbiguousNarrow',
+    'from scratch, twice as wide': 'PDDDPMTrainerAmbiguousWide',
     'pre-segmentation as a further input': 'PDDDPMTrainerAmbiguousConditioned',
     'in-fold pre-segmentations': 'PDDDPMTrainerAmbiguousInFold',
     'weights not averaged': 'PDDDPMTrainerAmbiguousNoAverage',
@@ -32,19 +34,22 @@ VARIANTS = {
     'a tenth at level 0': 'PDDDPMTrainerAmbiguousTenth',
     'a half at level 0': 'PDDDPMTrainerAmbiguousHalf',
     'high noise levels more often': 'PDDDPMTrainerAmbiguousHigh',
-    'high noise levels more often, a half at level 0': 'PDDDPMTrainerAmbiguousHighHalf',
+    'high noise levels more often, a half at level 0: the default': PDDDPM_TRAINER,
+    'high noise levels more often, none at level 0': 'PDDDPMTrainerAmbiguousHighNone',
 }
-HEADER = ('| | Dice ± images / seeds | Δ to default | NLL | Δ to default | GED² | Δ to default | frequency error '
+HEADER = ('| | Dice ± images / seeds | Δ to base | NLL | Δ to base | GED² | Δ to base | frequency error '
           '| correlation |\n|' + '---|' * 9)
-TEXT = """# Ablation: the default with one thing changed
+TEXT = """# Ablation: one thing changed at a time
 
     .venv/bin/python benchmarks/ablation.py -o WORK
 
 Machine: {machine}, {cores} CPU cores, no GPU, torch {torch}. The phantom, the reduced plans, the stock models and the
 measures are those of [ambiguous.md](ambiguous.md), the work folder may be the same. {iterations} iterations for every
 row, three seeds (folds 0 to 2), {images} test images, {samples} samples, with mirroring, no blending. Nothing was
-tuned: all rows are sampled alike. Δ: mean paired difference to the default, with a 95 % bootstrap interval that draws
-images and seeds; there are nine rows, so an interval that misses 0 by little may be chance.
+tuned: all rows are sampled alike. Base: warm start, AdamW, averaged weights, out-of-fold pre-segmentations, a quarter
+of the patches at level 0, the others at levels drawn uniformly. High noise levels more often: with a density that grows
+as the square of the level. Δ: mean paired difference to the base, with a 95 % bootstrap interval that draws images and seeds;
+there are {rows} rows, so an interval that misses 0 by little may be chance.
 """
 
 
@@ -89,18 +94,18 @@ def write_table(work: Path, file: Path) -> None:
     from ambiguous_table import interval, spread, values
     from ambiguous_trainers import Ambiguous
     lines = [TEXT.format(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__, images=NUM_TEST,
-                         iterations=Ambiguous.epochs * Ambiguous.iterations, samples=SAMPLES)]
+                         iterations=Ambiguous.epochs * Ambiguous.iterations, samples=SAMPLES, rows=len(VARIANTS))]
     for title, of in settings().items():
         lines += [f'## {title[0].upper()}{title[1:]}', '', HEADER]
-        default = Row(f'ablation {next(iter(VARIANTS))}, {title}', PDDDPM_TRAINER, of)
+        base = Row(f'ablation base, {title}', VARIANTS['base'], of)
         for name, trainer in VARIANTS.items():
             row = Row(f'ablation {name}, {title}', trainer, of)
             folds = row.predicted_folds(work)
             if len(folds) < NUM_FOLDS:
                 continue
-            metrics, baseline = measure(work, row), measure(work, default, folds)
+            metrics, baseline = measure(work, row), measure(work, base, folds)
             error, _, related = values(metrics)
-            deltas = ['' if row == default else interval(difference(metrics, baseline, metric), digits)
+            deltas = ['' if row == base else interval(difference(metrics, baseline, metric), digits)
                       for metric, digits in (('dice', 3), ('nll', 4), ('ged', 3))]
             lines.append(f'| {name} | {spread(metrics["dice"])} | {deltas[0]} | {metrics["nll"].mean():.4f} '
                          f'| {deltas[1]} | {metrics["ged"].mean():.3f} | {deltas[2]} | {error} | {related} |')

@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 FOLDS = tuple(range(NUM_FOLDS))
-FEW = 5  # cases, where one takes minutes
+FEW = 3  # cases, where one takes minutes
 NOISE = ('-t_start', '1000', '-eta', '1', '-blend', '0')
 ROWS = (Row(BASELINE, STOCK_TRAINER),
         Row('stock without mirroring', STOCK_TRAINER, flags=('--disable_tta',)),
@@ -70,7 +70,7 @@ ROWS = (Row(BASELINE, STOCK_TRAINER),
         Row('the same without blending', TRUTH_TRAINER, True, ('-blend', '0')),
         Row(f'stock, {NUM_FOLDS} folds', STOCK_TRAINER, folds=FOLDS),
         Row(f'PDDDPM, {NUM_FOLDS} folds', PDDDPM_TRAINER, True, folds=FOLDS),
-        Row('DDPM from pure noise: PDDDPM, 10 steps', PDDDPM_TRAINER, True, (*NOISE, '-steps', '10')),
+        Row('DDPM from pure noise: PDDDPM, 10 steps', PDDDPM_TRAINER, True, (*NOISE, '-steps', '10'), cases=10),
         Row('DDPM from pure noise: PDDDPM, 1000 steps, one sample, no mirroring', PDDDPM_TRAINER, True,
             (*NOISE, '-steps', '1000', '-samples', '1', '--disable_tta'), cases=FEW),
         Row('PDDDPMTrainerPaper, no mirroring', PAPER_TRAINER, True, ('--disable_tta',), cases=FEW))

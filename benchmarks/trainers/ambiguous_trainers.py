@@ -3,9 +3,10 @@
 Each fold has a seed of its own, so that three folds are three trainings. Within a fold, trainings that differ in one
 setting see the same patches in the same order.
 """
+from copy import deepcopy
+
 import torch
 from benchmark_trainers import (
-    HighLevels,
     NoDiffusion,
     NoiseOnTruth,
     PaperCPUTraining,
@@ -15,8 +16,10 @@ from benchmark_trainers import (
     nnUNetTrainerBenchmarkLonger,
 )
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
-from nnunet_pdddpm.network.refiner import DiffusionDesign
+from nnunet_pdddpm.network.refiner import DiffusionDesign, Refiner
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 
@@ -66,35 +69,46 @@ class PDDDPMTrainerAmbiguousPaper(Ambiguous, PaperCPUTraining, PDDDPMTrainerPape
     pass
 
 
-# for ablation.py: the default with one thing changed
+# for ablation.py: a base with one thing changed
 
 
-class PDDDPMTrainerAmbiguousScratch(PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousBase(PDDDPMTrainerAmbiguous):
+    """A quarter of the patches at level 0, the other levels uniform."""
+
+    share, power = 0.25, 0
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.presegmentation_share, self.level_power = self.share, self.power
+
+
+class PDDDPMTrainerAmbiguousScratch(PDDDPMTrainerAmbiguousBase):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.warm_start = False
 
 
-class PDDDPMTrainerAmbiguousConditioned(PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousConditioned(PDDDPMTrainerAmbiguousBase):
     design = DiffusionDesign(condition_on_presegmentation=True)
 
 
-class PDDDPMTrainerAmbiguousInFold(PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousInFold(PDDDPMTrainerAmbiguousBase):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.out_of_fold = False
 
 
-class PDDDPMTrainerAmbiguousNoAverage(PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousNoAverage(PDDDPMTrainerAmbiguousBase):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.averaging_decay = 0.0
 
 
-class PDDDPMTrainerAmbiguousSGD(PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousSGD(PDDDPMTrainerAmbiguousBase):
     """nnU-Net's optimiser, with its learning rate and weight decay."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
@@ -106,17 +120,40 @@ class PDDDPMTrainerAmbiguousSGD(PDDDPMTrainerAmbiguous):
         return nnUNetTrainer.configure_optimizers(self)
 
 
-class PDDDPMTrainerAmbiguousTenth(NoiseOnTruth, PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousTenth(PDDDPMTrainerAmbiguousBase):
     share = 0.1
 
 
-class PDDDPMTrainerAmbiguousHalf(NoiseOnTruth, PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousHalf(PDDDPMTrainerAmbiguousBase):
     share = 0.5
 
 
-class PDDDPMTrainerAmbiguousHigh(HighLevels, PDDDPMTrainerAmbiguous):
-    pass
+class PDDDPMTrainerAmbiguousHigh(PDDDPMTrainerAmbiguousBase):
+    power = 2
 
 
-class PDDDPMTrainerAmbiguousHighHalf(HighLevels, PDDDPMTrainerAmbiguousHalf):
-    pass
+class PDDDPMTrainerAmbiguousHighNone(PDDDPMTrainerAmbiguousHigh):
+    share = 0.0
+
+
+class PDDDPMTrainerAmbiguousNarrow(PDDDPMTrainerAmbiguousScratch):
+    """A denoiser with half of the features, which no stock weights fit."""
+
+    width = 0.5
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                   num_input_channels: int, num_output_channels: int,
+                                   enable_deep_supervision: bool = True) -> nn.Module:
+        other = ConfigurationManager(deepcopy(configuration_manager.configuration))
+        network = other.configuration['architecture']['arch_kwargs']
+        network['features_per_stage'] = [int(cls.width * features) for features in network['features_per_stage']]
+        stock, unet = (nnUNetTrainer.build_network_architecture(plans_manager, configuration, num_input_channels,
+                                                                num_output_channels, deep_supervision)
+                       for configuration, deep_supervision in ((configuration_manager, False),
+                                                               (other, enable_deep_supervision)))
+        return Refiner(stock, unet, num_output_channels, cls.design)
+
+
+class PDDDPMTrainerAmbiguousWide(PDDDPMTrainerAmbiguousNarrow):
+    width = 2

@@ -68,29 +68,20 @@ class SeededEpochs:
 
 
 class NoiseOnTruth:
-    """Mixin: noise on the truth in every patch."""
+    """Mixin: noise on the truth in every patch, at levels drawn uniformly, as in the paper."""
 
     share = 0.0
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = self.share
+        self.presegmentation_share, self.level_power = self.share, 0
 
 
 class NoDiffusion(NoiseOnTruth):
     """Mixin: the second network always sees the pre-segmentation itself."""
 
     share = 1.0
-
-
-class HighLevels:
-    """Mixin: noise levels with a density that grows as their square: an eighth of them lies below 500."""
-
-    def draw_levels(self, number: int) -> torch.Tensor:
-        t = super().draw_levels(number)
-        shares = torch.rand(number, generator=self.level_generator)
-        return torch.where(t > 0, (self.t_max * shares ** (1 / 3)).ceil().clamp(min=1).long(), 0)
 
 
 class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):

@@ -57,10 +57,12 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.initial_lr = 5e-4
         self.weight_decay = 1e-2
         # share of the patches that show the denoiser the pre-segmentation itself, which is level 0; the others show it
-        # the noised truth. With 0 the samples are best and masks suffer; with 1 it is a second stage without diffusion
-        self.presegmentation_share = 0.25
-        # noise levels 1..t_max are trained, sampling may start at any of them
+        # the noised truth. With 0 the masks suffer; with 1 it is a second stage without diffusion
+        self.presegmentation_share = 0.5
+        # noise levels 1..t_max are trained, with a density that grows as t to this power (0: uniform), since at low
+        # levels x_t gives the truth away. Sampling may start at any of them
         self.t_max = NUM_TIMESTEPS
+        self.level_power = 2
         # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
         self.sampling = SamplingSettings()
         self.sampling_of_samples = SamplingSettings(samples=8)
@@ -271,8 +273,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(seen, regions)), noise
 
     def draw_levels(self, number: int) -> Tensor:
-        """(number,) noise levels of training patches, uniform in 1..t_max; 0 where the pre-segmentation is shown."""
-        t = torch.randint(1, self.t_max + 1, (number,), generator=self.level_generator)
+        """(number,) noise levels of training patches in 1..t_max, 0 where the pre-segmentation is shown."""
+        u = torch.rand(number, generator=self.level_generator)
+        t = (self.t_max * u ** (1 / (self.level_power + 1))).ceil().clamp(min=1).long()
         t[torch.rand(number, generator=self.level_generator) < self.presegmentation_share] = 0
         return t
 

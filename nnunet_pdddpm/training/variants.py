@@ -82,6 +82,7 @@ class PDDDPMTrainerPaper(PDDDPMTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.presegmentation_share = 0.0
         self.t_max = 300
+        self.level_power = 0
         self.sampling = self.sampling_of_samples = SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
         self.tuning_share = 0.0  # the settings are the paper's
         self.warm_start = False  # the stock weights give logits, not noise
