@@ -48,8 +48,8 @@ measures are those of [ambiguous.md](ambiguous.md), the work folder may be the s
 row, three seeds (folds 0 to 2), {images} test images, {samples} samples, with mirroring, no blending. Nothing was
 tuned: all rows are sampled alike. Base: warm start, AdamW, averaged weights, out-of-fold pre-segmentations, a quarter
 of the patches at level 0, the others at levels drawn uniformly. High noise levels more often: with a density that grows
-as the square of the level. Δ: mean paired difference to the base, with a 95 % bootstrap interval that draws images and seeds;
-there are {rows} rows, so an interval that misses 0 by little may be chance.
+as the square of the level. Δ: mean paired difference to the base, with a 95 % bootstrap interval that draws images and
+seeds; there are {rows} rows, so an interval that misses 0 by little may be chance.
 """
 
 

@@ -118,6 +118,18 @@ def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share
     assert at_0 == share * len(levels) if share in (0, 1) else 0 < at_0 < len(levels)
 
 
+@pytest.mark.parametrize(('power', 'below_half'), [(0, 1 / 2), (2, 1 / 8)])
+def test_levels_are_drawn_with_a_density_that_grows_as_their_power(trainer, power, below_half, monkeypatch):
+    monkeypatch.setattr(trainer, 'level_power', power)
+    monkeypatch.setattr(trainer, 't_max', 400)
+    trainer.level_generator.manual_seed(0)
+    levels = trainer.draw_levels(40_000)
+    shown, noisy = levels == 0, levels[levels > 0]
+    assert float(shown.float().mean()) == pytest.approx(trainer.presegmentation_share, abs=0.01)
+    assert int(noisy.min()) >= 1 and int(noisy.max()) == 400
+    assert float((noisy <= 200).float().mean()) == pytest.approx(below_half, abs=0.01)
+
+
 @pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False]])
 def test_at_noise_levels_the_loss_is_cross_entropy_and_at_level_0_nnunets_own(trainer, noisy):
     """By nnU-Net's own two terms, item by item: the Dice term of these plans is that of the single patch."""

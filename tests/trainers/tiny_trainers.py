@@ -47,16 +47,7 @@ class nnUNetTrainerTiny(FewIterations, nnUNetTrainer):
         self.num_iterations_per_epoch = 30
 
 
-class HalfShown(PDDDPMTrainer):
-    """Half of the patches show the pre-segmentation, so that both ways of training are tested."""
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = 0.5
-
-
-class PDDDPMTrainerTiny(FewIterations, HalfShown):
+class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
     pass
 
 
@@ -78,7 +69,7 @@ class nnUNetTrainerBrief(Brief, nnUNetTrainer):
     pass
 
 
-class PDDDPMTrainerBrief(Brief, HalfShown):
+class PDDDPMTrainerBrief(Brief, PDDDPMTrainer):
     pass
 
 
