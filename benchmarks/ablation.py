@@ -72,9 +72,8 @@ def main() -> None:
 
 def settings() -> dict[str, dict[str, float]]:
     """How every row is sampled."""
-    from ambiguous_evaluation import CHAIN
     return {'one step from t_start 846': {'t_start': 846, 'steps': 1, 'blend': 0.0},
-            'ten steps from t_start 960, eta 1': {'t_start': 960, **CHAIN}}
+            'three steps from t_start 960': {'t_start': 960, 'steps': 3, 'eta': 0.0, 'blend': 0.0}}
 
 
 def predict(work: Path) -> None:

@@ -84,13 +84,15 @@ ROWS = (STOCK, Row('stock, 16 thresholds', thresholds=True),
         Row('control: stock trained longer, 16 thresholds', CONTROL_TRAINER, thresholds=True),
         Row('no diffusion: second network', DIRECT_TRAINER, {'t_start': 1000, 'steps': 0, 'blend': 0.0}),
         Row('PDDDPM, tuned', PDDDPM_TRAINER, {}),
+        Row('PDDDPM, t_start 960, 1 step', PDDDPM_TRAINER, {'t_start': 960, 'steps': 1, 'blend': 0.0}),
         Row('PDDDPM, t_start 960, 10 steps', PDDDPM_TRAINER, {'t_start': 960, **CHAIN}),
         Row('PDDDPM, noise on the truth in every patch, tuned', TRUTH_TRAINER, {}),
         Row('the same, t_start 960, 10 steps', TRUTH_TRAINER, {'t_start': 960, **CHAIN}),
         Row('DDPM from pure noise: PDDDPM, 10 steps', PDDDPM_TRAINER, {'t_start': 1000, **CHAIN}),
         Row('DDPM from pure noise: truth in every patch, 10 steps', TRUTH_TRAINER, {'t_start': 1000, **CHAIN}),
         Row('DDPM from pure noise: PDDDPM, 1000 steps', PDDDPM_TRAINER,
-            {'t_start': 1000, **CHAIN, 'steps': 1000}, mirroring=False, samples=8, images=6),
+            {'t_start': 1000, **CHAIN, 'steps': 1000}, mirroring=False, samples=8, images=4,
+            folds=(0,)),
         Row('PDDDPMTrainerPaper', PAPER_TRAINER, {}, mirroring=False, samples=5, images=10))
 
 

@@ -89,10 +89,14 @@ def sweep(trainer: str) -> list[Row]:
 def test_rows(work: Path, trainer: str) -> list[Row]:
     """Of a PDDDPM model: what the validation images say, without and with mirroring, and some starts beside it."""
     settings = {row.settings for row in sweep(trainer)}
-    picked = {chosen(work, trainer).settings, *settings & {DIRECT}}
+    best = chosen(work, trainer)
+    picked = {best.settings, *settings & {DIRECT}}
     unmirrored = {*picked, nearest_to_raters(work, trainer).settings, *settings & {(700, 1, 0.0), (900, 1, 0.0)}}
+    ensemble = replace(best, title=best.title.replace(':', f', {NUM_FOLDS} folds:'), folds=tuple(range(NUM_FOLDS)))
+    in_every_fold = all(is_trained(work, trainer, fold) for fold in ensemble.folds)
     return [*(pdddpm_row(trainer, s) for s in sorted(filter(None, unmirrored))),
-            *(pdddpm_row(trainer, s, mirroring=True) for s in sorted(filter(None, picked)))]
+            *(pdddpm_row(trainer, s, mirroring=True) for s in sorted(filter(None, picked))),
+            *([ensemble] if in_every_fold else [])]
 
 
 def seed_rows(work: Path) -> list[Row]:

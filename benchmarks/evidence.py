@@ -22,10 +22,10 @@ THRESHOLDS = ', 16 thresholds'
 COMPARISONS: dict[str, dict[str, list[str]]] = {
     'hippocampus': {'PDDDPM': ['stock', 'control: stock trained longer', 'no diffusion: second stage'],
                     'PDDDPM, 3 folds': ['stock, 3 folds']},
-    'cells': {f'PDDDPM {starts}: t_start=': [  # and so on: chosen on the validation images
+    'cells': {**{f'PDDDPM {starts}: t_start=': [  # and so on: chosen on the validation images
         'stock, mirroring' + THRESHOLDS, 'control, mirroring' + THRESHOLDS,
-        'stock, 3 folds, 16 thresholds of their mean',
         'PDDDPM no diffusion: direct (k=0), mirroring'] for starts in ('default', 'truth')},
+        'PDDDPM default, 3 folds: t_start=': ['stock, 3 folds, 16 thresholds of their mean']},
     'ambiguous': {title: ['stock' + THRESHOLDS, 'control: stock trained longer' + THRESHOLDS,
                           'no diffusion: second network']
                   for title in ('PDDDPM, tuned', 'PDDDPM, t_start 960, 10 steps',

@@ -33,7 +33,7 @@ class nnUNetTrainerCellsLonger(SixSeededEpochs, nnUNetTrainerBenchmarkLonger):
 
 
 class PDDDPMTrainerCells(SixSeededEpochs, PDDDPMTrainerBenchmark):
-    """The default: noise on the truth, which is here a rater's mask; a quarter of the patches ask for the best mask."""
+    """The default: noise on the truth, which is here a rater's mask; half of the patches ask for the best mask."""
 
 
 class PDDDPMTrainerCellsTruth(NoiseOnTruth, PDDDPMTrainerCells):
