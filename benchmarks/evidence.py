@@ -77,20 +77,18 @@ def spread(values: np.ndarray) -> str:
 
 def hippocampus(work: Path) -> Iterator[Line]:
     """Every row."""
-    from hippocampus_evaluation import BASELINE, ROWS, difference, folder
-    results = {row: json.loads((folder(work, row) / 'evaluation.json').read_text())
-               for row in ROWS if (folder(work, row) / 'evaluation.json').is_file()}
-    stock = next(result for row, result in results.items() if row.title == BASELINE)
+    from hippocampus_evaluation import ROWS, STOCK, dice, difference, evaluation, folder, nll
+    results = {row: evaluation(work, row) for row in ROWS if (folder(work, row) / 'evaluation.json').is_file()}
+    stock = results[STOCK]
     for row, result in results.items():
         mean, voxels = result['foreground_mean'], result['voxelwise']['all']
         file = folder(work, row) / 'cost.json'
         cost = json.loads(file.read_text()) if file.is_file() else {}
-        metrics = {'dice': np.array([[case['dice'] for case in result['cases']]]),
-                   'nll': np.array([[case['voxelwise']['all']['nll'] for case in result['cases']]])}
+        metrics = {name: np.array([[values(case) for case in result['cases']]])
+                   for name, values in (('dice', dice), ('nll', nll))}
         yield Line(row.title + (f' ({row.cases} cases)' if row.cases else ''), dict(
-            dice=spread(metrics['dice']), d_dice=interval(difference(result, stock, lambda case: case['dice'])),
-            nll=f'{voxels["nll"]:.4f}',
-            d_nll=interval(difference(result, stock, lambda case: case['voxelwise']['all']['nll'])),
+            dice=spread(metrics['dice']), d_dice=interval(difference(result, stock, dice)),
+            nll=f'{voxels["nll"]:.4f}', d_nll=interval(difference(result, stock, nll)),
             ece=f'{voxels["ece"]:.4f}', hd95=f'{mean["hd95_mm"]:.2f}', nsd=f'{mean["surface_dice"]:.3f}',
             aurc=f'{voxels["aurc"]:.5f}', calls=f'{cost["network_calls"]:.0f}' if cost else '',
             seconds=f'{cost["cpu_seconds"]:.1f}' if cost else ''), metrics)

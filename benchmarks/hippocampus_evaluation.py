@@ -41,7 +41,6 @@ from nnunet_pdddpm.network.refiner import Refiner
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-BASELINE = 'stock'
 NUM_SAMPLES = 8
 
 
@@ -60,12 +59,13 @@ class Row(NamedTuple):
 FOLDS = tuple(range(NUM_FOLDS))
 FEW = 3  # cases, where one takes minutes
 NOISE = ('-t_start', '1000', '-eta', '1', '-blend', '0')
-ROWS = (Row(BASELINE, STOCK_TRAINER),
+STOCK, PLAIN = Row('stock', STOCK_TRAINER), Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER)
+ROWS = (STOCK,
         Row('stock without mirroring', STOCK_TRAINER, flags=('--disable_tta',)),
         Row('control: stock trained longer', CONTROL_TRAINER),
         Row('no diffusion: second stage', DIRECT_TRAINER, True, ('-steps', '0')),
         Row('PDDDPM', PDDDPM_TRAINER, True),
-        Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER),
+        PLAIN,
         Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True),
         Row('the same without blending', TRUTH_TRAINER, True, ('-blend', '0')),
         Row(f'stock, {NUM_FOLDS} folds', STOCK_TRAINER, folds=FOLDS),
@@ -75,6 +75,10 @@ ROWS = (Row(BASELINE, STOCK_TRAINER),
             (*NOISE, '-steps', '1000', '-samples', '1', '--disable_tta'), cases=FEW),
         Row('PDDDPMTrainerPaper, no mirroring', PAPER_TRAINER, True, ('--disable_tta',), cases=FEW))
 
+TRAININGS = ((STOCK, PLAIN), *((Row(f'stock, fold {f}', STOCK_TRAINER, folds=(f,)),
+                                Row(f'PDDDPM, fold {f}', PDDDPM_TRAINER, folds=(f,))) for f in FOLDS[1:]))
+"""The stock model and PDDDPM by `nnUNetv2_predict`, for each fold."""
+
 
 def folder(work: Path, row: Row) -> Path:
     """Of its predictions."""
@@ -83,12 +87,12 @@ def folder(work: Path, row: Row) -> Path:
 
 def evaluate(work: Path) -> None:
     """Predict, evaluate and time what has not been."""
-    for row in ROWS:
+    for row in (*ROWS, *(row for pair in TRAININGS[1:] for row in pair)):
         if not all((fold_folder(work, row.trainer, f) / 'checkpoint_final.pth').is_file() for f in row.folds):
             continue
         if not (folder(work, row) / 'evaluation.json').is_file():
             predict_and_evaluate(work, row)
-        if not (folder(work, row) / 'cost.json').is_file():
+        if row in ROWS and not (folder(work, row) / 'cost.json').is_file():
             measure_cost(work, row)
 
 
@@ -160,40 +164,90 @@ def coverage(output: Path) -> str:
     return f'{sum(inside)} of {len(inside)}, {np.mean(width):.0%} wide'
 
 
-def difference(result: dict[str, Any], baseline: dict[str, Any], values: Callable[[dict[str, Any]], float]
-               ) -> tuple[float, float, float]:
-    """Mean paired difference to a baseline in what `values` takes from a case, and its 95 % bootstrap interval."""
+Values = Callable[[dict[str, Any]], float]
+
+
+def dice(case: dict[str, Any]) -> float:
+    """Mean over labels."""
+    return float(case['dice'])
+
+
+def nll(case: dict[str, Any]) -> float:
+    """Over all voxels."""
+    return float(case['voxelwise']['all']['nll'])
+
+
+def evaluation(work: Path, row: Row) -> dict[str, Any]:
+    """What `nnUNetv2_pdddpm_evaluate` wrote."""
+    content: dict[str, Any] = json.loads((folder(work, row) / 'evaluation.json').read_text())
+    return content
+
+
+def differences(result: dict[str, Any], baseline: dict[str, Any], values: Values) -> np.ndarray:
+    """Paired differences to a baseline in what `values` takes from a case: (cases,)."""
     of_baseline = {case['case']: values(case) for case in baseline['cases']}
-    differences = np.array([values(case) - of_baseline[case['case']] for case in result['cases']])
-    draws = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(differences.mean()), float(low), float(high)
+    return np.array([values(case) - of_baseline[case['case']] for case in result['cases']])
+
+
+def mean_and_interval(of: np.ndarray) -> tuple[float, float, float]:
+    """Mean of differences (trainings, cases), and its 95 % interval: a bootstrap that draws both."""
+    rng = np.random.default_rng(0)
+    trainings, cases = (rng.integers(n, size=(10_000, n)) for n in of.shape)
+    low, high = np.quantile(of[trainings[:, :, None], cases[:, None, :]].mean((1, 2)), [0.025, 0.975])
+    return float(of.mean()), float(low), float(high)
+
+
+def difference(result: dict[str, Any], baseline: dict[str, Any], values: Values) -> tuple[float, float, float]:
+    """Mean paired difference to a baseline, and its 95 % bootstrap interval over cases."""
+    return mean_and_interval(differences(result, baseline, values)[None])
+
+
+def interval(values: tuple[float, float, float]) -> str:
+    """A difference with its interval."""
+    return '{:+.4f} ({:+.4f} to {:+.4f})'.format(*values)
 
 
 def table_row(work: Path, row: Row, stock: dict[str, Any]) -> str:
     """One line of markdown; differences are paired, with a bootstrap interval over cases."""
     output = folder(work, row)
-    result, cost = (json.loads((output / name).read_text()) for name in ('evaluation.json', 'cost.json'))
-
-    def paired(values: Callable[[dict[str, Any]], float]) -> str:
-        return '{:+.4f} ({:+.4f} to {:+.4f})'.format(*difference(result, stock, values))
+    result, cost = evaluation(work, row), json.loads((output / 'cost.json').read_text())
     mean, voxels = result['foreground_mean'], result['voxelwise']
     sd = np.std([case['dice'] for case in result['cases']], ddof=1)
     correlation = result['estimated_dice'].get('case', {}).get('spearman')
     few = f' ({row.cases} cases)' if row.cases else ''
-    return (f'| {row.title}{few} | {mean["dice"]:.4f} ± {sd:.4f} | {paired(lambda case: case["dice"])} '
+    return (f'| {row.title}{few} | {mean["dice"]:.4f} ± {sd:.4f} | {interval(difference(result, stock, dice))} '
             f'| {mean["hd95_mm"]:.2f} | {mean["surface_dice"]:.3f} | {voxels["all"]["nll"]:.4f} '
-            f'| {paired(lambda case: case["voxelwise"]["all"]["nll"])} | {voxels["all"]["ece"]:.4f} '
+            f'| {interval(difference(result, stock, nll))} | {voxels["all"]["ece"]:.4f} '
             f'| {voxels["near"]["ece"]:.4f} | {voxels["all"]["aurc"]:.5f} '
             f'| {"" if correlation is None or row.cases else f"{correlation:.2f}"} '
             f'| {coverage(output) if row.samples and not row.cases else ""} | {cost["network_calls"]:.0f} '
             f'| {cost["cpu_seconds"]:.1f} |')
 
 
+def trainings_table(work: Path) -> list[str]:
+    """Stock against PDDDPM for every fold that has both, and all of them together."""
+    pairs = [pair for pair in TRAININGS if all((folder(work, row) / 'evaluation.json').is_file() for row in pair)]
+    if len(pairs) < 2:
+        return []
+    lines = [f'## {len(pairs)} trainings', '',
+             'The models of the folds on the same test cases, by `nnUNetv2_predict`; the last line draws cases and '
+             'trainings, which are few to draw from.', '',
+             '| fold | stock, Dice | PDDDPM | Δ | stock, NLL | PDDDPM | Δ |\n|' + '---|' * 7]
+    found: dict[Values, list[np.ndarray]] = {dice: [], nll: []}
+    for stock, refined in pairs:
+        results, cells = [evaluation(work, row) for row in (stock, refined)], []
+        for values, of in found.items():
+            of.append(differences(results[1], results[0], values))
+            means = ' | '.join(f'{np.mean([values(case) for case in result["cases"]]):.4f}' for result in results)
+            cells.append(f'{means} | {interval(mean_and_interval(of[-1][None]))}')
+        lines.append(f'| {stock.folds[0]} | {" | ".join(cells)} |')
+    together = [interval(mean_and_interval(np.stack(of))) for of in found.values()]
+    return [*lines, f'| all | | | {together[0]} | | | {together[1]} |', '']
+
+
 def draw_triage(work: Path, file: Path) -> None:
     """Estimated against true Dice, a dot a case."""
-    row = next(row for row in ROWS if row.title == 'PDDDPM')
-    cases = json.loads((folder(work, row) / 'evaluation.json').read_text())['cases']
+    cases = evaluation(work, next(row for row in ROWS if row.title == 'PDDDPM'))['cases']
     figure, axis = plt.subplots(figsize=(4.5, 4))
     axis.plot([case['estimated_dice'] for case in cases], [case['dice'] for case in cases], 'o', ms=4)
     axis.set(xlabel='estimated Dice', ylabel='true Dice')
@@ -205,7 +259,7 @@ def draw_triage(work: Path, file: Path) -> None:
 def write_table(work: Path, file: Path) -> None:
     """The markdown table, and what the sampling settings were tuned to."""
     rows = [row for row in ROWS if (folder(work, row) / 'evaluation.json').is_file()]
-    stock = json.loads((folder(work, next(r for r in ROWS if r.title == BASELINE)) / 'evaluation.json').read_text())
+    stock = evaluation(work, STOCK)
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
     lacking = [row.title for row in ROWS if row not in rows]
@@ -218,8 +272,8 @@ def write_table(work: Path, file: Path) -> None:
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
         f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: Medical '
         f'Segmentation Decathlon Task04; {stock["num_cases"]} test cases split off first (seed {SPLIT_SEED}), the '
-        'others in 3 folds. Fold 0 unless the row says otherwise, one training seed: differences of about 0.002 '
-        'in Dice are within the noise of training.', '',
+        'others in 3 folds. Fold 0 unless the row says otherwise: differences of about 0.002 in Dice are within the '
+        'noise of training.', '',
         f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
         f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
         f'{nnUNetTrainerBenchmark.epochs} epochs, every fold. PDDDPM: {PDDDPMTrainerBenchmark.epochs} epochs, warm '
@@ -242,7 +296,8 @@ def write_table(work: Path, file: Path) -> None:
         *(table_row(work, row, stock) for row in rows), '',
     ]
     lines += ['![Estimated against true Dice](triage.png)', '',
-              f'A dot a case of the row PDDDPM: agreement of its {NUM_SAMPLES} samples against its true Dice.', '']
+              f'A dot a case of the row PDDDPM: agreement of its {NUM_SAMPLES} samples against its true Dice.', '',
+              *trainings_table(work)]
     draw_triage(work, file.with_name('triage.png'))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('\n'.join(lines))
