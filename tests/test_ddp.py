@@ -28,6 +28,7 @@ def rank_main(rank: int, folder: str) -> None:
     distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2,
                                    timeout=datetime.timedelta(seconds=40))
     trainer = make_trainer(ON_CPU, 0)
+    trainer.configuration_manager.configuration['batch_dice'] = True  # sums go between the processes
     trainer.num_epochs = 1
     trainer.tuning_share = 10_000  # by rank 0; the other one waits and is told
     sweep.SIGNAL_TO_NOISE, sweep.STEPS = (0.004,), (1,)
@@ -81,6 +82,7 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
 
     assert len(one['levels']) == len(other['levels']) == 8  # a batch of two, one on each rank
     noisy = (one['levels'] > 0) & (other['levels'] > 0)  # the others show the pre-segmentation
+    assert ((one['levels'] > 0) != (other['levels'] > 0)).any()  # where one process has no Dice and the other has
     assert noisy.any() and (one['levels'] != other['levels'])[noisy].all()
     assert not np.array_equal(one['tp'], other['tp'])  # each rank validates on its own patches
 

@@ -15,10 +15,13 @@ import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, succeed, train_in_process
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunet_pdddpm.diffusion.coding import harden, one_hot
 from nnunet_pdddpm.diffusion.process import at_level
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.training.losses import DenoisingLoss
 
 
 @pytest.fixture
@@ -118,7 +121,7 @@ def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share
     assert at_0 == share * len(levels) if share in (0, 1) else 0 < at_0 < len(levels)
 
 
-@pytest.mark.parametrize(('power', 'below_half'), [(0, 1 / 2), (2, 1 / 8)])
+@pytest.mark.parametrize(('power', 'below_half'), [(0, 1 / 2), (2, 1 / 8)])  # the paper's trainer, the default
 def test_levels_are_drawn_with_a_density_that_grows_as_their_power(trainer, power, below_half, monkeypatch):
     monkeypatch.setattr(trainer, 'level_power', power)
     monkeypatch.setattr(trainer, 't_max', 400)
@@ -128,6 +131,28 @@ def test_levels_are_drawn_with_a_density_that_grows_as_their_power(trainer, powe
     assert float(shown.float().mean()) == pytest.approx(trainer.presegmentation_share, abs=0.01)
     assert int(noisy.min()) >= 1 and int(noisy.max()) == 400
     assert float((noisy <= 200).float().mean()) == pytest.approx(below_half, abs=0.01)
+
+
+@pytest.mark.parametrize('regions', [False, True])
+@pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False, False]])
+def test_a_dice_over_processes_is_that_of_the_items_without_noise(regions, noisy):
+    """With several processes every item takes part in it, those with noise as nothing: the sums are the same."""
+    kwargs = {'batch_dice': True, 'do_bg': regions, 'smooth': 1e-5, 'ddp': False}
+    loss = DC_and_BCE_loss({}, kwargs) if regions \
+        else DC_and_CE_loss(kwargs, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    both = []
+    for over_processes in (False, True):
+        torch.manual_seed(0)
+        output = (3 * torch.randn(len(noisy), 3, 4, 5, 6)).requires_grad_()
+        target = torch.randint(0, 2, (len(noisy), 3 if regions else 1, 4, 5, 6)).float()
+        of = DenoisingLoss(loss)
+        of.noisy, of.dice_over_processes = torch.tensor(noisy), over_processes
+        value = of(output, target)
+        value.backward()
+        both.append((value.detach(), output.grad))
+    torch.testing.assert_close(both[0], both[1])
+    several = DC_and_CE_loss({**kwargs, 'ddp': True}, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    assert DenoisingLoss(several).dice_over_processes
 
 
 @pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False]])

@@ -19,8 +19,10 @@ from conftest import DATASET, DATASET_ID, PLANS, STOCK, Workspace, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_pdddpm.commands.tune import main
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.evaluation.calibration import negative_log_likelihood
-from nnunet_pdddpm.evaluation.overlap import iou_matrix, mean_of_pairs
+from nnunet_pdddpm.evaluation.overlap import iou_matrix
+from nnunet_pdddpm.evaluation.raters import ged_squared
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
@@ -99,8 +101,6 @@ def test_samples_are_close_to_the_truth_then_cheap():
     assert choose_samples([far, closest]) is closest
     assert choose_samples([far, closest, as_cheap]) is as_cheap
     assert choose_samples([as_cheap, as_close, far, closest]) is as_close
-    undefined = row(BASE, ged=np.where(np.arange(20) < 4, 0.2, np.nan))
-    assert choose_samples([far, closest, undefined]) is undefined
 
 
 # the budget
@@ -162,39 +162,38 @@ def test_regions_overlap_and_their_nll_is_binary():
 
 @pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
 @pytest.mark.parametrize('number', [0, 3])
-def test_the_distance_of_samples_is_that_of_iou_matrices_without_pairs_of_a_mask_with_itself(regions, number):
+def test_the_distance_of_samples_is_that_of_the_evaluation(regions, number):
+    """Of the masks that are drawn, without what is to be ignored; to the truth without raters."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, (1 + number, 1, 6, 7))
-    labels[0, 0, 0] = 3  # to be ignored
+    labels = rng.integers(0, 3, (1 + number, 2, 6, 7))
+    labels[0, :, 0] = 3  # to be ignored
     truth = Truth(labels[0], Labels(regions, 3, 2 if regions else 3), torch.device('cpu'), labels[1:])
-    probabilities = torch.from_numpy(rng.random((4, 2 if regions else 3, 1, 6, 7)))
-    hard = (probabilities > 0.5).numpy() if regions else probabilities.argmax(1).numpy()[:, None] == [[[[1]]], [[[2]]]]
+    p = torch.from_numpy(rng.random((4, 2 if regions else 3, 2, 6, 7)))
+    p = p if regions else p / p.sum(1, keepdim=True)
+    shifts = torch.tensor([0.3, 0.3] if regions else [0, -0.4, 0.8])
+    logits = (torch.logit(p) if regions else p.log()) + shifts.reshape(-1, 1, 1, 1)
+    samples = (logits > 0).numpy() if regions else logits.argmax(1).numpy()[:, None] == [[[[1]]], [[[2]]]]
     given = labels[1:] if number else labels[:1]
     others = np.stack([np.isin(given, of) for of in (regions or (1, 2))], 1)
-    hard, others = hard[..., 1:, :], others[..., 1:, :]
-    expected = []
-    for label in (0, 1):
-        one, other = hard[:, label], others[:, label]
-        expected.append(2 * (1 - iou_matrix(one, other)).mean() - (1 - mean_of_pairs(iou_matrix(one, one)))
-                        - (1 - mean_of_pairs(iou_matrix(other, other)) if number else 0))
-    assert truth.ged([truth.harden(p) for p in probabilities]) == pytest.approx(np.mean(expected))
+    samples, others = samples[..., 1:, :], others[..., 1:, :]
+    expected = np.mean([ged_squared(iou_matrix(one, other), iou_matrix(one, one), iou_matrix(other, other))
+                        for one, other in ((samples[:, label], others[:, label]) for label in (0, 1))])
+    assert truth.ged([truth.drawn(sample, shifts) for sample in p]) == pytest.approx(expected)
 
 
 def test_samples_of_the_truths_distribution_have_the_lowest_mean_distance_to_it():
-    """And no set of fewer or more samples is preferred."""
+    """Drawn by thresholds as in prediction: a disc with a margin of the truth's width, a narrower, and a wider one."""
     rng = np.random.default_rng(0)
-
-    def masks(spread, number):
-        """Shifted balls: one-hot probabilities."""
-        y, x = np.mgrid[:24, :24]
-        balls = [np.hypot(y - 12 - dy, x - 12 - dx) < 7 for dy, dx in rng.normal(0, spread, (number, 2))]
-        return [torch.from_numpy(np.stack([~ball, ball]).astype(np.float32))[:, None] for ball in balls]
-
-    truths = [Truth(p[1].numpy().astype(int), Labels(heads=2), torch.device('cpu')) for p in masks(2, 150)]
-    ged = {(spread, number): np.mean([t.ged([t.harden(p) for p in masks(spread, number)]) for t in truths])
-           for spread, number in ((2, 3), (2, 8), (0.5, 8), (4, 8))}
-    assert ged[2, 8] < min(ged[0.5, 8], ged[4, 8]) and ged[2, 3] == pytest.approx(ged[2, 8], abs=0.02)
-    assert min(ged[0.5, 8], ged[4, 8]) > ged[2, 8] + 0.02
+    y, x = np.mgrid[:32, :32]
+    inside = torch.from_numpy(12 - np.hypot(y - 16, x - 16))[None]  # pixels within a circle
+    truths = [Truth((inside + shift > 0).numpy().astype(int), Labels(heads=2), torch.device('cpu'))
+              for shift in rng.logistic(0, 1, 200)]
+    ged = {}
+    for width in (0.3, 1, 2.5):
+        p = torch.sigmoid(inside / width)
+        samples = [truths[0].drawn(torch.stack([1 - p, p]), draw_shifts(2, False, i, 8, 0)) for i in range(8)]
+        ged[width] = np.mean([truth.ged(samples) for truth in truths])
+    assert ged[1] < min(ged[0.3], ged[2.5]) - 0.01
 
 
 # the sweep and what is stored
@@ -352,7 +351,7 @@ def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tune
     cases.names = cases.names[:1]
     passes = []
     monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
-    monkeypatch.setattr(sweep_module, 'choose_mask', lambda rows: rows[-1])
+    monkeypatch.setattr(sweep_module, 'mean', lambda values: 0.0)  # so every level is as good as stock for the mask
     sweep(predictor, cases)
     single = 2 * 3 + 1  # from two levels a draw for the mask and two samples; the direct one
     assert passes[:single].count(703) == passes[:single].count(960) == 3
@@ -514,7 +513,7 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
             now[0] += len(mirrored) * (known is None or result is not known[3])
             return result
     monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
-    monkeypatch.setattr(sweep_module, 'choose_mask', lambda rows: rows[-1])
+    monkeypatch.setattr(sweep_module, 'mean', lambda values: 0.0)  # so every level is as good as stock for the mask
     monkeypatch.setattr(cases, 'voxels', lambda name: 1000)  # as the clock has it: all cases take the same time
     single_steps = 3 * (8 + 2 + 2 + 2)  # under two mirrorings: the direct one, a draw for the mask, two samples
     # pre-segmentation; a draw for the mask and two samples, with either eta

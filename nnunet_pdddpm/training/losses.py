@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +23,53 @@ class DenoisingLoss(nn.Module):
     def __init__(self, loss: nn.Module) -> None:
         """`loss`: of nnU-Net, with `weight_dice` and `weight_ce` (the weight of the one is given to the other)."""
         super().__init__()
-        self.mask_loss = loss
-        self.proper_loss: nn.Module = copy.copy(loss)
-        weighted = self.proper_loss.__dict__
-        if {'weight_dice', 'weight_ce'} <= weighted.keys():
-            weighted.update(weight_ce=weighted['weight_ce'] + weighted['weight_dice'], weight_dice=0)
+        self.mask_loss = self.proper_loss = loss
+        self.dice_over_processes = False
+        parts: Any = loss
+        if {'weight_dice', 'weight_ce', 'dc'} <= {*vars(loss), *dict(loss.named_children())}:
+            dice, ce = parts.weight_dice, parts.weight_ce
+            self.proper_loss = _weighted(loss, 0, ce + dice)
+            self.only_dice, self.only_ce = _weighted(loss, dice, 0), _weighted(loss, 0, ce)
+            # the Dice is then one over the items of all processes, all of which take part in its sums with equal shapes
+            self.dice_over_processes = bool(parts.dc.batch_dice and parts.dc.ddp)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Logits (B, C, ...), target as nnU-Net's losses take it -> scalar, mean over the batch."""
-        if self.noisy is None or not self.noisy.any():
-            return self.mask_loss(output, target)
-        if self.noisy.all():
-            return self.proper_loss(output, target)
-        share = float(self.noisy.float().mean())
-        index = self.noisy.nonzero()[:, 0], (~self.noisy).nonzero()[:, 0]
-        noisy, clean = (torch.as_tensor(i, device=output.device) for i in index)
-        return (share * self.proper_loss(output[noisy], target[noisy])
-                + (1 - share) * self.mask_loss(output[clean], target[clean]))
+        noisy = torch.zeros(len(output), dtype=torch.bool) if self.noisy is None else self.noisy
+        share = float(noisy.float().mean())
+        at_noise, at_0 = (of.nonzero()[:, 0].to(output.device) for of in (noisy, ~noisy))
+        loss: Any = 0
+        if share > 0:
+            loss = loss + share * self.proper_loss(output[at_noise], target[at_noise])
+        if self.dice_over_processes:
+            loss = loss + (1 - share) * self.only_dice(*_as_background(noisy.to(output.device), output, target))
+        if share < 1:
+            at_level_0 = self.only_ce if self.dice_over_processes else self.mask_loss
+            loss = loss + (1 - share) * at_level_0(output[at_0], target[at_0])
+        return cast(Tensor, loss)
+
+
+def _as_background(items: Tensor, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and target with some items (B,) as recognised background, which adds nothing to a Dice of batches."""
+    of_item = items.reshape(-1, *[1] * (output.ndim - 1))
+    background = torch.full_like(output, torch.finfo(output.dtype).min / 4)
+    if target.shape[1] == 1 < output.shape[1]:  # classes, the first of which is background; else regions
+        background[:, 0] = 0
+    return torch.where(of_item, background, output), torch.where(of_item, torch.zeros_like(target), target)
+
+
+def _weighted(loss: nn.Module, weight_dice: float, weight_ce: float) -> nn.Module:
+    """The same loss, whose parts are shared, with other weights; without the Dice part if it has none."""
+    changed = copy.copy(loss)
+    changed.__dict__.update(weight_dice=weight_dice, weight_ce=weight_ce, _modules=dict(loss._modules))
+    if weight_dice == 0:  # DC_and_BCE_loss would calculate it
+        changed.dc = _NoDice()
+    return changed
+
+
+class _NoDice(nn.Module):
+    """In the place of a Dice loss."""
+
+    def forward(self, *_: Any, **__: Any) -> float:
+        """0."""
+        return 0.0

@@ -137,7 +137,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         return TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmUpPolyLRScheduler]:
-        """AdamW with warm-up: better than nnU-Net's SGD here, see docs/results/hippocampus.md."""
+        """AdamW with warm-up: not worse than nnU-Net's SGD in any measurement, see docs/design.md."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, WarmUpPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 

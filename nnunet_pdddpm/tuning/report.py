@@ -129,7 +129,7 @@ def _picture(sweep: Sweep, choice: Choice) -> bytes:
                               label=f't_start={level}' if eta == 0 else None)
         axis.axhline(value(sweep.rows[sweep.for_mask[0]]), color='black', linewidth=1, label='stock')
         for (of, settings), marker in zip(choice.items(), '*s', strict=True):
-            if settings in sweep.rows and not settings.is_stock:
+            if not settings.is_stock and (of == 'samples' or not title.startswith('GED')):
                 axis.plot(settings.steps, value(sweep.rows[settings]), marker, color='tab:red', markersize=11,
                           fillstyle='none', label=f'chosen for the {of}')
         axis.set(xlabel='steps k', ylabel=title, xscale='log')

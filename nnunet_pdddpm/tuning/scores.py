@@ -10,6 +10,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import regions_to_channels
+from nnunet_pdddpm.diffusion.drawing import drawn_logits
 from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY
 
 
@@ -46,9 +47,14 @@ class Truth:
         """(C, Z, Y, X) -> (C, N)"""
         return values.flatten(1) if self.valid is None else values[:, self.valid]
 
-    def harden(self, probabilities: Tensor) -> Tensor:
-        """Probabilities (C, Z, Y, X) to (N,) classes, or (R, N) bool of regions."""
-        return self._harden(self._voxels(probabilities))
+    def drawn(self, probabilities: Tensor, shifts: Tensor) -> Tensor:
+        """The mask of a sample, of its probabilities (C, Z, Y, X) and what draws it (C,): (N,) classes, (R, N) bool."""
+        regions, masks = self.regions is not None, []
+        for z in range(probabilities.shape[1]):  # a volume of logits would take as much memory again
+            logits = drawn_logits(probabilities[:, z], regions, shifts)
+            masks.append(logits > 0 if regions else self._compact(logits.argmax(0))[None])
+        mask = self._voxels(torch.stack(masks, 1))
+        return mask if regions else mask[0]
 
     def _harden(self, probabilities: Tensor) -> Tensor:
         return probabilities > 0.5 if self.regions is not None else self._compact(probabilities.argmax(0))
@@ -75,18 +81,19 @@ class Truth:
         return float((2 * both[there] / sizes[there]).mean()) if there.any() else float('nan')
 
     def ged(self, samples: Sequence[Tensor]) -> float:
-        """Squared generalised energy distance of samples (as `harden` gives them) to the raters, or else to the truth.
+        """Squared generalised energy distance of samples (as `drawn` gives them) to the raters, or else to the truth.
 
-        2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU, mean over labels (or regions); a pair is of two
-        different masks, so that the number of samples does not bias it (a fair score: Ferro 2014). To a single truth it
-        is the energy score, a proper one: its mean over cases is lowest for samples from the distribution of the truth
-        (Gneiting and Raftery 2007, section 4.3; 1 - IoU is of negative type).
+        2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU, over all pairs, each mask with itself included; mean
+        over labels (or regions). To a single truth it is the energy score, a proper one: its mean over cases is lowest
+        for samples from the distribution of the truth (Gneiting and Raftery 2007, section 4.3; 1 - IoU is of negative
+        type). The pairs with itself make a spread by stratified thresholds count as it is, see `draw_shifts`: the mean
+        of |u - u'| is then (1 - 1 / n²) / 3. Masks that are independent seem to be 1 / n of their spread closer.
         """
         truths = self.raters or [self.truth]
         cross = [self._distance(sample, truth) for sample in samples for truth in truths]
-        of_samples, of_truths = ([self._distance(*pair) for pair in combinations(masks, 2)] or [0.0]
+        of_samples, of_truths = (2 * sum(self._distance(*pair) for pair in combinations(masks, 2)) / len(masks) ** 2
                                  for masks in (samples, truths))
-        return float(2 * np.mean(cross) - np.mean(of_samples) - np.mean(of_truths))
+        return float(2 * np.mean(cross) - of_samples - of_truths)
 
     def _distance(self, one: Tensor, other: Tensor) -> float:
         """1 - IoU, mean over labels (or regions); two masks without a label agree on it."""

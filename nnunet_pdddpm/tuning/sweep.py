@@ -13,8 +13,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
-from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.diffusion.schedule import t_at_snr
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.summary import estimated_dice
@@ -24,7 +23,7 @@ from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_setting
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.budget import FEWEST_CASES, Cost, cases_in, settings_in
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
-from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_mask, choose_samples
+from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_samples, mean
 from nnunet_pdddpm.tuning.scores import Truth
 
 SIGNAL_TO_NOISE = (1.0, 0.25, 0.06, 0.016, 0.004)
@@ -123,11 +122,12 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
     with torch.inference_mode():
         run.single_steps([s for s in everything if s.steps <= 1])
         rows = run.rows()
-        chains = [rows[b] for s in for_mask if s.steps == 1 for b in blended(s)]
-        level_of_mask = choose_mask([rows[stock], *chains]).settings.t_start
-        level_of_samples = choose_samples([rows[s] for s in for_samples if s.steps == 1]).settings.t_start
+        reached = [rows[b] for s in for_mask if s.steps == 1 for b in blended(s)
+                   if mean(rows[b].dice) >= mean(rows[stock].dice)]
+        of_mask = max(reached, key=lambda row: mean(row.dice)).settings.t_start if reached else None
+        of_samples = choose_samples([rows[s] for s in for_samples if s.steps == 1]).settings.t_start
         left_out = run.further_steps([s for s in everything if s.steps > 1 and (
-            (s in for_mask and s.t_start == level_of_mask) or (s in for_samples and s.t_start == level_of_samples))])
+            (s in for_mask and s.t_start == of_mask) or (s in for_samples and s.t_start == of_samples))])
     run.bar.close()
     rows = run.rows()
     kept, rest = ([name for i, name in enumerate(cases.names) if (i in run.order) == there] for there in (True, False))
@@ -157,7 +157,7 @@ class _Run:
         self.measured: list[dict[SamplingSettings, Scores]] = []
         self.voxels = [] if seconds is None else [cases.voxels(name) for name in cases.names]
         self.cost: Cost | None = None
-        self.bar = tqdm(desc='Tuning, cases', total=2 * len(self.order), disable=not progress)
+        self.bar = tqdm(desc='Tuning, cases', disable=not progress)
 
     def left(self) -> float:
         """Seconds; infinite without a budget."""
@@ -179,6 +179,7 @@ class _Run:
                 self._choose_cases(case, settings, self.clock() - before)
             case.measure(settings)
             self.measured.append(case.scores)
+            self.bar.total = 2 * len(self.order)
             self.bar.update()
 
     def _choose_cases(self, first: CaseSweep, settings: list[SamplingSettings], presegmentation: float) -> None:
@@ -203,7 +204,10 @@ class _Run:
         further: list[dict[SamplingSettings, Scores]] = []
         for i in self.order if kept else []:
             if self.left() < 0:
-                return settings
+                if len(further) < FEWEST_CASES:
+                    return settings
+                self.order, self.measured = self.order[:len(further)], self.measured[:len(further)]
+                break
             case = CaseSweep(self.predictor, self.cases.load(self.cases.names[i]))
             case.measure(kept)
             further.append(case.scores)
@@ -250,13 +254,14 @@ class CaseSweep:
         self.stock = self.volume.add_stock(torch.zeros(self.volume.shape, device=device), 1.0)[self.box]
         dice, nll = self.truth.score(self.stock)
         self.scores[stock_settings(self.predictor.refiner)] = {
-            'dice': dice, 'nll': nll, 'ged': self.truth.ged([self.truth.harden(self.stock)])}
+            'dice': dice, 'nll': nll,
+            'ged': self.truth.ged([self.truth.drawn(self.stock, torch.zeros(len(self.stock)))])}
 
     def _measure(self, settings: Sequence[SamplingSettings]) -> None:
         for _, chains in groupby(sorted(settings, key=_start), key=_start):
             together = list(chains)
-            channels, hard = len(self.stock), together[0].samples * (1 if len(self.stock) <= 256 else 2)
-            side_by_side = max(1, MEMORY // (self.stock[0].numel() * (5 * channels + 12 + channels * hard)))
+            channels, masks = len(self.stock), together[0].samples * (len(self.stock) if self.truth.regions else 1)
+            side_by_side = max(1, MEMORY // (self.stock[0].numel() * (5 * channels + 12 + masks)))
             for first in range(0, len(together), side_by_side):
                 self._measure_group(together[first:first + side_by_side])
 
@@ -271,8 +276,7 @@ class CaseSweep:
                 p = volume.sample(s, sample, number)
                 shifts = draw_shifts(len(p), regions, sample, number, s.seed)
                 spread.add(p, shifts)
-                drawn = logits_to_probabilities(drawn_logits(p[self.box], regions, shifts)[None], regions)[0]
-                masks.append(self.truth.harden(drawn))
+                masks.append(self.truth.drawn(p[self.box], shifts))
         volume.forget()
         for s, spread, masks in zip(group, spreads, hard, strict=True):
             spread.crop(self.box[1:])
