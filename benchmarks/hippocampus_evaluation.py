@@ -289,7 +289,8 @@ def write_table(work: Path, file: Path) -> None:
         '`nnUNetv2_pdddpm_evaluate`. Δ: paired difference to `stock` with its 95 % bootstrap interval over cases. '
         'Surface Dice at 1 mm. NLL and ECE over all voxels, ECE also near the reference; AURC: lower is better; ρ: '
         'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, of 8 samples. Network '
-        'calls and CPU seconds (one thread, reading and writing included) for a case: the mean of three cases, or one where the row has few.', '',
+        'calls and CPU seconds (one thread, reading and writing included) for a case: the mean of three cases, or one '
+        'where the row has few.', '',
         '| | Dice ± sd over cases | Δ Dice | HD95 mm | surface Dice | NLL | Δ NLL | ECE | ECE near | AURC | ρ | '
         'true volume in the interval | network calls | CPU seconds |',
         '|' + '---|' * 14,
