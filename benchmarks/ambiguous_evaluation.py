@@ -26,6 +26,7 @@ from ambiguous import (
     model_fold,
 )
 from ambiguous_phantom import SHAPES, SIZE, Object, Phantom, phantom
+from hippocampus import mean_and_interval
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage import io
 
@@ -246,9 +247,4 @@ def difference(metrics: Metrics, baseline: Metrics, name: str) -> tuple[float, f
         name: of the metric.
     """
     seeds, images = (min(n) for n in zip(metrics[name].shape, baseline[name].shape, strict=True))
-    of = metrics[name][:seeds, :images] - baseline[name][:seeds, :images]
-    rng = np.random.default_rng(0)
-    drawn_seeds, drawn_images = (rng.integers(n, size=(10_000, n)) for n in of.shape)
-    draws = of[drawn_seeds[:, :, None], drawn_images[:, None, :]].mean((1, 2))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(of.mean()), float(low), float(high)
+    return mean_and_interval(metrics[name][:seeds, :images] - baseline[name][:seeds, :images])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, PDDDPM_TRAINERS, PLANS, STOCK_TRAINER
+from hippocampus import mean_and_interval
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage import io
 
@@ -244,8 +245,4 @@ def difference(metrics: Metrics | Sequence[Metrics], baseline: Metrics | Sequenc
                ) -> tuple[float, float, float]:
     """Mean paired difference to a baseline, its 95 % interval: a bootstrap that draws images, and folds if given."""
     one, other = (np.array([m[name] for m in ([of] if isinstance(of, dict) else of)]) for of in (metrics, baseline))
-    of, rng = one - other, np.random.default_rng(0)
-    images, folds = (rng.integers(n, size=(10_000, n)) for n in of.shape[::-1])
-    draws = of[folds[:, :, None], images[:, None, :]].mean((1, 2))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(of.mean()), float(low), float(high)
+    return mean_and_interval(one - other)

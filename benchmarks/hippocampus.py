@@ -114,6 +114,14 @@ def tune(work: Path, trainer: str, fold: int) -> None:
              'cpu', '-budget', str(TUNING_MINUTES[fold]))
 
 
+def mean_and_interval(of: np.ndarray) -> tuple[float, float, float]:
+    """Mean of differences (trainings, cases), and its 95 % interval: a bootstrap that draws both."""
+    rng = np.random.default_rng(0)
+    trainings, cases = (rng.integers(n, size=(10_000, n)) for n in of.shape)
+    low, high = np.quantile(of[trainings[:, :, None], cases[:, None, :]].mean((1, 2)), [0.025, 0.975])
+    return float(of.mean()), float(low), float(high)
+
+
 def parse(description: str | None, dataset: str, table: str, stages: Sequence[str]) -> argparse.Namespace:
     """The command line of a benchmark in stages.
 

@@ -31,6 +31,7 @@ from hippocampus import (
     TUNING_MINUTES,
     call,
     fold_folder,
+    mean_and_interval,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -187,14 +188,6 @@ def differences(result: dict[str, Any], baseline: dict[str, Any], values: Values
     """Paired differences to a baseline in what `values` takes from a case: (cases,)."""
     of_baseline = {case['case']: values(case) for case in baseline['cases']}
     return np.array([values(case) - of_baseline[case['case']] for case in result['cases']])
-
-
-def mean_and_interval(of: np.ndarray) -> tuple[float, float, float]:
-    """Mean of differences (trainings, cases), and its 95 % interval: a bootstrap that draws both."""
-    rng = np.random.default_rng(0)
-    trainings, cases = (rng.integers(n, size=(10_000, n)) for n in of.shape)
-    low, high = np.quantile(of[trainings[:, :, None], cases[:, None, :]].mean((1, 2)), [0.025, 0.975])
-    return float(of.mean()), float(low), float(high)
 
 
 def difference(result: dict[str, Any], baseline: dict[str, Any], values: Values) -> tuple[float, float, float]:

@@ -72,15 +72,10 @@ class PDDDPMTrainerAmbiguousPaper(Ambiguous, PaperCPUTraining, PDDDPMTrainerPape
 # for ablation.py: a base with one thing changed
 
 
-class PDDDPMTrainerAmbiguousBase(PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousBase(NoiseOnTruth, PDDDPMTrainerAmbiguous):
     """A quarter of the patches at level 0, the other levels uniform."""
 
-    share, power = 0.25, 0
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share, self.level_power = self.share, self.power
+    share = 0.25
 
 
 class PDDDPMTrainerAmbiguousScratch(PDDDPMTrainerAmbiguousBase):

@@ -70,12 +70,12 @@ class SeededEpochs:
 class NoiseOnTruth:
     """Mixin: noise on the truth in every patch, at levels drawn uniformly, as in the paper."""
 
-    share = 0.0
+    share, power = 0.0, 0
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share, self.level_power = self.share, 0
+        self.presegmentation_share, self.level_power = self.share, self.power
 
 
 class NoDiffusion(NoiseOnTruth):
