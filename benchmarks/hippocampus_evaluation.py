@@ -42,8 +42,6 @@ from nnunet_pdddpm.network.refiner import Refiner
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-NUM_SAMPLES = 8
-
 
 class Row(NamedTuple):
     """A line of the table: what is predicted, and by which command."""
@@ -153,7 +151,7 @@ def measure_cost(work: Path, row: Row) -> None:
 
 
 def coverage(output: Path) -> str:
-    """How often the 95 % interval of the samples' volumes holds the true volume, and how wide it is."""
+    """How often the 95 % interval of the volumes holds the true one, and its mean width in true volumes."""
     with open(output / 'evaluation.csv', newline='') as file:
         truth = {(row['case'], row['label']): float(row['reference_volume_ml']) for row in csv.DictReader(file)}
     inside, width = [], []
@@ -281,7 +279,8 @@ def write_table(work: Path, file: Path) -> None:
         'By `nnUNetv2_predict` and `nnUNetv2_pdddpm_predict` with mirroring, mean over labels, and '
         '`nnUNetv2_pdddpm_evaluate`. Δ: paired difference to `stock` with its 95 % bootstrap interval over cases. '
         'Surface Dice at 1 mm. NLL and ECE over all voxels, ECE also near the reference; AURC: lower is better; ρ: '
-        'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, of 8 samples. Network '
+        'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, calibrated with the '
+        'tuning, and for the second stage, which is not tuned, the quantiles of 8 thresholds. Network '
         'calls and CPU seconds (one thread, reading and writing included) for a case: the mean of three cases, or one '
         'where the row has few.', '',
         '| | Dice ± sd over cases | Δ Dice | HD95 mm | surface Dice | NLL | Δ NLL | ECE | ECE near | AURC | ρ | '
@@ -290,7 +289,7 @@ def write_table(work: Path, file: Path) -> None:
         *(table_row(work, row, stock) for row in rows), '',
     ]
     lines += ['![Estimated against true Dice](triage.png)', '',
-              f'A dot a case of the row PDDDPM: agreement of its {NUM_SAMPLES} samples against its true Dice.', '',
+              'A dot a case of the row PDDDPM.', '',
               *trainings_table(work)]
     draw_triage(work, file.with_name('triage.png'))
     file.parent.mkdir(parents=True, exist_ok=True)

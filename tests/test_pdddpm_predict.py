@@ -40,6 +40,8 @@ from nnunet_pdddpm.commands.predict import main, main_modelfolder
 from nnunet_pdddpm.demo.phantom import make_case, write_dataset
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.network.refiner import SAMPLES, stored_settings
+from nnunet_pdddpm.tuning.stored import store
 
 CASES = ('odd', 'phantom_009', 'phantom_010')
 MARGIN = ((2, 3), (3, 2), (4, 1))  # zeros around 'odd', which nnU-Net crops away
@@ -300,7 +302,7 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
                 expected['volume_ml_sd_within_folds'] = np.mean([own.std(ddof=1) for own in of_fold])
             for key, value in expected.items():
                 assert values[key] == pytest.approx(value, rel=1e-5, abs=1e-9), (case, name, key)
-            assert values.keys() == expected.keys() | {'pairwise_dice', 'uncertain_share'}
+            assert values.keys() == expected.keys() | {'estimated_dice', 'pairwise_dice', 'uncertain_share'}
             known = values['pairwise_dice'] is not None
             assert known == any((sample == label).any() for sample in samples)
             assert not known or 0 <= values['pairwise_dice'] < 1
@@ -308,12 +310,56 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
             for key, value in values.items():
                 assert lines[case, name][key] == '' if value is None else \
                     float(lines[case, name][key]) == pytest.approx(value), (case, name, key)
-        dices = [values['pairwise_dice'] for values in row['labels'].values() if values['pairwise_dice'] is not None]
+        dices = [v['estimated_dice'] for v in row['labels'].values() if v['estimated_dice'] is not None]
         assert row['estimated_dice'] == pytest.approx(np.mean(dices))
         assert float(lines[case, 'organ']['case_seconds']) > 0
 
 
-def test_the_estimated_dice_is_close_to_that_of_the_saved_samples(predicted):
+def test_the_estimated_dice_is_what_mask_and_probabilities_say(one_case, tmp_path):
+    """Where the samples serve for the mask, the saved probabilities are their mean."""
+    (row,) = rows(predict(one_case, tmp_path, *QUICK, '--save_probabilities', '-samples', '4')).values()
+    probabilities = np.load(tmp_path / f'{row["case"]}.npz')['probabilities'].astype(float)
+    mask = read(tmp_path / f'{row["case"]}.nii.gz')
+    for name, label in (('organ', 1), ('lesion', 2)):
+        p, inside = probabilities[label], mask == label
+        found, expected = row['labels'][name]['estimated_dice'], 2 * p[inside].sum() / (inside.sum() + p.sum())
+        assert found == pytest.approx(expected, abs=0.002) or found is None and name == 'lesion' and not inside.any()
+
+
+def test_calibrated_intervals_hold_for_the_tuned_settings_only(one_case, tmp_path, capsys, monkeypatch):
+    """As `nnUNetv2_pdddpm_tune` stores them: 1.5 standard deviations to both sides of the samples' mean."""
+    results = tmp_path / 'nnUNet_results'
+    shutil.copytree(model_folder(), results / DATASET / model_folder().name)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    file = model_folder() / 'fold_0' / 'checkpoint_final.pth'
+    stored = stored_settings(torch.load(file, weights_only=False)['network_weights'], SAMPLES)
+    store(file.parent, stored, stored, 1.5)
+    out = predict(one_case, tmp_path / 'tuned', *QUICK, '-samples', '4')
+    assert 'quantiles of the samples' not in capsys.readouterr().out
+    (row,) = rows(out).values()
+    assert row['settings'][0]['interval_sd'] == 1.5
+    organ = row['labels']['organ']
+    mean, sd = organ['volume_ml_mean'], organ['volume_ml_sd']
+    assert sd > 0 and organ['volume_ml_high'] == pytest.approx(mean + 1.5 * sd)
+    assert organ['volume_ml_low'] == pytest.approx(max(mean - 1.5 * sd, 0))
+
+    other = predict(one_case, tmp_path / 'other', *QUICK, '-samples', '4', '-t_start', str(stored.t_start - 1))
+    assert 'the calibrated ones hold for the tuned settings only' in capsys.readouterr().out
+    (row,) = rows(other).values()
+    assert row['settings'][0]['interval_sd'] is None
+    samples = [(read(other / 'samples' / f'{row["case"]}_s{i:02d}.nii.gz') == 1).sum() for i in range(4)]
+    organ = row['labels']['organ']
+    ratio = np.array([organ['volume_ml_low'], organ['volume_ml_high']]) / organ['volume_ml_mean']
+    np.testing.assert_allclose(ratio, np.percentile(samples, [2.5, 97.5]) / np.mean(samples), rtol=1e-5)
+
+    checkpoint = torch.load(file, weights_only=False)  # of a model from before intervals were calibrated
+    del checkpoint['network_weights']['interval_sd']
+    torch.save(checkpoint, file)
+    predict(one_case, tmp_path / 'old', *QUICK, '-samples', '4')
+    assert 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them)' in capsys.readouterr().out
+
+
+def test_the_agreement_is_close_to_that_of_the_saved_samples(predicted):
     """It is taken in the network's grid, before resampling: for the phantoms that is the image's own."""
     for case in CASES[1:]:
         samples = [read(predicted / 'samples' / f'{case}_s{i:02d}.nii.gz') for i in range(4)]

@@ -32,7 +32,15 @@ from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning import tune as tune_module
 from nnunet_pdddpm.tuning.budget import Cost, cases_in, settings_in
 from nnunet_pdddpm.tuning.cases import ValidationCases
-from nnunet_pdddpm.tuning.choice import Row, TuningError, choose_mask, choose_samples, difference_interval
+from nnunet_pdddpm.tuning.choice import (
+    LEVEL,
+    Row,
+    TuningError,
+    choose_mask,
+    choose_samples,
+    conformal_width,
+    difference_interval,
+)
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import candidates, sweep
@@ -104,6 +112,22 @@ def test_samples_are_close_to_the_truth_then_cheap():
 
 
 # the budget
+
+def test_a_conformal_interval_holds_what_it_promises_for_new_cases_however_errors_are_spread():
+    rng = np.random.default_rng(0)
+    for draw in (rng.standard_exponential, lambda size: abs(rng.standard_cauchy(size))):
+        held = [(draw(20) <= conformal_width(draw(39))).mean() for _ in range(2000)]
+        assert LEVEL - 0.01 < np.mean(held) < LEVEL + 0.03  # expected 38 of 40
+
+
+def test_a_conformal_interval_needs_enough_errors_and_leaves_out_the_undefined():
+    errors = np.arange(1.0, 20).reshape(19, 1)
+    assert conformal_width(errors) == 19 and conformal_width(errors[1:]) == 0 and conformal_width(None) == 0
+    assert conformal_width(np.concatenate([errors, errors + 19, np.full((5, 1), np.nan)])) == 38  # 38th of 38
+    assert conformal_width(np.concatenate([errors, errors + 19, errors + 38])) == 56  # 56th of 57: 0.95 * 58 = 55.1
+    errors[0] = np.inf
+    assert conformal_width(errors) == 0  # all samples of a case had the same, wrong volume
+
 
 def grid(levels=(500, 900), samples=8) -> list[SamplingSettings]:
     return [SamplingSettings(t_start=t, steps=k, samples=samples, eta=eta)
@@ -196,6 +220,21 @@ def test_samples_of_the_truths_distribution_have_the_lowest_mean_distance_to_it(
     assert ged[1] < min(ged[0.3], ged[2.5]) - 0.01
 
 
+@pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
+def test_errors_of_volumes_are_in_standard_deviations_of_the_samples(regions):
+    truth = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0, 3]]]), Labels(regions, 3, heads=2 if regions else 3),
+                  torch.device('cpu'))
+
+    def mask(ones: int, twos: int) -> torch.Tensor:
+        labels = torch.tensor([1] * ones + [2] * twos + [0] * (7 - ones - twos))
+        return torch.stack([labels > 0, labels == 2]) if regions else labels
+    assert truth.volume_errors([mask(1, 0), mask(3, 0)])[0] == pytest.approx((4 - 2) / np.sqrt(2))
+    assert np.isnan(truth.volume_errors([mask(1, 0), mask(3, 0)])[1])
+    assert truth.volume_errors([mask(4, 0), mask(4, 0)])[0] == 0
+    errors = truth.volume_errors([mask(3, 1), mask(3, 1)])
+    assert errors[1] == np.inf and errors[0] == (0 if regions else np.inf)
+
+
 # the sweep and what is stored
 
 @pytest.fixture(scope='module')
@@ -271,7 +310,7 @@ def settings_of(row: dict) -> SamplingSettings:
 
 def test_training_ends_with_tuned_settings_in_both_checkpoints_and_in_the_network(tuned):
     assert FILES <= {file.name for file in (tuned / 'fold_0').iterdir()}
-    chosen = {of: SamplingSettings(**settings) for of, settings in report(tuned)['chosen'].items()}
+    chosen = {of: SamplingSettings(**report(tuned)['chosen'][of]) for of in ('mask', 'samples')}
     for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
         stored = weights(tuned / 'fold_0' / name)
         assert stored_settings(stored, MASK) == chosen['mask'] and stored_settings(stored, SAMPLES) == chosen['samples']
@@ -312,6 +351,9 @@ def test_the_report_says_what_was_measured(tuned):
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) and 'mask' in ''.join(line['chosen'] for line in table)
     assert float(table[0]['dice']) == pytest.approx(content['rows'][0]['dice'], rel=1e-4)
+    samples = rows[SamplingSettings(**content['chosen']['samples'])]
+    assert np.shape(samples['per_case']['volume_errors']) == (3, 2) and stock['per_case']['volume_errors'] is None
+    assert content['chosen']['interval_sd'] == 0 and 'Intervals of volumes are not calibrated' in log(tuned)  # 6 < 19
     picture = (tuned / 'fold_0' / 'sampling_sweep.png').read_bytes()
     assert picture.startswith(b'\x89PNG') and len(picture) > 10_000
 
@@ -423,7 +465,7 @@ def test_a_full_disk_is_told_where_torch_does_not_tell_it(scratch, monkeypatch):
     monkeypatch.setattr(torch, 'save', cut_off)
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match='The disk is full'):
-        store(scratch / 'fold_0', SamplingSettings(), SamplingSettings())
+        store(scratch / 'fold_0', SamplingSettings(), SamplingSettings(), 0.0)
 
 
 def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_again(scratch, monkeypatch):
@@ -451,7 +493,7 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     assert not (fold / 'sampling_sweep.json').exists()
     trainer._first_epoch = trainer.current_epoch  # --c
     choice = trainer.tune_sampling()
-    assert report(scratch)['chosen'] == {'mask': asdict(choice.mask), 'samples': asdict(choice.samples)}
+    assert report(scratch)['chosen'] == asdict(choice)
     for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
         assert stored_settings(weights(fold / name), MASK) == choice.mask
 

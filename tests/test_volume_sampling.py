@@ -17,7 +17,7 @@ from nnunet_pdddpm.diffusion.process import GaussianProcess
 from nnunet_pdddpm.diffusion.sampling import refine
 from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.summary import estimated_dice, volumes, write_case, write_summary
+from nnunet_pdddpm.inference.summary import mean_of_known, volumes, write_case, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
     fuse_tiles,
     mirrorings,
@@ -291,6 +291,28 @@ def test_pairwise_dice_is_the_mean_of_the_pairs_where_sizes_agree():
     assert spread_of(hard[:1], False).pairwise_dice(1) is None
 
 
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+def test_the_estimated_dice_is_the_one_expected_of_truths_that_follow_the_probabilities(regions):
+    rng = np.random.default_rng(5)
+    p = probabilities_like(rng, 1, regions, (3, 10, 20, 20)).repeat(2, 0)
+    mask = p[0, 1] > 0.3
+    truths = rng.random((400, *mask.shape)) < p[0, 1]
+    dices = 2 * (truths & mask).sum((1, 2, 3)) / (mask.sum() + truths.sum((1, 2, 3)))
+    estimate = spread_of(p, regions).estimated_dice(1, torch.from_numpy(mask))
+    assert estimate == pytest.approx(dices.mean(), abs=4 * dices.std() / 20)
+    assert spread_of(p, regions).estimated_dice(1, torch.zeros(mask.shape, dtype=torch.bool)) == 0
+
+
+def test_no_dice_is_estimated_of_a_label_that_neither_mask_nor_samples_have():
+    p = np.zeros((2, 3, 1, 2, 2))
+    p[:, 0], p[:, 1], p[:, 2] = 0.9, 0.1, 0
+    nothing = torch.zeros((1, 2, 2), dtype=torch.bool)
+    assert spread_of(p, False).estimated_dice(1, nothing) is None
+    assert spread_of(p, False).estimated_dice(1, ~nothing) == pytest.approx(2 * 0.4 / (4 + 0.4))
+    p[0, 0], p[0, 1] = 0.4, 0.6
+    assert spread_of(p, False).estimated_dice(1, nothing) == 0
+
+
 @pytest.mark.parametrize('samples', [8, 10, 11])
 def test_a_region_on_which_all_agree_hides_no_disagreement_on_another(samples):
     """Ten tenths of one are a little more than one in single precision."""
@@ -357,10 +379,18 @@ def test_volumes_of_samples_by_hand():
     assert one_each['volume_ml_sd_within_folds'] is None
 
 
-def test_estimated_dice_is_the_mean_over_the_labels_that_are_there():
-    assert estimated_dice([0.5, None, 1.0]) == 0.75
-    assert estimated_dice([None, None]) is None
-    assert estimated_dice([]) is None
+def test_a_calibrated_interval_is_as_many_standard_deviations_wide_and_not_below_0():
+    row = volumes([10, 20, 30, 60], [0] * 4, 0.5, 1.2)
+    sd = math.sqrt((100 + 25 + 0 + 225) / 3)
+    assert (row['volume_ml_low'], row['volume_ml_high']) == pytest.approx((15 - 1.2 * sd, 15 + 1.2 * sd))
+    assert volumes([10, 20, 30, 60], [0] * 4, 0.5, 2)['volume_ml_low'] == 0
+    assert volumes([10], [0], 0.5, 2)['volume_ml_low'] is None
+
+
+def test_a_mean_is_over_the_labels_that_are_there():
+    assert mean_of_known([0.5, None, 1.0]) == 0.75
+    assert mean_of_known([None, None]) is None
+    assert mean_of_known([]) is None
 
 
 def a_row(number, folds=1):

@@ -47,7 +47,7 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         truth: folder of label maps of the same names.
         labels: name to value of the labels.
     """
-    lines = ['Volume in ml (95 % of the samples), and the true one']
+    lines = ['Volume in ml (95 % interval), and the true one']
     for case in json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']:
         image = sitk.ReadImage(str(truth / f'{case["case"]}.nii.gz'))
         voxel_ml = float(np.prod(image.GetSpacing())) / 1000

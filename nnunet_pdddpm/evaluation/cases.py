@@ -19,7 +19,7 @@ from nnunet_pdddpm.evaluation.calibration import (
     two_class,
 )
 from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
-from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
+from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
 from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 
@@ -169,12 +169,14 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
         for name, of in result.labels.items():
             given = entry.get('labels', {}).get(name, {})
             low, high = ((_number(given.get(f'volume_ml_{end}')) if comparable else NAN) for end in ('low', 'high'))
-            of |= {'estimated_dice': _number(given.get('pairwise_dice')), 'volume_low_ml': low, 'volume_high_ml': high}
+            of |= {'estimated_dice': _number(given.get('estimated_dice')), 'volume_low_ml': low, 'volume_high_ml': high}
     elif len(samples) > 1:
         for name, label in data.folders.labels.items():
             masks = np.stack([data.mask(sample, label) for sample in samples])
             low, high = np.quantile(np.count_nonzero(masks.reshape(len(masks), -1), 1), INTERVAL) * data.voxel_ml
-            result.labels[name] |= {'estimated_dice': mean_of_pairs(dice_of_iou(iou_matrix(masks, masks))),
+            p, mask = masks.mean(0), data.mask(data.prediction, label)
+            size = np.count_nonzero(mask) + p.sum()
+            result.labels[name] |= {'estimated_dice': float(2 * p[mask].sum() / size) if size > 0 else NAN,
                                     'volume_low_ml': float(low), 'volume_high_ml': float(high)}
         result.values['estimated_dice'] = _nanmean(of['estimated_dice'] for of in result.labels.values())
     for of in result.labels.values():

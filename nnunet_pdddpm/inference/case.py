@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy, label_channels
 from nnunet_pdddpm.inference.preprocess import end_with_parent
-from nnunet_pdddpm.inference.summary import CASES, FAILED, estimated_dice, versions, volumes, write_case
+from nnunet_pdddpm.inference.summary import CASES, FAILED, mean_of_known, versions, volumes, write_case
 from nnunet_pdddpm.inference.volume import VolumePrediction
 
 LOCK = '.lock'
@@ -76,7 +76,7 @@ class CaseUnderWay:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
-                 settings: list[dict[str, Any]], queue: ExportQueue) -> None:
+                 settings: list[dict[str, Any]], interval_sd: float | None, queue: ExportQueue) -> None:
         """
         Args:
             export: writes into its folder, a new one is made.
@@ -84,12 +84,14 @@ class CaseUnderWay:
             num_samples: number of samples that will be added.
             num_folds: sample number i comes from model i modulo this.
             settings: of the models, for the summary.
+            interval_sd: of the volumes, see `summary.volumes`.
             queue: where exports run.
 
         Raises:
             OutputInUse: if another process is at the same case.
         """
         self.export, self.output, self.queue, self.settings = export, output, queue, settings
+        self.interval_sd = interval_sd
         self.folds = [i % num_folds for i in range(num_samples)]
         self.samples: dict[int, Future[dict[str, int]]] = {}
         export.folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,10 @@ class CaseUnderWay:
         self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
         self.pairwise = {name: spread.pairwise_dice(channel) for name, channel in self.channels.items()}
         self.unsure = {name: spread.unsure_share([channel]) for name, channel in self.channels.items()}
-        self.row = {'case': self.export.case, 'estimated_dice': estimated_dice(list(self.pairwise.values())),
+        hard = None if spread.regions else prediction.logits.argmax(0)
+        self.estimated = {name: spread.estimated_dice(channel, prediction.logits[channel] > 0 if hard is None
+                                                      else hard == channel) for name, channel in self.channels.items()}
+        self.row = {'case': self.export.case, 'estimated_dice': mean_of_known(list(self.estimated.values())),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
                     'network_calls': prediction.network_calls,
@@ -137,9 +142,11 @@ class CaseUnderWay:
         ml, labels = self.export.voxel_volume_ml(), {}
         sizes = [self.samples[number].result() for number in range(len(self.folds))]
         for name, counts in self.rest.result().items():
-            labels[name] = {'volume_ml': counts['voxels'] * ml, **volumes([s[name] for s in sizes], self.folds, ml),
+            labels[name] = {'volume_ml': counts['voxels'] * ml,
+                            **volumes([s[name] for s in sizes], self.folds, ml, self.interval_sd),
                             'volume_ml_stock': counts['voxels_stock'] * ml, 'components': counts['components'],
-                            'pairwise_dice': self.pairwise[name], 'uncertain_share': self.unsure[name]}
+                            'estimated_dice': self.estimated[name], 'pairwise_dice': self.pairwise[name],
+                            'uncertain_share': self.unsure[name]}
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
         write_case(folder / CASES, {**self.row, 'labels': labels})
         for file in self.export.earlier_files(self.output):

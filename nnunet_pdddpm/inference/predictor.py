@@ -61,7 +61,7 @@ class PDDDPMPredictor(VolumePredictor):
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
         of_all = {'slice_correlation': self.slice_correlation, 'sure': self.sure, 'step_size': self.tile_step_size,
-                  'mirroring': self.use_mirroring}
+                  'mirroring': self.use_mirroring, 'interval_sd': self.interval_sd}
         return [{'model': self.model, 'fold': fold, **asdict(settings), **of_all}
                 for fold, settings in zip(self.folds, self.fold_settings, strict=True)]
 
@@ -179,7 +179,8 @@ class PDDDPMPredictor(VolumePredictor):
             outputs.add(Path(file).parent)
             print(f'\nPredicting {Path(file).name}:')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
-                                self.num_samples, len(self.fold_settings), self.settings_for_summary(), queue)
+                                self.num_samples, len(self.fold_settings), self.settings_for_summary(),
+                                self.interval_sd, queue)
             with self._fails_alone(case, outputs):
                 prediction = self.predict_volume(data, case.add_sample)
                 require_finite(prediction)

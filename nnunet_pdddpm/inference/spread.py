@@ -101,6 +101,18 @@ class Spread:
             return None
         return sum(c * (c - 1) * voxels for c, voxels in enumerate(histogram)) / ((self.samples - 1) * total)
 
+    def estimated_dice(self, channel: int, mask: Tensor) -> float | None:
+        """Dice of a mask (Z, Y, X) bool with a truth of which the mean probabilities p are right, of a channel.
+
+        2 sum over the mask of p / (size of the mask + sum of p): expected intersection over expected sizes. Where p is
+        too sure, so is the estimate. None if neither the mask nor any sample has the channel.
+        """
+        p, mask = self.mean[channel], mask.to(self.mean.device)
+        size = int(mask.sum())
+        if size == 0 and not self.counts[channel].any():
+            return None
+        return float(2 * p[mask].sum(dtype=torch.float64) / (size + p.sum(dtype=torch.float64)))
+
     def unsure_share(self, channels: Sequence[int]) -> float:
         """Share of unsure voxels among those that may belong to one of the channels (mean probability over 10 %)."""
         unsure = possible = 0

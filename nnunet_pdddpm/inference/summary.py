@@ -24,22 +24,27 @@ FAILED = f'{CASES}/failed'
 SUMMARY = 'pdddpm_summary'
 
 
-def volumes(voxels: Sequence[int], folds: Sequence[int], voxel_ml: float) -> dict[str, float | None]:
+def volumes(voxels: Sequence[int], folds: Sequence[int], voxel_ml: float,
+            interval_sd: float | None = None) -> dict[str, float | None]:
     """Volume over the samples.
 
     Args:
         voxels: of each sample.
         folds: model that drew each sample.
         voxel_ml: volume of a voxel in ml.
+        interval_sd: half of the width of the calibrated 95 % interval, in standard deviations; see `conformal_width`.
 
     Returns:
-        In ml: mean, standard deviation, 2.5 % and 97.5 % quantile (interpolated, so between the smallest and the
-        largest sample), and, for several models, the standard deviation of their means and the mean one within a model.
-        None for what cannot be told of a single sample.
+        In ml: mean, standard deviation, ends of the 95 % interval, and, for several models, the standard deviation of
+        their means and the mean one within a model. The interval is the mean with `interval_sd` standard deviations to
+        both sides, not below 0; without it the samples' 2.5 % and 97.5 % quantile (interpolated, so between the
+        smallest and the largest). None for what cannot be told of a single sample.
     """
     ml = np.asarray(voxels, float) * voxel_ml
     several = len(ml) > 1
     low, high = np.percentile(ml, [2.5, 97.5])
+    if several and interval_sd is not None:
+        low, high = np.maximum(ml.mean() + np.array([-1, 1]) * interval_sd * ml.std(ddof=1), 0)
     row = {'volume_ml_mean': float(ml.mean()), 'volume_ml_sd': float(ml.std(ddof=1)) if several else None,
            'volume_ml_low': float(low) if several else None, 'volume_ml_high': float(high) if several else None}
     of_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
@@ -50,9 +55,9 @@ def volumes(voxels: Sequence[int], folds: Sequence[int], voxel_ml: float) -> dic
     return row
 
 
-def estimated_dice(pairwise: Sequence[float | None]) -> float | None:
-    """Mean pairwise Dice of the samples over the labels that any of them has; None if there is none."""
-    known = [dice for dice in pairwise if dice is not None]
+def mean_of_known(dices: Sequence[float | None]) -> float | None:
+    """Mean over the labels of which a Dice is known; None if there is none."""
+    known = [dice for dice in dices if dice is not None]
     return float(np.mean(known)) if known else None
 
 

@@ -19,6 +19,7 @@ from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
 _refine = torch.compiler.disable(refine, recursive=False)
 
 MASK, SAMPLES = '', 'sampler_'  # prefixes of the two sets of sampling settings in the state dict
+INTERVAL = 'interval_sd'  # in the state dict: see `register_buffer` below
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Refiner(nn.Module):
 
     has_regions: Tensor
     t_max: Tensor
+    interval_sd: Tensor
 
     def __init__(self, presegmenter: nn.Module, unet: nn.Module, num_channels: int, design: DiffusionDesign) -> None:
         """
@@ -75,6 +77,8 @@ class Refiner(nn.Module):
         self.denoiser = Denoiser(unet, num_channels * (2 if design.condition_on_presegmentation else 1))
         self.register_buffer('has_regions', torch.tensor(False))
         self.register_buffer('t_max', torch.tensor(NUM_TIMESTEPS))
+        # half of the 95 % interval of volumes in standard deviations of the samples' volumes, 0 if it is not known
+        self.register_buffer(INTERVAL, torch.tensor(0.0))
         for prefix in (MASK, SAMPLES):
             for name, value in asdict(SamplingSettings()).items():
                 dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
@@ -116,6 +120,8 @@ class Refiner(nn.Module):
         """
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         before = self.settings
+        if INTERVAL not in state_dict:  # of a model from before intervals were calibrated
+            state_dict = {**state_dict, INTERVAL: torch.tensor(0.0)}
         result = super().load_state_dict(state_dict, strict, assign)
         self.use_stored_settings()
         stored = self.settings

@@ -320,6 +320,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         if choice[0] is not None:
             self.refiner.configure(choice[0].mask, choice[0].samples, int(self.refiner.t_max),
                                    self.label_manager.has_regions)
+            self.refiner.interval_sd.fill_(choice[0].interval_sd)
 
     def tune_sampling(self) -> Choice | None:
         """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""

@@ -29,6 +29,8 @@ class Choice:
     """What is put into the model."""
     mask: SamplingSettings
     samples: SamplingSettings
+    interval_sd: float = 0.0
+    """Of the volumes: see `conformal_width`."""
 
     def items(self) -> list[tuple[str, SamplingSettings]]:
         """What each is for, and it."""
@@ -43,7 +45,8 @@ def in_one_line(sweep: Sweep, choice: Choice) -> str:
             f'{mean(stock.nll):.3g}')
     samples = sweep.rows[choice.samples]
     between = '' if samples.agreement is None else f', Dice between them {mean(samples.agreement):.3f}'
-    return f'{line}; samples: {_named(choice.samples)}: GED² {mean(samples.ged):.3f}{between}'
+    interval = f', volume interval of {choice.interval_sd:.2f} sd' if choice.interval_sd else ''
+    return f'{line}; samples: {_named(choice.samples)}: GED² {mean(samples.ged):.3f}{between}{interval}'
 
 
 def _named(settings: SamplingSettings) -> str:
@@ -88,7 +91,8 @@ def _summary(sweep: Sweep, choice: Choice) -> dict[str, Any]:
     rows = []
     for row in sweep.rows.values():
         per_case = {name: None if values is None else values.tolist() for name, values in (
-            ('dice', row.dice), ('nll', row.nll), ('agreement', row.agreement), ('ged_squared', row.ged))}
+            ('dice', row.dice), ('nll', row.nll), ('agreement', row.agreement), ('ged_squared', row.ged),
+            ('volume_errors', row.volume_errors))}
         rows.append({**_means(row, sweep, choice), 'per_case': per_case})
     return {'chosen': asdict(choice), 'in_one_line': in_one_line(sweep, choice), 'cases': sweep.cases,
             'left_out': {'settings': [asdict(s) for s in sweep.settings_left_out], 'cases': sweep.cases_left_out},

@@ -95,6 +95,25 @@ class Truth:
                                  for masks in (samples, truths))
         return float(2 * np.mean(cross) - of_samples - of_truths)
 
+    def volume_errors(self, samples: Sequence[Tensor]) -> np.ndarray:
+        """How far the samples' mean volume is from the true one, in their standard deviations.
+
+        Args:
+            samples: masks as `drawn` gives them, at least two.
+
+        Returns:
+            (labels,) not negative; infinite where all samples have the same, wrong volume, nan where truth and samples
+            lack the label.
+        """
+        truth, *sizes = (self._sizes(mask).double().cpu().numpy() for mask in (self.truth, *samples))
+        error, spread = abs(np.mean(sizes, 0) - truth), np.std(sizes, 0, ddof=1)
+        with np.errstate(divide='ignore', invalid='ignore'):
+            return np.where(error > 0, error / spread, np.where(truth > 0, 0.0, np.nan))
+
+    def _sizes(self, mask: Tensor) -> Tensor:
+        """Voxels of each label (or region)."""
+        return mask.sum(1) if self.regions is not None else torch.bincount(mask.long(), minlength=self.num_classes)[1:]
+
     def _distance(self, one: Tensor, other: Tensor) -> float:
         """1 - IoU, mean over labels (or regions); two masks without a label agree on it."""
         both, sizes = self._overlap(one, other)
@@ -103,10 +122,5 @@ class Truth:
 
     def _overlap(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """For each label (or region) the voxels that both masks give to it, and the sum of those that either does."""
-        if self.regions is not None:
-            return (one & other).sum(1), one.sum(1) + other.sum(1)
-        n = self.num_classes
-
-        def count(labels: Tensor) -> Tensor:
-            return torch.bincount(labels.long(), minlength=n)[1:]
-        return count(one[one == other]), count(one) + count(other)
+        both = one & other if self.regions is not None else one[one == other]
+        return self._sizes(both), self._sizes(one) + self._sizes(other)

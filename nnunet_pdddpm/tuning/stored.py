@@ -9,20 +9,21 @@ import torch
 
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES
+from nnunet_pdddpm.network.refiner import INTERVAL, MASK, SAMPLES
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.choice import TuningError
 
 CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
 
 
-def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings) -> list[Path]:
+def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings, interval_sd: float) -> list[Path]:
     """Put settings into the checkpoints of a fold, each written beside and renamed: a kill leaves the old one.
 
     Args:
         fold_folder: in which those of `CHECKPOINTS` that are there are changed.
         mask: for the consensus mask.
         samples: for the samples.
+        interval_sd: of the volumes, see `conformal_width`; 0 if it is not known.
 
     Returns:
         The changed files.
@@ -42,6 +43,7 @@ def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings) 
                     raise TuningError(f'{file} has no sampling setting {name}: it is no model of this version of '
                                       f'PDDDPMTrainer.')
                 weights[prefix + name].fill_(value)
+        weights[INTERVAL] = torch.tensor(interval_sd)
         partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
         try:
             with writing(fold_folder):

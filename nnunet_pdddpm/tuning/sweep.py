@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.diffusion.schedule import t_at_snr
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.summary import estimated_dice
+from nnunet_pdddpm.inference.summary import mean_of_known
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
@@ -95,8 +96,8 @@ class Sweep:
         return [self.rows[s] for s in settings]
 
 
-Scores = dict[str, float]
-"""Of one setting on one case: dice, nll, agreement, ged."""
+Scores = dict[str, Any]
+"""Of one setting on one case: dice, nll, agreement, ged; volume_errors (labels,)."""
 
 
 def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | None = None,
@@ -280,8 +281,11 @@ class CaseSweep:
         volume.forget()
         for s, spread, masks in zip(group, spreads, hard, strict=True):
             spread.crop(self.box[1:])
-            agreement = estimated_dice([spread.pairwise_dice(c) for c in range(0 if regions else 1, volume.shape[0])])
-            of_samples = {'agreement': float('nan') if agreement is None else agreement, 'ged': self.truth.ged(masks)}
+            agreement = mean_of_known([spread.pairwise_dice(c) for c in range(0 if regions else 1, volume.shape[0])])
+            of_samples: Scores = {'agreement': float('nan') if agreement is None else agreement,
+                                  'ged': self.truth.ged(masks)}
+            if number > 1:
+                of_samples['volume_errors'] = self.truth.volume_errors(masks)
             for blend in BLENDS:
                 dice, nll = self.truth.score(torch.lerp(spread.mean, self.stock, blend) if blend else spread.mean)
                 self.scores[replace(s, blend=blend)] = {'dice': dice, 'nll': nll, **of_samples}
@@ -294,4 +298,6 @@ def _start(settings: SamplingSettings) -> tuple[int, int]:
 def _row(settings: SamplingSettings, measured: Sequence[dict[SamplingSettings, Scores]]) -> Row:
     dice, nll, ged, agreement = (np.array([scores[settings].get(name, np.nan) for scores in measured])
                                  for name in ('dice', 'nll', 'ged', 'agreement'))
-    return Row(settings, dice, nll, ged, None if np.isnan(agreement).all() else agreement)
+    errors = [scores[settings]['volume_errors'] for scores in measured if 'volume_errors' in scores[settings]]
+    return Row(settings, dice, nll, ged, None if np.isnan(agreement).all() else agreement,
+               np.stack(errors) if errors else None)

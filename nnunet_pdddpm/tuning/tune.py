@@ -10,7 +10,7 @@ import torch
 
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.tuning.cases import ValidationCases
-from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples
+from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples, conformal_width
 from nnunet_pdddpm.tuning.report import Choice, in_one_line, left_out, write
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
@@ -54,12 +54,15 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
     measured = sweep(predictor, ValidationCases(trainer, raters), seconds, progress=progress)
     mask = choose_mask(measured.rows_of(measured.for_mask))
     samples = choose_samples(measured.rows_of(measured.for_samples))
-    choice = Choice(mask.settings, samples.settings)
+    choice = Choice(mask.settings, samples.settings, conformal_width(samples.volume_errors))
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
-    files = [*store(folder, choice.mask, choice.samples), *write(folder, measured, choice)]
+    files = [*store(folder, choice.mask, choice.samples, choice.interval_sd), *write(folder, measured, choice)]
     if without := left_out(measured):
         log(f'Tuning the sampling settings left out, for want of time: {without}')
     log(f'Sampling settings: {in_one_line(measured, choice)}')
+    if not choice.interval_sd:
+        log('Intervals of volumes are not calibrated: there are too few validation cases, or too many in which all '
+            'samples have the same, wrong volume.')
     log('Written: ' + ', '.join(map(str, files)))
     return choice
