@@ -36,6 +36,12 @@ VARIANTS = {
     'high noise levels more often': 'PDDDPMTrainerAmbiguousHigh',
     'high noise levels more often, a half at level 0: the default': PDDDPM_TRAINER,
     'high noise levels more often, none at level 0': 'PDDDPMTrainerAmbiguousHighNone',
+    'the default, noise on the pre-segmentation in half of the noisy patches':
+        'PDDDPMTrainerAmbiguousHalfOnPresegmentation',
+    'the default, noise on the pre-segmentation up to t = 500 (split by level)': 'PDDDPMTrainerAmbiguousSplit',
+    'the default, its own result shown at level 0 in half of the steps (recycling)': 'PDDDPMTrainerAmbiguousRecycling',
+    'the default on a bridge to the pre-segmentation, kappa 2': 'PDDDPMTrainerAmbiguousBridge2',
+    'the default on a bridge to the pre-segmentation, kappa 8': 'PDDDPMTrainerAmbiguousBridge8',
 }
 HEADER = ('| | Dice ± images / seeds | Δ to base | NLL | Δ to base | GED² | Δ to base | frequency error '
           '| correlation |\n|' + '---|' * 9)

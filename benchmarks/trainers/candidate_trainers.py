@@ -1,0 +1,117 @@
+"""Further ways to train one network for mask and samples, for `ablation.py`: the default with one thing changed."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ambiguous_trainers import PDDDPMTrainerAmbiguous
+from torch import Tensor, nn
+
+from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities
+from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, at_level
+
+
+class OnPresegmentation(GaussianProcess):
+    """The DDPM process; in training the noise is on the pre-segmentation, not on the truth, where `where` says."""
+
+    def where(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """(B,) bool."""
+        raise NotImplementedError
+
+    def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        chosen = self.where(x0, torch.as_tensor(t), noise).to(x0.device).reshape(-1, *[1] * (x0.ndim - 1))
+        return super().marginal(torch.where(chosen, x_pre, x0), x_pre, t, noise)
+
+
+class HalfOnPresegmentation(OnPresegmentation):
+    """In half of the patches, drawn by the sign of a number of the noise."""
+
+    def where(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return noise.flatten(1)[:, 0] > 0
+
+
+class LowOnPresegmentation(OnPresegmentation):
+    """Split by level: up to t = 500 (a signal-to-noise ratio of 1)."""
+
+    def where(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return t <= 500
+
+
+class BridgeProcess:
+    """From the truth to the pre-segmentation, as ResShift does for images (Yue et al., arXiv 2307.12348, eqs. 1 to 7):
+
+        x_t = x0 + eta_t (x_pre - x0) + kappa sqrt(eta_t) eps,    eta_t = 1 - abar_t
+
+    and its exact posterior as the reverse step. The state is kept divided by sqrt(1 + kappa^2 eta_t).
+    """
+
+    stochastic = True
+
+    def __init__(self, abar: Tensor, kappa: float) -> None:
+        self.eta, self.kappa = 1 - abar, kappa
+        self.size = (1 + kappa ** 2 * self.eta).sqrt()
+
+    def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        eta = at_level(self.eta, t, x0)
+        return (x0 + eta * (x_pre - x0) + self.kappa * eta.sqrt() * noise) / at_level(self.size, t, x0)
+
+    def start(self, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        return self.marginal(x_pre, x_pre, t, noise)
+
+    def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
+        of_t, of_s = (at_level(self.eta, level, x) for level in (t, s))
+        mean = of_s / of_t * x * at_level(self.size, t, x) + (of_t - of_s) / of_t * x0_hat
+        return (mean + self.kappa * (of_s * (of_t - of_s) / of_t).sqrt() * noise) / at_level(self.size, s, x)
+
+
+class OtherProcess(PDDDPMTrainerAmbiguous):
+    """The default with another forward process."""
+
+    presegments_every_patch = True
+
+    @staticmethod
+    def new_process(abar: Tensor, eta: float) -> ForwardProcess:
+        """In training and prediction."""
+        raise NotImplementedError
+
+    @classmethod
+    def build_network_architecture(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        refiner = super().build_network_architecture(*args, **kwargs)
+
+        def process(eta: float) -> ForwardProcess:
+            return cls.new_process(refiner.abar, eta)
+        refiner.process = process
+        return refiner
+
+
+class PDDDPMTrainerAmbiguousHalfOnPresegmentation(OtherProcess):
+    new_process = HalfOnPresegmentation
+
+
+class PDDDPMTrainerAmbiguousSplit(OtherProcess):
+    new_process = LowOnPresegmentation
+
+
+class PDDDPMTrainerAmbiguousBridge2(OtherProcess):
+    @staticmethod
+    def new_process(abar: Tensor, eta: float) -> ForwardProcess:
+        return BridgeProcess(abar, 2.0)
+
+
+class PDDDPMTrainerAmbiguousBridge8(OtherProcess):
+    @staticmethod
+    def new_process(abar: Tensor, eta: float) -> ForwardProcess:
+        return BridgeProcess(abar, 8.0)
+
+
+class PDDDPMTrainerAmbiguousRecycling(PDDDPMTrainerAmbiguous):
+    """In half of the steps the denoiser's own result is shown in the place of the pre-segmentation."""
+
+    def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
+        logits = super().presegment(image, keys)
+        if torch.rand((), generator=self.level_generator) < 0.5:
+            x = self.design.coding.encode(harden(logits, self.refiner.regions))
+            own = self.refiner.denoise(image, x, 0, logits_to_probabilities(logits, self.refiner.regions))
+            logits = own.to(logits.dtype)  # coded probabilities: what is above is above
+        return logits
