@@ -144,7 +144,7 @@ out: the planned networks have no dropout, and a network with it would be anothe
 Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
 resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
 model of every fold, three PDDDPM (warm start, out-of-fold pre-segmentations), and as the control the stock model
-trained that much longer, these of fold 0, and of every fold where a table of trainings is below.
+trained that much longer. Rows are of fold 0 unless they say otherwise.
 `default`: noise on raters' masks, but half of the patches show
 the pre-segmentation itself and ask for the best mask, and high noise levels are more frequent; `truth`: noise on
 raters' masks in all patches, at levels drawn uniformly;

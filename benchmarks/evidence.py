@@ -43,7 +43,7 @@ all other rows and columns are described. Machine: {machine}, {cores} CPU cores,
 Dice ± standard deviation over cases or images. Δ: mean paired difference to stock with mirroring, with its 95 %
 bootstrap interval (over cases; in the phantom over images and seeds). NLL and ECE over all voxels; surface Dice at
 1 mm; GED² with d = 1 - IoU. One training but in the phantom, which has three (rows of few images have one): differences
-of about 0.002 in Dice are within the noise of training; hippocampus.md has a table of three trainings.
+of about 0.002 in Dice are within the noise of training; hippocampus.md and cells.md have tables of three trainings.
 Empty: not measured there, or not defined.
 """
 

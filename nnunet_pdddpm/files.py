@@ -54,9 +54,9 @@ def write_atomically(folder: Path, contents: Mapping[str, bytes | str]) -> list[
 
 
 def without_nan(value: Any) -> Any:
-    """JSON knows neither nan nor infinity: null."""
+    """JSON knows no nan: null."""
     if isinstance(value, dict):
         return {key: without_nan(of) for key, of in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_nan(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -67,10 +67,11 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
 
 def test_volumes_stand_beside_the_true_ones(tmp_path):
     write_dataset(tmp_path / 'raw', num_training=0, num_test=1, shape=(16, 20, 18))
-    row = {'volume_ml': 12.3, 'volume_ml_low': 11.1, 'volume_ml_high': 13.9}
+    row = {'volume_ml': 12.3, 'volume_ml_low': 11.1, 'volume_ml_high': 13.9, 'interval_sd': 1.1}
     summary = {'cases': [{'case': 'phantom_000', 'labels': {'organ': row}}]}
     (tmp_path / 'pdddpm_summary.json').write_text(json.dumps(summary))
     truth = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / 'raw' / 'labelsTs' / 'phantom_000.nii.gz')))
-    line = volume_lines(tmp_path, tmp_path / 'raw' / 'labelsTs', {'organ': 1})[1]
+    title, line = volume_lines(tmp_path, tmp_path / 'raw' / 'labelsTs', {'organ': 1})
+    assert 'calibrated 95 % interval' in title
     assert '12.30 (11.10 to 13.90)' in line
     assert float(line.split()[-1]) == pytest.approx((truth == 1).sum() * np.prod(SPACING) / 1000, abs=0.006)

@@ -302,7 +302,8 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
                 expected['volume_ml_sd_within_folds'] = np.mean([own.std(ddof=1) for own in of_fold])
             for key, value in expected.items():
                 assert values[key] == pytest.approx(value, rel=1e-5, abs=1e-9), (case, name, key)
-            assert values.keys() == expected.keys() | {'estimated_dice', 'pairwise_dice', 'uncertain_share'}
+            of_model = {'estimated_dice', 'interval_sd', 'pairwise_dice', 'uncertain_share'}
+            assert values.keys() == expected.keys() | of_model
             known = values['pairwise_dice'] is not None
             assert known == any((sample == label).any() for sample in samples)
             assert not known or 0 <= values['pairwise_dice'] < 1
@@ -327,26 +328,28 @@ def test_the_estimated_dice_is_what_mask_and_probabilities_say(one_case, tmp_pat
 
 
 def test_calibrated_intervals_hold_for_the_tuned_settings_only(one_case, tmp_path, capsys, monkeypatch):
-    """As `nnUNetv2_pdddpm_tune` stores them: 1.5 standard deviations to both sides of the samples' mean."""
+    """As `nnUNetv2_pdddpm_tune` stores them: 1.5 standard deviations to both sides of the samples' mean; organ only."""
     results = tmp_path / 'nnUNet_results'
     shutil.copytree(model_folder(), results / DATASET / model_folder().name)
     monkeypatch.setenv('nnUNet_results', str(results))
     file = model_folder() / 'fold_0' / 'checkpoint_final.pth'
     stored = stored_settings(torch.load(file, weights_only=False)['network_weights'], SAMPLES)
-    store(file.parent, stored, stored, 1.5)
-    out = predict(one_case, tmp_path / 'tuned', *QUICK, '-samples', '4')
+    store(file.parent, stored, stored, (0.0, 1.5, 0.0))
+    flags = ('--save_samples', '-samples', '4')
+    out = predict(one_case, tmp_path / 'tuned', *flags)
     assert 'quantiles of the samples' not in capsys.readouterr().out
     (row,) = rows(out).values()
-    assert row['settings'][0]['interval_sd'] == 1.5
     organ = row['labels']['organ']
+    assert (organ['interval_sd'], row['labels']['lesion']['interval_sd']) == (1.5, None)
     mean, sd = organ['volume_ml_mean'], organ['volume_ml_sd']
     assert sd > 0 and organ['volume_ml_high'] == pytest.approx(mean + 1.5 * sd)
     assert organ['volume_ml_low'] == pytest.approx(max(mean - 1.5 * sd, 0))
 
-    other = predict(one_case, tmp_path / 'other', *QUICK, '-samples', '4', '-t_start', str(stored.t_start - 1))
-    assert 'the calibrated ones hold for the tuned settings only' in capsys.readouterr().out
+    for i, change in enumerate((('-t_start', str(stored.t_start - 1)), ('--disable_tta',), ('-step_size', '1'))):
+        other = predict(one_case, tmp_path / f'other_{i}', *flags, *change)
+        assert 'the calibrated ones hold only for samples drawn as in tuning' in capsys.readouterr().out
     (row,) = rows(other).values()
-    assert row['settings'][0]['interval_sd'] is None
+    assert row['labels']['organ']['interval_sd'] is None
     samples = [(read(other / 'samples' / f'{row["case"]}_s{i:02d}.nii.gz') == 1).sum() for i in range(4)]
     organ = row['labels']['organ']
     ratio = np.array([organ['volume_ml_low'], organ['volume_ml_high']]) / organ['volume_ml_mean']

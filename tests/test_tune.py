@@ -38,10 +38,10 @@ from nnunet_pdddpm.tuning.choice import (
     TuningError,
     choose_mask,
     choose_samples,
-    conformal_width,
     difference_interval,
 )
-from nnunet_pdddpm.tuning.scores import Truth
+from nnunet_pdddpm.tuning.intervals import conformal_width, conformal_widths
+from nnunet_pdddpm.tuning.scores import VERY_FAR, Truth
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import candidates, sweep
 from nnunet_pdddpm.tuning.tune import open_model
@@ -115,18 +115,26 @@ def test_samples_are_close_to_the_truth_then_cheap():
 
 def test_a_conformal_interval_holds_what_it_promises_for_new_cases_however_errors_are_spread():
     rng = np.random.default_rng(0)
-    for draw in (rng.standard_exponential, lambda size: abs(rng.standard_cauchy(size))):
+    for draw in (rng.standard_exponential, lambda size: abs(rng.standard_cauchy(size)) / 50):
         held = [(draw(20) <= conformal_width(draw(39))).mean() for _ in range(2000)]
         assert LEVEL - 0.01 < np.mean(held) < LEVEL + 0.03  # expected 38 of 40
 
 
 def test_a_conformal_interval_needs_enough_errors_and_leaves_out_the_undefined():
-    errors = np.arange(1.0, 20).reshape(19, 1)
-    assert conformal_width(errors) == 19 and conformal_width(errors[1:]) == 0 and conformal_width(None) == 0
-    assert conformal_width(np.concatenate([errors, errors + 19, np.full((5, 1), np.nan)])) == 38  # 38th of 38
-    assert conformal_width(np.concatenate([errors, errors + 19, errors + 38])) == 56  # 56th of 57: 0.95 * 58 = 55.1
-    errors[0] = np.inf
-    assert conformal_width(errors) == 0  # all samples of a case had the same, wrong volume
+    errors = np.arange(1.0, 20) / 10
+    assert conformal_width(errors) == 1.9 and conformal_width(errors[1:]) == 0
+    assert conformal_width(np.concatenate([errors, errors + 1.9, [np.nan] * 5])) == 3.8  # the 38th of 38
+    assert conformal_width(np.arange(1.0, 58) / 10) == 5.6  # the 56th of 57: 0.95 * 58 = 55.1
+    errors[0] = VERY_FAR
+    assert conformal_width(errors) == 0  # the samples say nothing of the error
+
+
+def test_intervals_are_of_each_label_where_enough_cases_have_it():
+    errors = np.column_stack([np.arange(1.0, 31) / 10, np.arange(1.0, 31) / 4])
+    assert conformal_widths(errors) == (3.0, 7.5)
+    errors[15:, 1] = np.nan
+    assert conformal_widths(errors) == (3.0, conformal_width(errors)) and conformal_width(errors) == 3.5  # 44th of 45
+    assert conformal_widths(errors[:9].repeat(5, 1)) == (0,) * 10 and conformal_widths(None) == ()  # nine cases
 
 
 def grid(levels=(500, 900), samples=8) -> list[SamplingSettings]:
@@ -222,8 +230,8 @@ def test_samples_of_the_truths_distribution_have_the_lowest_mean_distance_to_it(
 
 @pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
 def test_errors_of_volumes_are_in_standard_deviations_of_the_samples(regions):
-    truth = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0, 3]]]), Labels(regions, 3, heads=2 if regions else 3),
-                  torch.device('cpu'))
+    manager = Labels(regions, 3, heads=2 if regions else 3)
+    truth = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0]]]), manager, torch.device('cpu'))
 
     def mask(ones: int, twos: int) -> torch.Tensor:
         labels = torch.tensor([1] * ones + [2] * twos + [0] * (7 - ones - twos))
@@ -232,7 +240,9 @@ def test_errors_of_volumes_are_in_standard_deviations_of_the_samples(regions):
     assert np.isnan(truth.volume_errors([mask(1, 0), mask(3, 0)])[1])
     assert truth.volume_errors([mask(4, 0), mask(4, 0)])[0] == 0
     errors = truth.volume_errors([mask(3, 1), mask(3, 1)])
-    assert errors[1] == np.inf and errors[0] == (0 if regions else np.inf)
+    assert errors[1] == VERY_FAR and errors[0] == (0 if regions else VERY_FAR)
+    partly = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0, 3]]]), manager, torch.device('cpu'))  # a voxel to be ignored
+    assert np.isnan(partly.volume_errors([mask(1, 0), mask(3, 0)])).all()
 
 
 # the sweep and what is stored
@@ -353,7 +363,7 @@ def test_the_report_says_what_was_measured(tuned):
     assert float(table[0]['dice']) == pytest.approx(content['rows'][0]['dice'], rel=1e-4)
     samples = rows[SamplingSettings(**content['chosen']['samples'])]
     assert np.shape(samples['per_case']['volume_errors']) == (3, 2) and stock['per_case']['volume_errors'] is None
-    assert content['chosen']['interval_sd'] == 0 and 'Intervals of volumes are not calibrated' in log(tuned)  # 6 < 19
+    assert content['chosen']['interval_sd'] == [0, 0, 0] and 'Intervals of volumes are not calibrated' in log(tuned)
     picture = (tuned / 'fold_0' / 'sampling_sweep.png').read_bytes()
     assert picture.startswith(b'\x89PNG') and len(picture) > 10_000
 
@@ -446,6 +456,21 @@ def test_the_command_changes_the_settings_and_nothing_else(scratch, monkeypatch)
     make_trainer(TUNED, 0).load_checkpoint(str(fold / names[0]))  # --c goes on from it
 
 
+def test_widths_of_intervals_go_into_the_final_checkpoint_and_the_network_and_end_with_further_training(
+        scratch, monkeypatch):
+    monkeypatch.setattr(tune_module, 'conformal_widths', lambda errors: tuple(np.arange(1.0, 1 + len(errors.T))))
+    trainer = make_trainer(TUNED, 0)
+    trainer.load_checkpoint(str(scratch / 'fold_0' / 'checkpoint_final.pth'))
+    trainer._first_epoch = trainer.current_epoch - 1
+    trainer.on_train_end()
+    assert trainer.refiner.interval_sd.tolist() == [0, 1, 2]
+    assert weights(scratch / 'fold_0' / 'checkpoint_final.pth')['interval_sd'].tolist() == [0, 1, 2]
+    assert weights(scratch / 'fold_0' / 'checkpoint_best.pth')['interval_sd'].tolist() == [0, 0, 0]  # not measured
+    assert report(scratch)['in_one_line'].endswith('intervals of volumes 1.00, 2.00 sd to both sides')
+    trainer.on_train_epoch_start()
+    assert trainer.refiner.interval_sd.tolist() == [0, 0, 0]
+
+
 def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(scratch, monkeypatch):
     file = scratch / 'fold_0' / 'checkpoint_final.pth'
     before = file.read_bytes()
@@ -465,7 +490,7 @@ def test_a_full_disk_is_told_where_torch_does_not_tell_it(scratch, monkeypatch):
     monkeypatch.setattr(torch, 'save', cut_off)
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match='The disk is full'):
-        store(scratch / 'fold_0', SamplingSettings(), SamplingSettings(), 0.0)
+        store(scratch / 'fold_0', SamplingSettings(), SamplingSettings(), (0.0, 0.0, 0.0))
 
 
 def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_again(scratch, monkeypatch):
@@ -493,7 +518,7 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     assert not (fold / 'sampling_sweep.json').exists()
     trainer._first_epoch = trainer.current_epoch  # --c
     choice = trainer.tune_sampling()
-    assert report(scratch)['chosen'] == asdict(choice)
+    assert report(scratch)['chosen'] == {**asdict(choice), 'interval_sd': list(choice.interval_sd)}
     for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
         assert stored_settings(weights(fold / name), MASK) == choice.mask
 

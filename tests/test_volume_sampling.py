@@ -292,25 +292,27 @@ def test_pairwise_dice_is_the_mean_of_the_pairs_where_sizes_agree():
 
 
 @pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
-def test_the_estimated_dice_is_the_one_expected_of_truths_that_follow_the_probabilities(regions):
+def test_the_estimated_dice_is_the_expected_overlap_over_the_expected_sizes_of_truths_that_follow_the_probabilities(
+        regions):
     rng = np.random.default_rng(5)
     p = probabilities_like(rng, 1, regions, (3, 10, 20, 20)).repeat(2, 0)
-    mask = p[0, 1] > 0.3
-    truths = rng.random((400, *mask.shape)) < p[0, 1]
-    dices = 2 * (truths & mask).sum((1, 2, 3)) / (mask.sum() + truths.sum((1, 2, 3)))
-    estimate = spread_of(p, regions).estimated_dice(1, torch.from_numpy(mask))
-    assert estimate == pytest.approx(dices.mean(), abs=4 * dices.std() / 20)
-    assert spread_of(p, regions).estimated_dice(1, torch.zeros(mask.shape, dtype=torch.bool)) == 0
+    logits = rng.standard_normal(p.shape[1:]).astype(np.float32)
+    estimates = spread_of(p, regions).estimated_dice(torch.from_numpy(logits))
+    for channel, estimate in enumerate(estimates):
+        mask = logits[channel] > 0 if regions else logits.argmax(0) == channel
+        truths = rng.random((400, *mask.shape)) < p[0, channel]
+        dices = 2 * (truths & mask).sum((1, 2, 3)) / (mask.sum() + truths.sum((1, 2, 3)))
+        assert estimate == pytest.approx(dices.mean(), abs=4 * dices.std() / 20), channel
 
 
 def test_no_dice_is_estimated_of_a_label_that_neither_mask_nor_samples_have():
     p = np.zeros((2, 3, 1, 2, 2))
     p[:, 0], p[:, 1], p[:, 2] = 0.9, 0.1, 0
-    nothing = torch.zeros((1, 2, 2), dtype=torch.bool)
-    assert spread_of(p, False).estimated_dice(1, nothing) is None
-    assert spread_of(p, False).estimated_dice(1, ~nothing) == pytest.approx(2 * 0.4 / (4 + 0.4))
+    nothing, all_of_1 = (torch.tensor(of).reshape(3, 1, 1, 1).expand(3, 1, 2, 2) for of in ([1.0, 0, 0], [0, 1.0, 0]))
+    assert spread_of(p, False).estimated_dice(nothing)[1:] == [None, None]
+    assert spread_of(p, False).estimated_dice(all_of_1)[1] == pytest.approx(2 * 0.4 / (4 + 0.4))
     p[0, 0], p[0, 1] = 0.4, 0.6
-    assert spread_of(p, False).estimated_dice(1, nothing) == 0
+    assert spread_of(p, False).estimated_dice(nothing)[1] == 0
 
 
 @pytest.mark.parametrize('samples', [8, 10, 11])

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from ambiguous_trainers import PDDDPMTrainerAmbiguous
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities
@@ -76,8 +76,11 @@ class OtherProcess(PDDDPMTrainerAmbiguous):
         raise NotImplementedError
 
     @classmethod
-    def build_network_architecture(cls, *args: Any, **kwargs: Any) -> nn.Module:
-        refiner = super().build_network_architecture(*args, **kwargs)
+    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                   num_input_channels: int, num_output_channels: int,
+                                   enable_deep_supervision: bool = True) -> nn.Module:
+        refiner = super().build_network_architecture(plans_manager, configuration_manager, num_input_channels,
+                                                     num_output_channels, enable_deep_supervision)
 
         def process(eta: float) -> ForwardProcess:
             return cls.new_process(refiner.abar, eta)

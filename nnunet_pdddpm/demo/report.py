@@ -47,8 +47,10 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         truth: folder of label maps of the same names.
         labels: name to value of the labels.
     """
-    lines = ['Volume in ml (95 % interval), and the true one']
-    for case in json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']:
+    cases = json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']
+    calibrated = any(label['interval_sd'] is not None for case in cases for label in case['labels'].values())
+    lines = [f'Volume in ml ({"calibrated 95 % interval" if calibrated else "95 % of the samples"}), and the true one']
+    for case in cases:
         image = sitk.ReadImage(str(truth / f'{case["case"]}.nii.gz'))
         voxel_ml = float(np.prod(image.GetSpacing())) / 1000
         for name, value in labels.items():

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing import get_context
@@ -76,7 +76,7 @@ class CaseUnderWay:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
-                 settings: list[dict[str, Any]], interval_sd: float | None, queue: ExportQueue) -> None:
+                 settings: list[dict[str, Any]], interval_sd: Sequence[float | None], queue: ExportQueue) -> None:
         """
         Args:
             export: writes into its folder, a new one is made.
@@ -84,7 +84,7 @@ class CaseUnderWay:
             num_samples: number of samples that will be added.
             num_folds: sample number i comes from model i modulo this.
             settings: of the models, for the summary.
-            interval_sd: of the volumes, see `summary.volumes`.
+            interval_sd: of the volumes of each channel, see `summary.volumes`.
             queue: where exports run.
 
         Raises:
@@ -119,9 +119,8 @@ class CaseUnderWay:
         self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
         self.pairwise = {name: spread.pairwise_dice(channel) for name, channel in self.channels.items()}
         self.unsure = {name: spread.unsure_share([channel]) for name, channel in self.channels.items()}
-        hard = None if spread.regions else prediction.logits.argmax(0)
-        self.estimated = {name: spread.estimated_dice(channel, prediction.logits[channel] > 0 if hard is None
-                                                      else hard == channel) for name, channel in self.channels.items()}
+        estimated = spread.estimated_dice(prediction.logits)
+        self.estimated = {name: estimated[channel] for name, channel in self.channels.items()}
         self.row = {'case': self.export.case, 'estimated_dice': mean_of_known(list(self.estimated.values())),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
@@ -142,8 +141,10 @@ class CaseUnderWay:
         ml, labels = self.export.voxel_volume_ml(), {}
         sizes = [self.samples[number].result() for number in range(len(self.folds))]
         for name, counts in self.rest.result().items():
+            interval_sd = self.interval_sd[self.channels[name]]
             labels[name] = {'volume_ml': counts['voxels'] * ml,
-                            **volumes([s[name] for s in sizes], self.folds, ml, self.interval_sd),
+                            **volumes([s[name] for s in sizes], self.folds, ml, interval_sd),
+                            'interval_sd': interval_sd,
                             'volume_ml_stock': counts['voxels_stock'] * ml, 'components': counts['components'],
                             'estimated_dice': self.estimated[name], 'pairwise_dice': self.pairwise[name],
                             'uncertain_share': self.unsure[name]}

@@ -26,6 +26,7 @@ from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summ
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
+from nnunet_pdddpm.network.refiner import INTERVAL, SAMPLES, stored_settings
 
 INFINITE = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
@@ -37,6 +38,10 @@ class UnusableLogits(ArithmeticError):
 
 CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
 """Types of the errors at which a case may fail alone."""
+
+
+TUNED_WITH = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9, 'sure': 1.0}
+"""The defaults of a predictor, which the tuning's has."""
 
 
 class PDDDPMPredictor(VolumePredictor):
@@ -57,11 +62,38 @@ class PDDDPMPredictor(VolumePredictor):
         self.outputs = outputs
         self._num_cases: int | None = None
         self.failed: dict[str, str] = {}  # case -> why it could not be predicted, in the last prediction
+        self.interval_sd: list[float | None] = []  # of the volumes of each channel, see `summary.volumes`
+
+    def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
+        """As VolumePredictor's; says whether the volumes' intervals are calibrated."""
+        super().initialize_from_trained_model_folder(*args, **kwargs)
+        of_folds = torch.stack([parameters.get(INTERVAL, torch.zeros(self.refiner.num_channels))
+                                for parameters in self.list_of_parameters])
+        calibrated = (of_folds > 0).all(0)
+        self.interval_sd = [None] * self.refiner.num_channels
+        if not calibrated.any():
+            why = 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them)'
+        elif not self.samples_as_tuned():
+            why = 'the calibrated ones hold only for samples drawn as in tuning'
+        else:
+            self.interval_sd = [float(sd) if known else None
+                                for sd, known in zip(of_folds.mean(0), calibrated, strict=True)]
+            return
+        if self.num_samples > 1:
+            print(f"The volumes' intervals are the 2.5 % to 97.5 % quantiles of the samples: {why}.")
+
+    def samples_as_tuned(self) -> bool:
+        """Whether samples are drawn as in tuning, but for their number and seed."""
+        as_tuned = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
+        return as_tuned and all(getattr(settings.samples, name) == getattr(stored_settings(parameters, SAMPLES), name)
+                                for settings, parameters in zip(self.fold_settings, self.list_of_parameters,
+                                                                strict=True)
+                                for name in ('t_start', 'steps', 'eta'))
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
         of_all = {'slice_correlation': self.slice_correlation, 'sure': self.sure, 'step_size': self.tile_step_size,
-                  'mirroring': self.use_mirroring, 'interval_sd': self.interval_sd}
+                  'mirroring': self.use_mirroring}
         return [{'model': self.model, 'fold': fold, **asdict(settings), **of_all}
                 for fold, settings in zip(self.folds, self.fold_settings, strict=True)]
 

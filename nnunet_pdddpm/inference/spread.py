@@ -101,17 +101,23 @@ class Spread:
             return None
         return sum(c * (c - 1) * voxels for c, voxels in enumerate(histogram)) / ((self.samples - 1) * total)
 
-    def estimated_dice(self, channel: int, mask: Tensor) -> float | None:
-        """Dice of a mask (Z, Y, X) bool with a truth of which the mean probabilities p are right, of a channel.
+    def estimated_dice(self, logits: Tensor) -> list[float | None]:
+        """Dice of a mask, given by its logits (C, Z, Y, X), with a truth of which the mean probabilities p are right.
 
-        2 sum over the mask of p / (size of the mask + sum of p): expected intersection over expected sizes. Where p is
-        too sure, so is the estimate. None if neither the mask nor any sample has the channel.
+        2 sum over the mask of p / (size of the mask + sum of p), expected overlap over expected sizes, of each channel.
+        It is too high where p is too sure, and where voxels are right or wrong together. 0 if the mask is empty, None
+        if neither the mask nor any sample has the channel.
         """
-        p, mask = self.mean[channel], mask.to(self.mean.device)
-        size = int(mask.sum())
-        if size == 0 and not self.counts[channel].any():
-            return None
-        return float(2 * p[mask].sum(dtype=torch.float64) / (size + p.sum(dtype=torch.float64)))
+        overlaps, sizes, masks = torch.zeros((3, len(logits)), dtype=torch.float64)
+        for z in range(logits.shape[1]):
+            p = self.mean[:, z]
+            hard = harden(logits[None, :, z].to(p.device), self.regions)[0]
+            overlaps += (hard * p).sum((1, 2)).cpu()
+            masks += hard.sum((1, 2)).cpu()
+            sizes += p.sum((1, 2)).cpu()
+        there = [bool(mask > 0) or bool(counts.any()) for mask, counts in zip(masks, self.counts, strict=True)]
+        dice = 2 * overlaps / (masks + sizes)
+        return [float(d) if known else None for d, known in zip(dice, there, strict=True)]
 
     def unsure_share(self, channels: Sequence[int]) -> float:
         """Share of unsure voxels among those that may belong to one of the channels (mean probability over 10 %)."""

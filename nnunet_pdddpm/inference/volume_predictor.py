@@ -21,7 +21,7 @@ from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
-from nnunet_pdddpm.network.refiner import INTERVAL, MASK, SAMPLES, Refiner, stored_settings
+from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
@@ -100,7 +100,6 @@ class VolumePredictor(nnUNetPredictor):
         self.folds: list[int | str] = []
         self.fold_settings: list[FoldSettings] = []
         self.num_samples = 0
-        self.interval_sd: float | None = None  # of the volumes, see `summary.volumes`
 
     def initialize_from_trained_model_folder(self, model_training_output_dir: str, use_folds: Any,
                                              checkpoint_name: str = 'checkpoint_final.pth') -> None:
@@ -138,21 +137,6 @@ class VolumePredictor(nnUNetPredictor):
         self.num_samples = max(wanted, len(self.list_of_parameters))
         if self.num_samples > wanted:
             print(f'{self.num_samples} samples instead of {wanted}: one for every fold.')
-        self.interval_sd = self._interval_sd()
-
-    def _interval_sd(self) -> float | None:
-        """Mean of the models' calibrated intervals; None, which is said, where they do not hold."""
-        of_folds = [float(parameters.get(INTERVAL, 0)) for parameters in self.list_of_parameters]
-        tuned = [stored_settings(parameters, SAMPLES) for parameters in self.list_of_parameters]
-        others = any(getattr(settings.samples, name) != getattr(stored, name) for name in ('t_start', 'steps', 'eta')
-                     for settings, stored in zip(self.fold_settings, tuned, strict=True))
-        if min(of_folds) > 0 and not others and self.sure == 1:
-            return sum(of_folds) / len(of_folds)
-        if self.num_samples > 1:
-            why = 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them)' if min(of_folds) == 0 else \
-                'the calibrated ones hold for the tuned settings only'
-            print(f"The volumes' intervals are the 2.5 % to 97.5 % quantiles of the samples: {why}.")
-        return None
 
     def _settings_of(self, parameters: dict[str, Any]) -> FoldSettings:
         t_max, environment = int(parameters['t_max']), environment_overrides()

@@ -1,7 +1,7 @@
 """The one network that nnU-Net sees: the frozen stock network, the denoiser, and how to sample."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
 _refine = torch.compiler.disable(refine, recursive=False)
 
 MASK, SAMPLES = '', 'sampler_'  # prefixes of the two sets of sampling settings in the state dict
-INTERVAL = 'interval_sd'  # in the state dict: see `register_buffer` below
+INTERVAL = 'interval_sd'  # in the state dict: see `configure`
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Refiner(nn.Module):
         self.denoiser = Denoiser(unet, num_channels * (2 if design.condition_on_presegmentation else 1))
         self.register_buffer('has_regions', torch.tensor(False))
         self.register_buffer('t_max', torch.tensor(NUM_TIMESTEPS))
-        # half of the 95 % interval of volumes in standard deviations of the samples' volumes, 0 if it is not known
-        self.register_buffer(INTERVAL, torch.tensor(0.0))
+        self.register_buffer(INTERVAL, torch.zeros(num_channels))
         for prefix in (MASK, SAMPLES):
             for name, value in asdict(SamplingSettings()).items():
                 dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
@@ -88,7 +87,7 @@ class Refiner(nn.Module):
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
 
     def configure(self, settings: SamplingSettings, sample_settings: SamplingSettings, t_max: int,
-                  has_regions: bool) -> None:
+                  has_regions: bool, interval_sd: Sequence[float] | None = None) -> None:
         """Store and use what a trained model is sampled with.
 
         Args:
@@ -96,6 +95,8 @@ class Refiner(nn.Module):
             sample_settings: of the samples that `nnUNetv2_pdddpm_predict` draws.
             t_max: the highest trained level.
             has_regions: whether the heads are regions (sigmoid) or classes (softmax).
+            interval_sd: for each channel half of the 95 % interval of volumes, in standard deviations of the samples'
+                volumes; 0 where it is not known, None if nowhere.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -105,6 +106,7 @@ class Refiner(nn.Module):
                 getattr(self, prefix + name).fill_(value)
         self.t_max.fill_(t_max)
         self.has_regions.fill_(has_regions)
+        self.interval_sd.copy_(torch.tensor(interval_sd or [0.0] * self.num_channels))
         self.use_stored_settings()
 
     def use_stored_settings(self) -> None:
@@ -121,7 +123,7 @@ class Refiner(nn.Module):
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         before = self.settings
         if INTERVAL not in state_dict:  # of a model from before intervals were calibrated
-            state_dict = {**state_dict, INTERVAL: torch.tensor(0.0)}
+            state_dict = {**state_dict, INTERVAL: torch.zeros(self.num_channels)}
         result = super().load_state_dict(state_dict, strict, assign)
         self.use_stored_settings()
         stored = self.settings

@@ -223,6 +223,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """As nnU-Net's; the noise starts at the same place in this epoch whether training was interrupted or not."""
         super().on_train_epoch_start()
+        self.refiner.interval_sd.zero_()  # of weights that change now
         seed = (self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank
         self.level_generator.manual_seed(seed)
         self.noise_generator.manual_seed(seed + 500)
@@ -319,8 +320,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             dist.destroy_process_group(group)
         if choice[0] is not None:
             self.refiner.configure(choice[0].mask, choice[0].samples, int(self.refiner.t_max),
-                                   self.label_manager.has_regions)
-            self.refiner.interval_sd.fill_(choice[0].interval_sd)
+                                   self.label_manager.has_regions, choice[0].interval_sd)
 
     def tune_sampling(self) -> Choice | None:
         """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""

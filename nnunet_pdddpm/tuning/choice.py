@@ -1,7 +1,6 @@
 """The rule that picks sampling settings from a table of validation cases: pure, and repeatable by its seed."""
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,25 +57,6 @@ def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, floa
         differences = np.nanmean(one[index], 1) - np.nanmean(other[index], 1)
         low, high = np.nanpercentile(differences, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return float(low), float(high)
-
-
-def conformal_width(errors: np.ndarray | None) -> float:
-    """Half of the width of a 95 % interval for volumes, in standard deviations of the samples' volumes.
-
-    Locally weighted split conformal prediction (Lei et al. 2018, arXiv 1604.04173, section 5.2): with n errors of
-    validation cases, the ceil(0.95 (n + 1))-th smallest of them. The interval holds the true volume in at least 95 % of
-    new cases that are like these ones, whatever the samples are worth. All labels are pooled: it holds for them
-    together, and as far as the labels of a case err independently.
-
-    Args:
-        errors: as `Truth.volume_errors` gives them, any shape; nan is left out.
-
-    Returns:
-        0 if it is not known: fewer than 19 errors, or an infinite one would be the width.
-    """
-    known = np.sort(errors[~np.isnan(errors)]) if errors is not None else np.zeros(0)
-    position = math.ceil(LEVEL * (len(known) + 1))
-    return float(known[position - 1]) if position <= len(known) and np.isfinite(known[position - 1]) else 0.0
 
 
 def choose_mask(rows: Sequence[Row]) -> Row:

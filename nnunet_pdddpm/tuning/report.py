@@ -29,8 +29,8 @@ class Choice:
     """What is put into the model."""
     mask: SamplingSettings
     samples: SamplingSettings
-    interval_sd: float = 0.0
-    """Of the volumes: see `conformal_width`."""
+    interval_sd: tuple[float, ...]
+    """Of the volumes, for each channel of the network, 0 where not known: see `conformal_widths`."""
 
     def items(self) -> list[tuple[str, SamplingSettings]]:
         """What each is for, and it."""
@@ -45,7 +45,8 @@ def in_one_line(sweep: Sweep, choice: Choice) -> str:
             f'{mean(stock.nll):.3g}')
     samples = sweep.rows[choice.samples]
     between = '' if samples.agreement is None else f', Dice between them {mean(samples.agreement):.3f}'
-    interval = f', volume interval of {choice.interval_sd:.2f} sd' if choice.interval_sd else ''
+    known = [f'{sd:.2f}' for sd in choice.interval_sd if sd > 0]
+    interval = f', intervals of volumes {", ".join(known)} sd to both sides' if known else ''
     return f'{line}; samples: {_named(choice.samples)}: GED² {mean(samples.ged):.3f}{between}{interval}'
 
 

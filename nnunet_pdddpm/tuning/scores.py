@@ -13,6 +13,8 @@ from nnunet_pdddpm.diffusion.coding import regions_to_channels
 from nnunet_pdddpm.diffusion.drawing import drawn_logits
 from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY
 
+VERY_FAR = 1000.0
+
 
 class Truth:
     """The true labels of a case, without the voxels that are to be ignored, and what predictions are worth by them."""
@@ -102,13 +104,14 @@ class Truth:
             samples: masks as `drawn` gives them, at least two.
 
         Returns:
-            (labels,) not negative; infinite where all samples have the same, wrong volume, nan where truth and samples
-            lack the label.
+            (labels,) in [0, VERY_FAR], the latter also where all samples have the same, wrong volume; nan where truth
+            and samples lack the label, and everywhere if voxels are ignored, for the true volume is not known then.
         """
         truth, *sizes = (self._sizes(mask).double().cpu().numpy() for mask in (self.truth, *samples))
         error, spread = abs(np.mean(sizes, 0) - truth), np.std(sizes, 0, ddof=1)
         with np.errstate(divide='ignore', invalid='ignore'):
-            return np.where(error > 0, error / spread, np.where(truth > 0, 0.0, np.nan))
+            errors = np.where(error > 0, np.minimum(error / spread, VERY_FAR), np.where(truth > 0, 0.0, np.nan))
+        return errors if self.valid is None or bool(self.valid.all()) else np.full_like(errors, np.nan)
 
     def _sizes(self, mask: Tensor) -> Tensor:
         """Voxels of each label (or region)."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from nnunet_pdddpm.tuning.choice import TuningError
 CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
 
 
-def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings, interval_sd: float) -> list[Path]:
+def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings,
+          interval_sd: Sequence[float]) -> list[Path]:
     """Put settings into the checkpoints of a fold, each written beside and renamed: a kill leaves the old one.
 
     Args:
         fold_folder: in which those of `CHECKPOINTS` that are there are changed.
         mask: for the consensus mask.
         samples: for the samples.
-        interval_sd: of the volumes, see `conformal_width`; 0 if it is not known.
+        interval_sd: of the volumes, see `Choice`; for the final checkpoint, on which they were measured.
 
     Returns:
         The changed files.
@@ -43,7 +45,8 @@ def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings, 
                     raise TuningError(f'{file} has no sampling setting {name}: it is no model of this version of '
                                       f'PDDDPMTrainer.')
                 weights[prefix + name].fill_(value)
-        weights[INTERVAL] = torch.tensor(interval_sd)
+        known = interval_sd if file.name == CHECKPOINTS[0] else [0.0] * len(interval_sd)
+        weights[INTERVAL] = torch.tensor(known)
         partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
         try:
             with writing(fold_folder):

@@ -10,7 +10,8 @@ import torch
 
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.tuning.cases import ValidationCases
-from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples, conformal_width
+from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples
+from nnunet_pdddpm.tuning.intervals import FARTHEST, FEWEST_CASES, FEWEST_ERRORS, conformal_widths
 from nnunet_pdddpm.tuning.report import Choice, in_one_line, left_out, write
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
@@ -54,15 +55,18 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
     measured = sweep(predictor, ValidationCases(trainer, raters), seconds, progress=progress)
     mask = choose_mask(measured.rows_of(measured.for_mask))
     samples = choose_samples(measured.rows_of(measured.for_samples))
-    choice = Choice(mask.settings, samples.settings, conformal_width(samples.volume_errors))
+    widths = conformal_widths(samples.volume_errors)
+    channels = predictor.refiner.num_channels
+    choice = Choice(mask.settings, samples.settings, (0.0,) * (channels - len(widths)) + widths)
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
     files = [*store(folder, choice.mask, choice.samples, choice.interval_sd), *write(folder, measured, choice)]
     if without := left_out(measured):
         log(f'Tuning the sampling settings left out, for want of time: {without}')
     log(f'Sampling settings: {in_one_line(measured, choice)}')
-    if not choice.interval_sd:
-        log('Intervals of volumes are not calibrated: there are too few validation cases, or too many in which all '
-            'samples have the same, wrong volume.')
+    if not any(choice.interval_sd):
+        log(f'Intervals of volumes are not calibrated. That takes several samples, {FEWEST_CASES} validation cases '
+            f'without ignored voxels, {FEWEST_ERRORS} volumes in them, and true volumes that are within {FARTHEST} '
+            f'standard deviations of the samples in all but 5 % of them.')
     log('Written: ' + ', '.join(map(str, files)))
     return choice
