@@ -255,13 +255,14 @@ def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_th
     trainer.refiner.configure(other_settings, other_settings, trainer.t_max, False)
     other = refined.model(REFINED) / 'fold_1' / 'checkpoint_final.pth'
     load_pretrained_weights(trainer.network, str(other))
+    trainer.refiner.interval_sd.fill_(2)  # as if the other model had calibrated intervals
     trainer.on_train_start()
     stock = weights(refined.model(STOCK), 0)['network_weights']
     for name, value in trainer.refiner.presegmenter.state_dict().items():
         assert torch.equal(value, stock[name]), name
     name = 'denoiser.unet.encoder.stages.0.0.convs.0.conv.mask_conv.weight'
     assert torch.equal(trainer.network.state_dict()[name], weights(refined.model(REFINED), 1)['network_weights'][name])
-    assert trainer.refiner.settings == trainer.sampling
+    assert trainer.refiner.settings == trainer.sampling and not trainer.refiner.interval_sd.any()
 
 
 def test_mirroring_is_that_of_the_stock_model(scratch_results):
