@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ambiguous import (
     prepare,
 )
 from hippocampus import nnunet_environment, parse, train
+from scale import machine
 
 STAGES = ('prepare', 'train', 'predict', 'evaluate')
 VARIANTS = {
@@ -49,7 +49,7 @@ TEXT = """# Ablation: one thing changed at a time
 
     .venv/bin/python benchmarks/ablation.py -o WORK
 
-Machine: {machine}, {cores} CPU cores, no GPU, torch {torch}. The phantom, the reduced plans, the stock models and the
+Machine: {machine}. The phantom, the reduced plans, the stock models and the
 measures are those of [ambiguous.md](ambiguous.md), the work folder may be the same. {iterations} iterations for every
 row, three seeds (folds 0 to 2), {images} test images, {samples} samples, with mirroring, no blending. Nothing was
 tuned: all rows are sampled alike. Base: warm start, AdamW, averaged weights, out-of-fold pre-segmentations, a quarter
@@ -98,7 +98,7 @@ def write_table(work: Path, file: Path) -> None:
     from ambiguous_evaluation import NUM_TEST, SAMPLES, Row, difference, measure
     from ambiguous_table import interval, spread, values
     from ambiguous_trainers import Ambiguous
-    lines = [TEXT.format(machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__, images=NUM_TEST,
+    lines = [TEXT.format(machine=machine(), images=NUM_TEST,
                          iterations=Ambiguous.epochs * Ambiguous.iterations, samples=SAMPLES, rows=len(VARIANTS))]
     for title, of in settings().items():
         lines += [f'## {title[0].upper()}{title[1:]}', '', HEADER]

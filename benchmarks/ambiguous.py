@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from hippocampus import call, fold_folder, nnunet_environment, parse, train
+from scale import DEVICE, FULL, PLANS
 
 DATASET_ID = 771
 DATASET = f'Dataset{DATASET_ID}_Ambiguous'
-PLANS = 'nnUNetPlansReduced'
 CONFIGURATION = '2d'
 STOCK_TRAINER = 'nnUNetTrainerAmbiguous'
 CONTROL_TRAINER = 'nnUNetTrainerAmbiguousLonger'
@@ -56,6 +56,17 @@ def prepare(work: Path) -> None:
 
     call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-npfp', '1', '--no_pp',
          '--verify_dataset_integrity')
+    if not FULL:
+        reduce_plans(preprocessed)
+    call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
+    cases = [f'phantom_{seed:05d}' for seed in range(NUM_CASES)]
+    splits = [{'train': [case for i, case in enumerate(cases) if i % NUM_FOLDS != fold],
+               'val': cases[fold::NUM_FOLDS]} for fold in range(NUM_FOLDS)]
+    (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
+
+
+def reduce_plans(preprocessed: Path) -> None:
+    """A smaller network and batch."""
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
@@ -66,18 +77,13 @@ def prepare(work: Path) -> None:
     network.update(n_stages=len(FEATURES), features_per_stage=FEATURES,
                    n_conv_per_stage_decoder=network['n_conv_per_stage_decoder'][:len(FEATURES) - 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
-    call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
-    cases = [f'phantom_{seed:05d}' for seed in range(NUM_CASES)]
-    splits = [{'train': [case for i, case in enumerate(cases) if i % NUM_FOLDS != fold],
-               'val': cases[fold::NUM_FOLDS]} for fold in range(NUM_FOLDS)]
-    (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
 
 
 def tune(work: Path, trainer: str, fold: int) -> None:
     """`nnUNetv2_pdddpm_tune` unless it has been."""
     if not (model_fold(work, trainer, fold) / 'sampling_sweep.json').is_file():
         call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS, '-device',
-             'cpu', '-budget', str(TUNING_MINUTES), '--disable_progress_bar', **VARIABLES)
+             DEVICE, '-budget', str(TUNING_MINUTES), '--disable_progress_bar', **VARIABLES)
 
 
 def main() -> None:

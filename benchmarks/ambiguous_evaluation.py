@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from ambiguous import (
     NUM_TEST,
     PAPER_TRAINER,
     PDDDPM_TRAINER,
-    PLANS,
     STOCK_TRAINER,
     TEST_SEED,
     TRUTH_TRAINER,
@@ -28,6 +26,7 @@ from ambiguous import (
 from ambiguous_phantom import SHAPES, SIZE, Object, Phantom, phantom
 from hippocampus import mean_and_interval
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from scale import DEVICE, PLANS, seconds_now
 from skimage import io
 
 from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY, reliability
@@ -116,7 +115,7 @@ def predict_row(work: Path, row: Row, fold: int) -> None:
     partial = output.with_name('partial')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    device = torch.device('cpu')
+    device = torch.device(DEVICE)
     if row.settings is None:
         predictor = nnUNetPredictor(use_mirroring=row.mirroring, device=device, allow_tqdm=False)
     else:
@@ -127,11 +126,11 @@ def predict_row(work: Path, row: Row, fold: int) -> None:
     model = work / 'nnUNet_results' / DATASET / f'{row.trainer}__{PLANS}__{CONFIGURATION}'
     predictor.initialize_from_trained_model_folder(str(model), (fold,))
     images = sorted((work / 'nnUNet_raw' / DATASET / 'imagesTs').iterdir())[:row.images]
-    start = time.process_time()
+    start = seconds_now()
     predictor.predict_from_files_sequential([[str(image)] for image in images],
                                             [str(partial / image.name[:-len('_0000.png')]) for image in images],
                                             save_probabilities=True)
-    seconds = (time.process_time() - start) / len(images)
+    seconds = (seconds_now() - start) / len(images)
     calls = 4 if row.mirroring else 1
     if row.settings is not None:
         calls = sum(json.loads((partial / 'pdddpm_summary.json').read_text())['cases'][0]['network_calls'].values())

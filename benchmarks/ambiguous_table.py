@@ -2,13 +2,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from ambiguous import (
     CONFIGURATION,
     DATASET,
@@ -16,7 +13,6 @@ from ambiguous import (
     NUM_FOLDS,
     NUM_TEST,
     PDDDPM_TRAINER,
-    PLANS,
     TEST_SEED,
     TRUTH_TRAINER,
     TUNING_MINUTES,
@@ -25,6 +21,7 @@ from ambiguous import (
 from ambiguous_evaluation import CLEAN, ROWS, SAMPLES, STOCK, Metrics, Row, correlation, difference, ideal, measure
 from ambiguous_phantom import phantom
 from ambiguous_trainers import Ambiguous
+from scale import AUTOCAST, PLANS, PLANS_IN_WORDS, SECONDS, machine
 from skimage import io
 
 matplotlib.use('Agg')
@@ -32,7 +29,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 HEADER = ('| | masks | Dice ± images / seeds | Δ to stock | NLL | Δ to stock | ECE | GED² | Δ to stock '
           '| Δ to its thresholds | frequency error | one of the three shapes | correlation | network calls '
-          '| CPU seconds |\n|' + '---|' * 15)
+          f'| {SECONDS} |\n|' + '---|' * 15)
 THRESHOLDS = ROWS[1]
 
 
@@ -103,14 +100,14 @@ def introduction(work: Path) -> str:
 
     .venv/bin/python benchmarks/ambiguous.py -o WORK
 
-Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: the phantom of
+Machine: {machine()}. Data: the phantom of
 `benchmarks/ambiguous_phantom.py`, 64 x 64, two objects an image. For each object for itself the truth is a random
 draw: its core, core and rim, or core and lobe; all of it can be seen in every image, and the size of a dot in the
 core says how probable they are (core 0.7 to 0.1, rim 0.1 to 0.7, lobe 0.2). {NUM_CASES} images with one draw each for
 training, in {NUM_FOLDS} folds; {NUM_TEST} further images for the test.
 
-Reduced plans: 2d, patch {plans["patch_size"]}, {features} features, batch {plans["batch_size"]}; {iterations:,}
-iterations for every model, in bf16 autocast. Three seeds: folds 0, 1 and 2, each with a seed of its own, so they
+{PLANS_IN_WORDS}: 2d, patch {plans["patch_size"]}, {features} features, batch {plans["batch_size"]}; {iterations:,}
+iterations for every model, in {AUTOCAST}. Three seeds: folds 0, 1 and 2, each with a seed of its own, so they
 differ in training cases, too. PDDDPM: warm start, out-of-fold pre-segmentations. Control: the stock model of the fold
 trained that much longer. No diffusion: a second network of the same size, warm start and training, which only ever
 sees the pre-segmentation (out-of-fold) without noise.
@@ -120,7 +117,7 @@ of the probabilities (all pixels), GED² with d = 1 - IoU. Frequency error: half
 between the frequencies of the three shapes in the samples and their probabilities, mean over objects. A sample's
 object is one of the three shapes if it has an IoU of {CLEAN} with it (rim and lobe together have 0.78). Correlation:
 of "more than the core" between the two objects of a sample; 0 in the truth. Thresholds: at 1/32, 3/32, ..., 31/32 of
-the stock model's probability. With mirroring unless the row says otherwise. CPU seconds an image, of one thread, with
+the stock model's probability. With mirroring unless the row says otherwise. {SECONDS} an image, of one thread, with
 reading and writing. Δ: mean paired difference with a 95 % bootstrap interval that draws images and seeds; three seeds
 are few to draw from.
 """

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from hippocampus import call, nnunet_environment, parse, train
+from scale import FULL, PLANS
 
 DATASET_ID = 770
 DATASET = f'Dataset{DATASET_ID}_Cells'
-PLANS = 'nnUNetPlansReduced'
 CONFIGURATION = '2d'
 STOCK_TRAINER = 'nnUNetTrainerCells'
 CONTROL_TRAINER = 'nnUNetTrainerCellsLonger'
@@ -67,6 +67,16 @@ def prepare(work: Path, data: Path) -> None:
 
     call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-npfp', '1', '--no_pp',
          '--verify_dataset_integrity')
+    if not FULL:
+        reduce_plans(preprocessed)
+    call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
+    splits = [{'train': sorted(case for image in cases if image not in held_out for case in cases[image]),
+               'val': sorted(case for image in held_out for case in cases[image])} for held_out in folds]
+    (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
+
+
+def reduce_plans(preprocessed: Path) -> None:
+    """Half of the resolution, a smaller network and batch."""
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
@@ -78,10 +88,6 @@ def prepare(work: Path, data: Path) -> None:
     network.update(n_stages=len(FEATURES), features_per_stage=FEATURES,
                    n_conv_per_stage_decoder=network['n_conv_per_stage_decoder'][:len(FEATURES) - 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
-    call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
-    splits = [{'train': sorted(case for image in cases if image not in held_out for case in cases[image]),
-               'val': sorted(case for image in held_out for case in cases[image])} for held_out in folds]
-    (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
 
 
 def write_images_and_raters(data: Path, images: list[str], target: Path) -> None:

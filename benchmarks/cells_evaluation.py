@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, PDDDPM_TRAINERS, PLANS, STOCK_TRAINER
+from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, PDDDPM_TRAINERS, STOCK_TRAINER
 from hippocampus import mean_and_interval
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from scale import DEVICE, PLANS
 from skimage import io
 
 from nnunet_pdddpm.evaluation.calibration import brier, negative_log_likelihood, reliability
@@ -154,11 +155,11 @@ def predict_row(work: Path, part: str, row: Row) -> None:
         t_start, steps, eta = row.settings
         overrides = {'samples': SAMPLES, 't_start': t_start, 'steps': steps, 'eta': eta}
         predictor: nnUNetPredictor = PDDDPMPredictor(
-            use_mirroring=row.mirroring, device=torch.device('cpu'), allow_tqdm=False,
+            use_mirroring=row.mirroring, device=torch.device(DEVICE), allow_tqdm=False,
             overrides={name: (value, value) for name, value in overrides.items()}, outputs=Outputs(samples=True))
         run_predictor(predictor, work, part, row.trainer, row.folds, partial)
     else:
-        predictor = nnUNetPredictor(use_mirroring=row.mirroring, device=torch.device('cpu'), allow_tqdm=False)
+        predictor = nnUNetPredictor(use_mirroring=row.mirroring, device=torch.device(DEVICE), allow_tqdm=False)
         run_predictor(predictor, work, part, row.trainer, row.folds, partial)
         if row.thresholds:
             write_thresholds(partial)

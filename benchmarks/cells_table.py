@@ -2,14 +2,11 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
-from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, NUM_TEST, PDDDPM_TRAINERS, PLANS, SPLIT_SEED
+from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, NUM_TEST, PDDDPM_TRAINERS, SPLIT_SEED
 from cells_evaluation import (
     SAMPLES,
     Metrics,
@@ -28,6 +25,7 @@ from cells_evaluation import (
     trained_pdddpm,
 )
 from cells_trainers import nnUNetTrainerCells
+from scale import AUTOCAST, FULL, PLANS, PLANS_IN_WORDS, machine
 from skimage import io
 
 matplotlib.use('Agg')
@@ -131,25 +129,26 @@ def introduction(work: Path) -> str:
     plans = json.loads((work / 'nnUNet_preprocessed' / DATASET / f'{PLANS}.json').read_text())
     plans = plans['configurations'][CONFIGURATION]
     features, iterations = plans['architecture']['arch_kwargs']['features_per_stage'], 250 * nnUNetTrainerCells.epochs
+    patch = f'patch {plans["patch_size"]} is the whole image'
+    resolution = patch if FULL else f'at half of the resolution ({patch}; masks are compared at full\nresolution)'
     return f"""# Cells with ten raters: masks of stock nnU-Net and samples of PDDDPM
 
     NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/cells.py -o WORK
 
-Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: BU-BIL,
+Machine: {machine()}. Data: BU-BIL,
 phase-contrast images of cells, 128 x 128, each with ten masks (five people, two tools). {NUM_TEST} test images split
 off first (seed {SPLIT_SEED}), the other 50 in 3 folds by image; each image with each of its masks is a case of its own,
 so training sees every opinion. A small test set: read the intervals. Monte-Carlo dropout is left
 out: the planned networks have no dropout, and a network with it would be another stock model.
 
-Reduced plans: 2d, at half of the resolution (patch {plans["patch_size"]} is the whole image; masks are compared at full
-resolution), {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
+{PLANS_IN_WORDS}: 2d, {resolution}, {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
 model of every fold, three PDDDPM (warm start, out-of-fold pre-segmentations), and as the control the stock model
 trained that much longer. Rows are of fold 0 unless they say otherwise.
 `default`: noise on raters' masks, but half of the patches show
 the pre-segmentation itself and ask for the best mask, and high noise levels are more frequent; `truth`: noise on
 raters' masks in all patches, at levels drawn uniformly;
-`no diffusion`: the same second network, which always sees the pre-segmentation itself. Same seeds, training in bf16
-autocast; no mirroring but where the row says so.
+`no diffusion`: the same second network, which always sees the pre-segmentation itself. Same seeds, training in
+{AUTOCAST}; no mirroring but where the row says so.
 
 {SAMPLES} samples, or as many masks as a row has. A sample is drawn from the probabilities at the end of its chain with
 one threshold for all pixels, another for each sample; `direct` has no chain, only that threshold. GED² and HM-IoU as

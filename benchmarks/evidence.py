@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from scale import FULL, SECONDS, machine, results
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / 'docs' / 'results'
 PARTS = ('hippocampus', 'cells', 'ambiguous')
 COLUMNS = ('dice', 'd_dice', 'nll', 'd_nll', 'ece', 'hd95', 'nsd', 'aurc', 'ged', 'd_ged', 'hm_iou', 'calls', 'seconds')
 THRESHOLDS = ', 16 thresholds'
@@ -31,14 +28,17 @@ COMPARISONS: dict[str, dict[str, list[str]]] = {
                   for title in ('PDDDPM, tuned', 'PDDDPM, t_start 960, 10 steps',
                                 'PDDDPM, noise on the truth in every patch, tuned')}}
 HEADER = ('| | Dice ± sd | Δ Dice | NLL | Δ NLL | ECE | HD95 mm | surface Dice | AURC | GED² | Δ GED² | HM-IoU '
-          '| network calls | CPU seconds |\n|' + '---|' * 14)
+          f'| network calls | {SECONDS} |\n|' + '---|' * 14)
+SIZE = "**nnU-Net's own plans on a GPU**." if FULL else """**reduced plans, short trainings, a CPU**. With
+BENCHMARK_DEVICE=cuda the same command takes nnU-Net's own plans and 25 times as many epochs, on a GPU, and writes its
+tables into a folder named by it; that has not been run."""
 TEXT = """# Evidence: what refinement is worth
 
     NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/evidence.py -o WORK
 
 This joins rows of {tables}, where data, plans, training, seeds, and
-all other rows and columns are described. Machine: {machine}, {cores} CPU cores, no GPU, torch {torch}:
-**reduced plans, short trainings, a CPU**. Settings were tuned on validation cases, never on these.
+all other rows and columns are described. Machine: {machine}:
+{size} Settings were tuned on validation cases, never on these.
 
 Dice ± standard deviation over cases or images. Δ: mean paired difference to stock with mirroring, with its 95 %
 bootstrap interval (over cases; in the phantom over images and seeds). NLL and ECE over all voxels; surface Dice at
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-data', help='folder with the data sets (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, help='work folder: a folder in it for each of the three benchmarks')
-    parser.add_argument('-table', default=str(RESULTS / 'evidence.md'), help='the table to write')
+    parser.add_argument('-table', default=str(results() / 'evidence.md'), help='the table to write')
     parser.add_argument('--join', action='store_true', help='only join what is there')
     args = parser.parse_args()
     work = Path(args.o).resolve()
@@ -182,7 +182,7 @@ def main() -> None:
     parts: dict[str, list[Line]] = {part: list(rows(work / part)) for part, rows in (
         ('hippocampus', hippocampus), ('cells', cells), ('ambiguous', ambiguous))}
     tables = ', '.join(f'[{part}.md]({part}.md)' for part in PARTS if parts[part])
-    lines = [TEXT.format(tables=tables, machine=platform.machine(), cores=os.cpu_count(), torch=torch.__version__),
+    lines = [TEXT.format(tables=tables, machine=machine(), size=SIZE),
              *lacking(parts), '## PDDDPM against what can be had without it', '',
              'Better or worse where the 95 % interval of the paired difference misses 0.', '',
              '| | | against | Dice | NLL | GED² |\n|' + '---|' * 6,

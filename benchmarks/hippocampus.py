@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scale import DEVICE, FULL, PLANS, results
 
 DATASET_ID = 4
 DATASET = 'Dataset004_Hippocampus'
-PLANS = 'nnUNetPlansReduced'
 CONFIGURATION = '3d_fullres'
 STOCK_TRAINER = 'nnUNetTrainerBenchmark'
 CONTROL_TRAINER = 'nnUNetTrainerBenchmarkLonger'
@@ -42,12 +42,13 @@ def find_data(argument: str | None, dataset: str = DATASET) -> Path:
 
 
 def nnunet_environment(work: Path) -> dict[str, str]:
-    """Environment of the nnU-Net commands: its three folders below `work`, the benchmark trainers, one data worker."""
+    """Environment of the nnU-Net commands: its three folders below `work`, the trainers; on a CPU one data worker."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith('nnUNet_pdddpm_')}
     return {**kept, 'nnUNet_raw': str(work / 'nnUNet_raw'), 'nnUNet_results': str(work / 'nnUNet_results'),
             'nnUNet_preprocessed': str(work / 'nnUNet_preprocessed'),
             'nnUNet_extTrainer': os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')]),
-            'nnUNet_n_proc_DA': '1', 'nnUNet_def_n_proc': '2', 'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
+            **({} if FULL else {'nnUNet_n_proc_DA': '1'}), 'nnUNet_def_n_proc': '2',
+            'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
 
 
 def call(work: Path, *command: str, **variables: str) -> None:
@@ -61,7 +62,7 @@ def prepare(work: Path, data: Path) -> None:
     """Split off the test cases, write the raw data set, plan, reduce the plan, preprocess, write the folds."""
     raw = work / 'nnUNet_raw' / DATASET
     preprocessed = work / 'nnUNet_preprocessed' / DATASET
-    if (preprocessed / f'{PLANS}.json').is_file():
+    if (preprocessed / 'splits_final.json').is_file():
         return
     cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(cases))
@@ -79,12 +80,13 @@ def prepare(work: Path, data: Path) -> None:
 
     call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-np', '2',
          '--verify_dataset_integrity')
-    plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
-    plans['plans_name'] = PLANS
-    configuration = plans['configurations'][CONFIGURATION]
-    configuration['batch_size'] = 2
-    configuration['architecture']['arch_kwargs']['features_per_stage'] = [16, 32, 64, 128]
-    (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
+    if not FULL:
+        plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
+        plans['plans_name'] = PLANS
+        configuration = plans['configurations'][CONFIGURATION]
+        configuration['batch_size'] = 2
+        configuration['architecture']['arch_kwargs']['features_per_stage'] = [16, 32, 64, 128]
+        (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
     folds = [sorted(development[f::NUM_FOLDS]) for f in range(NUM_FOLDS)]
     splits = [{'train': sorted(set(development) - set(fold)), 'val': fold} for fold in folds]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
@@ -98,12 +100,12 @@ def fold_folder(work: Path, trainer: str, fold: int, dataset: str = DATASET,
 
 def train(work: Path, trainer: str, fold: int, dataset: str = DATASET, configuration: str = CONFIGURATION,
           **variables: str) -> None:
-    """Train one fold with `nnUNetv2_train` on the CPU unless its final checkpoint is there; resumes if interrupted.
+    """Train one fold with `nnUNetv2_train` unless its final checkpoint is there; resumes if interrupted.
 
     `variables`: further environment variables.
     """
     if not (fold_folder(work, trainer, fold, dataset, configuration) / 'checkpoint_final.pth').is_file():
-        call(work, 'nnUNetv2_train', dataset, configuration, str(fold), '-tr', trainer, '-p', PLANS, '-device', 'cpu',
+        call(work, 'nnUNetv2_train', dataset, configuration, str(fold), '-tr', trainer, '-p', PLANS, '-device', DEVICE,
              '--c', **variables)
 
 
@@ -111,7 +113,7 @@ def tune(work: Path, trainer: str, fold: int) -> None:
     """`nnUNetv2_pdddpm_tune` unless it has been."""
     if not (fold_folder(work, trainer, fold) / 'sampling_sweep.json').is_file():
         call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS, '-device',
-             'cpu', '-budget', str(TUNING_MINUTES[fold]))
+             DEVICE, '-budget', str(TUNING_MINUTES[fold]))
 
 
 def mean_and_interval(of: np.ndarray) -> tuple[float, float, float]:
@@ -134,7 +136,7 @@ def parse(description: str | None, dataset: str, table: str, stages: Sequence[st
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('-data', help=f'folder that contains {dataset} (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, help="work folder: nnU-Net's three folders, predictions and measurements")
-    parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / table),
+    parser.add_argument('-table', default=str(results() / table),
                         help='the table to write; figures beside it')
     parser.add_argument('--stages', nargs='+', choices=stages, default=list(stages))
     return parser.parse_args()

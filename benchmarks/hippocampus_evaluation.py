@@ -3,10 +3,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +21,6 @@ from hippocampus import (
     NUM_FOLDS,
     PAPER_TRAINER,
     PDDDPM_TRAINER,
-    PLANS,
     SPLIT_SEED,
     STOCK_TRAINER,
     TRUTH_TRAINER,
@@ -34,6 +30,7 @@ from hippocampus import (
     mean_and_interval,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from scale import AUTOCAST, DEVICE, PLANS, PLANS_IN_WORDS, SECONDS, machine, seconds_now
 
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
@@ -102,7 +99,7 @@ def predict_and_evaluate(work: Path, row: Row) -> None:
     if row.samples:
         command = ['nnUNetv2_pdddpm_predict', '--uncertainty', '--save_samples', '--report']
     call(work, *command, '-i', str(images(work, row.cases)), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION,
-         '-p', PLANS, '-tr', row.trainer, '-f', *map(str, row.folds), '-device', 'cpu', '--save_probabilities',
+         '-p', PLANS, '-tr', row.trainer, '-f', *map(str, row.folds), '-device', DEVICE, '--save_probabilities',
          '-npp', '1', '-nps', '1', '--disable_progress_bar', *row.flags)
     call(work, 'nnUNetv2_pdddpm_evaluate', '-pred', str(output), '-ref',
          str(work / 'nnUNet_raw' / DATASET / 'labelsTs'), '-np', '2', '--disable_progress_bar',
@@ -127,7 +124,7 @@ def measure_cost(work: Path, row: Row) -> None:
     flags = [flag for flag in row.flags if flag != '--disable_tta']
     settings = {name[1:]: float(value) if name in ('-eta', '-blend') else int(value)
                 for name, value in zip(flags[::2], flags[1::2], strict=True)}
-    common: dict[str, Any] = {'use_mirroring': '--disable_tta' not in row.flags, 'device': torch.device('cpu'),
+    common: dict[str, Any] = {'use_mirroring': '--disable_tta' not in row.flags, 'device': torch.device(DEVICE),
                               'allow_tqdm': False}
     predictor = PDDDPMPredictor(**common, overrides={k: (v, v) for k, v in settings.items()},
                                 outputs=Outputs('entropy', samples=True)) if row.samples else nnUNetPredictor(**common)
@@ -143,10 +140,10 @@ def measure_cost(work: Path, row: Row) -> None:
         part.register_forward_hook(count)
     files = sorted(images(work, 1 if row.cases else 3).iterdir())
     with TemporaryDirectory() as target:
-        start = time.process_time()
+        start = seconds_now()
         predictor.predict_from_files_sequential([[str(file)] for file in files],
                                                 [str(Path(target, file.name[:-len('_0000.nii.gz')])) for file in files])
-    cost = {'network_calls': calls / len(files), 'cpu_seconds': (time.process_time() - start) / len(files)}
+    cost = {'network_calls': calls / len(files), 'cpu_seconds': (seconds_now() - start) / len(files)}
     (folder(work, row) / 'cost.json').write_text(json.dumps(cost))
 
 
@@ -261,12 +258,12 @@ def write_table(work: Path, file: Path) -> None:
     lines = [
         '# Hippocampus: stock nnU-Net, its controls, and PDDDPM', '',
         '    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/hippocampus.py -o WORK', '',
-        f'Machine: {platform.machine()}, {os.cpu_count()} CPU cores, no GPU, torch {torch.__version__}. Data: Medical '
+        f'Machine: {machine()}. Data: Medical '
         f'Segmentation Decathlon Task04; {stock["num_cases"]} test cases split off first (seed {SPLIT_SEED}), the '
         'others in 3 folds. Fold 0 unless the row says otherwise: differences of about 0.002 in Dice are within the '
         'noise of training.', '',
-        f'Reduced plans: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
-        f'features, batch {plans["batch_size"]}; training in bf16 autocast, 250 iterations an epoch. Stock: '
+        f'{PLANS_IN_WORDS}: patch {plans["patch_size"]}, {plans["architecture"]["arch_kwargs"]["features_per_stage"]} '
+        f'features, batch {plans["batch_size"]}; training in {AUTOCAST}, 250 iterations an epoch. Stock: '
         f'{nnUNetTrainerBenchmark.epochs} epochs, every fold. PDDDPM: {PDDDPMTrainerBenchmark.epochs} epochs, warm '
         f'start, out-of-fold pre-segmentations. Control: the stock model of fold 0 trained for '
         f'{nnUNetTrainerBenchmarkLonger.epochs} epochs more. No diffusion: a second network of the same size, warm '
@@ -281,10 +278,10 @@ def write_table(work: Path, file: Path) -> None:
         'Surface Dice at 1 mm. NLL and ECE over all voxels, ECE also near the reference; AURC: lower is better; ρ: '
         'Spearman correlation of estimated with true Dice over cases; interval: of the volumes, calibrated with the '
         'tuning, and for the second stage, which is not tuned, the quantiles of 8 thresholds. Network '
-        'calls and CPU seconds (one thread, reading and writing included) for a case: the mean of three cases, or one '
+        f'calls and {SECONDS} (one thread, reading and writing included) for a case: the mean of three cases, or one '
         'where the row has few.', '',
         '| | Dice ± sd over cases | Δ Dice | HD95 mm | surface Dice | NLL | Δ NLL | ECE | ECE near | AURC | ρ | '
-        'true volume in the interval | network calls | CPU seconds |',
+        f'true volume in the interval | network calls | {SECONDS} |',
         '|' + '---|' * 14,
         *(table_row(work, row, stock) for row in rows), '',
     ]

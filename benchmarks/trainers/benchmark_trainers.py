@@ -1,10 +1,12 @@
-"""Short CPU trainers for the benchmarks, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
+"""Short trainers for the benchmarks, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
-All use bf16 autocast on the CPU (nnU-Net trains in fp32 there), which halves the time of an iteration, and nnU-Net's
-250 iterations an epoch: ten epochs of stock training; four of refinement; and, as the control,
-the stock model trained for those four epochs more. Validation is left out of them, since the benchmark measures on its
-own cases.
+On the CPU all use bf16 autocast (nnU-Net trains in fp32 there), which halves the time of an iteration, and nnU-Net's
+250 iterations an epoch: ten epochs of stock training; four of refinement; and, as the control, the stock model trained
+for those four epochs more. On a GPU (BENCHMARK_DEVICE=cuda) there are 25 times as many epochs. Validation is left out,
+since the benchmark measures on its own cases.
 """
+import os
+
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -14,11 +16,13 @@ from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 
+LONGER = 25 if os.environ.get('BENCHMARK_DEVICE', 'cpu') != 'cpu' else 1
+
 
 class ShortCPUTraining:
     """Mixin: see the module's docstring."""
 
-    epochs = 4
+    epochs = 4 * LONGER
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
@@ -40,7 +44,7 @@ class ShortCPUTraining:
 
 
 class nnUNetTrainerBenchmark(ShortCPUTraining, nnUNetTrainer):
-    epochs = 10
+    epochs = 10 * LONGER
 
 
 class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):

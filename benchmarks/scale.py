@@ -1,0 +1,34 @@
+"""How large the benchmarks are run: reduced on a CPU, or in full on the GPU that BENCHMARK_DEVICE=cuda stands for."""
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+DEVICE = os.environ.get('BENCHMARK_DEVICE', 'cpu')
+FULL = DEVICE != 'cpu'
+PLANS = 'nnUNetPlans' if FULL else 'nnUNetPlansReduced'
+PLANS_IN_WORDS = 'Full plans' if FULL else 'Reduced plans'
+AUTOCAST = "nnU-Net's autocast" if FULL else 'bf16 autocast'
+SECONDS = 'seconds' if FULL else 'CPU seconds'
+seconds_now = time.perf_counter if FULL else time.process_time
+
+if FULL and not torch.cuda.is_available():
+    sys.exit(f'BENCHMARK_DEVICE={DEVICE}, but torch finds no GPU: unset it to run the reduced benchmarks on the CPU.')
+
+
+def machine() -> str:
+    """In words."""
+    processor = f'one {torch.cuda.get_device_name()}' if FULL else 'no GPU'
+    return f'{platform.machine()}, {os.cpu_count()} CPU cores, {processor}, torch {torch.__version__}'
+
+
+def results() -> Path:
+    """Folder of the tables; those of a GPU lie in one of its name."""
+    folder = Path(__file__).resolve().parent.parent / 'docs' / 'results'
+    return folder / re.sub(r'\W+', '_', torch.cuda.get_device_name()) if FULL else folder
