@@ -106,7 +106,7 @@ class Refiner(nn.Module):
                 getattr(self, prefix + name).fill_(value)
         self.t_max.fill_(t_max)
         self.has_regions.fill_(has_regions)
-        self.interval_sd.copy_(torch.tensor(interval_sd or [0.0] * self.num_channels))
+        self.interval_sd.copy_(torch.tensor(interval_sd or (0.0,)))
         self.use_stored_settings()
 
     def use_stored_settings(self) -> None:
