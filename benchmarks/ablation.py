@@ -36,6 +36,7 @@ VARIANTS = {
     'high noise levels more often': 'PDDDPMTrainerAmbiguousHigh',
     'high noise levels more often, a half at level 0: the default': PDDDPM_TRAINER,
     'high noise levels more often, none at level 0': 'PDDDPMTrainerAmbiguousHighNone',
+    'the default, density of levels as their eighth power': 'PDDDPMTrainerAmbiguousHigher',
     'the default, noise on the pre-segmentation in half of the noisy patches':
         'PDDDPMTrainerAmbiguousHalfOnPresegmentation',
     'the default, noise on the pre-segmentation up to t = 500 (split by level)': 'PDDDPMTrainerAmbiguousSplit',

@@ -132,6 +132,12 @@ class PDDDPMTrainerAmbiguousHighNone(PDDDPMTrainerAmbiguousHigh):
     share = 0.0
 
 
+class PDDDPMTrainerAmbiguousHigher(NoiseOnTruth, PDDDPMTrainerAmbiguous):
+    """The default, with a density of levels that grows as their eighth power."""
+
+    share, power = 0.5, 8
+
+
 class PDDDPMTrainerAmbiguousNarrow(PDDDPMTrainerAmbiguousScratch):
     """A denoiser with half of the features, which no stock weights fit."""
 
