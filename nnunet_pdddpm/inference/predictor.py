@@ -72,7 +72,7 @@ class PDDDPMPredictor(VolumePredictor):
         calibrated = (of_folds > 0).all(0)
         self.interval_sd = [None] * self.refiner.num_channels
         if not calibrated.any():
-            why = 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them)'
+            why = 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them, of enough validation cases)'
         elif not self.samples_as_tuned():
             why = 'the calibrated ones hold only for samples drawn as in tuning'
         else:
