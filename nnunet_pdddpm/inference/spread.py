@@ -108,13 +108,13 @@ class Spread:
         It is too high where p is too sure, and where voxels are right or wrong together. 0 if the mask is empty, None
         if neither the mask nor any sample has the channel.
         """
-        overlaps, sizes, masks = torch.zeros((3, len(logits)), dtype=torch.float64)
+        overlaps, sizes, masks = torch.zeros((3, len(logits)), dtype=torch.float64, device=self.mean.device)
         for z in range(logits.shape[1]):
             p = self.mean[:, z]
             hard = harden(logits[None, :, z].to(p.device), self.regions)[0]
-            overlaps += (hard * p).sum((1, 2)).cpu()
-            masks += hard.sum((1, 2)).cpu()
-            sizes += p.sum((1, 2)).cpu()
+            overlaps += (hard * p).sum((1, 2))
+            masks += hard.sum((1, 2))
+            sizes += p.sum((1, 2))
         there = [bool(mask > 0) or bool(counts.any()) for mask, counts in zip(masks, self.counts, strict=True)]
         dice = 2 * overlaps / (masks + sizes)
         return [float(d) if known else None for d, known in zip(dice, there, strict=True)]
