@@ -1,10 +1,13 @@
-"""Further ways to train one network for mask and samples, for `ablation.py`: the default with one thing changed."""
+"""Further ways to train one network for mask and samples: the default with one thing changed, for `ablation.py`, and
+for hippocampus and cells."""
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
 from ambiguous_trainers import PDDDPMTrainerAmbiguous
+from benchmark_trainers import PDDDPMTrainerBenchmark
+from cells_trainers import PDDDPMTrainerCells
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -65,8 +68,8 @@ class BridgeProcess:
         return (mean + self.kappa * (of_s * (of_t - of_s) / of_t).sqrt() * noise) / at_level(self.size, s, x)
 
 
-class OtherProcess(PDDDPMTrainerAmbiguous):
-    """The default with another forward process."""
+class OtherProcess:
+    """Mixin: the default with another forward process."""
 
     presegments_every_patch = True
 
@@ -88,24 +91,36 @@ class OtherProcess(PDDDPMTrainerAmbiguous):
         return refiner
 
 
-class PDDDPMTrainerAmbiguousHalfOnPresegmentation(OtherProcess):
+class NoiseOnHalf(OtherProcess):
     new_process = HalfOnPresegmentation
 
 
-class PDDDPMTrainerAmbiguousSplit(OtherProcess):
-    new_process = LowOnPresegmentation
-
-
-class PDDDPMTrainerAmbiguousBridge2(OtherProcess):
+class Bridge2(OtherProcess):
     @staticmethod
     def new_process(abar: Tensor, eta: float) -> ForwardProcess:
         return BridgeProcess(abar, 2.0)
 
 
-class PDDDPMTrainerAmbiguousBridge8(OtherProcess):
+class Bridge8(OtherProcess):
     @staticmethod
     def new_process(abar: Tensor, eta: float) -> ForwardProcess:
         return BridgeProcess(abar, 8.0)
+
+
+class PDDDPMTrainerAmbiguousHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerAmbiguous):
+    pass
+
+
+class PDDDPMTrainerAmbiguousSplit(OtherProcess, PDDDPMTrainerAmbiguous):
+    new_process = LowOnPresegmentation
+
+
+class PDDDPMTrainerAmbiguousBridge2(Bridge2, PDDDPMTrainerAmbiguous):
+    pass
+
+
+class PDDDPMTrainerAmbiguousBridge8(Bridge8, PDDDPMTrainerAmbiguous):
+    pass
 
 
 class PDDDPMTrainerAmbiguousRecycling(PDDDPMTrainerAmbiguous):
@@ -118,3 +133,19 @@ class PDDDPMTrainerAmbiguousRecycling(PDDDPMTrainerAmbiguous):
             own = self.refiner.denoise(image, x, 0, logits_to_probabilities(logits, self.refiner.regions))
             logits = own.to(logits.dtype)  # coded probabilities: what is above is above
         return logits
+
+
+class PDDDPMTrainerBenchmarkHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerBenchmark):
+    pass
+
+
+class PDDDPMTrainerBenchmarkBridge8(Bridge8, PDDDPMTrainerBenchmark):
+    pass
+
+
+class PDDDPMTrainerCellsHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerCells):
+    pass
+
+
+class PDDDPMTrainerCellsBridge8(Bridge8, PDDDPMTrainerCells):
+    pass
