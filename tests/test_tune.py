@@ -564,6 +564,33 @@ def test_plain_nnunet_prediction_uses_the_choice_and_each_fold_its_own(tuned, tm
     assert [settings.mask.t_start for settings in of_both.fold_settings] == [chosen.t_start, 333]
 
 
+def test_more_steps_are_tried_as_long_as_they_are_better(scratch, monkeypatch):
+    predictor, cases = open_model(scratch, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))
+    ged = {1: 0.5, 2: 0.4, 3: 0.45, 5: 0.1, 10: 0.1}
+    measured = []
+
+    class Known:
+        def __init__(self, predictor, case):
+            self.scores = {sweep_module.stock_settings(predictor.refiner): {'dice': 0.5, 'nll': 0.1, 'ged': 0.5}}
+
+        def measure(self, settings):
+            measured.append(settings)
+            for s in settings:
+                for b in sweep_module.blended(s):
+                    self.scores[b] = {'dice': 0.6 if s.steps == 2 else 0.55, 'nll': 0.1, 'ged': ged.get(s.steps, 1)}
+    monkeypatch.setattr(sweep_module, 'CaseSweep', Known)
+    monkeypatch.setattr(sweep_module, 'STEPS', tuple(ged))
+    found = sweep(predictor, cases)
+    assert {s.steps for s in found.for_samples} == {1, 2, 3} and not found.settings_left_out
+    assert {s.steps for s in found.for_mask if not s.is_stock} == {0, 1, 2, 3}
+    ged[2] = 0.6
+    measured.clear()
+    found = sweep(predictor, cases)
+    assert {s.steps for s in found.for_samples} == {1, 2} and {s.steps for s in found.for_mask} == {0, 1, 2, 3}
+    assert len(measured) == 3 * 3  # single steps, two, and three for the mask alone: on three cases
+    assert {s.samples for s in measured[-1]} == {1}
+
+
 def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
     """By a clock that only passes over the volume move: to pre-segment a case takes as long as 8 of the denoiser."""
     predictor, cases = open_model(scratch, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))

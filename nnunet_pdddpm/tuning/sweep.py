@@ -96,19 +96,22 @@ class Sweep:
         return [self.rows[s] for s in settings]
 
 
+Climb = tuple[list[SamplingSettings], Callable[[dict[SamplingSettings, Row], SamplingSettings], float]]
+"""Settings from one level, and what a measured one of them is worth."""
 Scores = dict[str, Any]
 """Of one setting on one case: dice, nll, agreement, ged; volume_errors (labels,)."""
 
 
 def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | None = None,
           clock: Callable[[], float] = time.perf_counter, progress: bool = False) -> Sweep:
-    """Measure single steps from all levels, then further steps from the levels that are best so far.
+    """Measure single steps from all levels, then further steps from the levels that are best so far, as long as they
+    are better than fewer.
 
     Args:
         predictor: with one model.
         cases: of its fold.
         seconds: time budget, None for none. Then single steps are measured on as many cases as there is time for,
-            further steps on the same cases, the cheapest first.
+            further steps on the same cases.
         clock: seconds, of which differences count.
         progress: whether to show a bar.
 
@@ -125,10 +128,14 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
         rows = run.rows()
         reached = [rows[b] for s in for_mask if s.steps == 1 for b in blended(s)
                    if mean(rows[b].dice) >= mean(rows[stock].dice)]
-        of_mask = max(reached, key=lambda row: mean(row.dice)).settings.t_start if reached else None
-        of_samples = choose_samples([rows[s] for s in for_samples if s.steps == 1]).settings.t_start
-        left_out = run.further_steps([s for s in everything if s.steps > 1 and (
-            (s in for_mask and s.t_start == of_mask) or (s in for_samples and s.t_start == of_samples))])
+        best_sample = choose_samples([rows[s] for s in for_samples if s.steps == 1])
+        climbs: list[Climb] = [([s for s in for_samples if s.t_start == best_sample.settings.t_start],
+                                lambda rows, s: -mean(rows[s].ged))]
+        if reached:
+            level = max(reached, key=lambda row: mean(row.dice)).settings.t_start
+            climbs.append(([s for s in for_mask if s.t_start == level],
+                           lambda rows, s: max(mean(rows[b].dice) for b in blended(s))))
+        left_out = run.further_steps(climbs)
     run.bar.close()
     rows = run.rows()
     kept, rest = ([name for i, name in enumerate(cases.names) if (i in run.order) == there] for there in (True, False))
@@ -180,7 +187,7 @@ class _Run:
                 self._choose_cases(case, settings, self.clock() - before)
             case.measure(settings)
             self.measured.append(case.scores)
-            self.bar.total = 2 * len(self.order)
+            self.bar.total = len(self.order)
             self.bar.update()
 
     def _choose_cases(self, first: CaseSweep, settings: list[SamplingSettings], presegmentation: float) -> None:
@@ -197,16 +204,31 @@ class _Run:
             raise TuningError(f'{self.seconds / 60:.1f} minutes are too short to tune the sampling settings: single '
                               f'steps on {min(FEWEST_CASES, len(self.voxels))} cases take longer.')
 
-    def further_steps(self, settings: list[SamplingSettings]) -> list[SamplingSettings]:
-        """On the same cases, if there is time; returns what was left out for want of it."""
+    def further_steps(self, climbs: list[Climb]) -> list[SamplingSettings]:
+        """One more number of steps after the other, in each climb until the best with it is not better than the best
+        with fewer; returns what was left out for want of time."""
+        for steps in sorted({s.steps for settings, _ in climbs for s in settings} - {1}):
+            tried = list(dict.fromkeys(s for settings, _ in climbs for s in settings if s.steps == steps))
+            if not self._measure_further(tried):
+                return list(dict.fromkeys(s for settings, _ in climbs for s in settings
+                                          if s.steps >= steps and s not in self.measured[0]))
+            rows = self.rows()
+            climbs = [(settings, worth) for settings, worth in climbs
+                      if max((worth(rows, s) for s in settings if s.steps == steps), default=-math.inf)
+                      > max(worth(rows, s) for s in settings if s.steps < steps)]
+        return []
+
+    def _measure_further(self, settings: list[SamplingSettings]) -> bool:
+        """On the same cases; whether there was time for all of them."""
         kept = settings
         if self.cost is not None:
             kept = settings_in(self.left(), settings, [self.voxels[i] for i in self.order], self.cost)
+        self.bar.total += len(self.order) if kept else 0
         further: list[dict[SamplingSettings, Scores]] = []
         for i in self.order if kept else []:
             if self.left() < 0:
                 if len(further) < FEWEST_CASES:
-                    return settings
+                    return False
                 self.order, self.measured = self.order[:len(further)], self.measured[:len(further)]
                 break
             case = CaseSweep(self.predictor, self.cases.load(self.cases.names[i]))
@@ -215,7 +237,7 @@ class _Run:
             self.bar.update()
         self.measured = [{**one, **more} for one, more in zip(self.measured, further, strict=True)] \
             if kept else self.measured
-        return [s for s in settings if s not in kept]
+        return kept == settings
 
 
 class CaseSweep:
