@@ -17,6 +17,7 @@ CONTROL_TRAINER = 'nnUNetTrainerAmbiguousLonger'
 PDDDPM_TRAINER = 'PDDDPMTrainerAmbiguous'
 TRUTH_TRAINER = 'PDDDPMTrainerAmbiguousTruth'
 DIRECT_TRAINER = 'PDDDPMTrainerAmbiguousDirect'
+DIRECT_CE_TRAINER = 'PDDDPMTrainerAmbiguousDirectCE'
 PAPER_TRAINER = 'PDDDPMTrainerAmbiguousPaper'
 STAGES = ('prepare', 'stock', 'pdddpm', 'tune', 'predict', 'evaluate')
 NUM_CASES = 180  # for training, each with one draw of the truth
@@ -96,7 +97,8 @@ def main() -> None:
             train(work, STOCK_TRAINER, fold, DATASET, CONFIGURATION, **VARIABLES)
     if 'pdddpm' in args.stages:
         for fold in range(NUM_FOLDS):
-            for trainer in (PDDDPM_TRAINER, CONTROL_TRAINER, DIRECT_TRAINER, TRUTH_TRAINER, PAPER_TRAINER):
+            for trainer in (PDDDPM_TRAINER, CONTROL_TRAINER, DIRECT_TRAINER, DIRECT_CE_TRAINER, TRUTH_TRAINER,
+                            PAPER_TRAINER):
                 train(work, trainer, fold, DATASET, CONFIGURATION, **VARIABLES)
     if 'tune' in args.stages:
         for trainer in (PDDDPM_TRAINER, TRUTH_TRAINER):

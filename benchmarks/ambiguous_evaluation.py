@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ambiguous import (
     CONFIGURATION,
     CONTROL_TRAINER,
     DATASET,
+    DIRECT_CE_TRAINER,
     DIRECT_TRAINER,
     NUM_FOLDS,
     NUM_TEST,
@@ -26,6 +28,7 @@ from ambiguous import (
 from ambiguous_phantom import SHAPES, SIZE, Object, Phantom, phantom
 from hippocampus import mean_and_interval
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from recalibration import fit_on_folder, rescale_folder
 from scale import DEVICE, PLANS, seconds_now
 from skimage import io
 
@@ -54,6 +57,8 @@ class Row:
     mirroring: bool = True
     thresholds: bool = False
     """16 masks from a stock model: its probability above 1/32, 3/32, ..., 31/32."""
+    temperature: bool = False
+    """One for all probabilities of a stock model, fitted on the validation cases of the fold."""
     samples: int = field(default=SAMPLES)
     images: int = NUM_TEST
     folds: tuple[int, ...] = tuple(range(NUM_FOLDS))
@@ -82,7 +87,12 @@ ROWS = (STOCK, Row('stock, 16 thresholds', thresholds=True),
         Row('stock without mirroring', mirroring=False),
         Row('control: stock trained longer', CONTROL_TRAINER),
         Row('control: stock trained longer, 16 thresholds', CONTROL_TRAINER, thresholds=True),
+        Row('stock, temperature, 16 thresholds', thresholds=True, temperature=True),
+        Row('control: stock trained longer, temperature, 16 thresholds', CONTROL_TRAINER, thresholds=True,
+            temperature=True),
         Row('no diffusion: second network', DIRECT_TRAINER, {'t_start': 1000, 'steps': 0, 'blend': 0.0}),
+        Row('no diffusion: second network, cross-entropy alone', DIRECT_CE_TRAINER,
+            {'t_start': 1000, 'steps': 0, 'blend': 0.0}),
         Row('PDDDPM, tuned', PDDDPM_TRAINER, {}),
         Row('PDDDPM, t_start 960, 1 step', PDDDPM_TRAINER, {'t_start': 960, 'steps': 1, 'blend': 0.0}),
         Row('PDDDPM, t_start 960, 10 steps', PDDDPM_TRAINER, {'t_start': 960, **CHAIN}),
@@ -127,15 +137,34 @@ def predict_row(work: Path, row: Row, fold: int) -> None:
     predictor.initialize_from_trained_model_folder(str(model), (fold,))
     images = sorted((work / 'nnUNet_raw' / DATASET / 'imagesTs').iterdir())[:row.images]
     start = seconds_now()
-    predictor.predict_from_files_sequential([[str(image)] for image in images],
-                                            [str(partial / image.name[:-len('_0000.png')]) for image in images],
-                                            save_probabilities=True)
+    predict_images(predictor, images, partial)
     seconds = (seconds_now() - start) / len(images)
     calls = 4 if row.mirroring else 1
     if row.settings is not None:
         calls = sum(json.loads((partial / 'pdddpm_summary.json').read_text())['cases'][0]['network_calls'].values())
     (partial / 'cost.json').write_text(json.dumps({'network_calls': calls, 'cpu_seconds': seconds}))
+    if row.temperature:
+        rescale_folder(partial, temperature_of(work, predictor, fold))
     partial.rename(output)
+
+
+def predict_images(predictor: nnUNetPredictor, images: list[Path], folder: Path) -> None:
+    """With probabilities."""
+    predictor.predict_from_files_sequential([[str(image)] for image in images],
+                                            [str(folder / image.name[:-len('_0000.png')]) for image in images],
+                                            save_probabilities=True)
+
+
+def temperature_of(work: Path, predictor: nnUNetPredictor, fold: int) -> float:
+    """Fitted on the validation cases of a fold."""
+    raw = work / 'nnUNet_raw' / DATASET
+
+    def share(case: str) -> np.ndarray:
+        inside = io.imread(raw / 'labelsTr' / f'{case}.png') > 0
+        return np.stack([~inside, inside])
+    with TemporaryDirectory() as folder:
+        predict_images(predictor, sorted((raw / 'imagesTr').iterdir())[fold::NUM_FOLDS], Path(folder))
+        return fit_on_folder(Path(folder), share)
 
 
 # measurement --------------------------------------------------------------------------------------------------------

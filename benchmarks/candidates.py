@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from hippocampus import (
     CONFIGURATION,
+    DATASET,
     HERE,
     PDDDPM_TRAINER,
     fold_folder,
@@ -21,7 +22,7 @@ from hippocampus import (
     parse,
     train,
 )
-from scale import DEVICE, machine
+from scale import DEVICE, PLANS, machine
 
 STAGES = ('train', 'hippocampus', 'cells', 'table')
 FOLDS = (0, 1, 2)
@@ -53,7 +54,7 @@ trainings and cases. Bold: the interval excludes 0.
 
 def of_hippocampus(work: Path, name: str, fold: int) -> Found:
     """On validation cases, in the network's grid."""
-    from benchmark_trainers import PDDDPMTrainerBenchmark
+    from nnunetv2.run.run_training import get_trainer_from_args
 
     from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
     from nnunet_pdddpm.network.settings import SamplingSettings
@@ -62,8 +63,8 @@ def of_hippocampus(work: Path, name: str, fold: int) -> Found:
     model, device = fold_folder(work, PDDDPM_TRAINER + name, fold).parent, torch.device(DEVICE)
     predictor = VolumePredictor(device=device, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (fold,))
-    plans, dataset = (json.loads((model / f'{file}.json').read_text()) for file in ('plans', 'dataset'))
-    cases = ValidationCases(PDDDPMTrainerBenchmark(plans, CONFIGURATION, fold, dataset, device))
+    cases = ValidationCases(get_trainer_from_args(DATASET, CONFIGURATION, fold, PDDDPM_TRAINER + name, PLANS,
+                                                  device=device))
     found: Found = {start: {value: [] for value in VALUES} for start in STARTS}
     for case in cases.names[::EVERY]:
         with torch.inference_mode():
@@ -81,7 +82,7 @@ def of_hippocampus(work: Path, name: str, fold: int) -> Found:
 def of_cells(work: Path, name: str, fold: int) -> Found:
     """On validation images."""
     from cells_evaluation import Row, measure, predict_row
-    part = f'validation_{fold}' if fold else 'validation'
+    part = cells.validation_part(fold)
     if not (work / part).is_dir():
         data = cells.find_data(None)
         folds = cells.split_images(sorted(file.stem for file in (data / 'images').glob('*.png')))[1]

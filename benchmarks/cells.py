@@ -16,7 +16,8 @@ DATASET = f'Dataset{DATASET_ID}_Cells'
 CONFIGURATION = '2d'
 STOCK_TRAINER = 'nnUNetTrainerCells'
 CONTROL_TRAINER = 'nnUNetTrainerCellsLonger'
-PDDDPM_TRAINERS = ('PDDDPMTrainerCells', 'PDDDPMTrainerCellsTruth', 'PDDDPMTrainerCellsDirect')
+PDDDPM_TRAINERS = ('PDDDPMTrainerCells', 'PDDDPMTrainerCellsTruth', 'PDDDPMTrainerCellsDirect',
+                   'PDDDPMTrainerCellsDirectCE')
 STAGES = ('prepare', 'stock', 'pdddpm', 'predict', 'evaluate')
 SPLIT_SEED = 2210
 NUM_TEST = 19
@@ -60,7 +61,8 @@ def prepare(work: Path, data: Path) -> None:
             shutil.copyfile(data / 'images' / f'{image}.png', raw / 'imagesTr' / f'{mask.stem}_0000.png')
             shutil.copyfile(mask, raw / 'labelsTr' / mask.name)
     write_images_and_raters(data, test, work / 'test')
-    write_images_and_raters(data, folds[0], work / 'validation')
+    for fold, images in enumerate(folds):
+        write_images_and_raters(data, images, work / validation_part(fold))
     description = {'channel_names': {'0': 'phase contrast'}, 'labels': {'background': 0, 'cell': 1},
                    'numTraining': sum(map(len, cases.values())), 'file_ending': '.png'}
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
@@ -88,6 +90,11 @@ def reduce_plans(preprocessed: Path) -> None:
     network.update(n_stages=len(FEATURES), features_per_stage=FEATURES,
                    n_conv_per_stage_decoder=network['n_conv_per_stage_decoder'][:len(FEATURES) - 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
+
+
+def validation_part(fold: int) -> str:
+    """Name of the folder with the validation images of a fold."""
+    return f'validation_{fold}' if fold else 'validation'
 
 
 def write_images_and_raters(data: Path, images: list[str], target: Path) -> None:

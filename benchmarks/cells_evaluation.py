@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, PDDDPM_TRAINERS, STOCK_TRAINER
+from cells import CONFIGURATION, CONTROL_TRAINER, DATASET, NUM_FOLDS, PDDDPM_TRAINERS, STOCK_TRAINER, validation_part
 from hippocampus import mean_and_interval
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from recalibration import fit_on_folder, rescale_folder
 from scale import DEVICE, PLANS
 from skimage import io
 
@@ -25,7 +26,8 @@ SAMPLES = 16
 DIRECT = (1000, 0, 0.0)
 CHAINS = (*((t, 1, 0.0) for t in (500, 700, 900, 960, 1000)), (900, 3, 0.0), (960, 3, 0.0), (960, 3, 1.0),
           (960, 10, 1.0))
-STARTS = dict(zip(PDDDPM_TRAINERS, ('default', 'truth', 'no diffusion'), strict=True))
+STARTS = dict(zip(PDDDPM_TRAINERS, ('default', 'truth', 'no diffusion', 'no diffusion, cross-entropy alone'),
+                  strict=True))
 Metrics = dict[str, list[float]]
 """Of a row: name of the metric -> value of each image, in alphabetical order of images."""
 
@@ -38,6 +40,8 @@ class Row:
     folds: tuple[int, ...] = (0,)
     mirroring: bool = False
     thresholds: bool = False
+    temperature: bool = False
+    """One for all probabilities, fitted on the validation images of the fold."""
     settings: tuple[int, int, float] | None = None
 
     @property
@@ -55,7 +59,8 @@ class Row:
     def folder(self) -> str:
         """Name of its folder of predictions."""
         parts = [self.trainer, *(f'f{fold}' for fold in self.folds), *(['mirroring'] if self.mirroring else []),
-                 *(['thresholds'] if self.thresholds else []), *map(str, self.settings or ())]
+                 *(['temperature'] if self.temperature else []), *(['thresholds'] if self.thresholds else []),
+                 *map(str, self.settings or ())]
         return '-'.join(parts)
 
 
@@ -67,10 +72,13 @@ def stock_rows(work: Path) -> list[Row]:
             Row('stock, mirroring, 16 thresholds', mirroring=True, thresholds=True),
             Row(f'stock, {NUM_FOLDS} folds', folds=every),
             Row(f'stock, {NUM_FOLDS} folds, 16 thresholds of their mean', folds=every, thresholds=True),
+            Row('stock, mirroring, temperature, 16 thresholds', mirroring=True, thresholds=True, temperature=True),
             Row('control: stock trained longer', CONTROL_TRAINER),
             Row('control, 16 thresholds', CONTROL_TRAINER, thresholds=True),
             Row('control, mirroring', CONTROL_TRAINER, mirroring=True),
-            Row('control, mirroring, 16 thresholds', CONTROL_TRAINER, mirroring=True, thresholds=True)]
+            Row('control, mirroring, 16 thresholds', CONTROL_TRAINER, mirroring=True, thresholds=True),
+            Row('control, mirroring, temperature, 16 thresholds', CONTROL_TRAINER, mirroring=True, thresholds=True,
+                temperature=True)]
     return [row for row in rows if is_trained(work, row.trainer)]
 
 
@@ -84,7 +92,7 @@ def pdddpm_row(trainer: str, settings: tuple[int, int, float], mirroring: bool =
 
 def sweep(trainer: str) -> list[Row]:
     """What is tried on the validation images."""
-    settings = {'default': (DIRECT, *CHAINS), 'truth': CHAINS, 'no diffusion': (DIRECT,)}[STARTS[trainer]]
+    settings = {'default': (DIRECT, *CHAINS), 'truth': CHAINS}.get(STARTS[trainer], (DIRECT,))
     return [pdddpm_row(trainer, s) for s in settings]
 
 
@@ -131,7 +139,8 @@ def predict(work: Path) -> None:
     """The sweeps on the validation images, then the test images; folders that are there are left alone."""
     torch.set_num_threads(1)
     for row in stock_rows(work):
-        predict_row(work, 'validation', row)
+        if not row.temperature:  # it is fitted on these
+            predict_row(work, 'validation', row)
         predict_row(work, 'test', row)
     for trainer in trained_pdddpm(work):
         for row in sweep(trainer):
@@ -161,6 +170,8 @@ def predict_row(work: Path, part: str, row: Row) -> None:
     else:
         predictor = nnUNetPredictor(use_mirroring=row.mirroring, device=torch.device(DEVICE), allow_tqdm=False)
         run_predictor(predictor, work, part, row.trainer, row.folds, partial)
+        if row.temperature:
+            rescale_folder(partial, temperature(work, row))
         if row.thresholds:
             write_thresholds(partial)
         elif len(row.folds) > 1:
@@ -171,6 +182,18 @@ def predict_row(work: Path, part: str, row: Row) -> None:
                     mask.rename(partial / 'samples' / f'{mask.stem}_s{fold:02d}.png')
                 shutil.rmtree(partial / 'fold')
     partial.rename(output)
+
+
+def temperature(work: Path, row: Row) -> float:
+    """Fitted on the validation images of the fold, all raters' masks alike."""
+    part, = map(validation_part, row.folds)
+    plain = replace(row, temperature=False, thresholds=False)
+    predict_row(work, part, plain)
+
+    def share(image: str) -> np.ndarray:
+        cell = np.mean([io.imread(file) > 0 for file in (work / part / 'raters').glob(f'{image}__*.png')], 0)
+        return np.stack([1 - cell, cell])
+    return fit_on_folder(work / 'predictions' / part / plain.folder, share)
 
 
 def run_predictor(predictor: nnUNetPredictor, work: Path, part: str, trainer: str, folds: tuple[int, ...],

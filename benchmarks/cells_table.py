@@ -51,7 +51,7 @@ def table_row(row: Row, metrics: Metrics, stock: Metrics, thresholds: Metrics) -
 
 def sweep_table(work: Path) -> list[str]:
     """Everything on the validation images; the other folds' stock models were trained on these."""
-    rows = [*(row for row in stock_rows(work) if len(row.folds) == 1),
+    rows = [*(row for row in stock_rows(work) if len(row.folds) == 1 and not row.temperature),
             *(row for trainer in trained_pdddpm(work) for row in sweep(trainer))]
     lines = ['| | GED² | IoU between masks | Dice to majority | NLL |', '|' + '---|' * 5]
     for row in rows:
@@ -142,12 +142,15 @@ so training sees every opinion. A small test set: read the intervals. Monte-Carl
 out: the planned networks have no dropout, and a network with it would be another stock model.
 
 {PLANS_IN_WORDS}: 2d, {resolution}, {features} features, batch {plans["batch_size"]}; {iterations:,} iterations for each model: the stock
-model of every fold, three PDDDPM (warm start, out-of-fold pre-segmentations), and as the control the stock model
+model of every fold, PDDDPM (warm start, out-of-fold pre-segmentations), and as the control the stock model
 trained that much longer. Rows are of fold 0 unless they say otherwise.
 `default`: noise on raters' masks, but half of the patches show
 the pre-segmentation itself and ask for the best mask, and high noise levels are more frequent; `truth`: noise on
 raters' masks in all patches, at levels drawn uniformly;
-`no diffusion`: the same second network, which always sees the pre-segmentation itself. Same seeds, training in
+`no diffusion`: the same second network, which always sees the pre-segmentation itself; `cross-entropy alone`: with the
+loss that the denoiser has at noise levels, nnU-Net's without its Dice part. `temperature`: one number T for the
+model's probabilities, softmax(log p / T), with the lowest NLL on the validation images of its fold (Guo et al. 2017).
+Same seeds, training in
 {AUTOCAST}; no mirroring but where the row says so.
 
 {SAMPLES} samples, or as many masks as a row has. A sample is drawn from the probabilities at the end of its chain with

@@ -17,14 +17,19 @@ PARTS = ('hippocampus', 'cells', 'ambiguous')
 COLUMNS = ('dice', 'd_dice', 'nll', 'd_nll', 'ece', 'hd95', 'nsd', 'aurc', 'ged', 'd_ged', 'hm_iou', 'calls', 'seconds')
 THRESHOLDS = ', 16 thresholds'
 COMPARISONS: dict[str, dict[str, list[str]]] = {
-    'hippocampus': {'PDDDPM': ['stock', 'control: stock trained longer', 'no diffusion: second stage'],
+    'hippocampus': {'PDDDPM': ['stock', 'stock, temperature', 'control: stock trained longer', 'control, temperature',
+                               'no diffusion: second stage', 'no diffusion, cross-entropy alone'],
                     'PDDDPM, 3 folds': ['stock, 3 folds']},
     'cells': {**{f'PDDDPM {starts}: t_start=': [  # and so on: chosen on the validation images
-        'stock, mirroring' + THRESHOLDS, 'control, mirroring' + THRESHOLDS,
-        'PDDDPM no diffusion: direct (k=0), mirroring'] for starts in ('default', 'truth')},
+        'stock, mirroring' + THRESHOLDS, 'stock, mirroring, temperature' + THRESHOLDS,
+        'control, mirroring' + THRESHOLDS, 'control, mirroring, temperature' + THRESHOLDS,
+        'PDDDPM no diffusion: direct (k=0), mirroring',
+        'PDDDPM no diffusion, cross-entropy alone: direct (k=0), mirroring'] for starts in ('default', 'truth')},
         'PDDDPM default, 3 folds: t_start=': ['stock, 3 folds, 16 thresholds of their mean']},
-    'ambiguous': {title: ['stock' + THRESHOLDS, 'control: stock trained longer' + THRESHOLDS,
-                          'no diffusion: second network']
+    'ambiguous': {title: ['stock' + THRESHOLDS, 'stock, temperature' + THRESHOLDS,
+                          'control: stock trained longer' + THRESHOLDS,
+                          'control: stock trained longer, temperature' + THRESHOLDS, 'no diffusion: second network',
+                          'no diffusion: second network, cross-entropy alone']
                   for title in ('PDDDPM, tuned', 'PDDDPM, t_start 960, 10 steps',
                                 'PDDDPM, noise on the truth in every patch, tuned')}}
 HEADER = ('| | Dice ± sd | Δ Dice | NLL | Δ NLL | ECE | HD95 mm | surface Dice | AURC | GED² | Δ GED² | HM-IoU '

@@ -20,6 +20,7 @@ STOCK_TRAINER = 'nnUNetTrainerBenchmark'
 CONTROL_TRAINER = 'nnUNetTrainerBenchmarkLonger'
 PDDDPM_TRAINER = 'PDDDPMTrainerBenchmark'
 DIRECT_TRAINER = 'PDDDPMTrainerBenchmarkDirect'
+DIRECT_CE_TRAINER = 'PDDDPMTrainerBenchmarkDirectCE'
 TRUTH_TRAINER = 'PDDDPMTrainerBenchmarkTruth'
 PAPER_TRAINER = 'PDDDPMTrainerBenchmarkPaper'
 STAGES = ('prepare', 'stock', 'pdddpm', 'tune', 'evaluate')
@@ -151,7 +152,7 @@ def main() -> None:
         for fold in range(NUM_FOLDS):
             train(work, STOCK_TRAINER, fold)
     if 'pdddpm' in args.stages:
-        for trainer in (PDDDPM_TRAINER, DIRECT_TRAINER, TRUTH_TRAINER, CONTROL_TRAINER):
+        for trainer in (PDDDPM_TRAINER, DIRECT_TRAINER, DIRECT_CE_TRAINER, TRUTH_TRAINER, CONTROL_TRAINER):
             train(work, trainer, 0)
         for fold in range(1, NUM_FOLDS):
             train(work, PDDDPM_TRAINER, fold)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import SimpleITK as sitk
 import torch
 from benchmark_trainers import PDDDPMTrainerBenchmark, nnUNetTrainerBenchmark, nnUNetTrainerBenchmarkLonger
 from hippocampus import (
     CONFIGURATION,
     CONTROL_TRAINER,
     DATASET,
+    DIRECT_CE_TRAINER,
     DIRECT_TRAINER,
     NUM_FOLDS,
     PAPER_TRAINER,
@@ -30,6 +32,7 @@ from hippocampus import (
     mean_and_interval,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from recalibration import fit_on_folder, rescale_folder
 from scale import AUTOCAST, DEVICE, PLANS, PLANS_IN_WORDS, SECONDS, machine, seconds_now
 
 from nnunet_pdddpm.inference.export import Outputs
@@ -50,6 +53,8 @@ class Row(NamedTuple):
     folds: tuple[int, ...] = (0,)
     cases: int | None = None
     """Number of test cases; None: all."""
+    temperature: bool = False
+    """One for all probabilities of a stock model, fitted on the validation cases of the fold."""
 
 
 FOLDS = tuple(range(NUM_FOLDS))
@@ -58,8 +63,11 @@ NOISE = ('-t_start', '1000', '-eta', '1', '-blend', '0')
 STOCK, PLAIN = Row('stock', STOCK_TRAINER), Row('PDDDPM, `nnUNetv2_predict`', PDDDPM_TRAINER)
 ROWS = (STOCK,
         Row('stock without mirroring', STOCK_TRAINER, flags=('--disable_tta',)),
+        Row('stock, temperature', STOCK_TRAINER, temperature=True),
         Row('control: stock trained longer', CONTROL_TRAINER),
+        Row('control, temperature', CONTROL_TRAINER, temperature=True),
         Row('no diffusion: second stage', DIRECT_TRAINER, True, ('-steps', '0')),
+        Row('no diffusion, cross-entropy alone', DIRECT_CE_TRAINER, True, ('-steps', '0')),
         Row('PDDDPM', PDDDPM_TRAINER, True),
         PLAIN,
         Row('PDDDPM, noise on the truth in every patch', TRUTH_TRAINER, True),
@@ -98,12 +106,34 @@ def predict_and_evaluate(work: Path, row: Row) -> None:
     command = ['nnUNetv2_predict']
     if row.samples:
         command = ['nnUNetv2_pdddpm_predict', '--uncertainty', '--save_samples', '--report']
-    call(work, *command, '-i', str(images(work, row.cases)), '-o', str(output), '-d', DATASET, '-c', CONFIGURATION,
-         '-p', PLANS, '-tr', row.trainer, '-f', *map(str, row.folds), '-device', DEVICE, '--save_probabilities',
-         '-npp', '1', '-nps', '1', '--disable_progress_bar', *row.flags)
+    flags = ['-d', DATASET, '-c', CONFIGURATION, '-p', PLANS, '-tr', row.trainer, '-f', *map(str, row.folds), '-device',
+             DEVICE, '--save_probabilities', '-npp', '1', '-nps', '1', '--disable_progress_bar', *row.flags]
+    call(work, *command, '-i', str(images(work, row.cases)), '-o', str(output), *flags)
+    if row.temperature:
+        validation = work / f'validation_{row.folds[0]}'
+        predictions = output.with_name(f'{output.name}_validation')
+        copy_validation_images(work, row.folds[0], validation)
+        call(work, *command, '-i', str(validation), '-o', str(predictions), *flags)
+        rescale_folder(output, fit_on_folder(predictions, lambda case: labels(work, case)))
+        shutil.rmtree(predictions)
     call(work, 'nnUNetv2_pdddpm_evaluate', '-pred', str(output), '-ref',
          str(work / 'nnUNet_raw' / DATASET / 'labelsTs'), '-np', '2', '--disable_progress_bar',
          *(['--chill'] if row.cases else []))
+
+
+def copy_validation_images(work: Path, fold: int, folder: Path) -> None:
+    """Of a fold."""
+    splits = json.loads((work / 'nnUNet_preprocessed' / DATASET / 'splits_final.json').read_text())
+    folder.mkdir(exist_ok=True)
+    for case in splits[fold]['val']:
+        shutil.copyfile(work / 'nnUNet_raw' / DATASET / 'imagesTr' / f'{case}_0000.nii.gz',
+                        folder / f'{case}_0000.nii.gz')
+
+
+def labels(work: Path, case: str) -> np.ndarray:
+    """(3, Z, Y, X) whether background, anterior and posterior are true."""
+    of = sitk.GetArrayFromImage(sitk.ReadImage(str(work / 'nnUNet_raw' / DATASET / 'labelsTr' / f'{case}.nii.gz')))
+    return np.stack([of == label for label in range(3)])
 
 
 def images(work: Path, cases: int | None) -> Path:
@@ -267,7 +297,10 @@ def write_table(work: Path, file: Path) -> None:
         f'{nnUNetTrainerBenchmark.epochs} epochs, every fold. PDDDPM: {PDDDPMTrainerBenchmark.epochs} epochs, warm '
         f'start, out-of-fold pre-segmentations. Control: the stock model of fold 0 trained for '
         f'{nnUNetTrainerBenchmarkLonger.epochs} epochs more. No diffusion: a second network of the same size, warm '
-        'start and training, which only ever sees the pre-segmentation (out-of-fold) without noise.', '',
+        'start and training, which only ever sees the pre-segmentation (out-of-fold) without noise; cross-entropy '
+        "alone: with the loss that the denoiser has at noise levels, nnU-Net's without its Dice part. Temperature: one "
+        'number T for the probabilities of the model, softmax(log p / T), with the lowest NLL on the validation cases '
+        'of the fold (Guo et al. 2017, arXiv 1706.04599).', '',
         'Settings of PDDDPM by `nnUNetv2_pdddpm_tune` on validation cases of the fold, none of which is here (a budget '
         f'of {TUNING_MINUTES[0]} minutes in fold 0, of {TUNING_MINUTES[1]} in the others):', '', *tuned, '',
         'Figure of the first: [sampling_sweep.png](sampling_sweep.png).', '',

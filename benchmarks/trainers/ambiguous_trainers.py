@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from benchmark_trainers import (
     LONGER,
+    CrossEntropyAlone,
     NoDiffusion,
     NoiseOnTruth,
     PaperCPUTraining,
@@ -63,6 +64,10 @@ class PDDDPMTrainerAmbiguousTruth(NoiseOnTruth, PDDDPMTrainerAmbiguous):
 
 
 class PDDDPMTrainerAmbiguousDirect(NoDiffusion, PDDDPMTrainerAmbiguous):
+    pass
+
+
+class PDDDPMTrainerAmbiguousDirectCE(CrossEntropyAlone, PDDDPMTrainerAmbiguous):
     pass
 
 

@@ -88,6 +88,15 @@ class NoDiffusion(NoiseOnTruth):
     share = 1.0
 
 
+class CrossEntropyAlone(NoDiffusion):
+    """Mixin: a second network without diffusion, with the loss that the denoiser has at noise levels."""
+
+    def make_noisy_batch(self, image, target, keys):
+        batch = super().make_noisy_batch(image, target, keys)
+        self.denoising_loss.noisy = torch.ones(len(image), dtype=torch.bool)
+        return batch
+
+
 class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
     """The default."""
 
@@ -97,6 +106,10 @@ class PDDDPMTrainerBenchmarkTruth(NoiseOnTruth, PDDDPMTrainerBenchmark):
 
 
 class PDDDPMTrainerBenchmarkDirect(NoDiffusion, PDDDPMTrainerBenchmark):
+    pass
+
+
+class PDDDPMTrainerBenchmarkDirectCE(CrossEntropyAlone, PDDDPMTrainerBenchmark):
     pass
 
 

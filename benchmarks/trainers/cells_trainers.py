@@ -6,6 +6,7 @@ trainings that differ in one setting see the same patches in the same order.
 import torch
 from benchmark_trainers import (
     LONGER,
+    CrossEntropyAlone,
     NoDiffusion,
     NoiseOnTruth,
     PDDDPMTrainerBenchmark,
@@ -42,4 +43,8 @@ class PDDDPMTrainerCellsTruth(NoiseOnTruth, PDDDPMTrainerCells):
 
 
 class PDDDPMTrainerCellsDirect(NoDiffusion, PDDDPMTrainerCells):
+    pass
+
+
+class PDDDPMTrainerCellsDirectCE(CrossEntropyAlone, PDDDPMTrainerCells):
     pass
