@@ -41,6 +41,9 @@ VARIANTS = {
         'PDDDPMTrainerAmbiguousHalfOnPresegmentation',
     'the default, noise on the pre-segmentation up to t = 500 (split by level)': 'PDDDPMTrainerAmbiguousSplit',
     'the default, its own result shown at level 0 in half of the steps (recycling)': 'PDDDPMTrainerAmbiguousRecycling',
+    'the default, cross-entropy alone at level 0, too': 'PDDDPMTrainerAmbiguousCE',
+    'the default, pre-segmentation as a further input': 'PDDDPMTrainerAmbiguousSeen',
+    'the default, both': 'PDDDPMTrainerAmbiguousSeenCE',
     'the default on a bridge to the pre-segmentation, kappa 2': 'PDDDPMTrainerAmbiguousBridge2',
     'the default on a bridge to the pre-segmentation, kappa 8': 'PDDDPMTrainerAmbiguousBridge8',
 }

@@ -163,10 +163,12 @@ def measure(work: Path, of: Callable[[Path, str, int], Found]) -> None:
 
 
 def write_table(work: Path, file: Path) -> None:
-    """Of both data sets."""
-    tables = {title: table(work / part) for part, title in (('hippocampus', 'Hippocampus'), ('cells', 'Cells'))}
-    file.write_text(TEXT.format(machine=machine(), every=EVERY) + ''.join(
-        f'\n## {title}\n\n' + '\n'.join(lines) for title, lines in tables.items()))
+    """Of the data sets that were measured."""
+    lines = [TEXT.format(machine=machine(), every=EVERY)]
+    for part in MEASURES:
+        there = all(measured(work / part, name, fold).is_file() for name in CANDIDATES.values() for fold in FOLDS)
+        lines += [f'## {part.capitalize()}', '', *(table(work / part) if there else ['**Not run.**', ''])]
+    file.write_text('\n'.join(lines))
 
 
 if __name__ == '__main__':

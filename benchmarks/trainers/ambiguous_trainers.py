@@ -67,7 +67,7 @@ class PDDDPMTrainerAmbiguousDirect(NoDiffusion, PDDDPMTrainerAmbiguous):
     pass
 
 
-class PDDDPMTrainerAmbiguousDirectCE(CrossEntropyAlone, PDDDPMTrainerAmbiguous):
+class PDDDPMTrainerAmbiguousDirectCE(CrossEntropyAlone, PDDDPMTrainerAmbiguousDirect):
     pass
 
 

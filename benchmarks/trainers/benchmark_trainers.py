@@ -88,8 +88,8 @@ class NoDiffusion(NoiseOnTruth):
     share = 1.0
 
 
-class CrossEntropyAlone(NoDiffusion):
-    """Mixin: a second network without diffusion, with the loss that the denoiser has at noise levels."""
+class CrossEntropyAlone:
+    """Mixin: the loss that the denoiser has at noise levels also where the pre-segmentation is shown."""
 
     def make_noisy_batch(self, image, target, keys):
         batch = super().make_noisy_batch(image, target, keys)
@@ -109,7 +109,7 @@ class PDDDPMTrainerBenchmarkDirect(NoDiffusion, PDDDPMTrainerBenchmark):
     pass
 
 
-class PDDDPMTrainerBenchmarkDirectCE(CrossEntropyAlone, PDDDPMTrainerBenchmark):
+class PDDDPMTrainerBenchmarkDirectCE(CrossEntropyAlone, PDDDPMTrainerBenchmarkDirect):
     pass
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from ambiguous_trainers import PDDDPMTrainerAmbiguous
-from benchmark_trainers import NoiseOnTruth, PDDDPMTrainerBenchmark
+from benchmark_trainers import CrossEntropyAlone, PDDDPMTrainerBenchmark
 from cells_trainers import PDDDPMTrainerCells
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -152,30 +152,13 @@ class PDDDPMTrainerCellsBridge8(Bridge8, PDDDPMTrainerCells):
     pass
 
 
-class CrossEntropyAtLevel0:
-    """Mixin: no Dice loss where the pre-segmentation is shown, either."""
-
-    def make_noisy_batch(self, image, target, keys):
-        batch = super().make_noisy_batch(image, target, keys)
-        self.denoising_loss.noisy = torch.ones(len(image), dtype=torch.bool)
-        return batch
-
-
-class PDDDPMTrainerAmbiguousCE0(CrossEntropyAtLevel0, PDDDPMTrainerAmbiguous):
-    pass
+class PDDDPMTrainerAmbiguousCE(CrossEntropyAlone, PDDDPMTrainerAmbiguous):
+    """No Dice loss where the pre-segmentation is shown, either."""
 
 
 class PDDDPMTrainerAmbiguousSeen(PDDDPMTrainerAmbiguous):
     design = DiffusionDesign(condition_on_presegmentation=True)
 
 
-class PDDDPMTrainerAmbiguousSeenCE0(CrossEntropyAtLevel0, PDDDPMTrainerAmbiguousSeen):
-    pass
-
-
-class PDDDPMTrainerAmbiguousSeenTruth(NoiseOnTruth, PDDDPMTrainerAmbiguousSeen):
-    power = 2
-
-
-class PDDDPMTrainerAmbiguousBridge8CE0(CrossEntropyAtLevel0, PDDDPMTrainerAmbiguousBridge8):
+class PDDDPMTrainerAmbiguousSeenCE(CrossEntropyAlone, PDDDPMTrainerAmbiguousSeen):
     pass

@@ -46,5 +46,5 @@ class PDDDPMTrainerCellsDirect(NoDiffusion, PDDDPMTrainerCells):
     pass
 
 
-class PDDDPMTrainerCellsDirectCE(CrossEntropyAlone, PDDDPMTrainerCells):
+class PDDDPMTrainerCellsDirectCE(CrossEntropyAlone, PDDDPMTrainerCellsDirect):
     pass
