@@ -589,6 +589,9 @@ def test_more_steps_are_tried_as_long_as_they_are_better(scratch, monkeypatch):
     assert {s.steps for s in found.for_samples} == {1, 2} and {s.steps for s in found.for_mask} == {0, 1, 2, 3}
     assert len(measured) == 3 * 3  # single steps, two, and three for the mask alone: on three cases
     assert {s.samples for s in measured[-1]} == {1}
+    predictor.refiner.t_max.fill_(900)  # the only level is then the direct refinement's, too
+    found = sweep(predictor, cases)
+    assert {s.t_start for s in found.for_mask} == {0, 900} and {s.steps for s in found.for_mask} == {0, 1, 2, 3}
 
 
 def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):

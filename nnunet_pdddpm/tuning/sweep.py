@@ -133,7 +133,7 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
                                 lambda rows, s: -mean(rows[s].ged))]
         if reached:
             level = max(reached, key=lambda row: mean(row.dice)).settings.t_start
-            climbs.append(([s for s in for_mask if s.t_start == level],
+            climbs.append(([s for s in for_mask if s.steps and s.t_start == level],
                            lambda rows, s: max(mean(rows[b].dice) for b in blended(s))))
         left_out = run.further_steps(climbs)
     run.bar.close()
