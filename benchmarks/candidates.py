@@ -40,7 +40,7 @@ Found = dict[str, dict[str, list[float]]]
 """Start -> value -> cases."""
 TEXT = """# Candidates for the default
 
-    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/candidates.py -o WORK
+    .venv/bin/python benchmarks/candidates.py -o WORK
 
 after `benchmarks/evidence.py -o WORK`, whose stock models and default it compares with. Machine: {machine}. Validation
 cases of each fold, on which nothing was tuned or stopped for this table: one in {every} of hippocampus, all images of
@@ -83,10 +83,6 @@ def of_cells(work: Path, name: str, fold: int) -> Found:
     """On validation images."""
     from cells_evaluation import Row, measure, predict_row
     part = cells.validation_part(fold)
-    if not (work / part).is_dir():
-        data = cells.find_data(None)
-        folds = cells.split_images(sorted(file.stem for file in (data / 'images').glob('*.png')))[1]
-        cells.write_images_and_raters(data, folds[fold], work / part)
     found = {}
     for start, (t_start, steps) in STARTS.items():
         row = Row(f'{name} fold {fold}: {start}', cells.PDDDPM_TRAINERS[0] + name, (fold,),
