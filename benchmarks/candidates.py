@@ -29,7 +29,8 @@ FOLDS = (0, 1, 2)
 EVERY = 2
 """Of the validation cases of hippocampus, one in so many is measured."""
 CANDIDATES = {'the default': '', 'noise on the pre-segmentation in half of the noisy patches': 'HalfOnPresegmentation',
-              'bridge to the pre-segmentation, kappa 8': 'Bridge8'}
+              'bridge to the pre-segmentation, kappa 8': 'Bridge8', 'cross-entropy alone at level 0, too': 'CE',
+              'both: bridge, and cross-entropy alone': 'Bridge8CE'}
 """What it is, and the end of its trainers' names."""
 STARTS = {'no chain (k = 0)': (1000, 0), 'one step from t_start 700': (700, 1), 'one step from t_start 900': (900, 1),
           'three steps from t_start 960': (960, 3)}
@@ -44,11 +45,12 @@ TEXT = """# Candidates for the default
 
 after `benchmarks/evidence.py -o WORK`, whose stock models and default it compares with. Machine: {machine}. Validation
 cases of each fold, on which nothing was tuned or stopped for this table: one in {every} of hippocampus, all images of
-the cells. Three trainings of each candidate, the folds, at equal iterations, by the trainers of
-`benchmarks/trainers/candidate_trainers.py`. Hippocampus: with mirroring, the mask from one draw (Dice, NLL), 8 samples
-(GED² to the truth). Cells: no mirroring, 16 samples, Dice of their mean to the majority of ten raters, NLL and GED²
-to all of them. No blending. Δ: mean paired difference to the default, with a 95 % bootstrap interval that draws
-trainings and cases. Bold: the interval excludes 0.
+the cells. Trainings of each candidate, the folds, at equal iterations, by the trainers of
+`benchmarks/trainers/candidate_trainers.py`; each data set's folds are those that all candidates were trained on.
+Hippocampus: with mirroring, the mask from one draw (Dice, NLL), 8 samples (GED² to the truth). Cells: no mirroring, 16
+samples, Dice of their mean to the majority of ten raters, NLL and GED² to all of them. No blending. Δ: mean paired
+difference to the default, with a 95 % bootstrap interval that draws trainings and cases. Bold: the interval excludes
+0.
 """
 
 
@@ -96,6 +98,13 @@ def of_cells(work: Path, name: str, fold: int) -> Found:
 MEASURES: dict[str, Callable[[Path, str, int], Found]] = {'hippocampus': of_hippocampus, 'cells': of_cells}
 
 
+def is_trained(work: Path, part: str, name: str, fold: int) -> bool:
+    """Whether there is something to measure."""
+    model = (fold_folder(work, PDDDPM_TRAINER + name, fold) if part == 'hippocampus' else
+             fold_folder(work, cells.PDDDPM_TRAINERS[0] + name, fold, cells.DATASET, cells.CONFIGURATION))
+    return (model / 'checkpoint_final.pth').is_file()
+
+
 def measured(work: Path, name: str, fold: int) -> Path:
     """File of what a model gives."""
     return work / 'candidates' / f'{name or "Default"}_{fold}.json'
@@ -103,19 +112,22 @@ def measured(work: Path, name: str, fold: int) -> Path:
 
 def table(work: Path) -> list[str]:
     """Of a data set, for each start."""
-    found = {name: [json.loads(measured(work, end, fold).read_text()) for fold in FOLDS]
+    folds = [fold for fold in FOLDS if all(measured(work, end, fold).is_file() for end in CANDIDATES.values())]
+    if not folds:
+        return ['**Not run.**', '']
+    found = {name: [json.loads(measured(work, end, fold).read_text()) for fold in folds]
              for name, end in CANDIDATES.items()}
-    number = min(len(of[start]['NLL']) for folds in found.values() for of in folds for start in STARTS)
-    lines = []
+    number = min(len(of[start]['NLL']) for these in found.values() for of in these for start in STARTS)
+    lines = [f'Trainings (folds): {", ".join(map(str, folds))}. Cases of each: {number}.', '']
     for start in STARTS:
         lines += [f'### {start[0].upper()}{start[1:]}', '',
                   f'| | {" | ".join(f"{value} | Δ" for value in VALUES)} |\n|' + '---|' * (1 + 2 * len(VALUES))]
-        for name, folds in found.items():
+        for name, of_folds in found.items():
             columns = []
             for value, digits in VALUES.items():
                 one, default = (np.array([of[start][value][:number] for of in these])
-                                for these in (folds, found['the default']))
-                delta = '' if folds is found['the default'] else interval(mean_and_interval(one - default), digits)
+                                for these in (of_folds, found['the default']))
+                delta = '' if of_folds is found['the default'] else interval(mean_and_interval(one - default), digits)
                 columns.append(f'{one.mean():.{digits}f} | {delta}')
             lines.append(f'| {name} | {" | ".join(columns)} |')
         lines.append('')
@@ -141,29 +153,28 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, '-o', str(work), '--stages', part], check=True)
         elif part in args.stages:
             os.environ.update({**nnunet_environment(work / part), **(cells.VARIABLES if part == 'cells' else {})})
-            measure(work / part, MEASURES[part])
+            measure(work / part, part)
     if 'table' in args.stages:
         write_table(work, Path(args.table))
 
 
-def measure(work: Path, of: Callable[[Path, str, int], Found]) -> None:
-    """Of all models what is not there yet."""
+def measure(work: Path, part: str) -> None:
+    """Of all models that are trained, what is not there yet."""
     torch.set_num_threads(1)
     sys.path.append(str(HERE / 'trainers'))
     for name in CANDIDATES.values():
         for fold in FOLDS:
             file = measured(work, name, fold)
-            if not file.is_file():
+            if not file.is_file() and is_trained(work, part, name, fold):
                 file.parent.mkdir(exist_ok=True)
-                file.write_text(json.dumps(of(work, name, fold)))
+                file.write_text(json.dumps(MEASURES[part](work, name, fold)))
 
 
 def write_table(work: Path, file: Path) -> None:
     """Of the data sets that were measured."""
     lines = [TEXT.format(machine=machine(), every=EVERY)]
     for part in MEASURES:
-        there = all(measured(work / part, name, fold).is_file() for name in CANDIDATES.values() for fold in FOLDS)
-        lines += [f'## {part.capitalize()}', '', *(table(work / part) if there else ['**Not run.**', ''])]
+        lines += [f'## {part.capitalize()}', '', *table(work / part)]
     file.write_text('\n'.join(lines))
 
 

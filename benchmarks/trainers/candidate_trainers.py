@@ -152,6 +152,22 @@ class PDDDPMTrainerCellsBridge8(Bridge8, PDDDPMTrainerCells):
     pass
 
 
+class PDDDPMTrainerBenchmarkCE(CrossEntropyAlone, PDDDPMTrainerBenchmark):
+    """No Dice loss where the pre-segmentation is shown, either."""
+
+
+class PDDDPMTrainerBenchmarkBridge8CE(CrossEntropyAlone, PDDDPMTrainerBenchmarkBridge8):
+    pass
+
+
+class PDDDPMTrainerCellsCE(CrossEntropyAlone, PDDDPMTrainerCells):
+    pass
+
+
+class PDDDPMTrainerCellsBridge8CE(CrossEntropyAlone, PDDDPMTrainerCellsBridge8):
+    pass
+
+
 class PDDDPMTrainerAmbiguousCE(CrossEntropyAlone, PDDDPMTrainerAmbiguous):
     """No Dice loss where the pre-segmentation is shown, either."""
 
@@ -161,4 +177,8 @@ class PDDDPMTrainerAmbiguousSeen(PDDDPMTrainerAmbiguous):
 
 
 class PDDDPMTrainerAmbiguousSeenCE(CrossEntropyAlone, PDDDPMTrainerAmbiguousSeen):
+    pass
+
+
+class PDDDPMTrainerAmbiguousBridge8CE(CrossEntropyAlone, PDDDPMTrainerAmbiguousBridge8):
     pass
