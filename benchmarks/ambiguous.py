@@ -36,7 +36,7 @@ def model_fold(work: Path, trainer: str, fold: int) -> Path:
     return fold_folder(work, trainer, fold, DATASET, CONFIGURATION)
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, number: int = NUM_CASES) -> None:
     """Draw the phantoms, plan, reduce the plan, preprocess, write the folds."""
     from ambiguous_phantom import phantom
     from skimage import io  # reads and writes as nnU-Net does
@@ -45,14 +45,14 @@ def prepare(work: Path) -> None:
         return
     for folder in ('imagesTr', 'labelsTr', 'imagesTs'):
         (raw / folder).mkdir(parents=True, exist_ok=True)
-    for seed in range(NUM_CASES):
+    for seed in range(number):
         case = phantom(seed)
         io.imsave(raw / 'imagesTr' / f'phantom_{seed:05d}_0000.png', case.image, check_contrast=False)
         io.imsave(raw / 'labelsTr' / f'phantom_{seed:05d}.png', case.truth.astype('uint8'), check_contrast=False)
     for seed in range(TEST_SEED, TEST_SEED + NUM_TEST):
         io.imsave(raw / 'imagesTs' / f'phantom_{seed:05d}_0000.png', phantom(seed).image, check_contrast=False)
     description = {'channel_names': {'0': 'phantom'}, 'labels': {'background': 0, 'object': 1},
-                   'numTraining': NUM_CASES, 'file_ending': '.png'}
+                   'numTraining': number, 'file_ending': '.png'}
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
 
     call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-npfp', '1', '--no_pp',
@@ -60,7 +60,7 @@ def prepare(work: Path) -> None:
     if not FULL:
         reduce_plans(preprocessed)
     call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
-    cases = [f'phantom_{seed:05d}' for seed in range(NUM_CASES)]
+    cases = [f'phantom_{seed:05d}' for seed in range(number)]
     splits = [{'train': [case for i, case in enumerate(cases) if i % NUM_FOLDS != fold],
                'val': cases[fold::NUM_FOLDS]} for fold in range(NUM_FOLDS)]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))

@@ -43,7 +43,7 @@ from nnunet_pdddpm.tuning.choice import (
 from nnunet_pdddpm.tuning.intervals import conformal_width, conformal_widths
 from nnunet_pdddpm.tuning.scores import VERY_FAR, Truth
 from nnunet_pdddpm.tuning.stored import store
-from nnunet_pdddpm.tuning.sweep import candidates, sweep
+from nnunet_pdddpm.tuning.sweep import CaseSweep, candidates, sweep
 from nnunet_pdddpm.tuning.tune import open_model
 
 TUNED = 'PDDDPMTrainerTuned'
@@ -395,6 +395,15 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
             assert r['per_case']['dice'][1] == pytest.approx(np.mean(dice), abs=1e-5), s
             nll = negative_log_likelihood(p.flatten(1).numpy(), labels.flatten())
             assert r['per_case']['nll'][1] == pytest.approx(nll, rel=1e-4), s
+
+
+def test_what_is_measured_twice_without_a_chain_has_the_same_scores(tuned):
+    """The first estimate is shared between chains, and a result without a chain is no chain's first estimate."""
+    case = CaseSweep(open_model(tuned, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0)).load(CASES[1]))
+    one, other = (SamplingSettings(t_start=1000, steps=0, samples=1, blend=0.0, eta=eta) for eta in (0.0, 1.0))
+    with torch.inference_mode():
+        case.measure([one, other])
+    assert case.scores[one]['nll'] == case.scores[other]['nll'] and case.scores[one]['ged'] == case.scores[other]['ged']
 
 
 def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tuned, monkeypatch):

@@ -70,6 +70,8 @@ class SweepVolume(Volume):
 
     def denoise(self, x: Tensor, t: int, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
         """As `Volume.denoise`, but not computed twice from the same mask."""
+        if t == 0:  # without a chain: the estimate is the result, which the caller turns into probabilities in place
+            return super().denoise(x, t, mirrored)
         if self.kept is None:
             self.kept = (x.clone(), t, mirrored, super().denoise(x, t, mirrored))
         elif not (t == self.kept[1] and mirrored == self.kept[2] and torch.equal(x, self.kept[0])):
