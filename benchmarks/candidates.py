@@ -46,11 +46,11 @@ TEXT = """# Candidates for the default
 after `benchmarks/evidence.py -o WORK`, whose stock models and default it compares with. Machine: {machine}. Validation
 cases of each fold, on which nothing was tuned or stopped for this table: one in {every} of hippocampus, all images of
 the cells. Trainings of each candidate, the folds, at equal iterations, by the trainers of
-`benchmarks/trainers/candidate_trainers.py`; each data set's folds are those that all candidates were trained on.
-Hippocampus: with mirroring, the mask from one draw (Dice, NLL), 8 samples (GED² to the truth). Cells: no mirroring, 16
-samples, Dice of their mean to the majority of ten raters, NLL and GED² to all of them. No blending. Δ: mean paired
-difference to the default, with a 95 % bootstrap interval that draws trainings and cases. Bold: the interval excludes
-0.
+`benchmarks/trainers/candidate_trainers.py`, on as many folds as the table says (means are over these; a difference is
+to the default on the same folds). Hippocampus: with mirroring, the mask from one draw (Dice, NLL), 8 samples (GED² to
+the truth). Cells: no mirroring, 16 samples, Dice of their mean to the majority of ten raters, NLL and GED² to all of
+them. No blending. Δ: mean paired difference to the default, with a 95 % bootstrap interval that draws trainings and
+cases. Bold: the interval excludes 0.
 """
 
 
@@ -111,25 +111,26 @@ def measured(work: Path, name: str, fold: int) -> Path:
 
 
 def table(work: Path) -> list[str]:
-    """Of a data set, for each start."""
-    folds = [fold for fold in FOLDS if all(measured(work, end, fold).is_file() for end in CANDIDATES.values())]
-    if not folds:
+    """Of a data set, for each start; a candidate on the folds it was trained on."""
+    found = {name: {fold: json.loads(measured(work, end, fold).read_text()) for fold in FOLDS
+                    if measured(work, end, fold).is_file()} for name, end in CANDIDATES.items()}
+    found = {name: of for name, of in found.items() if of}
+    if 'the default' not in found:
         return ['**Not run.**', '']
-    found = {name: [json.loads(measured(work, end, fold).read_text()) for fold in folds]
-             for name, end in CANDIDATES.items()}
-    number = min(len(of[start]['NLL']) for these in found.values() for of in these for start in STARTS)
-    lines = [f'Trainings (folds): {", ".join(map(str, folds))}. Cases of each: {number}.', '']
+    number = min(len(of[start]['NLL']) for folds in found.values() for of in folds.values() for start in STARTS)
+    lines = [f'Validation cases of each fold: {number}.', '']
     for start in STARTS:
         lines += [f'### {start[0].upper()}{start[1:]}', '',
-                  f'| | {" | ".join(f"{value} | Δ" for value in VALUES)} |\n|' + '---|' * (1 + 2 * len(VALUES))]
-        for name, of_folds in found.items():
+                  f'| | trainings | {" | ".join(f"{value} | Δ" for value in VALUES)} |\n|'
+                  + '---|' * (2 + 2 * len(VALUES))]
+        for name, folds in found.items():
             columns = []
             for value, digits in VALUES.items():
-                one, default = (np.array([of[start][value][:number] for of in these])
-                                for these in (of_folds, found['the default']))
-                delta = '' if of_folds is found['the default'] else interval(mean_and_interval(one - default), digits)
+                one, default = (np.array([of[fold][start][value][:number] for fold in folds])
+                                for of in (folds, found['the default']))
+                delta = '' if name == 'the default' else interval(mean_and_interval(one - default), digits)
                 columns.append(f'{one.mean():.{digits}f} | {delta}')
-            lines.append(f'| {name} | {" | ".join(columns)} |')
+            lines.append(f'| {name} | {len(folds)} | {" | ".join(columns)} |')
         lines.append('')
     return lines
 
