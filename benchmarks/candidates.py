@@ -113,11 +113,10 @@ def measured(work: Path, name: str, fold: int) -> Path:
 def table(work: Path) -> list[str]:
     """Of a data set, for each start; a candidate on the folds it was trained on."""
     found = {name: {fold: json.loads(measured(work, end, fold).read_text()) for fold in FOLDS
-                    if measured(work, end, fold).is_file()} for name, end in CANDIDATES.items()}
-    default_folds = found['the default']
-    found = {name: {fold: of for fold, of in folds.items() if fold in default_folds} for name, folds in found.items()}
+                    if measured(work, end, fold).is_file() and measured(work, '', fold).is_file()}
+             for name, end in CANDIDATES.items()}
     found = {name: folds for name, folds in found.items() if folds}
-    if not default_folds:
+    if not found:
         return ['**Not run.**', '']
     number = min(len(of[start]['NLL']) for folds in found.values() for of in folds.values() for start in STARTS)
     lines = [f'Validation cases of each fold: {number}.', '']
@@ -129,7 +128,7 @@ def table(work: Path) -> list[str]:
             columns = []
             for value, digits in VALUES.items():
                 one, default = (np.array([of[fold][start][value][:number] for fold in folds])
-                                for of in (folds, default_folds))
+                                for of in (folds, found['the default']))
                 delta = '' if name == 'the default' else interval(mean_and_interval(one - default), digits)
                 columns.append(f'{one.mean():.{digits}f} | {delta}')
             lines.append(f'| {name} | {len(folds)} | {" | ".join(columns)} |')

@@ -6,12 +6,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from ambiguous import CONFIGURATION, DATASET, NUM_FOLDS, NUM_TEST, VARIABLES, prepare
 from hippocampus import HERE, nnunet_environment, parse, train
-from scale import machine
+from scale import PLANS_IN_WORDS, machine
+from torch import Tensor
+
+if TYPE_CHECKING:  # reading nnU-Net's folders from the environment
+    from ambiguous_evaluation import Row
+
+    from nnunet_pdddpm.diffusion.process import Level
+    from nnunet_pdddpm.inference.volume import Volume
+    from nnunet_pdddpm.network.settings import SamplingSettings
 
 STOCK = 'nnUNetTrainerCoherence'
 DEFAULT = 'PDDDPMTrainerCoherence'
@@ -23,23 +32,25 @@ TEXT = """# Is a sample a mask that could be true?
 
     .venv/bin/python benchmarks/coherence.py -o WORK
 
-Machine: {machine}. Two objects in each image; the truth of each is, independently, one of three shapes (the phantom,
-the reduced plans and the measures of [ambiguous.md](ambiguous.md)), but with {cases} images, two thirds of which train
-each fold, and longer trainings: stock 2,100 iterations, the others 6,000. Three trainings (folds), the {test} test
-images of ambiguous.md, 16 masks each, no mirroring, no blending; nothing was tuned. ± is the spread over images, then
-over trainings. Truth in every patch: none at level 0, levels with a density that grows as their eighth power. One of
-the shapes: share of the objects of the masks whose IoU with the nearest of their three shapes is at least 0.85.
-Correlation: of "more than the core" between the two objects, over the masks of an image. Frequency error: half of the
-summed differences between frequencies and probabilities of the shapes. Δ: paired difference to the second network,
-with a 95 % bootstrap interval that draws trainings and images. Drawing masks between steps was first tried on one of
-these trainings and these images, then on 40 others.
+Machine: {machine}. Two objects in each image; the truth of each is, independently, one of three shapes (the phantom
+and the measures of [ambiguous.md](ambiguous.md)), but with {cases:,} images, two thirds of which train each fold, and
+longer trainings: stock {stock:,} iterations, the others {others:,}. {plans}. Three trainings (folds), the {test} test
+images of ambiguous.md, 16 masks each, eta 1, no mirroring, no blending; nothing was tuned. ± is the spread over
+images, then over trainings. Truth in every patch: none at level 0, levels with a density that grows as their eighth
+power. One of the shapes: share of the objects of the masks whose IoU with the nearest of their three shapes is at
+least 0.85. Correlation: of "more than the core" between the two objects, over the masks of an image. Frequency error:
+half of the summed differences between frequencies and probabilities of the shapes. Δ: paired difference to the second
+network, on the same trainings, with a 95 % bootstrap interval that draws trainings and images; of one training it
+knows nothing of the noise between trainings. Mask drawn between them: the chain goes on from a mask drawn from the
+estimate, not from the estimate itself; this was first tried on one of these trainings and these images, then on 40
+others.
 
 | | one of the shapes | Δ | correlation | Dice of the mean | Δ | NLL | GED² | Δ | frequency error |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
 
-def rows():
+def rows() -> list[Row]:
     """Of the table."""
     from ambiguous_evaluation import CHAIN, Row
     one = {'t_start': 960, 'steps': 1, 'blend': 0.0}
@@ -63,27 +74,26 @@ def rows():
 
 @contextmanager
 def drawing_between_steps(between: bool) -> Iterator[None]:
-    """Within it, if `between`, the chain of a PDDDPM model goes on from a mask that was drawn from the estimate
-
-        m = 1 where x0_hat says more than u, another u in (0, 1) for each sample;    x_s = q_sample(m, s)
-
-    and not from the estimate itself: an ancestral step would be this with a draw of the whole mask. For two classes."""
+    """Within it, if `between`, the chain of a PDDDPM model goes on from x_s = q_sample(mask, s), not from the estimate
+    itself. The mask is drawn from the estimate as that of a sample is at the end, by other shifts at every level.
+    """
+    from nnunet_pdddpm.diffusion.coding import MaskCoding, harden
+    from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
     from nnunet_pdddpm.diffusion.process import GaussianProcess
     from nnunet_pdddpm.inference.volume import Volume
     from nnunet_pdddpm.network.refiner import Refiner
-    of_sample, new_process = Volume.sample, Refiner.process
+    of_sample, new_process, coding = Volume.sample, Refiner.process, MaskCoding()
     now = {'sample': 0, 'samples': 1}
 
     class Drawing(GaussianProcess):
-        def step(self, x, x0_hat, x_pre, t, s, noise):
+        def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
             if s == 0:
                 return x0_hat
-            order = torch.randperm(now['samples'], generator=torch.Generator().manual_seed(int(s)))
-            u = (order[now['sample']] + 0.5) / now['samples']  # each sample another, as for the mask at the end
-            inside = torch.where((x0_hat[1:] + 1) / 2 > u, 1.0, -1.0)
-            return self.marginal(torch.cat([-inside, inside]), x_pre, s, noise)
+            shifts = draw_shifts(len(x0_hat), False, seed=int(s), **now)
+            mask = harden(drawn_logits(coding.decode(x0_hat), False, shifts)[None], False)[0]
+            return self.marginal(coding.encode(mask), x_pre, s, noise)
 
-    def sample(volume, settings, number, samples):
+    def sample(volume: Volume, settings: SamplingSettings, number: int, samples: int) -> Tensor:
         now.update(sample=number, samples=samples)
         return of_sample(volume, settings, number, samples)
     if between:
@@ -133,7 +143,11 @@ def main() -> None:
                 with drawing_between_steps(row.title.endswith(DRAWN)):
                     predict_row(work, row, fold)
     if 'table' in args.stages:
-        text = TEXT.format(machine=machine(), cases=NUM_CASES, test=NUM_TEST)
+        import coherence_trainers
+        stock, others = (trainer.epochs * trainer.iterations for trainer in
+                         (coherence_trainers.nnUNetTrainerCoherence, coherence_trainers.PDDDPMTrainerCoherence))
+        text = TEXT.format(machine=machine(), cases=NUM_CASES, test=NUM_TEST, stock=stock, others=others,
+                           plans=PLANS_IN_WORDS)
         Path(args.table).write_text(text + '\n'.join(lines(work)) + '\n')
 
 
