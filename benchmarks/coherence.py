@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +11,9 @@ import torch
 from ambiguous import CONFIGURATION, DATASET, NUM_FOLDS, NUM_TEST, VARIABLES, prepare
 from hippocampus import HERE, nnunet_environment, parse, train
 from scale import PLANS_IN_WORDS, machine
-from torch import Tensor
 
 if TYPE_CHECKING:  # reading nnU-Net's folders from the environment
     from ambiguous_evaluation import Row
-
-    from nnunet_pdddpm.diffusion.process import Level
-    from nnunet_pdddpm.inference.volume import Volume
-    from nnunet_pdddpm.network.settings import SamplingSettings
 
 STOCK = 'nnUNetTrainerCoherence'
 DEFAULT = 'PDDDPMTrainerCoherence'
@@ -41,9 +34,9 @@ power. One of the shapes: share of the objects of the masks whose IoU with the n
 least 0.85. Correlation: of "more than the core" between the two objects, over the masks of an image. Frequency error:
 half of the summed differences between frequencies and probabilities of the shapes. Δ: paired difference to the second
 network, on the same trainings, with a 95 % bootstrap interval that draws trainings and images; of one training it
-knows nothing of the noise between trainings. Mask drawn between them: the chain goes on from a mask drawn from the
-estimate, not from the estimate itself; this was first tried on one of these trainings and these images, then on 40
-others.
+knows nothing of the noise between trainings. Mask drawn between them (`redraw`): the chain goes on from a mask drawn
+from the estimate, not from the estimate itself; this was first tried on one of these trainings and these images, then
+on 40 others.
 
 | | one of the shapes | Δ | correlation | Dice of the mean | Δ | NLL | GED² | Δ | frequency error |
 |---|---|---|---|---|---|---|---|---|---|
@@ -54,54 +47,23 @@ def rows() -> list[Row]:
     """Of the table."""
     from ambiguous_evaluation import CHAIN, Row
     one = {'t_start': 960, 'steps': 1, 'blend': 0.0}
+    drawn = {'t_start': 960, 'redraw': 1, 'blend': 0.0}
     return [Row(title, trainer, settings, mirroring=False, thresholds=settings is None)
             for title, trainer, settings in (
                 ('stock, 16 thresholds', STOCK, None),
                 ('no diffusion: second network, cross-entropy alone', SECOND,
                  {'t_start': 1000, 'steps': 0, 'blend': 0.0}),
                 ('PDDDPM, t_start 960, 1 step', DEFAULT, one),
-                (f'PDDDPM, t_start 960, 2 steps, {DRAWN}', DEFAULT, {'t_start': 960, **CHAIN, 'steps': 2}),
-                (f'PDDDPM, t_start 960, 3 steps, {DRAWN}', DEFAULT, {'t_start': 960, **CHAIN, 'steps': 3}),
+                (f'PDDDPM, t_start 960, 2 steps, {DRAWN}', DEFAULT, {**drawn, 'steps': 2}),
+                (f'PDDDPM, t_start 960, 3 steps, {DRAWN}', DEFAULT, {**drawn, 'steps': 3}),
                 ('PDDDPM, t_start 960, 3 steps', DEFAULT, {'t_start': 960, **CHAIN, 'steps': 3}),
                 ('PDDDPM, t_start 960, 10 steps', DEFAULT, {'t_start': 960, **CHAIN}),
                 ('PDDDPM, t_start 1000, 10 steps', DEFAULT, {'t_start': 1000, **CHAIN}),
                 ('truth in every patch, t_start 960, 1 step', TRUTH, one),
-                (f'truth in every patch, t_start 960, 2 steps, {DRAWN}', TRUTH, {'t_start': 960, **CHAIN, 'steps': 2}),
+                (f'truth in every patch, t_start 960, 2 steps, {DRAWN}', TRUTH, {**drawn, 'steps': 2}),
                 ('truth in every patch, t_start 1000, 10 steps', TRUTH, {'t_start': 1000, **CHAIN}),
                 ('bridge, kappa 8, t_start 960, 1 step', BRIDGE, one),
                 ('bridge, kappa 8, t_start 960, 10 steps', BRIDGE, {'t_start': 960, **CHAIN}))]
-
-
-@contextmanager
-def drawing_between_steps(between: bool) -> Iterator[None]:
-    """Within it, if `between`, the chain of a PDDDPM model goes on from x_s = q_sample(mask, s), not from the estimate
-    itself. The mask is drawn from the estimate as that of a sample is at the end, by other shifts at every level.
-    """
-    from nnunet_pdddpm.diffusion.coding import MaskCoding, harden
-    from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
-    from nnunet_pdddpm.diffusion.process import GaussianProcess
-    from nnunet_pdddpm.inference.volume import Volume
-    from nnunet_pdddpm.network.refiner import Refiner
-    of_sample, new_process, coding = Volume.sample, Refiner.process, MaskCoding()
-    now = {'sample': 0, 'samples': 1}
-
-    class Drawing(GaussianProcess):
-        def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
-            if s == 0:
-                return x0_hat
-            shifts = draw_shifts(len(x0_hat), False, seed=int(s), **now)
-            mask = harden(drawn_logits(coding.decode(x0_hat), False, shifts)[None], False)[0]
-            return self.marginal(coding.encode(mask), x_pre, s, noise)
-
-    def sample(volume: Volume, settings: SamplingSettings, number: int, samples: int) -> Tensor:
-        now.update(sample=number, samples=samples)
-        return of_sample(volume, settings, number, samples)
-    if between:
-        Volume.sample, Refiner.process = sample, lambda refiner, eta: Drawing(refiner.abar, 1.0)
-    try:
-        yield
-    finally:
-        Volume.sample, Refiner.process = of_sample, new_process
 
 
 def lines(work: Path) -> list[str]:
@@ -140,8 +102,7 @@ def main() -> None:
         torch.set_num_threads(1)
         for row in rows():
             for fold in row.trained_folds(work):
-                with drawing_between_steps(row.title.endswith(DRAWN)):
-                    predict_row(work, row, fold)
+                predict_row(work, row, fold)
     if 'table' in args.stages:
         import coherence_trainers
         stock, others = (trainer.epochs * trainer.iterations for trainer in

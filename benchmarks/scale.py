@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from nnunet_pdddpm.processor import cpu_has_bfloat16
+
 DEVICE = os.environ.get('BENCHMARK_DEVICE', 'cpu')
 FULL = DEVICE != 'cpu'
 PLANS = 'nnUNetPlans' if FULL else 'nnUNetPlansReduced'
 PLANS_IN_WORDS = 'Full plans' if FULL else 'Reduced plans'
-AUTOCAST = "nnU-Net's autocast" if FULL else 'bf16 autocast'
+AUTOCAST = "nnU-Net's autocast" if FULL else 'bf16 autocast' if cpu_has_bfloat16() else 'fp32'
 SECONDS = 'seconds' if FULL else 'CPU seconds'
 seconds_now = time.perf_counter if FULL else time.process_time
 

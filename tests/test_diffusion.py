@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from nnunet_pdddpm.diffusion.coding import (
     regions_to_channels,
 )
 from nnunet_pdddpm.diffusion.drawing import draw_shifts
-from nnunet_pdddpm.diffusion.process import GaussianProcess, ddim_step, eps_from_x0, q_sample, x0_from_eps
+from nnunet_pdddpm.diffusion.process import GaussianProcess, Redrawing, ddim_step, eps_from_x0, q_sample, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import SCHEDULES, snr, t_at_snr, truncated_levels
 
@@ -183,6 +183,61 @@ def test_deterministic_chain_with_an_oracle_keeps_the_noise_of_its_start(schedul
            lambda t, x, x0_hat: visited.append((t, x)))
     for t, x in visited:
         torch.testing.assert_close(x, q_sample(x0, t, eps, abar), rtol=1e-5, atol=1e-5)
+
+
+@schedules
+@shapes
+def test_every_state_of_a_redrawn_chain_is_diffusers_multistep_consistency_sampling(schedule, shape):
+    """With a mask made of the estimate in the place of the consistency model's output."""
+    levels = [900, 610, 350, 0]
+    scheduler = scheduler_of(LCMScheduler, schedule, prediction_type='sample', timestep_scaling=1e9)
+    scheduler.set_timesteps(timesteps=[t - 1 for t in levels[:-1]], original_inference_steps=1000)
+    x_pre, drawn_at = hard_mask(shape), []
+    x = q_sample(x_pre, levels[0], gaussian(shape, 2), SCHEDULES[schedule]())
+    expected, noise = [x], torch.Generator().manual_seed(5)
+    for t in levels[:-2]:
+        x = scheduler.step(stand_in(x, t).sign(), t - 1, x, generator=noise).prev_sample
+        expected.append(x)
+    noise, states = torch.Generator().manual_seed(5), []
+    noises = itertools.chain([gaussian(shape, 2)],
+                             iter(lambda: torch.randn(shape, generator=noise, dtype=torch.float64), None))
+
+    def draw_mask(x0_hat, s):
+        drawn_at.append(s)
+        return x0_hat.sign()
+    result = refine(stand_in, Redrawing(GaussianProcess(SCHEDULES[schedule]()), draw_mask), x_pre, levels,
+                    noises.__next__, lambda t, x, x0_hat: states.append(x))
+    torch.testing.assert_close(torch.stack(states), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert drawn_at == levels[1:-1] and torch.equal(result, stand_in(states[-1], levels[-2]))
+
+
+@pytest.mark.parametrize('steps', [2, 3, 10])
+def test_redrawing_keeps_the_distribution_of_the_truth_where_few_steps_with_the_mean_do_not(steps):
+    """A voxel that is on in 30 % of the truths, and the exact denoiser: sampled from pure noise 30,000 times."""
+    abar, shape, share, generator = SCHEDULES['cosine'](), (30_000, 1, 1, 1), 0.3, torch.Generator().manual_seed(0)
+
+    def probability(x, t):  # Bayes' rule with x_t = +-sqrt(abar) + sqrt(1 - abar) eps
+        return torch.sigmoid(2 * abar[t].sqrt() / (1 - abar[t]) * x + math.log(share / (1 - share)))
+
+    def bernoulli(p):
+        return torch.bernoulli(p, generator=generator) * 2 - 1
+
+    def last_probability(process):
+        def noise():
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+        result = refine(lambda x, t: 2 * probability(x, t) - 1, process, torch.zeros(shape),
+                        truncated_levels(1000, steps), noise)
+        return (result + 1) / 2
+    process = GaussianProcess(abar)
+    redrawn = last_probability(Redrawing(process, lambda x0_hat, s: bernoulli((x0_hat + 1) / 2)))
+    five_errors = 5 * math.sqrt(share * (1 - share) / shape[0])
+    assert abs(float(redrawn.mean()) - share) < five_errors
+    second_moment = float((redrawn ** 2).mean())
+    low = truncated_levels(1000, steps)[-2]  # the last estimate is that of a truth at this level
+    truths = bernoulli(torch.full(shape, share))
+    at_level = probability(q_sample(truths, low, torch.randn(shape, generator=generator), abar), low)
+    assert second_moment == pytest.approx(float((at_level ** 2).mean()), abs=five_errors)
+    assert steps > 3 or abs(float(last_probability(process).mean()) - share) > five_errors
 
 
 @shapes

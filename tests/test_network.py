@@ -3,18 +3,22 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities
+from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, probabilities_to_logits
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
+from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import truncated_levels
 from nnunet_pdddpm.network.denoiser import Denoiser
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, DiffusionDesign, NoisyBatch, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, SamplingSettings
+from nnunet_pdddpm.network.settings import override as settings_override
 
 CHANNELS, CLASSES = 2, 3
 KINDS = [(architecture, dims, isotropic) for architecture in ('PlainConvUNet', 'ResidualEncoderUNet')
@@ -192,6 +196,43 @@ def test_result_is_the_mean_of_the_samples(regions, design):
     assert not torch.allclose(singles[0], singles[1], atol=1e-2)
     result = probabilities(refiner(image), regions)
     torch.testing.assert_close(result, torch.stack(singles).mean(0), rtol=0, atol=1e-5)
+
+
+@heads
+def test_a_redrawn_chain_goes_on_from_noised_masks_of_the_samples_quantiles(regions):
+    settings = SamplingSettings(900, 2, samples=3, redraw=True, seed=9)
+    refiner = make_refiner(regions=regions, settings=settings)
+    image, coding = patch(PLAIN_2D), X0.coding
+    seen = []
+    denoise = refiner.denoise
+    refiner.denoise = lambda image, x, t, p: seen.append((t, x, denoise(image, x, t, p))) or seen[-1][2]
+    refiner(image)
+    assert [t for t, _, _ in seen] == [900, 450] * 3
+    for sample in range(3):
+        draw = seeded_noise(seen[0][1].shape[1:], 9, sample, image.device)
+        draw()  # of the start
+        logits = probabilities_to_logits(coding.decode(seen[2 * sample][2]), regions)
+        shifts = draw_shifts(CLASSES, regions, sample, 3, seed=9, level=450)
+        mask = harden(logits + shifts.reshape(-1, 1, 1), regions)
+        torch.testing.assert_close(seen[2 * sample + 1][1], q_sample(coding.encode(mask), 450, draw(), refiner.abar))
+    assert not torch.equal(seen[1][1], seen[3][1])
+    refiner.configure(replace(settings, steps=1), LOW, 1000, regions)
+    of_one_step = refiner(image)
+    refiner.configure(replace(settings, steps=1, redraw=False), LOW, 1000, regions)
+    assert torch.equal(of_one_step, refiner(image))
+
+
+def test_models_of_before_redraw_nothing_and_an_eta_ends_redrawing():
+    state = make_refiner().state_dict()
+    for name in ('redraw', 'sampler_redraw', 'interval_sd'):
+        del state[name]
+    fresh = make_refiner(settings=SamplingSettings(redraw=True))
+    fresh.load_state_dict(state)
+    assert fresh.settings == stored_settings(state, MASK) == SETTINGS and not fresh.settings.redraw
+    redrawing = replace(SETTINGS, redraw=True)
+    for overrides, redraw in (({'eta': 1.0}, False), ({'steps': 2}, True), ({'eta': 1.0, 'redraw': 1}, True),
+                              ({'redraw': 0}, False)):
+        assert settings_override(redrawing, overrides, 1000, 'flags').redraw is redraw
 
 
 @heads

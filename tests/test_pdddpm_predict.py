@@ -418,7 +418,8 @@ def test_the_first_value_is_for_the_samples_and_the_second_for_the_mask(one_case
         predict(one_case, tmp_path / name, *QUICK, '-samples', '1', '--save_probabilities', *flags)
         return (samples_of(tmp_path / name)[0], np.load(tmp_path / name / f'{CASES[1]}.npz')['probabilities'],
                 rows(tmp_path / name)[CASES[1]]['settings'][0])
-    for flags, high, low in ((('-t_start',), '900', '300'), (('-t_start', '900', '-eta', '1', '-steps'), '5', '1')):
+    for flags, high, low in ((('-t_start',), '900', '300'), (('-t_start', '900', '-eta', '1', '-steps'), '5', '1'),
+                             (('-t_start', '900', '-steps', '3', '-redraw'), '1', '0')):
         of_two, of_high, of_low = (run(f'{flags[-1]}{"_".join(values)}', *flags, *values)
                                    for values in ((high, low), (high,), (low,)))
         np.testing.assert_array_equal(of_two[0], of_high[0])

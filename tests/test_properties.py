@@ -21,6 +21,7 @@ from test_network import SETTINGS, make_refiner
 from torch import nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, one_hot, regions_to_channels
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.diffusion.process import GaussianProcess
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
@@ -32,6 +33,7 @@ from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import FoldSettings, VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import fuse_tiles, volume_noise
+from nnunet_pdddpm.network import refiner as refiner_module
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -50,6 +52,7 @@ def samplings(draw) -> SamplingSettings:
     t_start = draw(st.integers(0, 960))
     return SamplingSettings(t_start=t_start, steps=draw(st.integers(1, min(max(t_start, 1), 5))),
                             samples=draw(st.integers(1, 3)), eta=draw(st.sampled_from([0.0, 0.3, 1.0])),
+                            redraw=draw(st.booleans()),
                             blend=draw(st.sampled_from([0.0, 0.5, 1.0])), seed=draw(st.integers(0, 2 ** 31 - 1)))
 
 
@@ -190,6 +193,7 @@ def test_relabelling_the_classes_relabels_the_volume(shape, patch, permutation, 
             return lambda: (eps[order] for eps in volume_noise(*args)())
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(volume, 'volume_noise', noise)
+            monkeypatch.setattr(refiner_module, 'draw_shifts', lambda *args: draw_shifts(*args)[order])
             return volume_predictor(refiner, patch, sampling, sampling, True).predict_volume(image)
     relabelled, prediction = predict(order), predict(torch.arange(4))
     first, second = prediction.presegmentation.float().topk(2, 0).values

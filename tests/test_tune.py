@@ -291,7 +291,7 @@ def scratch(tuned, tmp_path, monkeypatch) -> Path:
     for file in fold.glob('checkpoint_*.pth'):
         checkpoint = torch.load(file, weights_only=False)
         for prefix, settings in ((MASK, SamplingSettings()), (SAMPLES, SamplingSettings(samples=2))):
-            for name in ('t_start', 'steps', 'samples', 'blend', 'eta'):
+            for name in ('t_start', 'steps', 'samples', 'blend', 'eta', 'redraw'):
                 checkpoint['network_weights'][prefix + name].fill_(getattr(settings, name))
         torch.save(checkpoint, file)
     return fold.parent
@@ -344,15 +344,14 @@ def test_the_report_says_what_was_measured(tuned):
     assert content['cases'] == list(CASES) and content['left_out'] == {'settings': [], 'cases': []}
     rows = {settings_of(r): r for r in content['rows']}
     single, further = ({s for s in rows if (s.steps == 2) == two} for two in (False, True))
-    assert len(single) == 1 + 4 * (1 + 2 * 2)  # stock; blends x (direct; mask and samples x levels)
-    assert {s.t_start for s in single} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
     stock = next(r for s, r in rows.items() if s.is_stock)
-    # two steps with either eta from one of the levels: for the samples, and for the mask if a step reached stock's Dice
-    for_mask = {s for s in single if s.steps == s.samples == 1 and not s.is_stock}
-    reached = any(rows[s]['dice'] >= stock['dice'] for s in for_mask)
-    for number, tried in ((1, reached), (2, True)):
+    # the mask from one of the levels, if a step of the samples from any reached stock's Dice
+    reached = any(rows[s]['dice'] >= stock['dice'] for s in single if s.steps == 1 and s.samples == 2)
+    assert len(single) == 1 + 4 * (1 + 2 + reached)  # stock; blends x (direct; samples x levels; mask)
+    assert {s.t_start for s in single} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
+    for number, tried in ((1, reached), (2, True)):  # two steps: with either eta, and redrawing
         of = {s for s in further if s.samples == number}
-        assert len(of) == 4 * 2 * tried and len({s.t_start for s in of}) == tried
+        assert len(of) == 4 * 3 * tried and len({s.t_start for s in of}) == tried
     mask = rows[SamplingSettings(**content['chosen']['mask'])]
     assert mask['dice'] >= stock['dice'] and stock['network_calls'] == 0
     assert f'Dice {mask["dice"]:.4f} against stock {stock["dice"]:.4f} on 3 cases' in content['in_one_line']
@@ -414,10 +413,10 @@ def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tune
     monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
     monkeypatch.setattr(sweep_module, 'mean', lambda values: 0.0)  # so every level is as good as stock for the mask
     sweep(predictor, cases)
-    single = 2 * 3 + 1  # from two levels a draw for the mask and two samples; the direct one
-    assert passes[:single].count(703) == passes[:single].count(960) == 3
-    # from one level each: the first step, and the second one of k=2 with either eta
-    assert len(passes) == single + 3 * (1 + 2)
+    single = 2 * 2 + 1  # from two levels two samples; the direct one
+    assert passes[:single].count(703) == passes[:single].count(960) == 2
+    # a draw for the mask and two samples, from one level each: the first step, and the second one of k=2, three ways
+    assert len(passes) == single + 3 * (1 + 3)
 
 
 def test_memory_is_bounded_at_the_price_of_sharing_less(tuned, monkeypatch):
@@ -586,11 +585,14 @@ def test_more_steps_are_tried_as_long_as_they_are_better(scratch, monkeypatch):
             measured.append(settings)
             for s in settings:
                 for b in sweep_module.blended(s):
-                    self.scores[b] = {'dice': 0.6 if s.steps == 2 else 0.55, 'nll': 0.1, 'ged': ged.get(s.steps, 1)}
+                    self.scores[b] = {'dice': 0.6 if s.steps == 2 else 0.55, 'nll': 0.1,
+                                      'ged': ged.get(s.steps, 1) - 0.01 * s.redraw}
     monkeypatch.setattr(sweep_module, 'CaseSweep', Known)
     monkeypatch.setattr(sweep_module, 'STEPS', tuple(ged))
     found = sweep(predictor, cases)
     assert {s.steps for s in found.for_samples} == {1, 2, 3} and not found.settings_left_out
+    ways = {steps: {(s.eta, s.redraw) for s in found.for_samples if s.steps == steps} for steps in (2, 3)}
+    assert ways == {2: {(0, False), (1, False), (0, True)}, 3: {(0, True)}}  # from three on the one best at two
     assert {s.steps for s in found.for_mask if not s.is_stock} == {0, 1, 2, 3}
     ged[2] = 0.6
     measured.clear()
@@ -621,15 +623,16 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
     monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
     monkeypatch.setattr(sweep_module, 'mean', lambda values: 0.0)  # so every level is as good as stock for the mask
     monkeypatch.setattr(cases, 'voxels', lambda name: 1000)  # as the clock has it: all cases take the same time
-    single_steps = 3 * (8 + 2 + 2 + 2)  # under two mirrorings: the direct one, a draw for the mask, two samples
-    # pre-segmentation; a draw for the mask and two samples, with either eta
-    second_steps = 3 * (8 + (2 + 2 * 2) + (2 + 2 * 2))
+    single_steps = 3 * (8 + 2 + 2)  # under two mirrorings: the direct one, two samples
+    # pre-segmentation; a draw for the mask and two samples, three ways
+    second_steps = 3 * (8 + (2 + 2 * 3) + (2 + 2 * 3))
     found = sweep(predictor, cases, single_steps + second_steps + 1, lambda: now[0])
     assert now[0] == single_steps + second_steps
     assert not found.settings_left_out and not found.cases_left_out
     now[0] = 0
     found = sweep(predictor, cases, single_steps + second_steps / 3, lambda: now[0])
-    assert {s.steps for s in found.settings_left_out} == {2} and found.cases == list(CASES) and now[0] == single_steps
+    assert {s.steps for s in found.settings_left_out} == {1, 2}  # single steps for the mask
+    assert found.cases == list(CASES) and now[0] == single_steps
     with pytest.raises(TuningError, match='too short to tune the sampling settings: single steps on 3 cases'):
         sweep(predictor, cases, 3 * 8, lambda: now[0])
 
@@ -638,10 +641,10 @@ def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
     monkeypatch.setattr(sweep_module, 'cases_in', lambda *_: [0, 2])
     monkeypatch.setattr(sweep_module, 'settings_in', lambda *_: [])
     command('-budget', '10')
-    assert 'left out, for want of time: settings with k=2 eta=0, k=2 eta=1 and 1 of 3 cases' in log(scratch)
+    assert 'k=2 eta=0, k=2 eta=1, k=2 redraw and 1 of 3 cases' in log(scratch).split('for want of time: settings')[1]
     content = report(scratch)
     assert content['cases'] == [CASES[0], CASES[2]] and content['left_out']['cases'] == [CASES[1]]
-    assert {s['steps'] for s in content['left_out']['settings']} == {2}
+    assert {s['steps'] for s in content['left_out']['settings']} - {1} == {2}
     assert {r['steps'] for r in content['rows']} == {0, 1}
 
 
@@ -694,7 +697,7 @@ def test_with_raters_the_samples_close_to_them_are_chosen(scratch, raters):
     command('-raters', str(raters))
     content = report(scratch)
     ged = {settings_of(r): r['per_case']['ged_squared'] for r in content['rows'] if r['for_samples']}
-    assert len(ged) == 3 and len({tuple(values) for values in ged.values()}) > 1
+    assert len(ged) == 4 and len({tuple(values) for values in ged.values()}) > 1
     chosen, lowest = ged[SamplingSettings(**content['chosen']['samples'])], min(ged.values(), key=np.mean)
     assert difference_interval(np.array(chosen), np.array(lowest))[0] <= 0
     assert f'GED² {np.mean(chosen):.3f}' in content['in_one_line']

@@ -13,7 +13,7 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding
-from nnunet_pdddpm.diffusion.process import GaussianProcess
+from nnunet_pdddpm.diffusion.process import GaussianProcess, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
 from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
 from nnunet_pdddpm.inference.spread import Spread
@@ -67,12 +67,14 @@ def local_denoiser(x):
     return torch.tanh(2 * torch.nn.functional.avg_pool3d(x[None], 3, 1, 1)[0])
 
 
-@pytest.mark.parametrize('eta', [0.0, 1.0])
+@pytest.mark.parametrize('process', [GaussianProcess(cosine_abar(), 0.0), GaussianProcess(cosine_abar(), 1.0),
+                                     Redrawing(GaussianProcess(cosine_abar()), lambda x0_hat, s: x0_hat.sign())],
+                         ids=['eta 0', 'eta 1', 'redraw'])
 @pytest.mark.parametrize(('t_start', 'steps'), [(700, 1), (900, 2), (400, 7), (0, 1)])
-def test_a_volume_is_refined_as_the_whole_tensor_would_be(eta, t_start, steps):
+def test_a_volume_is_refined_as_the_whole_tensor_would_be(process, t_start, steps):
     shape = (2, 5, 6, 7)
     mask = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) > 0).to(torch.uint8)
-    process, levels = GaussianProcess(cosine_abar(), eta), truncated_levels(t_start, steps)
+    levels = truncated_levels(t_start, steps)
 
     def denoise(x, t):
         return local_denoiser(x) * math.cos(t / 1000)

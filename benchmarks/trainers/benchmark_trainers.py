@@ -1,9 +1,9 @@
 """Short trainers for the benchmarks, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
-On the CPU all use bf16 autocast (nnU-Net trains in fp32 there), which halves the time of an iteration, and nnU-Net's
-250 iterations an epoch: ten epochs of stock training; four of refinement; and, as the control, the stock model trained
-for those four epochs more. On a GPU (BENCHMARK_DEVICE=cuda) there are 25 times as many epochs. Validation is left out,
-since the benchmark measures on its own cases.
+On a CPU with instructions for bfloat16 all use autocast (nnU-Net trains in fp32 there), which halves the time of an
+iteration. 250 iterations an epoch, as nnU-Net has them: ten epochs of stock training; four of refinement; and, as the
+control, the stock model trained for those four epochs more. On a GPU (BENCHMARK_DEVICE=cuda) there are 25 times as many
+epochs. Validation is left out, since the benchmark measures on its own cases.
 """
 import os
 
@@ -12,6 +12,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.processor import cpu_has_bfloat16
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
@@ -32,11 +33,11 @@ class ShortCPUTraining:
         self.tuning_share = 0  # the benchmarks name their settings
 
     def train_step(self, batch: dict) -> dict:
-        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu'):
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu' and cpu_has_bfloat16()):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu'):
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu' and cpu_has_bfloat16()):
             return super().validation_step(batch)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

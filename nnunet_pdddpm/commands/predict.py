@@ -77,6 +77,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument('-t_start', type=int, nargs='+', help='noise level at which a chain starts')
     sampling.add_argument('-steps', type=int, nargs='+', help='denoising steps')
     sampling.add_argument('-eta', type=float, nargs='+', help='randomness of the steps: 0 DDIM, 1 DDPM')
+    sampling.add_argument('-redraw', type=int, nargs='+', choices=(0, 1),
+                          help='1: every step but the last draws a mask and noises it, in the place of -eta')
     sampling.add_argument('-blend', type=float, help="weight of the stock model's probabilities in the consensus mask")
     sampling.add_argument('-seed', type=int, help='of the noise')
     sampling.add_argument('-slice_correlation', type=float, default=0.9,
@@ -108,7 +110,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not 0 < args.step_size <= 1:
         parser.error(f'-step_size is {args.step_size}: it must be above 0 and not above 1')
     overrides = {}
-    for name in ('samples', 't_start', 'steps', 'eta', 'blend', 'seed'):
+    for name in ('samples', 't_start', 'steps', 'eta', 'redraw', 'blend', 'seed'):
         if (value := getattr(args, name)) is not None:
             values = value if isinstance(value, list) else [value]
             if len(values) > 2:

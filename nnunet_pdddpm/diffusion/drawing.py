@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
+from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 
 
-def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int) -> Tensor:
+def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int, level: int = 0) -> Tensor:
     """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.
 
     The Gumbel-max trick (Maddison et al., arXiv 1411.0030, section 2): argmax_c (log p_c + g_c) with Gumbel g_c is a
@@ -25,11 +26,12 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
         sample: number of the sample, 0 to samples - 1.
         samples: n.
         seed: of the prediction.
+        level: noise level at which a chain goes on with the mask, 0 at its end; other quantiles at each.
 
     Returns:
         (C,) float32 on the CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed * (NUM_TIMESTEPS + 1) + level)
     columns = 1 if regions or num_channels == 2 else num_channels
     order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(columns)])
     u = (order[:, sample] + 0.5) / samples

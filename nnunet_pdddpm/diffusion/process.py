@@ -12,6 +12,7 @@ and `stochastic`: whether a step uses its noise.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, Union
 
 import torch
@@ -112,3 +113,33 @@ class GaussianProcess:
     def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
         """`ddim_step` with this process's eta."""
         return ddim_step(x, x0_hat, t, s, noise, self.abar, self.eta)
+
+
+class Redrawing:
+    """A process whose steps go from mask to mask: each but the last draws one, and noises it as `start` noises x_pre.
+
+        x0 ~ p(x0 | x_t) of the denoiser,      x_s ~ q(x_s | x0)
+
+    Ancestral sampling with the clean mask drawn and not averaged (Austin et al., arXiv 2107.03006, eq. 4, sum over x0),
+    with the noise drawn anew at every level (Song et al., arXiv 2303.01469, algorithm 1). x_s is then noise on a mask,
+    as in training; noise on a mean of masks is not, and an estimate of it comes out too sure.
+    """
+
+    stochastic = True
+
+    def __init__(self, process: ForwardProcess, draw_mask: Callable[[Tensor, Level], Tensor]) -> None:
+        """`draw_mask`: (estimate x0_hat, level) -> a coded mask drawn from it, of the same shape."""
+        self.process, self.draw_mask = process, draw_mask
+
+    def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        """That of the process."""
+        return self.process.marginal(x0, x_pre, t, noise)
+
+    def start(self, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
+        """That of the process."""
+        return self.process.start(x_pre, t, noise)
+
+    @torch.compiler.disable
+    def step(self, x: Tensor, x0_hat: Tensor, x_pre: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
+        """A noised mask at s; at s = 0 the estimate itself."""
+        return x0_hat if s == 0 else self.process.marginal(self.draw_mask(x0_hat, s), x_pre, s, noise)

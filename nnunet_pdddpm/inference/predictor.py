@@ -88,7 +88,7 @@ class PDDDPMPredictor(VolumePredictor):
         return as_tuned and all(getattr(settings.samples, name) == getattr(stored_settings(parameters, SAMPLES), name)
                                 for settings, parameters in zip(self.fold_settings, self.list_of_parameters,
                                                                 strict=True)
-                                for name in ('t_start', 'steps', 'eta'))
+                                for name in ('t_start', 'steps', 'eta', 'redraw'))
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""

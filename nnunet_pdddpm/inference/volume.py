@@ -101,8 +101,8 @@ class Volume:
         if settings.steps == 0:
             x = self.denoise(coding.encode(self.mask), 0, mirrored)
         else:
-            x = refine_volume(lambda x, t: self.denoise(x, t, mirrored), self.refiner.process(settings.eta), self.mask,
-                              coding, truncated_levels(settings.t_start, settings.steps), noise)
+            x = refine_volume(lambda x, t: self.denoise(x, t, mirrored), self.refiner.chain(settings, sample, samples),
+                              self.mask, coding, truncated_levels(settings.t_start, settings.steps), noise)
         for z in range(self.shape[1]):
             x[:, z] = self.refiner.probabilities(x[None, :, z])[0]
         return x

@@ -23,6 +23,7 @@ from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
+from nnunet_pdddpm.processor import cpu_has_bfloat16
 
 OnSample = Callable[[int, Tensor], None]
 """Told the number of a sample and logits (C, Z, Y, X), whose argmax (regions: sign) is its mask, once it is drawn."""
@@ -54,13 +55,7 @@ class FoldSettings:
     def shared(self) -> bool:
         """Whether the draws of the samples serve for the mask, too."""
         return all(getattr(self.samples, name) == getattr(self.mask, name)
-                   for name in ('t_start', 'steps', 'eta', 'seed'))
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 (AVX512-BF16): without them it would be slower than float32."""
-    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', None)  # torch has no public name for it
-    return supported is not None and bool(supported())
+                   for name in ('t_start', 'steps', 'eta', 'redraw', 'seed'))
 
 
 class VolumePredictor(nnUNetPredictor):

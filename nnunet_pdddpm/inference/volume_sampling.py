@@ -67,12 +67,12 @@ def refine_volume(denoise: Callable[[Tensor, int], Tensor], process: ForwardProc
     """
     x = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     for z, eps in enumerate(noise()):
-        x[:, z] = process.start(coding.encode(mask[:, z]), levels[0], eps)
+        x[:, z] = process.start(coding.encode(mask[None, :, z]), levels[0], eps)[0]
     for t, s in zip(levels[:-1], levels[1:], strict=True):
         x0_hat = denoise(x, t)
         no_noise = itertools.repeat(torch.zeros((), device=x.device), mask.shape[1])
         for z, eps in enumerate(noise() if s > 0 and process.stochastic else no_noise):
-            x[:, z] = process.step(x[:, z], x0_hat[:, z], coding.encode(mask[:, z]), t, s, eps)
+            x[:, z] = process.step(x[None, :, z], x0_hat[None, :, z], coding.encode(mask[None, :, z]), t, s, eps)[0]
     return x
 
 

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, probabilities_to_logits
-from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, x0_from_eps
+from nnunet_pdddpm.diffusion.drawing import draw_shifts
+from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, Redrawing, per_item, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS, SCHEDULES, truncated_levels
 from nnunet_pdddpm.network.checkpoint import check_weights, note_checksum
@@ -80,7 +82,7 @@ class Refiner(nn.Module):
         self.register_buffer(INTERVAL, torch.zeros(num_channels))
         for prefix in (MASK, SAMPLES):
             for name, value in asdict(SamplingSettings()).items():
-                dtype = torch.float32 if isinstance(value, float) else torch.int64  # there is no float64 on mps
+                dtype = torch.float32 if isinstance(value, float) else None  # there is no float64 on mps
                 self.register_buffer(prefix + name, torch.tensor(value, dtype=dtype))
         self.presegmenter_checksum: int | None = None  # see `check_weights`
         self.register_state_dict_post_hook(note_checksum)
@@ -122,9 +124,7 @@ class Refiner(nn.Module):
         """
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         before = self.settings
-        if INTERVAL not in state_dict:  # of a model from before intervals were calibrated
-            state_dict = {**state_dict, INTERVAL: torch.zeros(self.num_channels)}
-        result = super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict(with_later_settings(state_dict, self.num_channels), strict, assign)
         self.use_stored_settings()
         stored = self.settings
         self.settings = effective_settings(stored, int(self.t_max))
@@ -146,6 +146,18 @@ class Refiner(nn.Module):
     def process(self, eta: float) -> ForwardProcess:
         """The forward process this network is trained and sampled with."""
         return GaussianProcess(self.abar, eta)
+
+    def chain(self, settings: SamplingSettings, sample: int, samples: int) -> ForwardProcess:
+        """The process that sample number `sample` of `samples` reverses; masks (B, C, ...)."""
+        process = self.process(settings.eta)
+        if not settings.redraw:
+            return process
+
+        def draw_mask(x0_hat: Tensor, s: Level) -> Tensor:
+            shifts = draw_shifts(self.num_channels, self.regions, sample, samples, settings.seed, int(s))
+            logits = probabilities_to_logits(self.design.coding.decode(x0_hat), self.regions)
+            return self.design.coding.encode(harden(logits + per_item(shifts, logits[0]), self.regions))
+        return Redrawing(process, draw_mask)
 
     # Under torch.compile the sampling loop stays Python (a graph of it would be made anew for every level) and the two
     # networks that it calls are compiled: hence `disable` without recursion on every frame above them.
@@ -177,11 +189,12 @@ class Refiner(nn.Module):
         if settings.steps == 0:
             mean = self.probabilities(self.denoise(image, x_pre, 0, stock))
         else:
-            levels, process = truncated_levels(settings.t_start, settings.steps), self.process(settings.eta)
+            levels = truncated_levels(settings.t_start, settings.steps)
             mean = torch.zeros_like(stock)
             for sample in range(settings.samples):
                 draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
-                x = _refine(lambda x, t: self.denoise(image, x, t, stock), process, x_pre, levels, draw)
+                x = _refine(lambda x, t: self.denoise(image, x, t, stock),
+                            self.chain(settings, sample, settings.samples), x_pre, levels, draw)
                 mean += self.probabilities(x) / settings.samples
         return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
 
@@ -224,6 +237,16 @@ def stored_settings(weights: Mapping[str, Tensor], prefix: str) -> SamplingSetti
     Raises:
         KeyError: if it is no refiner's.
     """
+    weights = with_later_settings(weights, 0)
     values: dict[str, Any] = {name: weights[prefix + name].item() for name in asdict(SamplingSettings())}
     values.update({name: round(value, 6) for name, value in values.items() if isinstance(value, float)})
     return SamplingSettings(**values)
+
+
+def with_later_settings(weights: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
+    """A refiner's state dict with what models of earlier versions lack: no step redraws, no interval is calibrated."""
+    completed: Any = copy(weights)  # with its metadata
+    for prefix in (MASK, SAMPLES):
+        completed.setdefault(prefix + 'redraw', torch.tensor(False))
+    completed.setdefault(INTERVAL, torch.zeros(num_channels))
+    return cast(dict[str, Any], completed)

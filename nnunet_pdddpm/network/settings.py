@@ -22,6 +22,8 @@ class SamplingSettings:
     """Noise draws n whose probabilities are averaged."""
     eta: float = 0.0
     """Stochasticity of the reverse steps: 0 DDIM, 1 ancestral DDPM."""
+    redraw: bool = False
+    """Whether every step but the last draws a mask and noises it, which leaves no part to eta: see `Redrawing`."""
     blend: float = 0.0
     """Weight of the stock model's probabilities in the result: 0 none, 1 the stock prediction itself."""
     seed: int = 0
@@ -34,7 +36,7 @@ class SamplingSettings:
             ValueError: with a sentence that names the setting, its value and its range.
         """
         ranges = {'t_start': (0, t_max), 'steps': (0, self.t_start or NUM_TIMESTEPS), 'samples': (1, 10_000),
-                  'eta': (0, 1), 'blend': (0, 1), 'seed': (0, 2 ** 31 - 1)}
+                  'eta': (0, 1), 'redraw': (0, 1), 'blend': (0, 1), 'seed': (0, 2 ** 31 - 1)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -82,7 +84,7 @@ def override(stored: SamplingSettings, overrides: Mapping[str, int | float], t_m
     """The stored settings with some values replaced, checked.
 
     A t_start below the stored number of steps lowers the steps with it, and one above 0 makes a chain of one step where
-    none is stored, unless the steps are given too.
+    none is stored, unless the steps are given too. An eta is for steps that do not redraw, unless that is given too.
 
     Args:
         stored: the model's settings.
@@ -97,7 +99,8 @@ def override(stored: SamplingSettings, overrides: Mapping[str, int | float], t_m
         return stored.check(t_max, "the model's sampling settings")
     t_start = int(overrides.get('t_start', stored.t_start))
     steps = int(overrides.get('steps', max(1, min(stored.steps, t_start)) if 't_start' in overrides else stored.steps))
-    return replace(stored, **{**asdict(stored), **overrides, 'steps': steps}).check(t_max, source)
+    redraw = bool(overrides.get('redraw', stored.redraw and 'eta' not in overrides))
+    return replace(stored, **{**asdict(stored), **overrides, 'steps': steps, 'redraw': redraw}).check(t_max, source)
 
 
 def effective_settings(stored: SamplingSettings, t_max: int) -> SamplingSettings:

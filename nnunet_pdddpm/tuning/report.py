@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_pdddpm.files import without_nan, write_atomically
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.choice import LEVEL, RESAMPLINGS, SEED, Row, difference_interval, mean, stock_row
-from nnunet_pdddpm.tuning.sweep import Sweep
+from nnunet_pdddpm.tuning.sweep import WAYS, Sweep
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -51,16 +51,17 @@ def in_one_line(sweep: Sweep, choice: Choice) -> str:
 
 
 def _named(settings: SamplingSettings) -> str:
-    eta = f', eta={settings.eta:g}' if settings.eta > 0 else ''
-    return f't_start={settings.t_start}, k={settings.steps}{eta}'
+    way = ', redraw' if settings.redraw else f', eta={settings.eta:g}' if settings.eta > 0 else ''
+    return f't_start={settings.t_start}, k={settings.steps}{way}'
 
 
 def left_out(sweep: Sweep) -> str:
     """What there was no time for; the empty string if nothing."""
     parts = []
     if sweep.settings_left_out:
-        steps = sorted({(s.steps, s.eta) for s in sweep.settings_left_out})
-        parts.append('settings with ' + ', '.join(f'k={k} eta={eta:g}' for k, eta in steps))
+        ways = sorted({(s.steps, s.redraw, s.eta) for s in sweep.settings_left_out})
+        parts.append('settings with ' + ', '.join(
+            f'k={k}' + (' redraw' if redraw else f' eta={eta:g}' if k > 1 else '') for k, redraw, eta in ways))
     if sweep.cases_left_out:
         parts.append(f'{len(sweep.cases_left_out)} of {len(sweep.cases) + len(sweep.cases_left_out)} cases')
     return ' and '.join(parts)
@@ -127,11 +128,11 @@ def _picture(sweep: Sweep, choice: Choice) -> bytes:
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4))
     for axis, (title, value) in zip(axes, panels, strict=True):
         for level, colour in zip(levels, colours, strict=True):
-            for eta, style in ((0, '-'), (1, '--')):
-                line = _line(drawn, level, eta, value)
-                if len(line) > (eta > 0):
+            for way, style in zip(WAYS, ('-', '--', ':'), strict=True):
+                line = _line(drawn, level, way, value)
+                if len(line) > (way != WAYS[0]):
                     axis.plot(*zip(*line, strict=True), style, marker='o', markersize=3, color=colour,
-                              label=f't_start={level}' if eta == 0 else None)
+                              label=f't_start={level}' if way == WAYS[0] else None)
         axis.axhline(value(sweep.rows[sweep.for_mask[0]]), color='black', linewidth=1, label='stock')
         for (of, settings), marker in zip(choice.items(), '*s', strict=True):
             if not settings.is_stock and (of == 'samples' or not title.startswith('GED')):
@@ -141,8 +142,8 @@ def _picture(sweep: Sweep, choice: Choice) -> bytes:
         axis.set_xticks(ticks := sorted({row.settings.steps for row in drawn}), [str(k) for k in ticks], minor=False)
         axis.minorticks_off()
     axes[-1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; dashed: eta 1',
-                    fontsize=10)
+    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; dashed: eta 1; '
+                    'dotted: redraw', fontsize=10)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=110)
@@ -150,7 +151,8 @@ def _picture(sweep: Sweep, choice: Choice) -> bytes:
     return buffer.getvalue()
 
 
-def _line(rows: Sequence[Row], level: int, eta: float, value: Callable[[Row], float]) -> list[tuple[int, float]]:
-    """(k, value) along k; a single step, in which eta has no part, begins both lines."""
+def _line(rows: Sequence[Row], level: int, way: tuple[float, bool], value: Callable[[Row], float]
+          ) -> list[tuple[int, float]]:
+    """(k, value) along k; a single step, in which eta and redraw have no part, begins every line."""
     return sorted((row.settings.steps, value(row)) for row in rows if row.settings.t_start == level
-                  and (row.settings.eta == eta or row.settings.steps == 1))
+                  and ((row.settings.eta, row.settings.redraw) == way or row.settings.steps == 1))

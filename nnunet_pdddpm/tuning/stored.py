@@ -10,7 +10,7 @@ import torch
 
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
-from nnunet_pdddpm.network.refiner import INTERVAL, MASK, SAMPLES
+from nnunet_pdddpm.network.refiner import INTERVAL, MASK, SAMPLES, with_later_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.choice import TuningError
 
@@ -38,7 +38,7 @@ def store(fold_folder: Path, mask: SamplingSettings, samples: SamplingSettings,
     files = [fold_folder / name for name in CHECKPOINTS if (fold_folder / name).is_file()]
     checkpoints = [load_checkpoint(file, 'PDDDPM model') for file in files]  # all of them, before one is changed
     for file, checkpoint in zip(files, checkpoints, strict=True):
-        weights = checkpoint['network_weights']
+        weights = checkpoint['network_weights'] = with_later_settings(checkpoint['network_weights'], len(interval_sd))
         for prefix, settings in ((MASK, mask), (SAMPLES, samples)):
             for name, value in asdict(settings).items():
                 if prefix + name not in weights:

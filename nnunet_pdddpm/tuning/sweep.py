@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -32,7 +32,8 @@ SIGNAL_TO_NOISE = (1.0, 0.25, 0.06, 0.016, 0.004)
 STEPS = (1, 2, 3, 5, 10)
 MOST_STEPS_OF_MASK = 3
 """More were not better for the mask in any measurement, and every call of plain prediction costs mirrorings times."""
-ETAS = (0.0, 1.0)
+WAYS = ((0.0, False), (1.0, False), (0.0, True))
+"""From step to step: eta and redraw."""
 BLENDS = (0.0, 0.25, 0.5, 0.75)
 MEMORY = 4 * 2 ** 30
 """Bytes that running sums of settings measured side by side may take."""
@@ -52,11 +53,14 @@ def candidates(refiner: Refiner, prefix: str, mirrored: bool) -> list[SamplingSe
     t_max = int(refiner.t_max)
     levels = sorted({min(t_at_snr(refiner.abar, ratio / power), t_max) for ratio in SIGNAL_TO_NOISE})
     most = MOST_STEPS_OF_MASK if prefix == MASK else max(STEPS)
-    varied = [(steps, eta) for steps in STEPS for eta in ETAS if steps <= most and (eta == 0 or steps > 1)]
-    chains = [replace(stored, t_start=level, steps=steps, samples=number, eta=eta, blend=0.0).check(t_max)
-              for steps, eta in varied for level in levels if steps <= level]
-    direct = replace(stored, t_start=t_max, steps=0, samples=1, eta=0.0, blend=0.0)
-    return [direct, *chains] if prefix == MASK and refiner.design.parameterisation == 'x0' else chains
+    masks = refiner.design.parameterisation == 'x0'  # which have probabilities to redraw from
+    varied = [(steps, eta, redraw) for steps in STEPS if steps <= most
+              for eta, redraw in (WAYS if steps > 1 else WAYS[:1]) if masks or not redraw]
+    chains = [replace(stored, t_start=level, steps=steps, samples=number, eta=eta, redraw=redraw,
+                      blend=0.0).check(t_max)
+              for steps, eta, redraw in varied for level in levels if steps <= level]
+    direct = replace(stored, t_start=t_max, steps=0, samples=1, eta=0.0, redraw=False, blend=0.0)
+    return [direct, *chains] if prefix == MASK and masks else chains
 
 
 class SweepVolume(Volume):
@@ -98,22 +102,24 @@ class Sweep:
         return [self.rows[s] for s in settings]
 
 
-Climb = tuple[list[SamplingSettings], Callable[[dict[SamplingSettings, Row], SamplingSettings], float]]
-"""Settings from one level, and what a measured one of them is worth."""
+Worth = Callable[[dict[SamplingSettings, Row], SamplingSettings], float]
+"""What a measured setting is worth."""
+Climb = tuple[list[SamplingSettings], Worth]
+"""Settings from one level."""
 Scores = dict[str, Any]
 """Of one setting on one case: dice, nll, agreement, ged; volume_errors (labels,)."""
 
 
 def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | None = None,
           clock: Callable[[], float] = time.perf_counter, progress: bool = False) -> Sweep:
-    """Measure single steps from all levels, then further steps from the levels that are best so far, as long as they
-    are better than fewer.
+    """Measure single steps of samples from all levels, then masks and further steps from the levels that are best so
+    far, as long as they are better than fewer.
 
     Args:
         predictor: with one model.
         cases: of its fold.
         seconds: time budget, None for none. Then single steps are measured on as many cases as there is time for,
-            further steps on the same cases.
+            all else on the same cases.
         clock: seconds, of which differences count.
         progress: whether to show a bar.
 
@@ -123,14 +129,14 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
     run = _Run(predictor, cases, seconds, clock, progress)
     mirrored = predictor.use_mirroring and bool(predictor.allowed_mirroring_axes)
     for_mask, for_samples = (candidates(predictor.refiner, prefix, mirrored) for prefix in (MASK, SAMPLES))
-    everything = list(dict.fromkeys([*for_mask, *for_samples]))
     stock = stock_settings(predictor.refiner)
     with torch.inference_mode():
-        run.single_steps([s for s in everything if s.steps <= 1])
+        direct, of_mask, of_samples = ([s for s in settings if s.steps == steps]
+                                       for settings, steps in ((for_mask, 0), (for_mask, 1), (for_samples, 1)))
+        run.single_steps([*direct, *of_samples], of_mask[:1])
         rows = run.rows()
-        reached = [rows[b] for s in for_mask if s.steps == 1 for b in blended(s)
-                   if mean(rows[b].dice) >= mean(rows[stock].dice)]
-        best_sample = choose_samples([rows[s] for s in for_samples if s.steps == 1])
+        reached = [rows[b] for s in of_samples for b in blended(s) if mean(rows[b].dice) >= mean(rows[stock].dice)]
+        best_sample = choose_samples([rows[s] for s in of_samples])
         climbs: list[Climb] = [([s for s in for_samples if s.t_start == best_sample.settings.t_start],
                                 lambda rows, s: -mean(rows[s].ged))]
         if reached:
@@ -153,7 +159,7 @@ def blended(settings: SamplingSettings) -> list[SamplingSettings]:
 def stock_settings(refiner: Refiner) -> SamplingSettings:
     """The stock model itself, as settings for the mask."""
     stored = stored_settings(dict(refiner.named_buffers(recurse=False)), MASK)
-    return replace(stored, t_start=0, steps=1, samples=1, eta=0.0, blend=0.0)
+    return replace(stored, t_start=0, steps=1, samples=1, eta=0.0, redraw=False, blend=0.0)
 
 
 class _Run:
@@ -177,8 +183,8 @@ class _Run:
         """What has been measured on all cases of `order`."""
         return {s: _row(s, self.measured) for s in self.measured[0]}
 
-    def single_steps(self, settings: list[SamplingSettings]) -> None:
-        """On all cases, or as many as there is time for, which `order` then has."""
+    def single_steps(self, settings: list[SamplingSettings], reserved: list[SamplingSettings]) -> None:
+        """On all cases, or as many as there is time for, with some to measure after them; `order` then has these."""
         while len(self.measured) < len(self.order):
             if len(self.measured) >= FEWEST_CASES and self.left() < 0:
                 self.order = self.order[:len(self.measured)]
@@ -186,13 +192,14 @@ class _Run:
             before = self.clock()
             case = CaseSweep(self.predictor, self.cases.load(self.cases.names[self.order[len(self.measured)]]))
             if self.seconds is not None and not self.measured:
-                self._choose_cases(case, settings, self.clock() - before)
+                self._choose_cases(case, settings, reserved, self.clock() - before)
             case.measure(settings)
             self.measured.append(case.scores)
             self.bar.total = len(self.order)
             self.bar.update()
 
-    def _choose_cases(self, first: CaseSweep, settings: list[SamplingSettings], presegmentation: float) -> None:
+    def _choose_cases(self, first: CaseSweep, settings: list[SamplingSettings], reserved: list[SamplingSettings],
+                      presegmentation: float) -> None:
         """Measure the cheapest setting on the first case, for what it costs, and see what fits into the time."""
         assert self.seconds is not None
         before = self.clock()
@@ -201,23 +208,22 @@ class _Run:
         passes = max(settings[0].samples, mirrorings)
         self.cost = Cost(presegmentation / self.voxels[0], (self.clock() - before) / passes / self.voxels[0],
                          mirrorings)
-        self.order = cases_in(self.seconds, settings, self.voxels, self.cost)
+        self.order = cases_in(self.seconds, [*settings, *reserved], self.voxels, self.cost)
         if not self.order:
             raise TuningError(f'{self.seconds / 60:.1f} minutes are too short to tune the sampling settings: single '
                               f'steps on {min(FEWEST_CASES, len(self.voxels))} cases take longer.')
 
     def further_steps(self, climbs: list[Climb]) -> list[SamplingSettings]:
         """One more number of steps after the other, in each climb until the best with it is not better than the best
-        with fewer; returns what was left out for want of time."""
-        for steps in sorted({s.steps for settings, _ in climbs for s in settings} - {1}):
-            tried = list(dict.fromkeys(s for settings, _ in climbs for s in settings if s.steps == steps))
+        with fewer, from the second number on in the way that was best at the first; single steps that are not known
+        with the first. Returns what was left out for want of time."""
+        for steps in sorted({s.steps for settings, _ in climbs for s in settings} - {1}) or [1]:
+            tried = list(dict.fromkeys(s for settings, _ in climbs for s in settings
+                                       if s.steps <= steps and s not in self.measured[0]))
             if not self._measure_further(tried):
-                return list(dict.fromkeys(s for settings, _ in climbs for s in settings
-                                          if s.steps >= steps and s not in self.measured[0]))
+                return list(dict.fromkeys(s for settings, _ in climbs for s in settings if s not in self.measured[0]))
             rows = self.rows()
-            climbs = [(settings, worth) for settings, worth in climbs
-                      if max((worth(rows, s) for s in settings if s.steps == steps), default=-math.inf)
-                      > max(worth(rows, s) for s in settings if s.steps < steps)]
+            climbs = [climb for settings, worth in climbs for climb in _higher(settings, worth, rows, steps)]
         return []
 
     def _measure_further(self, settings: list[SamplingSettings]) -> bool:
@@ -240,6 +246,15 @@ class _Run:
         self.measured = [{**one, **more} for one, more in zip(self.measured, further, strict=True)] \
             if kept else self.measured
         return kept == settings
+
+
+def _higher(settings: list[SamplingSettings], worth: Worth, rows: dict[SamplingSettings, Row], steps: int
+            ) -> Iterator[Climb]:
+    """What is left of a climb if the best with so many steps is better than the best with fewer."""
+    fewer, here = ([s for s in settings if s in rows and (s.steps < steps) == less] for less in (True, False))
+    best = max(here, key=lambda s: worth(rows, s), default=None)
+    if best is not None and fewer and worth(rows, best) > max(worth(rows, s) for s in fewer):
+        yield [s for s in settings if s in rows or (s.eta, s.redraw) == (best.eta, best.redraw)], worth
 
 
 class CaseSweep:
