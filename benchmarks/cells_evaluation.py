@@ -43,6 +43,7 @@ class Row:
     temperature: bool = False
     """One for all probabilities, fitted on the validation images of the fold."""
     settings: tuple[int, int, float] | None = None
+    redraw: bool = False
 
     @property
     def samples(self) -> int:
@@ -60,7 +61,7 @@ class Row:
         """Name of its folder of predictions."""
         parts = [self.trainer, *(f'f{fold}' for fold in self.folds), *(['mirroring'] if self.mirroring else []),
                  *(['temperature'] if self.temperature else []), *(['thresholds'] if self.thresholds else []),
-                 *map(str, self.settings or ())]
+                 *map(str, self.settings or ()), *(['redraw'] if self.redraw else [])]
         return '-'.join(parts)
 
 
@@ -162,7 +163,7 @@ def predict_row(work: Path, part: str, row: Row) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     if row.settings is not None:
         t_start, steps, eta = row.settings
-        overrides = {'samples': SAMPLES, 't_start': t_start, 'steps': steps, 'eta': eta}
+        overrides = {'samples': SAMPLES, 't_start': t_start, 'steps': steps, 'eta': eta, 'redraw': int(row.redraw)}
         predictor: nnUNetPredictor = PDDDPMPredictor(
             use_mirroring=row.mirroring, device=torch.device(DEVICE), allow_tqdm=False,
             overrides={name: (value, value) for name, value in overrides.items()}, outputs=Outputs(samples=True))

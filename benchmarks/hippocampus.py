@@ -59,7 +59,7 @@ def call(work: Path, *command: str, **variables: str) -> None:
     subprocess.run([str(executable), *command[1:]], env={**nnunet_environment(work), **variables}, check=True)
 
 
-def prepare(work: Path, data: Path) -> None:
+def prepare(work: Path, data: Path, configuration: str = CONFIGURATION, batch_size: int = 2) -> None:
     """Split off the test cases, write the raw data set, plan, reduce the plan, preprocess, write the folds."""
     raw = work / 'nnUNet_raw' / DATASET
     preprocessed = work / 'nnUNet_preprocessed' / DATASET
@@ -79,14 +79,14 @@ def prepare(work: Path, data: Path) -> None:
     description['numTraining'] = len(development)
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
 
-    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-np', '2',
+    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', configuration, '-np', '2',
          '--verify_dataset_integrity')
     if not FULL:
         plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
         plans['plans_name'] = PLANS
-        configuration = plans['configurations'][CONFIGURATION]
-        configuration['batch_size'] = 2
-        configuration['architecture']['arch_kwargs']['features_per_stage'] = [16, 32, 64, 128]
+        planned = plans['configurations'][configuration]
+        planned['batch_size'] = batch_size
+        planned['architecture']['arch_kwargs']['features_per_stage'] = [16, 32, 64, 128]
         (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
     folds = [sorted(development[f::NUM_FOLDS]) for f in range(NUM_FOLDS)]
     splits = [{'train': sorted(set(development) - set(fold)), 'val': fold} for fold in folds]

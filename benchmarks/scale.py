@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nnunet_pdddpm.processor import cpu_has_bfloat16
+from nnunet_pdddpm.cpu import cpu_has_bfloat16
 
 DEVICE = os.environ.get('BENCHMARK_DEVICE', 'cpu')
 FULL = DEVICE != 'cpu'

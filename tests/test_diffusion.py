@@ -430,6 +430,17 @@ def test_drawn_classes_have_the_probabilities_they_are_drawn_from():
     torch.testing.assert_close(counts / n, p, rtol=0, atol=4 * math.sqrt(0.25 / n))
 
 
+@pytest.mark.parametrize('samples', [1, 2, 3])
+@pytest.mark.parametrize('p', [torch.tensor([0.7, 0.3]), torch.tensor([0.5, 0.3, 0.2])], ids=['2 classes', '3 classes'])
+def test_between_steps_masks_are_draws_also_of_few_samples(samples, p):
+    shifts = torch.stack([draw_shifts(len(p), False, i, samples, seed, level=480)
+                          for seed in range(1500) for i in range(samples)])
+    shares = torch.bincount((p.log() + shifts).argmax(1), minlength=len(p)) / len(shifts)
+    assert (shares - p).abs().max() < 5 * (0.25 / 1500) ** 0.5
+    at_two_levels = (draw_shifts(len(p), False, 0, samples, 7, level) for level in (480, 240))
+    assert not torch.equal(*at_two_levels)
+
+
 @pytest.mark.parametrize(('channels', 'regions'), [(2, False), (4, False), (3, True)])
 def test_a_single_sample_is_the_likeliest_mask_and_seeds_give_other_orders(channels, regions):
     shifts = draw_shifts(channels, regions, 0, 1, seed=5)

@@ -154,12 +154,13 @@ def test_a_budget_leaves_out_cases_of_single_steps_and_many_steps_of_the_others(
     kept = settings_in(20 + per_step * 2, settings, voxels, cost)
     assert {s.steps for s in kept} == {1} and {s.t_start for s in kept} == {500, 900}
     assert settings_in(20, settings, voxels, cost) == []
-    assert cases_in(20 + per_step * 2, single, voxels, cost) == list(range(20))
-    cases = cases_in((20 + per_step * 2) / 2, single, voxels, cost)
+    assert cases_in(20 + per_step * 2, [single], voxels, cost) == list(range(20))
+    assert len(cases_in(20 + per_step * 2, [single[:1], single[1:]], voxels, cost)) == 18  # pre-segmented twice
+    cases = cases_in((20 + per_step * 2) / 2, [single], voxels, cost)
     assert len(cases) == 10 and cases[0] == 0 and cases[-1] == 19
-    assert len(cases_in((20 + per_step * 2) / 4, single, voxels, cost)) == 5
-    assert cases_in((20 + per_step * 2) / 4.1, single, voxels, cost) == []
-    assert cases_in(2 * (20 + per_step * 2) / 4.1, single, [9000, 1000, 1000], cost) == []
+    assert len(cases_in((20 + per_step * 2) / 4, [single], voxels, cost)) == 5
+    assert cases_in((20 + per_step * 2) / 4.1, [single], voxels, cost) == []
+    assert cases_in(2 * (20 + per_step * 2) / 4.1, [single], [9000, 1000, 1000], cost) == []
 
 
 # scores
@@ -633,6 +634,10 @@ def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
     found = sweep(predictor, cases, single_steps + second_steps / 3, lambda: now[0])
     assert {s.steps for s in found.settings_left_out} == {1, 2}  # single steps for the mask
     assert found.cases == list(CASES) and now[0] == single_steps
+    now[0] = 0
+    found = sweep(predictor, cases, single_steps + 3 * (8 + 2) + 1, lambda: now[0])  # enough time for them
+    assert {s.steps for s in found.settings_left_out} == {2} and found.cases == list(CASES)
+    assert {s.steps for s in found.for_mask if not s.is_stock} == {0, 1}
     with pytest.raises(TuningError, match='too short to tune the sampling settings: single steps on 3 cases'):
         sweep(predictor, cases, 3 * 8, lambda: now[0])
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm.cpu import cpu_has_bfloat16
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.processor import cpu_has_bfloat16
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper

@@ -1,19 +1,23 @@
-"""Further ways to train one network for mask and samples: the default with one thing changed, for `ablation.py`, and
-for hippocampus and cells."""
+"""Further ways to train one network for mask and samples: the default with one thing changed, for `ablation.py` (the
+phantom) and `candidates.py` (real data)."""
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from ambiguous_trainers import PDDDPMTrainerAmbiguous
-from benchmark_trainers import CrossEntropyAlone, PDDDPMTrainerBenchmark
+from benchmark_trainers import CrossEntropyAlone
 from cells_trainers import PDDDPMTrainerCells
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities
 from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, at_level
-from nnunet_pdddpm.network.refiner import DiffusionDesign
+from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch
+
+TOLD = 2000
+"""Added to the level of an x_t that is said to come from the pre-segmentation."""
 
 
 class OnPresegmentation(GaussianProcess):
@@ -24,7 +28,9 @@ class OnPresegmentation(GaussianProcess):
         raise NotImplementedError
 
     def marginal(self, x0: Tensor, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
-        chosen = self.where(x0, torch.as_tensor(t), noise).to(x0.device).reshape(-1, *[1] * (x0.ndim - 1))
+        if not isinstance(t, Tensor):  # a chain that redraws
+            return super().marginal(x0, x_pre, t, noise)
+        chosen = self.where(x0, t, noise).to(x0.device).reshape(-1, *[1] * (x0.ndim - 1))
         return super().marginal(torch.where(chosen, x_pre, x0), x_pre, t, noise)
 
 
@@ -96,6 +102,60 @@ class NoiseOnHalf(OtherProcess):
     new_process = HalfOnPresegmentation
 
 
+class NoiseOnLow(OtherProcess):
+    new_process = LowOnPresegmentation
+
+
+class Recycling:
+    """Mixin: in half of the steps the denoiser's own result is shown in the place of the pre-segmentation."""
+
+    def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
+        logits = super().presegment(image, keys)
+        if torch.rand((), generator=self.level_generator) < 0.5:
+            x = self.design.coding.encode(harden(logits, self.refiner.regions))
+            own = self.refiner.denoise(image, x, 0, logits_to_probabilities(logits, self.refiner.regions))
+            logits = own.to(logits.dtype)  # coded probabilities: what is above is above
+        return logits
+
+
+class ToldEmbedding(nn.Module):
+    """The embedding of the noise level, with a learned vector where the level is given as t + TOLD."""
+
+    def __init__(self, of_level: nn.Module) -> None:
+        super().__init__()
+        self.of_level = of_level
+        self.told = nn.Parameter(torch.zeros(of_level.layers[-2].out_features))
+
+    def forward(self, t: Tensor) -> Tensor:
+        told = t >= TOLD
+        return self.of_level(t - TOLD * told) + told[:, None] * self.told
+
+
+class Told(NoiseOnHalf):
+    """Mixin: the network is told whether noise is on the pre-segmentation, as in half of the noisy patches, or on the
+    truth. Where it is on the pre-segmentation the best mask is asked for, with the loss of level 0.
+
+    In prediction the environment says which of the two x_t is to be taken for, by BENCHMARK_FOR_MASK=1 or none.
+    """
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                   num_input_channels: int, num_output_channels: int,
+                                   enable_deep_supervision: bool = True) -> nn.Module:
+        refiner = super().build_network_architecture(plans_manager, configuration_manager, num_input_channels,
+                                                     num_output_channels, enable_deep_supervision)
+        refiner.denoiser.embedding = ToldEmbedding(refiner.denoiser.embedding)
+        told, denoise = TOLD * int(os.environ.get('BENCHMARK_FOR_MASK', 0)), refiner.denoise
+        refiner.denoise = lambda image, x, t, seen: denoise(image, x, t + told * (t > 0), seen)
+        return refiner
+
+    def make_noisy_batch(self, image: Tensor, target: Tensor, keys: Sequence[str]) -> tuple[NoisyBatch, Tensor]:
+        batch, noise = super().make_noisy_batch(image, target, keys)
+        told = (batch.t > 0) & self.refiner.process(0.0).where(noise, batch.t, noise)
+        self.denoising_loss.noisy &= ~told.cpu()
+        return batch._replace(t=batch.t + TOLD * told), noise
+
+
 class Bridge2(OtherProcess):
     @staticmethod
     def new_process(abar: Tensor, eta: float) -> ForwardProcess:
@@ -112,8 +172,8 @@ class PDDDPMTrainerAmbiguousHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerAmbi
     pass
 
 
-class PDDDPMTrainerAmbiguousSplit(OtherProcess, PDDDPMTrainerAmbiguous):
-    new_process = LowOnPresegmentation
+class PDDDPMTrainerAmbiguousSplit(NoiseOnLow, PDDDPMTrainerAmbiguous):
+    pass
 
 
 class PDDDPMTrainerAmbiguousBridge2(Bridge2, PDDDPMTrainerAmbiguous):
@@ -124,23 +184,19 @@ class PDDDPMTrainerAmbiguousBridge8(Bridge8, PDDDPMTrainerAmbiguous):
     pass
 
 
-class PDDDPMTrainerAmbiguousRecycling(PDDDPMTrainerAmbiguous):
-    """In half of the steps the denoiser's own result is shown in the place of the pre-segmentation."""
-
-    def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
-        logits = super().presegment(image, keys)
-        if torch.rand((), generator=self.level_generator) < 0.5:
-            x = self.design.coding.encode(harden(logits, self.refiner.regions))
-            own = self.refiner.denoise(image, x, 0, logits_to_probabilities(logits, self.refiner.regions))
-            logits = own.to(logits.dtype)  # coded probabilities: what is above is above
-        return logits
-
-
-class PDDDPMTrainerBenchmarkHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerBenchmark):
+class PDDDPMTrainerAmbiguousRecycling(Recycling, PDDDPMTrainerAmbiguous):
     pass
 
 
-class PDDDPMTrainerBenchmarkBridge8(Bridge8, PDDDPMTrainerBenchmark):
+class PDDDPMTrainerCellsSplit(NoiseOnLow, PDDDPMTrainerCells):
+    pass
+
+
+class PDDDPMTrainerCellsRecycling(Recycling, PDDDPMTrainerCells):
+    pass
+
+
+class PDDDPMTrainerCellsTold(Told, PDDDPMTrainerCells):
     pass
 
 
@@ -149,14 +205,6 @@ class PDDDPMTrainerCellsHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerCells):
 
 
 class PDDDPMTrainerCellsBridge8(Bridge8, PDDDPMTrainerCells):
-    pass
-
-
-class PDDDPMTrainerBenchmarkCE(CrossEntropyAlone, PDDDPMTrainerBenchmark):
-    """No Dice loss where the pre-segmentation is shown, either."""
-
-
-class PDDDPMTrainerBenchmarkBridge8CE(CrossEntropyAlone, PDDDPMTrainerBenchmarkBridge8):
     pass
 
 

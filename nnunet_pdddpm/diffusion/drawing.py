@@ -18,7 +18,8 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
 
     The uniforms are stratified over the samples: of n samples each has another of the quantiles (i + 1/2) / n. So the
     mean of the n masks is the samples' mean probability as nearly as n masks can give it; and a single sample has
-    u = 1/2, the likeliest mask.
+    u = 1/2, the likeliest mask. Between the steps of a chain they are (i + v) / n with one uniform v for all samples
+    (systematic sampling), so that a mask is a draw also where there are few.
 
     Args:
         num_channels: C.
@@ -26,7 +27,7 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
         sample: number of the sample, 0 to samples - 1.
         samples: n.
         seed: of the prediction.
-        level: noise level at which a chain goes on with the mask, 0 at its end; other quantiles at each.
+        level: noise level at which a chain goes on with the mask, 0 at its end; other uniforms at each.
 
     Returns:
         (C,) float32 on the CPU.
@@ -34,7 +35,7 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
     generator = torch.Generator().manual_seed(seed * (NUM_TIMESTEPS + 1) + level)
     columns = 1 if regions or num_channels == 2 else num_channels
     order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(columns)])
-    u = (order[:, sample] + 0.5) / samples
+    u = (order[:, sample] + (torch.rand(columns, generator=generator) if level else 0.5)) / samples
     if columns == num_channels and not regions:
         return -torch.log(-torch.log(u))
     threshold = -torch.logit(u)

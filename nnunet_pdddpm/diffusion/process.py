@@ -116,13 +116,14 @@ class GaussianProcess:
 
 
 class Redrawing:
-    """A process whose steps go from mask to mask: each but the last draws one, and noises it as `start` noises x_pre.
+    """A process whose steps go from mask to mask: each but the last draws one and noises it as training does a truth.
 
         x0 ~ p(x0 | x_t) of the denoiser,      x_s ~ q(x_s | x0)
 
-    Ancestral sampling with the clean mask drawn and not averaged (Austin et al., arXiv 2107.03006, eq. 4, sum over x0),
-    with the noise drawn anew at every level (Song et al., arXiv 2303.01469, algorithm 1). x_s is then noise on a mask,
-    as in training; noise on a mean of masks is not, and an estimate of it comes out too sure.
+    The clean mask is drawn and not averaged, as in the sum over x0 of Austin et al., arXiv 2107.03006, eq. 4; but x_s
+    is noised anew and not drawn given x_t, too: the step of Song et al., arXiv 2303.01469, algorithm 1, which has the
+    same marginals. So x_s is noise on a mask. Noise on a mean of masks is nothing that training has shown, and the next
+    estimate from it comes out too sure.
     """
 
     stochastic = True
@@ -135,6 +136,7 @@ class Redrawing:
         """That of the process."""
         return self.process.marginal(x0, x_pre, t, noise)
 
+    @torch.compiler.disable
     def start(self, x_pre: Tensor, t: Level, noise: Tensor) -> Tensor:
         """That of the process."""
         return self.process.start(x_pre, t, noise)

@@ -16,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
+from nnunet_pdddpm.cpu import cpu_has_bfloat16
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
 from nnunet_pdddpm.inference.spread import Spread
@@ -23,7 +24,6 @@ from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
 from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
-from nnunet_pdddpm.processor import cpu_has_bfloat16
 
 OnSample = Callable[[int, Tensor], None]
 """Told the number of a sample and logits (C, Z, Y, X), whose argmax (regions: sign) is its mask, once it is drawn."""

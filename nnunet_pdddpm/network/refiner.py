@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, probabilities_to_logits
-from nnunet_pdddpm.diffusion.drawing import draw_shifts
-from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, Redrawing, per_item, x0_from_eps
+from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
+from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, Redrawing, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS, SCHEDULES, truncated_levels
 from nnunet_pdddpm.network.checkpoint import check_weights, note_checksum
@@ -155,8 +155,8 @@ class Refiner(nn.Module):
 
         def draw_mask(x0_hat: Tensor, s: Level) -> Tensor:
             shifts = draw_shifts(self.num_channels, self.regions, sample, samples, settings.seed, int(s))
-            logits = probabilities_to_logits(self.design.coding.decode(x0_hat), self.regions)
-            return self.design.coding.encode(harden(logits + per_item(shifts, logits[0]), self.regions))
+            logits = [drawn_logits(p, self.regions, shifts) for p in self.design.coding.decode(x0_hat)]
+            return self.design.coding.encode(harden(torch.stack(logits), self.regions))
         return Redrawing(process, draw_mask)
 
     # Under torch.compile the sampling loop stays Python (a graph of it would be made anew for every level) and the two

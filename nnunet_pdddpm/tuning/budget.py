@@ -28,12 +28,13 @@ class Cost:
         return sum(voxels) * (self.presegmentation + self.network_pass * passes)
 
 
-def cases_in(seconds: float, settings: Sequence[SamplingSettings], voxels: Sequence[int], cost: Cost) -> list[int]:
+def cases_in(seconds: float, rounds: Sequence[Sequence[SamplingSettings]], voxels: Sequence[int], cost: Cost
+             ) -> list[int]:
     """Indices of the cases on which there is time for all settings.
 
     Args:
         seconds: for everything.
-        settings: to be measured.
+        rounds: settings to be measured, each list with a pre-segmentation of its own.
         voxels: size of each case.
         cost: measured.
 
@@ -43,7 +44,7 @@ def cases_in(seconds: float, settings: Sequence[SamplingSettings], voxels: Seque
     """
     for number in range(len(voxels), min(FEWEST_CASES, len(voxels)) - 1, -1):
         cases = np.linspace(0, len(voxels) - 1, number).round().astype(int).tolist()
-        if cost.of(settings, [voxels[i] for i in cases]) <= seconds:
+        if sum(cost.of(settings, [voxels[i] for i in cases]) for settings in rounds) <= seconds:
             return cases
     return []
 
@@ -52,7 +53,7 @@ def settings_in(seconds: float, settings: Sequence[SamplingSettings], voxels: Se
                 ) -> list[SamplingSettings]:
     """The settings for which there is time on all cases: those with the most steps are left out first.
 
-    Arguments as `cases_in` has them.
+    Arguments as `cases_in` has them, of one round.
     """
     kept = list(settings)
     while kept and cost.of(kept, voxels) > seconds:

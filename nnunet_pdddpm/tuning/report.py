@@ -61,7 +61,8 @@ def left_out(sweep: Sweep) -> str:
     if sweep.settings_left_out:
         ways = sorted({(s.steps, s.redraw, s.eta) for s in sweep.settings_left_out})
         parts.append('settings with ' + ', '.join(
-            f'k={k}' + (' redraw' if redraw else f' eta={eta:g}' if k > 1 else '') for k, redraw, eta in ways))
+            f'k={k}' + (' redraw' if redraw else f' eta={eta:g}' if k > 1 else ' for the mask')
+            for k, redraw, eta in ways))
     if sweep.cases_left_out:
         parts.append(f'{len(sweep.cases_left_out)} of {len(sweep.cases) + len(sweep.cases_left_out)} cases')
     return ' and '.join(parts)

@@ -53,7 +53,7 @@ def candidates(refiner: Refiner, prefix: str, mirrored: bool) -> list[SamplingSe
     t_max = int(refiner.t_max)
     levels = sorted({min(t_at_snr(refiner.abar, ratio / power), t_max) for ratio in SIGNAL_TO_NOISE})
     most = MOST_STEPS_OF_MASK if prefix == MASK else max(STEPS)
-    masks = refiner.design.parameterisation == 'x0'  # which have probabilities to redraw from
+    masks = refiner.design.parameterisation == 'x0'  # and not noise: estimates are probabilities of the clean mask
     varied = [(steps, eta, redraw) for steps in STEPS if steps <= most
               for eta, redraw in (WAYS if steps > 1 else WAYS[:1]) if masks or not redraw]
     chains = [replace(stored, t_start=level, steps=steps, samples=number, eta=eta, redraw=redraw,
@@ -133,7 +133,7 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
     with torch.inference_mode():
         direct, of_mask, of_samples = ([s for s in settings if s.steps == steps]
                                        for settings, steps in ((for_mask, 0), (for_mask, 1), (for_samples, 1)))
-        run.single_steps([*direct, *of_samples], of_mask[:1])
+        run.single_steps([*direct, *of_samples], [s for s in of_mask[:1] if s not in of_samples])
         rows = run.rows()
         reached = [rows[b] for s in of_samples for b in blended(s) if mean(rows[b].dice) >= mean(rows[stock].dice)]
         best_sample = choose_samples([rows[s] for s in of_samples])
@@ -208,7 +208,9 @@ class _Run:
         passes = max(settings[0].samples, mirrorings)
         self.cost = Cost(presegmentation / self.voxels[0], (self.clock() - before) / passes / self.voxels[0],
                          mirrorings)
-        self.order = cases_in(self.seconds, [*settings, *reserved], self.voxels, self.cost)
+        rounds = [settings, reserved] if reserved else [settings]
+        self.order = (cases_in(self.seconds, rounds, self.voxels, self.cost)
+                      or cases_in(self.seconds, rounds[:1], self.voxels, self.cost))
         if not self.order:
             raise TuningError(f'{self.seconds / 60:.1f} minutes are too short to tune the sampling settings: single '
                               f'steps on {min(FEWEST_CASES, len(self.voxels))} cases take longer.')
