@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities
 from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, at_level
-from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch
+from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 
 TOLD = 2000
 """Added to the level of an x_t that is said to come from the pre-segmentation."""
@@ -95,7 +95,12 @@ class OtherProcess:
         def process(eta: float) -> ForwardProcess:
             return cls.new_process(refiner.abar, eta)
         refiner.process = process
+        cls.change(refiner)
         return refiner
+
+    @staticmethod
+    def change(refiner: Refiner) -> None:
+        """Whatever else is different."""
 
 
 class NoiseOnHalf(OtherProcess):
@@ -138,16 +143,11 @@ class Told(NoiseOnHalf):
     In prediction the environment says which of the two x_t is to be taken for, by BENCHMARK_FOR_MASK=1 or none.
     """
 
-    @classmethod
-    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
-                                   num_input_channels: int, num_output_channels: int,
-                                   enable_deep_supervision: bool = True) -> nn.Module:
-        refiner = super().build_network_architecture(plans_manager, configuration_manager, num_input_channels,
-                                                     num_output_channels, enable_deep_supervision)
+    @staticmethod
+    def change(refiner: Refiner) -> None:
         refiner.denoiser.embedding = ToldEmbedding(refiner.denoiser.embedding)
         told, denoise = TOLD * int(os.environ.get('BENCHMARK_FOR_MASK', 0)), refiner.denoise
         refiner.denoise = lambda image, x, t, seen: denoise(image, x, t + told * (t > 0), seen)
-        return refiner
 
     def make_noisy_batch(self, image: Tensor, target: Tensor, keys: Sequence[str]) -> tuple[NoisyBatch, Tensor]:
         batch, noise = super().make_noisy_batch(image, target, keys)
@@ -205,14 +205,6 @@ class PDDDPMTrainerCellsHalfOnPresegmentation(NoiseOnHalf, PDDDPMTrainerCells):
 
 
 class PDDDPMTrainerCellsBridge8(Bridge8, PDDDPMTrainerCells):
-    pass
-
-
-class PDDDPMTrainerCellsCE(CrossEntropyAlone, PDDDPMTrainerCells):
-    pass
-
-
-class PDDDPMTrainerCellsBridge8CE(CrossEntropyAlone, PDDDPMTrainerCellsBridge8):
     pass
 
 
