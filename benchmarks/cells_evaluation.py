@@ -44,6 +44,7 @@ class Row:
     """One for all probabilities, fitted on the validation images of the fold."""
     settings: tuple[int, int, float] | None = None
     redraw: bool = False
+    """See `SamplingSettings`."""
 
     @property
     def samples(self) -> int:

@@ -85,10 +85,9 @@ class PDDDPMPredictor(VolumePredictor):
     def samples_as_tuned(self) -> bool:
         """Whether samples are drawn as in tuning, but for their number and seed."""
         as_tuned = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
-        return as_tuned and all(getattr(settings.samples, name) == getattr(stored_settings(parameters, SAMPLES), name)
+        return as_tuned and all(settings.samples.chain == stored_settings(parameters, SAMPLES).chain
                                 for settings, parameters in zip(self.fold_settings, self.list_of_parameters,
-                                                                strict=True)
-                                for name in ('t_start', 'steps', 'eta', 'redraw'))
+                                                                strict=True))
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""

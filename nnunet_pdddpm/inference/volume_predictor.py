@@ -54,8 +54,7 @@ class FoldSettings:
     @property
     def shared(self) -> bool:
         """Whether the draws of the samples serve for the mask, too."""
-        return all(getattr(self.samples, name) == getattr(self.mask, name)
-                   for name in ('t_start', 'steps', 'eta', 'redraw', 'seed'))
+        return (self.samples.chain, self.samples.seed) == (self.mask.chain, self.mask.seed)
 
 
 class VolumePredictor(nnUNetPredictor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -153,9 +154,12 @@ class Refiner(nn.Module):
         if not settings.redraw:
             return process
 
+        @cache
+        def shifts(s: int) -> Tensor:  # once a level: a volume comes slice by slice
+            return draw_shifts(self.num_channels, self.regions, sample, samples, settings.seed, s)
+
         def draw_mask(x0_hat: Tensor, s: Level) -> Tensor:
-            shifts = draw_shifts(self.num_channels, self.regions, sample, samples, settings.seed, int(s))
-            logits = [drawn_logits(p, self.regions, shifts) for p in self.design.coding.decode(x0_hat)]
+            logits = [drawn_logits(p, self.regions, shifts(int(s))) for p in self.design.coding.decode(x0_hat)]
             return self.design.coding.encode(harden(torch.stack(logits), self.regions))
         return Redrawing(process, draw_mask)
 

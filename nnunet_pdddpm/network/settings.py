@@ -46,6 +46,16 @@ class SamplingSettings:
         return self
 
     @property
+    def way(self) -> tuple[float, bool]:
+        """From step to step: eta and redraw."""
+        return self.eta, self.redraw
+
+    @property
+    def chain(self) -> tuple[int, int, tuple[float, bool]]:
+        """What a sample is drawn by, but for its noise."""
+        return self.t_start, self.steps, self.way
+
+    @property
     def is_stock(self) -> bool:
         """True if these settings ask for the stock model's own prediction."""
         return self.t_start == 0 or self.blend == 1

@@ -57,6 +57,6 @@ def settings_in(seconds: float, settings: Sequence[SamplingSettings], voxels: Se
     """
     kept = list(settings)
     while kept and cost.of(kept, voxels) > seconds:
-        most = max((s.steps, s.eta, s.redraw) for s in kept)
-        kept = [s for s in kept if (s.steps, s.eta, s.redraw) != most]
+        most = max((s.steps, s.way) for s in kept)
+        kept = [s for s in kept if (s.steps, s.way) != most]
     return kept

@@ -156,4 +156,4 @@ def _line(rows: Sequence[Row], level: int, way: tuple[float, bool], value: Calla
           ) -> list[tuple[int, float]]:
     """(k, value) along k; a single step, in which eta and redraw have no part, begins every line."""
     return sorted((row.settings.steps, value(row)) for row in rows if row.settings.t_start == level
-                  and ((row.settings.eta, row.settings.redraw) == way or row.settings.steps == 1))
+                  and (row.settings.way == way or row.settings.steps == 1))

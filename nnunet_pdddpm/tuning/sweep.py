@@ -33,7 +33,7 @@ STEPS = (1, 2, 3, 5, 10)
 MOST_STEPS_OF_MASK = 3
 """More were not better for the mask in any measurement, and every call of plain prediction costs mirrorings times."""
 WAYS = ((0.0, False), (1.0, False), (0.0, True))
-"""From step to step: eta and redraw."""
+"""See `SamplingSettings.way`."""
 BLENDS = (0.0, 0.25, 0.5, 0.75)
 MEMORY = 4 * 2 ** 30
 """Bytes that running sums of settings measured side by side may take."""
@@ -256,7 +256,7 @@ def _higher(settings: list[SamplingSettings], worth: Worth, rows: dict[SamplingS
     fewer, here = ([s for s in settings if s in rows and (s.steps < steps) == less] for less in (True, False))
     best = max(here, key=lambda s: worth(rows, s), default=None)
     if best is not None and fewer and worth(rows, best) > max(worth(rows, s) for s in fewer):
-        yield [s for s in settings if s in rows or (s.eta, s.redraw) == (best.eta, best.redraw)], worth
+        yield [s for s in settings if s in rows or s.way == best.way], worth
 
 
 class CaseSweep:
