@@ -27,6 +27,7 @@ from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner
 
 GOOD = 'phantom_009'
 
@@ -187,6 +188,23 @@ def test_a_case_of_which_the_networks_make_no_numbers_fails_alone(source, tmp_pa
     said = refusal(source, tmp_path / 'out')
     assert '1 of 2 cases' in said and f'spiked (the networks give NaN or infinite values for it ({words}' in said
     assert [file.name for file in (tmp_path / 'out').glob('*.nii.gz')] == [f'{GOOD}.nii.gz']
+
+
+@pytest.mark.parametrize(('network', 'method', 'words'), [
+    (BlindNetwork, 'forward', 'logits of the mask'), (Refiner, 'denoise', 'probabilities of the samples')])
+def test_a_case_of_which_the_denoiser_makes_no_numbers_fails_alone(source, tmp_path, monkeypatch, network, method,
+                                                                   words):
+    spiked = array(source).astype(np.float32)
+    spiked[10, 13, 11] = 1e6
+    write(source, 'spiked', spiked)
+    original = getattr(network, method)
+
+    def spoiled(self, image, *args):
+        return original(self, image, *args) * (np.nan if image.max() > 50 else 1)
+    monkeypatch.setattr(network, method, spoiled)
+    said = refusal(source, tmp_path / 'out')
+    assert '1 of 2 cases' in said and f'spiked (the networks give NaN or infinite values for it ({words})' in said
+    assert [file.name for file in (tmp_path / 'out').rglob('*.nii.gz')] == [f'{GOOD}.nii.gz']
 
 
 def test_a_case_that_has_been_put_right_is_no_failure_any_more(source, tmp_path):

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 
 import nnunetv2
@@ -19,7 +18,9 @@ from nnunetv2.utilities import find_objects
 import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import look_up
-from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.diffusion.levels import even_table
+from nnunet_pdddpm.network.refiner import SETTING
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 
 CHECKOUT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ class Checker:
         assert len(problems) == 1 and output.endswith(f'{problems[0]}\n'), output
         return problems[0]
 
-    def train(self, model: str, fold: int | str, t_max: int = 1000, **changes) -> Path:
+    def train(self, model: str, fold: int | str, settings: SamplingSettings = SamplingSettings(), **changes) -> Path:
         """Write a checkpoint as nnU-Net does; of a refined model only what is looked at."""
         plans = json.loads((self.preprocessed / f'{PLANS}.json').read_text())
         dataset_json = json.loads((self.preprocessed / 'dataset.json').read_text())
@@ -73,9 +74,9 @@ class Checker:
         init_args = {'plans': plans, 'configuration': '3d_fullres', 'fold': fold, 'dataset_json': dataset_json}
         weights = TrainingContext(plans, '3d_fullres', dataset_json).planned_network().state_dict()
         if model.startswith('PDDDPM'):
-            stored = asdict(SamplingSettings(t_start=min(700, t_max)))
-            settings = {**stored, **{f'sampler_{name}': value for name, value in stored.items()}, 't_max': t_max}
-            weights = {name: torch.tensor(value) for name, value in settings.items()}
+            table = even_table(-11.0, 41)
+            weights = {'level_log_snr': torch.tensor(table.log_snr), 'level_share': torch.tensor(table.share),
+                       **{SETTING + name: torch.tensor(value) for name, value in as_numbers(settings).items()}}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
 
@@ -147,8 +148,9 @@ def test_nnunet_raw_is_not_needed(checker, monkeypatch):
 
 @pytest.mark.parametrize('variable, value, says', [
     ('nnUNet_pdddpm_steps', 'many', 'must be a whole number, got "many"'),
-    ('nnUNet_pdddpm_t_start', '2000', 'must lie in 0 to 1000'),
-    ('nnUNet_pdddpm_tstart', '500', 'nnUNet_pdddpm_tstart is unknown')])
+    ('nnUNet_pdddpm_start', '1.5', 'must lie in 0 to 1'),
+    ('nnUNet_pdddpm_samples_from', 'noise', 'must be one of chain, stock, blind'),
+    ('nnUNet_pdddpm_t_start', '500', 'nnUNet_pdddpm_t_start is unknown')])
 def test_wrong_environment_variables_are_shown_and_reported(checker, monkeypatch, variable, value, says):
     monkeypatch.setenv(variable, value)
     _, output, (problem,) = checker()
@@ -262,24 +264,40 @@ def test_a_truncated_checkpoint_is_a_problem_for_all_folds(checker, model):
     assert str(file) in problem and 'is truncated or no checkpoint; train or copy it again.' in problem
 
 
-def test_an_override_beyond_the_levels_of_a_trained_model_is_a_problem_of_that_model(checker, monkeypatch):
+def test_an_override_that_a_trained_model_cannot_take_is_a_problem_of_that_model(checker, monkeypatch):
     checker.train(STOCK, 0)
-    checker.train(REFINED, 0)
-    paper = checker.train(REFINED.replace('Trainer', 'TrainerPaper'), 0, t_max=300)
-    monkeypatch.setenv('nnUNet_pdddpm_t_start', '500')
+    checker.train(REFINED, 0, SamplingSettings(mask_stock=0.0, mask_blind=0.25))
+    blind = checker.train(REFINED, 1)  # its mask is the blind mask alone
+    monkeypatch.setenv('nnUNet_pdddpm_mask_stock', '0.5')
     problem = checker.problem(str(DATASET_ID), '-p', PLANS)
-    assert problem.startswith(f'The model {paper} cannot be used for prediction: t_start=500')
-    assert 'it must lie in 0 to 300' in problem
-    monkeypatch.setenv('nnUNet_pdddpm_t_start', '1070')  # no model takes it: told once
-    assert 'must lie in 0 to 1000' in checker.problem(str(DATASET_ID), '-p', PLANS)
+    assert problem.startswith(f'The model {blind} cannot be used for prediction: mask_stock=0.5 and mask_blind=1')
+    monkeypatch.setenv('nnUNet_pdddpm_mask_blind', '0.5')
+    assert checker(str(DATASET_ID), '-p', PLANS)[0] == 0
+    monkeypatch.setenv('nnUNet_pdddpm_mask_stock', '0.75')  # no model takes both: told once
+    assert 'mask_stock=0.75 and mask_blind=0.5 in the environment variables' in checker.problem(
+        str(DATASET_ID), '-p', PLANS)
 
 
-def test_a_refined_model_without_settings_is_a_problem(checker):
+def test_a_model_of_an_earlier_version_is_a_problem_in_one_sentence(checker):
+    checker.train(STOCK, 0)
+    checker.train(REFINED, 1)
+    file = checker.train(REFINED, 0)
+    earlier = {name: torch.tensor(value) for name, value in
+               {'t_max': 1000, 't_start': 700, 'steps': 1, 'sampler_t_start': 700, 'sampler_steps': 1}.items()}
+    torch.save({**torch.load(file), 'network_weights': earlier}, file)
+    assert checker.problem(str(DATASET_ID), '-p', PLANS) == (
+        f'The model {file} is of an earlier version of PDDDPMTrainer, which placed noise levels otherwise: train it '
+        f'again with this version.')
+
+
+def test_a_model_whose_noise_levels_are_not_in_order_is_a_problem_of_that_model(checker):
     checker.train(STOCK, 0)
     file = checker.train(REFINED, 0)
     checkpoint = torch.load(file)
-    torch.save({**checkpoint, 'network_weights': {}}, file)
-    assert f'The model {file} lacks sampling settings' in checker.problem(str(DATASET_ID), '-p', PLANS)
+    checkpoint['network_weights']['level_share'][3] = 1
+    torch.save(checkpoint, file)
+    problem = checker.problem(str(DATASET_ID), '-p', PLANS)
+    assert problem.startswith(f'The model {file} cannot be used for prediction: The table of noise levels is not ')
 
 
 def test_a_stock_model_of_other_labels_is_a_problem(checker):

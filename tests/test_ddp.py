@@ -15,9 +15,16 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_pdddpm.diffusion.levels import even_table
+from nnunet_pdddpm.diffusion.measuring import NODES, LevelMeter
 from nnunet_pdddpm.tuning import sweep
 
 ON_CPU = 'PDDDPMTrainerOnCPU'
+
+
+def measured_before() -> tuple[torch.Tensor, torch.Tensor]:
+    """The meter's state of a training that had gone on for a while."""
+    return torch.linspace(1, 0, NODES), torch.full((NODES,), 3.0)
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -31,27 +38,39 @@ def rank_main(rank: int, folder: str) -> None:
     trainer.configuration_manager.configuration['batch_dice'] = True  # sums go between the processes
     trainer.num_epochs = 1
     trainer.tuning_share = 10_000  # by rank 0; the other one waits and is told
-    sweep.SIGNAL_TO_NOISE, sweep.STEPS = (0.004,), (1,)
-    levels, counts = [], []
+    sweep.STARTS, sweep.FIRST_STEPS, sweep.MORE_STEPS, sweep.DEPENDENCES, sweep.DRAWS = (0.6,), (1,), (), (1.0,), 2
+    trainer.blind_share = 0.4
+    trainer.meter.restore(*measured_before())
+    blind, levels, sums, counts = [], [], [], []
     make_noisy_batch, validation_step = trainer.make_noisy_batch, trainer.validation_step
+    of_patches = trainer.meter.sums
 
     def recorded_batch(*args):
         noisy, noise = make_noisy_batch(*args)
-        levels.append(noisy.t)
+        levels.append(noisy.log_snr)
+        blind.append(~trainer.denoising_loss.noisy)
         return noisy, noise
+
+    def recorded_sums(*args):
+        of_rank = of_patches(*args)
+        sums.append((len(levels) - 1, of_rank.clone()))  # those of the other rank are added in its place
+        return of_rank
 
     def recorded_step(batch):
         counts.append(validation_step(batch))
         return counts[-1]
 
     trainer.make_noisy_batch, trainer.validation_step = recorded_batch, recorded_step
+    trainer.meter.sums = recorded_sums
     trainer.run_training()
     assert isinstance(trainer.network, DistributedDataParallel)
     with in_this_process():
         trainer.perform_actual_validation()
     torch.save({'weights': trainer.refiner.state_dict(), 'average': trainer.averaged.module.state_dict(),
                 'updates': int(trainer.averaged.n_averaged), 'settings': trainer.refiner.settings,
-                'levels': torch.cat(levels),
+                'levels': torch.cat(levels), 'blind': torch.cat(blind), 'sums': sums,
+                'meter': (trainer.meter.log_snr, trainer.meter.cross_entropy, trainer.meter.count),
+                'table': trainer.refiner.table,
                 'tp': np.sum([c['tp_hard'] for c in counts], 0), 'stock': sum(c['stock_tp_hard'] for c in counts),
                 'losses': trainer.logger.get_value('train_losses', -1),
                 'dice': trainer.logger.get_value('dice_per_class_or_region', -1)}, Path(folder) / f'{rank}.pt')
@@ -75,20 +94,37 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     for part in ('weights', 'average'):
         for name, value in one[part].items():
             assert torch.equal(value, other[part][name]), name
-    tuned = json.loads((fold / 'sampling_sweep.json').read_text())['chosen']['mask']
+    tuned = json.loads((fold / 'sampling_sweep.json').read_text())['chosen']['settings']
     assert asdict(one['settings']) == asdict(other['settings']) == tuned
     assert one['updates'] == other['updates'] == 8
     assert one['losses'] == other['losses'] and one['dice'] == other['dice']
 
     assert len(one['levels']) == len(other['levels']) == 8  # a batch of two, one on each rank
-    noisy = (one['levels'] > 0) & (other['levels'] > 0)  # the others show the pre-segmentation
-    assert ((one['levels'] > 0) != (other['levels'] > 0)).any()  # where one process has no Dice and the other has
+    noisy = ~(one['blind'] | other['blind'])
+    assert (one['blind'] != other['blind']).any()  # where one process has no Dice and the other has
     assert noisy.any() and (one['levels'] != other['levels'])[noisy].all()
     assert not np.array_equal(one['tp'], other['tp'])  # each rank validates on its own patches
+
+    # one table of levels, made of the patches of both
+    log_snr, cross_entropy, count = one['meter']
+    assert all(torch.equal(a, b) for a, b in zip(one['meter'], other['meter'], strict=True))
+    assert one['table'] == other['table']
+    expected = LevelMeter(float(log_snr[0]))
+    expected.restore(*measured_before())
+    for step in range(8):
+        of_ranks = [sums for rank in (one, other) for i, sums in rank['sums'] if i == step]
+        expected.update(sum(of_ranks, torch.zeros(2, NODES)))
+    for rank in (one, other):
+        assert sum(sums[1].sum() for _, sums in rank['sums']) == (~rank['blind']).sum() > 0
+    assert torch.equal(count, expected.count)
+    torch.testing.assert_close(cross_entropy, expected.cross_entropy)
+    assert one['table'] == expected.table() != even_table(float(log_snr[0]), NODES)
 
     saved = torch.load(fold / 'checkpoint_final.pth', weights_only=False)['network_weights']
     for name, value in one['average'].items():
         assert torch.equal(saved[f'denoiser.{name}'], value), name
+    torch.testing.assert_close(saved['level_share'], torch.tensor(one['table'].share))
+    assert torch.equal(saved['level_count'], count) and torch.equal(saved['level_cross_entropy'], cross_entropy)
     assert {file.name for file in (fold / 'validation').glob('*.nii.gz')} == {
         f'phantom_{i:03d}.nii.gz' for i in (0, 3, 6)}  # two by one rank, one by the other
     assert (fold / 'validation' / 'summary.json').is_file()

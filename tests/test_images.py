@@ -92,7 +92,7 @@ def test_small_images_in_any_direction_by_every_reader(folders, reader, tmp_path
     train_in_process(dataset, '3d_fullres', 0, BRIEF)
     predict_in_process(raw / 'imagesTs', tmp_path / 'refined', dataset, '3d_fullres', BRIEF)
     predict_in_process(raw / 'imagesTs', tmp_path / 'stock', dataset, '3d_fullres', BRIEF_STOCK)
-    monkeypatch.setenv('nnUNet_pdddpm_t_start', '0')
+    monkeypatch.setenv('nnUNet_pdddpm_start', '0')
     predict_in_process(raw / 'imagesTs', tmp_path / 'unrefined', dataset, '3d_fullres', BRIEF)
     for image in (raw / 'imagesTs').iterdir():
         case = image.name.replace('_0000', '')

@@ -102,9 +102,9 @@ def test_training_validation_and_prediction(kind, configuration, monkeypatch):
     # a patch of the case without foreground
     trainer.dataloader_train.data_loader.indices = [EMPTY]
     batch = next(trainer.dataloader_train)
-    noisy, _ = trainer.make_noisy_batch(batch['data'], batch['target'][0], batch['keys'])
+    noisy, _ = trainer.make_noisy_batch(batch['data'], batch['target'][0])
     heads = len(foreground) + (not kind.regions)
-    assert noisy.noisy.shape[:2] == (2, heads) and noisy.presegmentation.shape[:2] == (2, 0)
+    assert noisy.noisy.shape == (2, heads, *batch['data'].shape[2:])
     assert np.isfinite(trainer.train_step(batch)['loss'])
 
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False)
@@ -123,28 +123,73 @@ def test_training_validation_and_prediction(kind, configuration, monkeypatch):
         np.testing.assert_array_equal(labels, probabilities.argmax(0))
 
     if configuration == '2d':
-        monkeypatch.setattr(sweep_module, 'SIGNAL_TO_NOISE', (0.25,))
-        monkeypatch.setattr(sweep_module, 'STEPS', (1,))
+        for name, values in {'STARTS': (0.6,), 'FIRST_STEPS': (1,), 'MORE_STEPS': (), 'DEPENDENCES': (1.0,),
+                             'DRAWS': 2}.items():
+            monkeypatch.setattr(sweep_module, name, values)
         model = open_model(Path(trainer.output_folder_base), 0, torch.device('cpu'))
-        rows = sweep_module.sweep(model, ValidationCases(trainer)).rows.values()
-        assert len(rows) == 1 + 4 * 3 and all(len(row.dice) == 2 for row in rows)
-        assert all((0 <= row.dice).all() and (row.dice <= 1).all() and np.isfinite(row.nll).all() for row in rows)
+        measured = sweep_module.sweep(model, ValidationCases(trainer))
+        assert all(row.dice.shape == row.nll.shape == (2,) for row in measured.masks)
+        assert all((0 <= row.dice).all() and (row.dice <= 1).all() and np.isfinite(row.nll).all()
+                   for row in measured.masks)
+        assert all(row.energy.shape == (2,) and np.isfinite(row.energy).all()
+                   for row in (*measured.samples, *measured.first_rounds))
 
 
 @pytest.mark.parametrize('configuration', CONFIGURATIONS)
-def test_where_the_truth_is_to_be_ignored_the_noised_mask_holds_the_presegmentation(kind, configuration):
+def test_where_the_truth_is_to_be_ignored_the_embedded_stock_model_s_mask_is_noised(kind, configuration, monkeypatch):
     if 'ignore' not in kind.labels:
         pytest.skip('a data set without a label to ignore')
+    monkeypatch.setenv('nnUNet_pdddpm_presegmenter', BRIEF_STOCK)
+    make_trainer(BRIEF_STOCK, 0, configuration, kind.dataset_id).run_training()
     trainer = make_trainer(BRIEF, 0, configuration, kind.dataset_id)
-    space = [4] * len(trainer.configuration_manager.patch_size)
-    if kind.regions:
+    trainer.blind_share = 0.0
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    stock = []
+    trainer.refiner.presegmenter.register_forward_hook(lambda module, inputs, output: stock.append(output))
+    image = 3 * torch.randn(1, 1, *trainer.configuration_manager.patch_size)
+    space = image.shape[2:]
+    if kind.regions:  # one region everywhere, and what is to be ignored
         target = torch.zeros(1, 3, *space, dtype=torch.bool)
-        target[:, 0, :2], target[:, 2, 2:] = True, True
+        target[:, 0], target[:, 2, 2:] = True, True
+        shown = torch.stack([torch.ones(1, *space), torch.zeros(1, *space)], 1)
     else:
         target = torch.ones(1, 1, *space)
         target[:, :, 2:] = 3
-    on = 0 if kind.regions else 1
-    x_pre = torch.full((1, trainer.label_manager.num_segmentation_heads, *space), 0.25)
-    x0 = trainer._coded_target(target, x_pre)
-    assert (x0[:, :, 2:] == 0.25).all()
-    assert (x0[:, on, :2] == 1).all() and (x0[:, 1 - on, :2] == -1).all()
+        shown = torch.nn.functional.one_hot(torch.ones(1, *space).long(), 3).movedim(-1, 1).float()
+    noisy, noise = trainer.make_noisy_batch(image, target)
+    logits, = stock
+    of_stock = logits > 0 if kind.regions else torch.zeros_like(logits).scatter_(1, logits.argmax(1, True), 1)
+    shown[:, :, 2:] = of_stock[:, :, 2:].float()
+    assert len(torch.unique(of_stock[:, 0, 2:])) == 2  # or nothing would be told by it
+    level = noisy.log_snr.double()
+    expected = level.sigmoid().sqrt() * (2 * shown - 1) + (-level).sigmoid().sqrt() * noise
+    torch.testing.assert_close(noisy.noisy, expected.float(), rtol=1e-4, atol=1e-4)
+
+    trainer.make_noisy_batch(image[:, :, :2], target[:, :, :2])
+    assert len(stock) == 1  # it is only called where there is something to fill
+
+
+@pytest.mark.parametrize('configuration', CONFIGURATIONS[:1])
+def test_a_patch_that_is_to_be_ignored_everywhere_measures_no_level(kind, configuration, monkeypatch):
+    if 'ignore' not in kind.labels:
+        pytest.skip('a data set without a label to ignore')
+    monkeypatch.setenv('nnUNet_pdddpm_presegmenter', BRIEF_STOCK)
+    make_trainer(BRIEF_STOCK, 0, configuration, kind.dataset_id).run_training()
+    trainer = make_trainer(BRIEF, 0, configuration, kind.dataset_id)
+    trainer.blind_share = 0.0
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    for target in batch['target']:
+        if kind.regions:
+            target[0, -1] = True
+            target[1, -1] = False
+        else:
+            target[0], target[1] = 3, 1
+    loss = trainer.train_step(batch)['loss']
+    assert np.isfinite(loss)
+    assert trainer.meter.count.sum() == 1
+    measured = trainer.denoising_loss.measured
+    assert torch.isnan(measured[0]) and measured[1] > 0
+    assert trainer.meter.cross_entropy.sum() == pytest.approx(float(measured[1]))

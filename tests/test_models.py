@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, DATASET, PLANS, REFINED, STOCK, Workspace, make_trainer
+from conftest import BRIEF, DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, train_in_process
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_pdddpm.commands.check_dataset import TRAINER, check_refined, check_stock, read_dataset
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint, stored_checksum
+from nnunet_pdddpm.network.refiner import LEVELS, SETTING
 from nnunet_pdddpm.training.finite import NonFiniteLoss
 
 MODEL_FOLDER = f'{REFINED}__{PLANS}__3d_fullres'
@@ -116,6 +117,23 @@ def test_plans_or_labels_edited_after_training_are_refused(model, file, change, 
         load(model)
 
 
+def as_of_an_earlier_version(content: dict) -> None:
+    """Noise levels by their numbers, and two sets of settings under these names."""
+    weights = content['network_weights']
+    for name in [name for name in weights if name in LEVELS or name.startswith(SETTING)]:
+        weights.pop(name)
+    for name, value in {'t_max': 1000, 't_start': 700, 'steps': 1, 'sampler_t_start': 700, 'sampler_steps': 1}.items():
+        weights[name] = torch.tensor(value)
+
+
+def test_a_model_of_an_earlier_version_predicts_nothing_and_one_sentence_says_so(model):
+    rewrite(model, as_of_an_earlier_version)
+    for how in (load, load_as_nnunet_does):
+        with pytest.raises(CheckpointError, match='is of an earlier version of PDDDPMTrainer, which placed noise '
+                                                  'levels otherwise: train it again with this version.$'):
+            how(model)
+
+
 def test_the_check_says_that_the_stock_model_was_trained_again_and_that_is_no_problem(refined, model, tmp_path,
                                                                                       monkeypatch, capsys):
     results = tmp_path / 'results'
@@ -196,6 +214,20 @@ def test_a_killed_data_worker_ends_training_and_the_last_checkpoint_is_there(scr
     folder = Path(trainer.output_folder)
     assert load_checkpoint(folder / 'checkpoint_latest.pth')['current_epoch'] == 1
     assert not (folder / 'checkpoint_final.pth').exists()
+
+
+def test_training_does_not_go_on_from_a_checkpoint_of_an_earlier_version(model, scratch_results):
+    rewrite(model, as_of_an_earlier_version)
+    fold = scratch_results / DATASET / MODEL_FOLDER / 'fold_0'
+    fold.mkdir(parents=True)
+    latest = fold / 'checkpoint_latest.pth'
+    shutil.move(checkpoint(model), latest)
+    content = latest.read_bytes()
+    with pytest.raises(CheckpointError) as error:
+        train_in_process(DATASET_ID, '3d_fullres', 0, REFINED, '--c')
+    assert str(error.value) == (f'The checkpoint {latest} is of an earlier version of PDDDPMTrainer, which placed '
+                                f'noise levels otherwise: train it again with this version.')
+    assert latest.read_bytes() == content and [file.name for file in fold.glob('*.pth*')] == [latest.name]
 
 
 def test_weights_that_are_no_numbers_are_not_saved_over_a_good_checkpoint(scratch_results):

@@ -15,13 +15,22 @@ from conftest import DATASET, DATASET_ID, PLANS, STOCK, Workspace
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+def clean_variables() -> dict[str, str]:
+    """The environment without what leads Python or nnU-Net elsewhere."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(('nnUNet', 'PYTHON', 'VIRTUAL_ENV'))}
+
+
+def pip(binaries: Path, command: str, *arguments: str) -> None:
+    """A pip of another environment, which a package on PYTHONPATH would look installed to."""
+    subprocess.run([str(binaries / 'pip'), command, '-q', *arguments], check=True, env=clean_variables())
+
+
 @pytest.fixture(scope='module')
 def clean_environment(tmp_path_factory) -> Path:
     """Site-packages of a new venv with nnunetv2 in it and nothing of this project; its dependencies are borrowed."""
     venv = tmp_path_factory.mktemp('clean') / 'venv'
     subprocess.run([sys.executable, '-m', 'venv', str(venv)], check=True)
-    subprocess.run([str(venv / 'bin' / 'pip'), 'install', '-q', '--no-deps', f'nnunetv2=={version("nnunetv2")}'],
-                   check=True)
+    pip(venv / 'bin', 'install', '--no-deps', f'nnunetv2=={version("nnunetv2")}')
     site = next((venv / 'lib').glob('python*')) / 'site-packages'
     borrowed = venv / 'borrowed'
     borrowed.mkdir()
@@ -49,9 +58,8 @@ def copy_of_the_project(folder: Path) -> Path:
 def test_an_editable_install_is_found_through_the_variable_that_the_check_names(clean_environment, tmp_path):
     binaries = clean_environment.parents[2] / 'bin'
     source = copy_of_the_project(tmp_path / 'source')
-    subprocess.run([str(binaries / 'pip'), 'install', '-q', '--no-deps', '-e', str(source)], check=True)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(('nnUNet', 'PYTHON', 'VIRTUAL_ENV'))}
-    environment.update(nnUNet_preprocessed=str(tmp_path), nnUNet_results=str(tmp_path))
+    pip(binaries, 'install', '--no-deps', '-e', str(source))
+    environment = {**clean_variables(), 'nnUNet_preprocessed': str(tmp_path), 'nnUNet_results': str(tmp_path)}
 
     def check() -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(binaries / 'nnUNetv2_pdddpm_check')], env=environment, text=True, cwd=tmp_path,
@@ -64,7 +72,7 @@ def test_an_editable_install_is_found_through_the_variable_that_the_check_names(
         environment['nnUNet_extTrainer'] = str(source / 'trainers')
         assert check().returncode == 0
     finally:
-        subprocess.run([str(binaries / 'pip'), 'uninstall', '-q', '-y', 'nnunet-pdddpm'], check=True)
+        pip(binaries, 'uninstall', '-y', 'nnunet-pdddpm')
 
 
 def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clean_environment, stock: Workspace,
@@ -72,16 +80,15 @@ def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clea
     site, binaries = clean_environment, clean_environment.parents[2] / 'bin'
     before = listing(site / 'nnunetv2')
     source = copy_of_the_project(tmp_path / 'source')
-    subprocess.run([str(binaries / 'pip'), 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(source)], check=True)
+    pip(binaries, 'wheel', '--no-deps', '-w', str(tmp_path), str(source))
     wheel, = tmp_path.glob('nnunet_pdddpm-*.whl')
-    subprocess.run([str(binaries / 'pip'), 'install', '-q', '--no-deps', str(wheel)], check=True)
+    pip(binaries, 'install', '--no-deps', str(wheel))
 
     results, elsewhere = tmp_path / 'results', tmp_path / 'elsewhere'
     elsewhere.mkdir()
     shutil.copytree(stock.model(STOCK), results / DATASET / f'nnUNetTrainer__{PLANS}__3d_fullres')
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(('nnUNet', 'PYTHON', 'VIRTUAL_ENV'))}
-    environment.update(nnUNet_raw=os.environ['nnUNet_raw'], nnUNet_preprocessed=os.environ['nnUNet_preprocessed'],
-                       nnUNet_results=str(results))
+    environment = {**clean_variables(), 'nnUNet_results': str(results),
+                   **{name: os.environ[name] for name in ('nnUNet_raw', 'nnUNet_preprocessed')}}
     environment.update(nnUNet_def_n_proc='1', nnUNet_n_proc_DA='1')  # each process imports nnU-Net for seconds
 
     def run(*command: str) -> str:
@@ -99,6 +106,6 @@ def test_a_wheel_install_trains_and_predicts_and_uninstalls_without_a_trace(clea
         '-npp', '1', '-nps', '1')
     assert {p.name for p in (tmp_path / 'predicted').glob('*.nii.gz')} == {'phantom_009.nii.gz', 'phantom_010.nii.gz'}
 
-    subprocess.run([str(binaries / 'pip'), 'uninstall', '-q', '-y', 'nnunet-pdddpm'], check=True)
+    pip(binaries, 'uninstall', '-y', 'nnunet-pdddpm')
     assert listing(site / 'nnunetv2') == before
     assert not (site / 'nnunet_pdddpm').exists()

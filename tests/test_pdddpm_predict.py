@@ -6,6 +6,7 @@ import csv
 import filecmp
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,18 +37,21 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from nnunet_pdddpm.commands.predict import main, main_modelfolder
+from nnunet_pdddpm.commands.predict import SETTINGS, main, main_modelfolder
 from nnunet_pdddpm.demo.phantom import make_case, write_dataset
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
-from nnunet_pdddpm.network.refiner import SAMPLES, stored_settings
+from nnunet_pdddpm.network.refiner import stored_settings
+from nnunet_pdddpm.network.settings import CHOICES, KINDS, RANGES, SamplingSettings
 from nnunet_pdddpm.tuning.stored import store
 
 CASES = ('odd', 'phantom_009', 'phantom_010')
 MARGIN = ((2, 3), (3, 2), (4, 1))  # zeros around 'odd', which nnU-Net crops away
-SAMPLING = ('-samples', '4', '-t_start', '900', '400', '-steps', '2', '1', '-eta', '1', '0')
+SAMPLING = ('-samples', '4', '-start', '0.9', '-steps', '2')
 EVERYTHING = (*SAMPLING, '--uncertainty', 'all', '--save_samples', '--save_presegmentation', '--save_probabilities')
 QUICK = ('--disable_tta', '-step_size', '1', '--save_samples')
+OF_STOCK = ('-mask_stock', '1', '-mask_blind', '0')
+OF_SAMPLES = ('-mask_stock', '0', '-mask_blind', '0')
 NOT_RESULTS = ('predict_from_raw_data_args.json', 'dataset.json', 'plans.json', 'pdddpm_summary.json',
                'pdddpm_summary.csv')
 
@@ -63,12 +67,12 @@ def predict(source: Path, output: Path, *flags: str, **kwargs) -> Path:
     return output
 
 
-def predict_stock(source: Path, output: Path, folds: tuple[int, ...]) -> Path:
-    """nnU-Net's own prediction with the stock model."""
-    predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder(STOCK)), folds)
+def predict_by_nnunet(source: Path, output: Path, folds: tuple[int, ...], model: Path, **kwargs) -> Path:
+    """nnU-Net's own prediction, as `nnUNetv2_predict` makes it, with probabilities."""
+    predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False, **kwargs)
+    predictor.initialize_from_trained_model_folder(str(model), folds)
     output.mkdir(parents=True)
-    predictor.predict_from_files_sequential(str(source), str(output))
+    predictor.predict_from_files_sequential(str(source), str(output), save_probabilities=True)
     return output
 
 
@@ -153,20 +157,84 @@ def quick(one_case: Path, tmp_path_factory) -> Path:
     return predict(one_case, tmp_path_factory.mktemp('quick'), *QUICK, '-samples', '2')
 
 
-# the stock model's prediction
+# the mask: nnU-Net's with the same model, or the stock model's
 
 @pytest.mark.parametrize('folds', [(0,), (0, 1)])
-def test_presegmentation_t_start_0_and_blend_1_are_stock_nnunets_prediction_byte_for_byte(
+def test_the_default_mask_is_what_nnunets_own_command_predicts_with_the_model_byte_for_byte(
+        folds, source, predicted, two_folds, tmp_path):
+    ours = {(0,): predicted, (0, 1): two_folds}[folds]
+    theirs = predict_by_nnunet(source, tmp_path / 'nnunet', folds, model_folder())
+    for case in CASES:
+        assert filecmp.cmp(theirs / f'{case}.nii.gz', ours / f'{case}.nii.gz', shallow=False), case
+        np.testing.assert_array_equal(*(np.load(folder / f'{case}.npz')['probabilities'] for folder in (theirs, ours)))
+    assert any(not filecmp.cmp(ours / f'{case}.nii.gz', ours / 'presegmentation' / f'{case}.nii.gz', shallow=False)
+               for case in CASES)  # which is not the stock model's
+
+
+@pytest.mark.parametrize('folds', [(0,), (0, 1)])
+def test_presegmentation_start_0_and_mask_stock_1_are_stock_nnunets_prediction_byte_for_byte(
         folds, source, predicted, two_folds, one_case, tmp_path):
-    stock = predict_stock(source, tmp_path / 'stock', folds)
+    stock = predict_by_nnunet(source, tmp_path / 'stock', folds, model_folder(STOCK))
     ours = {(0,): predicted, (0, 1): two_folds}[folds]
     for case in CASES:
         assert filecmp.cmp(stock / f'{case}.nii.gz', ours / 'presegmentation' / f'{case}.nii.gz', shallow=False), case
-    for name, value in (('-t_start', '0'), ('-blend', '1')):
-        predict(one_case, tmp_path / name, name, value, '-samples', '1', folds=folds)
+    for name, flags in (('start', ('-start', '0')), ('mask', OF_STOCK)):
+        predict(one_case, tmp_path / name, *flags, '-samples', '1', folds=folds)
         assert filecmp.cmp(stock / f'{CASES[1]}.nii.gz', tmp_path / name / f'{CASES[1]}.nii.gz', shallow=False), name
         row = rows(tmp_path / name)[CASES[1]]
         assert all(values['volume_ml'] == values['volume_ml_stock'] for values in row['labels'].values())
+
+
+def opened(folds: tuple[int, ...] = (0,), **overrides) -> PDDDPMPredictor:
+    """A predictor of few tiles."""
+    predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
+                                overrides=overrides)
+    predictor.initialize_from_trained_model_folder(str(model_folder()), folds)
+    return predictor
+
+
+def phantom() -> torch.Tensor:
+    return torch.from_numpy(make_case((20, 26, 22), 3)[0])[None].float()
+
+
+@pytest.mark.parametrize(('settings', 'of', 'denoiser_calls'), [
+    ({'start': 0}, 'stock', 0), ({'samples_from': 'stock'}, 'stock', 1), ({'samples_from': 'blind'}, 'blind', 1),
+    ({'samples_from': 'blind', 'mask_stock': 1, 'mask_blind': 0}, 'blind', 1),
+    ({'samples_from': 'stock', 'mask_stock': 1, 'mask_blind': 0}, 'stock', 0)], ids=str)
+def test_samples_without_a_chain_are_draws_from_tempered_probabilities_and_cost_no_call(refined, settings, of,
+                                                                                       denoiser_calls):
+    """The denoiser is called for the blind mask alone, once a tile."""
+    samples = 100
+    predictor = opened(samples=samples, temperature=2.0, blind_temperature=3.0, **settings)
+    frequency = torch.zeros(3, 20, 26, 22)
+    sizes = []
+
+    def add(number: int, logits: torch.Tensor) -> None:
+        mask = torch.nn.functional.one_hot(logits.argmax(0), 3).movedim(-1, 0)
+        frequency.add_(mask, alpha=1 / samples)
+        sizes.append(int(mask[1].sum()))
+    prediction = predictor.predict_volume(phantom(), add)
+    tiles = prediction.network_calls['stock']
+    assert prediction.network_calls['denoiser'] == denoiser_calls * tiles
+    assert tiles > 1
+    logits = prediction.presegmentation.float() / 2 if of == 'stock' else \
+        opened(samples=1, blind_temperature=3.0).predict_volume(phantom()).logits.float()  # the blind mask's own
+    expected = torch.softmax(logits, 0)
+    torch.testing.assert_close(prediction.spread.mean, expected, atol=1e-5, rtol=0)
+    assert (frequency - expected).abs().max() < 4 * 0.5 / math.sqrt(samples)
+    torch.testing.assert_close(prediction.spread.counts.float() / samples, frequency)
+    assert len(set(sizes)) > 10
+    if settings.get('mask_stock') == 1 or settings.get('start') == 0:
+        assert torch.equal(prediction.logits, prediction.presegmentation)
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3])
+@pytest.mark.parametrize('redraw', [0, 1])
+def test_a_chain_of_k_steps_makes_k_calls_of_the_denoiser_a_tile_and_sample(refined, steps, redraw):
+    calls = opened(samples=3, steps=steps, redraw=redraw).predict_volume(phantom()).network_calls
+    assert calls['denoiser'] == calls['stock'] * (3 * steps + 1)  # and one a tile for the mask
+    without = opened(samples=3, steps=steps, mask_stock=1, mask_blind=0).predict_volume(phantom()).network_calls
+    assert without['denoiser'] == without['stock'] * 3 * steps
 
 
 # files and their geometry
@@ -317,8 +385,8 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
 
 
 def test_the_estimated_dice_is_what_mask_and_probabilities_say(one_case, tmp_path):
-    """Where the samples serve for the mask, the saved probabilities are their mean."""
-    (row,) = rows(predict(one_case, tmp_path, *QUICK, '--save_probabilities', '-samples', '4')).values()
+    """Where the mask is made of the samples, the saved probabilities are their mean."""
+    (row,) = rows(predict(one_case, tmp_path, *QUICK, '--save_probabilities', '-samples', '4', *OF_SAMPLES)).values()
     probabilities = np.load(tmp_path / f'{row["case"]}.npz')['probabilities'].astype(float)
     mask = read(tmp_path / f'{row["case"]}.nii.gz')
     for name, label in (('organ', 1), ('lesion', 2)):
@@ -333,9 +401,10 @@ def test_calibrated_intervals_hold_for_the_tuned_settings_only(one_case, tmp_pat
     shutil.copytree(model_folder(), results / DATASET / model_folder().name)
     monkeypatch.setenv('nnUNet_results', str(results))
     file = model_folder() / 'fold_0' / 'checkpoint_final.pth'
-    stored = stored_settings(torch.load(file, weights_only=False)['network_weights'], SAMPLES)
-    store(file.parent, stored, stored, (0.0, 1.5, 0.0))
     flags = ('--save_samples', '-samples', '4')
+    predict(one_case, tmp_path / 'before', *QUICK, *flags)
+    assert 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them, of enough' in capsys.readouterr().out
+    store(file.parent, stored_settings(torch.load(file, weights_only=False)['network_weights']), (0.0, 1.5, 0.0))
     out = predict(one_case, tmp_path / 'tuned', *flags)
     assert 'quantiles of the samples' not in capsys.readouterr().out
     (row,) = rows(out).values()
@@ -345,7 +414,7 @@ def test_calibrated_intervals_hold_for_the_tuned_settings_only(one_case, tmp_pat
     assert sd > 0 and organ['volume_ml_high'] == pytest.approx(mean + 1.5 * sd)
     assert organ['volume_ml_low'] == pytest.approx(max(mean - 1.5 * sd, 0))
 
-    for i, change in enumerate((('-t_start', str(stored.t_start - 1)), ('--disable_tta',), ('-step_size', '1'))):
+    for i, change in enumerate((('-start', '0.5'), ('-dependence', '0'), ('--disable_tta',), ('-step_size', '1'))):
         other = predict(one_case, tmp_path / f'other_{i}', *flags, *change)
         assert 'the calibrated ones hold only for samples drawn as in tuning' in capsys.readouterr().out
     (row,) = rows(other).values()
@@ -354,12 +423,6 @@ def test_calibrated_intervals_hold_for_the_tuned_settings_only(one_case, tmp_pat
     organ = row['labels']['organ']
     ratio = np.array([organ['volume_ml_low'], organ['volume_ml_high']]) / organ['volume_ml_mean']
     np.testing.assert_allclose(ratio, np.percentile(samples, [2.5, 97.5]) / np.mean(samples), rtol=1e-5)
-
-    checkpoint = torch.load(file, weights_only=False)  # of a model from before intervals were calibrated
-    del checkpoint['network_weights']['interval_sd']
-    torch.save(checkpoint, file)
-    predict(one_case, tmp_path / 'old', *QUICK, '-samples', '4')
-    assert 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them, of enough' in capsys.readouterr().out
 
 
 def test_the_agreement_is_close_to_that_of_the_saved_samples(predicted):
@@ -374,8 +437,7 @@ def test_the_agreement_is_close_to_that_of_the_saved_samples(predicted):
             assert name == 'lesion' or sizes
 
 
-def test_several_folds_share_the_samples_and_cost_no_more_calls_than_one(source, predicted, two_folds, one_case,
-                                                                         tmp_path):
+def test_several_folds_share_the_samples(source, predicted, two_folds, one_case, tmp_path):
     fold_1 = predict(one_case, tmp_path, *EVERYTHING, folds=(1,))
     for i, of_fold in enumerate((predicted, fold_1, predicted, fold_1)):
         name = f'samples/{CASES[1]}_s{i:02d}.nii.gz'
@@ -384,7 +446,7 @@ def test_several_folds_share_the_samples_and_cost_no_more_calls_than_one(source,
         one, two = (rows(folder)[case]['network_calls'] for folder in (predicted, two_folds))
         tiles = one['stock'] // 8
         assert one == {'stock': 8 * tiles, 'denoiser': (8 * 2 + 8) * tiles}  # samples in two steps, and the mask
-        assert two == {'stock': 2 * one['stock'], 'denoiser': one['denoiser']}
+        assert two == {'stock': 2 * 8 * tiles, 'denoiser': (8 * 2 + 2 * 8) * tiles}  # no more samples, the mask of both
         between, all_variance = (read(two_folds / 'uncertainty' / f'{case}_{name}.nii.gz')
                                  for name in ('variance_between_folds', 'variance'))
         assert (between <= all_variance + 0.02).all() and 0 < between.mean() < all_variance.mean()
@@ -413,51 +475,82 @@ def test_samples_differ_from_one_another_and_with_the_seed(predicted, quick, one
     assert all((a != b).any() for a in samples_of(quick) for b in other_seed)
 
 
-def test_the_first_value_is_for_the_samples_and_the_second_for_the_mask(one_case, tmp_path):
-    def run(name, *flags):
-        predict(one_case, tmp_path / name, *QUICK, '-samples', '1', '--save_probabilities', *flags)
-        return (samples_of(tmp_path / name)[0], np.load(tmp_path / name / f'{CASES[1]}.npz')['probabilities'],
-                rows(tmp_path / name)[CASES[1]]['settings'][0])
-    for flags, high, low in ((('-t_start',), '900', '300'), (('-t_start', '900', '-eta', '1', '-steps'), '5', '1'),
-                             (('-t_start', '900', '-steps', '3', '-redraw'), '1', '0')):
-        of_two, of_high, of_low = (run(f'{flags[-1]}{"_".join(values)}', *flags, *values)
-                                   for values in ((high, low), (high,), (low,)))
-        np.testing.assert_array_equal(of_two[0], of_high[0])
-        np.testing.assert_array_equal(of_two[1], of_low[1])
-        assert (of_high[0] != of_low[0]).any() and (of_high[1] != of_low[1]).any()
-        assert of_two[2]['samples'] == of_high[2]['samples'] and of_two[2]['mask'] == of_low[2]['mask']
-    with pytest.raises(SystemExit):
-        run('three', '-t_start', '1', '2', '3')
+def saved(folder: Path) -> np.ndarray:
+    return np.load(folder / f'{CASES[1]}.npz')['probabilities']
 
 
-def test_blend_mixes_the_probabilities_of_the_mask_with_the_stock_models(one_case, tmp_path):
-    saved = []
-    for blend in ('0', '0.5', '1'):
-        predict(one_case, tmp_path / blend, *QUICK, '--save_probabilities', '-samples', '1', '-blend', blend)
-        saved.append(np.load(tmp_path / blend / f'{CASES[1]}.npz')['probabilities'])
-    assert np.abs(saved[0] - saved[2]).max() > 0.1
-    np.testing.assert_allclose(saved[1], (saved[0] + saved[2]) / 2, atol=0.01)
+@pytest.mark.parametrize('flags', [('-start', '1'), ('-steps', '4'), ('-redraw', '0', '-steps', '2'), ('-seed', '3'),
+                                   ('-start_mask', 'hard'), ('-samples_from', 'stock'), ('-samples_from', 'blind'),
+                                   ('-temperature', '4'), ('-dependence', '0')], ids=' '.join)
+def test_settings_of_the_samples_change_these_and_not_the_blind_mask(one_case, quick, tmp_path, flags):
+    predict(one_case, tmp_path, *QUICK, '-samples', '2', *flags)
+    assert filecmp.cmp(tmp_path / f'{CASES[1]}.nii.gz', quick / f'{CASES[1]}.nii.gz', shallow=False)
+    assert any((a != b).any() for a, b in zip(samples_of(tmp_path), samples_of(quick), strict=True))
+    before, after = (rows(folder)[CASES[1]]['settings'][0] for folder in (quick, tmp_path))
+    values = {flag[1:]: KINDS[flag[1:]](value) for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+    assert after == {**before, **values}
+
+
+def test_the_mask_is_the_weighted_mean_of_the_probabilities_of_stock_blind_mask_and_samples(one_case, tmp_path):
+    flags = (*QUICK, '--save_probabilities', '-samples', '2', '-temperature', '1')
+
+    def run(stock: str, blind: str) -> np.ndarray:
+        weights = '-mask_stock', stock, '-mask_blind', blind
+        return saved(predict(one_case, tmp_path / f'{stock}_{blind}', *flags, *weights))
+    stock, blind, samples = run('1', '0'), run('0', '1'), run('0', '0')
+    assert all(np.abs(a - b).max() > 0.02 for a, b in itertools.combinations((stock, blind, samples), 2))
+    for weights in ((0.5, 0), (0, 0.25), (0.75, 0.25), (0.25, 0.5)):
+        expected = weights[0] * stock + weights[1] * blind + (1 - sum(weights)) * samples
+        np.testing.assert_allclose(run(*map(str, weights)), expected, atol=0.01, err_msg=str(weights))
+    row = rows(tmp_path / '0_0')[CASES[1]]
+    assert row['network_calls']['denoiser'] == 2 * row['network_calls']['stock']
+
+
+def test_a_temperature_makes_probabilities_in_the_mask_less_sure(one_case, tmp_path):
+    def sureness(name: str, *flags: str) -> float:
+        folder = predict(one_case, tmp_path / name, *QUICK, '--save_probabilities', '-samples', '1', *flags)
+        return float(saved(folder).max(0).mean())
+    half = ('-mask_stock', '0.5', '-mask_blind', '0.5')
+    base, of_stock, of_blind = (sureness(str(i), *half, *flags) for i, flags in enumerate(
+        ((), ('-temperature', '6'), ('-blind_temperature', '6'))))
+    assert max(of_stock, of_blind) < base - 0.05
+    # the stock prediction itself has none
+    hot, plain = (saved(predict(one_case, tmp_path / temperature, *QUICK, '--save_probabilities', '-samples', '1',
+                                *OF_STOCK, '-temperature', temperature)) for temperature in ('6', '1'))
+    np.testing.assert_array_equal(hot, plain)
 
 
 def test_environment_variables_stand_in_for_flags_that_are_not_given(one_case, quick, tmp_path, monkeypatch):
     before = rows(quick)[CASES[1]]['settings'][0]
-    for name, value in {'t_start': '300', 'steps': '2', 'samples': '2', 'blend': '0.5', 'seed': '3'}.items():
-        monkeypatch.setenv(f'nnUNet_pdddpm_{name}', value)
+    changed = {'start': 0.3, 'steps': 2, 'samples': 2, 'mask_stock': 0.5, 'mask_blind': 0.25, 'start_mask': 'hard',
+               'dependence': 0.5, 'seed': 3}
+    for name, value in changed.items():
+        monkeypatch.setenv(f'nnUNet_pdddpm_{name}', str(value))
     predict(one_case, tmp_path / 'environment', *QUICK)
     row = rows(tmp_path / 'environment')[CASES[1]]
-    assert row['num_samples'] == 2
-    for of in ('samples', 'mask'):
-        changed = {'t_start': 300, 'steps': 2, 'samples': 2, 'blend': 0.5, 'seed': 3}
-        assert row['settings'][0][of] == {**before[of], **changed}
-    predict(one_case, tmp_path / 'flags', *QUICK, '-t_start', '300', '500', '-steps', '1', '-samples', '1',
-            '-blend', '0', '-seed', '0')
+    assert row['num_samples'] == 2 and row['settings'][0] == {**before, **changed}
+    predict(one_case, tmp_path / 'flags', *QUICK, '-start', '0.7', '-samples', '1', '-mask_stock', '0', '-seed', '0')
     row = rows(tmp_path / 'flags')[CASES[1]]
     assert row['num_samples'] == 1
-    assert [row['settings'][0][of][name] for of in ('samples', 'mask') for name in ('t_start', 'steps', 'seed')] \
-        == [300, 1, 0, 500, 1, 0]
-    monkeypatch.setenv('nnUNet_pdddpm_tstart', '1')
-    assert 'nnUNet_pdddpm_tstart is unknown' in refusal(predict, one_case, tmp_path / 'wrong')
+    assert row['settings'][0] == {**before, **changed, 'start': 0.7, 'samples': 1, 'mask_stock': 0, 'seed': 0}
+    monkeypatch.setenv('nnUNet_pdddpm_t_start', '1')
+    assert 'nnUNet_pdddpm_t_start is unknown' in refusal(predict, one_case, tmp_path / 'wrong')
     assert not (tmp_path / 'wrong').exists()
+
+
+def test_a_start_asks_for_a_chain_of_a_model_whose_samples_are_drawn_without_one(one_case, tmp_path, monkeypatch):
+    results = tmp_path / 'nnUNet_results'
+    shutil.copytree(model_folder(), results / DATASET / model_folder().name)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    store(model_folder() / 'fold_0', SamplingSettings(samples_from='stock', samples=2), (0.0, 0.0, 0.0))
+
+    def drawn_from(name: str, *flags: str) -> tuple[str, int]:
+        (row,) = rows(predict(one_case, tmp_path / name, *QUICK, *flags)).values()
+        return row['settings'][0]['samples_from'], row['network_calls']['denoiser'] // row['network_calls']['stock']
+    assert drawn_from('stored') == ('stock', 1)
+    assert drawn_from('start', '-start', '0.5') == ('chain', 3)
+    assert drawn_from('steps', '-steps', '2') == ('chain', 5)
+    assert drawn_from('both', '-start', '0.5', '-samples_from', 'blind') == ('blind', 1)
 
 
 # continuing
@@ -495,8 +588,8 @@ def test_continuing_with_other_settings_is_refused(source, predicted, tmp_path):
     out = tmp_path / 'out'
     shutil.copytree(predicted, out)
     everything = {file: file.read_bytes() for file in out.rglob('*') if file.is_file()}
-    for flags in (('-seed', '5'), ('-t_start', '800'), ('-samples', '2'), ('-step_size', '0.7'),
-                  ('-chk', 'checkpoint_best.pth')):
+    for flags in (('-seed', '5'), ('-start', '0.8'), ('-samples', '2'), ('-dependence', '0'), ('-mask_blind', '0.5'),
+                  ('-step_size', '0.7'), ('-chk', 'checkpoint_best.pth')):
         said = refusal(predict, source, out, *EVERYTHING, *flags, '--continue_prediction')
         assert 'other sampling settings' in said and str(out) in said
     assert {file: file.read_bytes() for file in out.rglob('*') if file.is_file()} == everything
@@ -581,10 +674,6 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence_and_nothing_is_writ
         f'{tmp_path / "empty"} holds no images': refusal(predict, tmp_path / 'empty', out),
         f'{tmp_path / "none"} does not exist': refusal(predict, tmp_path / 'none', out),
         'case in ': refusal(predict, tmp_path / 'two_channels', out),
-        't_start=1001': refusal(predict, one_case, out, '-t_start', '1001'),
-        'steps=-1': refusal(predict, one_case, out, '-steps', '-1'),
-        'eta=2': refusal(predict, one_case, out, '-eta', '2'),
-        'slice_correlation=1.5': refusal(predict, one_case, out, '-slice_correlation', '1.5'),
         'could not find a dataset with the ID 799': refusal(predict, one_case, out, '-d', '799').lower(),
     }
     assert 'has 2 channel files, the model needs 1' in refusals['case in ']
@@ -596,14 +685,47 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence_and_nothing_is_writ
 
 
 def test_a_refused_command_exits_with_1(one_case, tmp_path):
-    result = command(arguments(one_case, tmp_path / 'out', '-t_start', '5000'))
+    result = command(arguments(one_case, tmp_path / 'out', '-start', '5'))
     assert result.returncode == 1
-    assert result.stdout.strip().splitlines()[-1].startswith('Error: t_start=5000 ')
+    assert result.stdout.strip().splitlines()[-1].startswith('Error: start=5.0 ')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_every_sampling_setting_has_a_flag_but_the_number_of_samples_in_nnunets_own_command():
+    assert {*SETTINGS, 'mask_samples'} == KINDS.keys() == {*RANGES, *CHOICES}
+
+
+@pytest.mark.parametrize('name', [name for name in SETTINGS if name in RANGES])
+def test_a_setting_out_of_range_is_refused_with_its_range_and_nothing_is_written(one_case, tmp_path, name):
+    low, high = RANGES[name]
+    kind = KINDS[name]
+    step = 1 if kind is int else 0.01
+    for value in [kind(low - step), kind(high + step), *([math.nan, math.inf] if kind is float else [])]:
+        assert refusal(predict, one_case, tmp_path / 'out', f'-{name}', str(value)) == (
+            f'Error: {name}={value} in the command line and environment is out of range: it must lie in {low} to '
+            f'{high}.')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(('flags', 'says'), [
+    (('-mask_stock', '0.7', '-mask_blind', '0.5'), 'mask_stock=0.7 and mask_blind=0.5 in the command line and '
+                                                   'environment are weights of which the sum cannot be above 1'),
+    (('-mask_stock', '0.25'), 'mask_stock=0.25 and mask_blind=1 in'),  # which is stored
+    (('-slice_correlation', '1.5'), 'slice_correlation=1.5 is out of range: it must lie in 0 to 1.'),
+    (('-slice_correlation', '-0.1'), 'slice_correlation=-0.1 is out of range: it must lie in 0 to 1.'),
+    (('-sure', '0.5'), 'sure=0.5 is out of range: it must lie above 0.5 and not above 1.'),
+    (('-sure', '1.01'), 'sure=1.01 is out of range: it must lie above 0.5 and not above 1.')], ids=' '.join)
+def test_weights_that_sum_to_more_than_1_and_what_is_not_stored_out_of_range_are_refused(one_case, tmp_path, flags,
+                                                                                       says):
+    assert refusal(predict, one_case, tmp_path / 'out', *flags).startswith(f'Error: {says}')
     assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(('flag', 'value'), [('-part_id', '1'), ('-step_size', '0'), ('-step_size', '1.5'),
-                                             ('-uncertainty', 'much'), ('-device', 'tpu')])
+                                             ('-uncertainty', 'much'), ('-device', 'tpu'), ('-steps', 'two'),
+                                             ('-steps', '1.5'), ('-start', 'high'), ('-samples_from', 'truth'),
+                                             ('-start_mask', 'soft'), ('-t_start', '300'), ('-eta', '1'),
+                                             ('-blend', '0.5'), ('-mask_samples', '2')])
 def test_flags_out_of_range_are_refused_by_name(one_case, tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit) as refused:
         predict(one_case, tmp_path / 'out', flag, value)
@@ -649,7 +771,7 @@ def test_every_flag_of_nnunets_command_is_there_with_the_same_default(theirs, ou
 
 def test_from_python_it_is_used_as_nnunets_predictor(source, quick, tmp_path):
     predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
-                                overrides={'samples': (2, 2)})
+                                overrides={'samples': 2})
     predictor.initialize_from_trained_model_folder(str(model_folder()), use_folds=(0,))
     expected = read(quick / f'{CASES[1]}.nii.gz')
     file = source / f'{CASES[1]}_0000.nii.gz'
@@ -702,7 +824,8 @@ def in_2d(refined: Workspace, tmp_path_factory) -> SimpleNamespace:
     def run(name, *flags, model=model, source=raw / 'imagesTs'):
         main_modelfolder(['-i', str(source), '-o', str(folder / name), '-m', str(model), '-f', '0', '-device', 'cpu',
                           '-npp', '0', '-nps', '0', '--disable_progress_bar', '--save_samples', '--disable_tta',
-                          '--uncertainty', 'all', '--save_probabilities', '-t_start', '900', '-samples', '3', *flags])
+                          '--uncertainty', 'all', '--save_probabilities', '-start', '0.9', '-samples', '3', *OF_SAMPLES,
+                          *flags])
         return folder / name
     return SimpleNamespace(raw=raw, model=model, run=run, predicted=run('predicted'))
 
@@ -723,6 +846,14 @@ def test_regions_have_their_names_and_volumes(in_2d):
         probability = read(in_2d.predicted / 'uncertainty' / file)
         np.testing.assert_allclose(probability, saved[channel], atol=1e-3)
     assert read(in_2d.predicted / 'uncertainty' / f'{row["case"]}_uncertainty.nii.gz').max() <= 1
+
+
+def test_the_default_mask_of_regions_in_slices_is_what_nnunets_own_command_predicts(in_2d, tmp_path):
+    ours = in_2d.run('default', '-mask_blind', '1')
+    theirs = predict_by_nnunet(in_2d.raw / 'imagesTs', tmp_path / 'nnunet', (0,), in_2d.model, use_mirroring=False)
+    (case,) = rows(ours)
+    assert filecmp.cmp(theirs / f'{case}.nii.gz', ours / f'{case}.nii.gz', shallow=False)
+    assert read(ours / f'{case}.nii.gz').any()
 
 
 def test_slices_of_a_2d_model_share_their_noise_as_asked(in_2d):

@@ -106,7 +106,7 @@ def test_planned_networks_start_as_the_stock_network_and_are_trained_in_every_st
     *size, last = np.prod(architecture['strides'], 0).tolist()
     size = [*size, 2 * last]  # the smallest that is more than one voxel at the bottom
     image = torch.randn(1, 1, *size)
-    batch = NoisyBatch(image, torch.randn(1, 3, *size), torch.tensor([500]), torch.empty(1, 0))
+    batch = NoisyBatch(image, torch.randn(1, 3, *size), torch.tensor([-2.0]))
     outputs = refiner(batch)
     with torch.no_grad():
         assert torch.equal(outputs[0], stock(image))

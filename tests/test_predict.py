@@ -59,13 +59,14 @@ def predicted(predicted_by_nnunet: Path) -> Path:
     return predicted_by_nnunet
 
 
-def test_t_start_0_and_blend_1_are_the_stock_prediction_voxel_for_voxel(refined, tmp_path, monkeypatch):
+def test_start_0_and_mask_stock_1_are_the_stock_prediction_voxel_for_voxel(refined, tmp_path, monkeypatch):
     predict(refined, tmp_path / 'stock', STOCK)
-    for variable, value in (('nnUNet_pdddpm_t_start', '0'), ('nnUNet_pdddpm_blend', '1')):
+    for name, variables in (('start', {'start': '0'}), ('mask', {'mask_stock': '1', 'mask_blind': '0'})):
         with monkeypatch.context() as patch:
-            patch.setenv(variable, value)
-            predict(refined, tmp_path / variable, REFINED)
-        assert_same_files(tmp_path / 'stock', tmp_path / variable)
+            for variable, value in variables.items():
+                patch.setenv(f'nnUNet_pdddpm_{variable}', value)
+            predict(refined, tmp_path / name, REFINED)
+        assert_same_files(tmp_path / 'stock', tmp_path / name)
 
 
 def test_predicting_again_and_in_two_parts_gives_the_same_files(predicted, refined, tmp_path):
@@ -119,28 +120,56 @@ def test_several_folds_and_no_mirroring(refined, tmp_path):
     np.testing.assert_allclose(saved, both / both.sum(0), atol=0.02)
 
 
-def test_refinement_changes_the_probabilities_of_the_stock_model(refined):
-    stock, refinement = (predict_array(refined, trainer)[1] for trainer in (STOCK, REFINED))
-    assert np.abs(stock - refinement).max() > 1e-3
+def test_the_mask_is_not_the_stock_models(refined):
+    stock, of_blind = (predict_array(refined, trainer)[1] for trainer in (STOCK, REFINED))
+    assert np.abs(stock - of_blind).max() > 1e-3
 
 
-@pytest.mark.parametrize('override', [{'t_start': '900'}, {'steps': '3'}, {'samples': '2'}, {'blend': '0.5'},
-                                      {'seed': '7'}])
-def test_environment_variables_change_the_sampling_and_it_is_said_once(refined, monkeypatch, capsys, override):
-    before = predict_array(refined, REFINED)[1]
-    assert 'The environment overrides' not in capsys.readouterr().out
-    for name, value in override.items():
+def set_settings(monkeypatch, **settings: str) -> None:
+    for name, value in settings.items():
         monkeypatch.setenv(f'nnUNet_pdddpm_{name}', value)
+
+
+@pytest.mark.parametrize('override', [{'start': '1'}, {'steps': '3'}, {'mask_samples': '2'}, {'mask_stock': '0.5'},
+                                      {'mask_blind': '0.5'}, {'seed': '7'}, {'start_mask': 'hard'},
+                                      {'samples_from': 'stock'}, {'temperature': '3'}], ids=str)
+def test_environment_variables_change_a_mask_that_is_the_mean_of_samples_and_it_is_said_once(
+        refined, monkeypatch, capsys, override):
+    monkeypatch.setenv('nnUNet_pdddpm_mask_blind', '0')
+    before = predict_array(refined, REFINED)[1]
+    capsys.readouterr()
+    set_settings(monkeypatch, **override)
     assert not np.array_equal(predict_array(refined, REFINED)[1], before)
     assert capsys.readouterr().out.count('The environment overrides the sampling settings of the model') == 1
 
 
-@pytest.mark.parametrize(('variable', 'value', 'says'), [
-    ('nnUNet_pdddpm_t_start', '1001', 't_start=1001'), ('nnUNet_pdddpm_steps', '-1', 'steps=-1'),
-    ('nnUNet_pdddpm_samples', 'many', 'nnUNet_pdddpm_samples'), ('nnUNet_pdddpm_blend', '1.5', 'blend=1.5'),
-    ('nnUNet_pdddpm_tstart', '300', 'nnUNet_pdddpm_tstart')])
-def test_a_wrong_setting_is_refused_by_name(refined, monkeypatch, variable, value, says):
-    monkeypatch.setenv(variable, value)
+def test_settings_of_samples_leave_the_default_mask_as_it_is(refined, monkeypatch, capsys):
+    labels, before = predict_array(refined, REFINED)
+    assert 'The environment overrides' not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        set_settings(patch, start='1', steps='3', samples='2', seed='7', temperature='3', redraw='0', dependence='0')
+        np.testing.assert_array_equal(predict_array(refined, REFINED)[1], before)
+    monkeypatch.setenv('nnUNet_pdddpm_blind_temperature', '4')
+    cooler, probabilities = predict_array(refined, REFINED)
+    assert (cooler == labels).mean() > 0.999  # but for ties in half precision
+    assert probabilities.max(0).mean() < before.max(0).mean() - 0.05
+
+
+@pytest.mark.parametrize(('settings', 'says'), [
+    ({'start': '1.5'}, r'^start=1.5 in .* is out of range: it must lie in 0 to 1\.$'),
+    ({'start': 'nan'}, r'^start=nan in .* is out of range: it must lie in 0 to 1\.$'),
+    ({'steps': '-1'}, r'^steps=-1 in .* is out of range: it must lie in 1 to 1000\.$'),
+    ({'steps': '1.5'}, r'nnUNet_pdddpm_steps must be a whole number, got "1.5"\.$'),
+    ({'samples': 'many'}, r'nnUNet_pdddpm_samples must be a whole number, got "many"\.$'),
+    ({'mask_samples': '0'}, r'^mask_samples=0 in .* it must lie in 1 to 10000\.$'),
+    ({'temperature': 'hot'}, r'nnUNet_pdddpm_temperature must be a number, got "hot"\.$'),
+    ({'samples_from': 'truth'}, r'^samples_from=truth in .* it must be one of chain, stock, blind\.$'),
+    ({'start_mask': 'soft'}, r'^start_mask=soft in .* it must be one of drawn, hard\.$'),
+    ({'mask_stock': '0.7', 'mask_blind': '0.5'}, r'^mask_stock=0.7 and mask_blind=0.5 in .* cannot be above 1'),
+    ({'t_start': '300'}, r'nnUNet_pdddpm_t_start is unknown; the known ones are nnUNet_pdddpm_start, '),
+    ({'blend': '0.5'}, r'nnUNet_pdddpm_blend is unknown')], ids=str)
+def test_a_wrong_setting_is_refused_by_name(refined, monkeypatch, settings, says):
+    set_settings(monkeypatch, **settings)
     with pytest.raises(ValueError, match=says):
         predict_array(refined, REFINED)
 
@@ -150,8 +179,8 @@ def test_a_refused_prediction_exits_with_an_error_and_leaves_earlier_results(pre
     result = run_command(
         'nnUNetv2_predict', '-i', str(refined.raw / 'imagesTs'), '-o', str(tmp_path / 'out'), '-d', str(DATASET_ID),
         '-c', '3d_fullres', '-tr', REFINED, '-p', PLANS, '-f', '0', '-device', 'cpu',
-        environment={'nnUNet_pdddpm_t_start': '5000'})
+        environment={'nnUNet_pdddpm_start': '1.5'})
     assert result.returncode != 0
-    assert 't_start=5000' in result.stdout.strip().splitlines()[-1]
+    assert 'start=1.5' in result.stdout.strip().splitlines()[-1]
     assert sorted(os.listdir(predicted)) == sorted(os.listdir(tmp_path / 'out'))
     assert_same_files(predicted, tmp_path / 'out')

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import REFINED, Workspace
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_network import SETTINGS, make_refiner
@@ -22,21 +21,21 @@ from torch import nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, one_hot, regions_to_channels
 from nnunet_pdddpm.diffusion.drawing import draw_shifts
-from nnunet_pdddpm.diffusion.process import GaussianProcess
+from nnunet_pdddpm.diffusion.levels import even_table
+from nnunet_pdddpm.diffusion.process import Ancestral
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
-from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import volume
 from nnunet_pdddpm.inference.export import CaseExport, Outputs
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import VolumePrediction
-from nnunet_pdddpm.inference.volume_predictor import FoldSettings, VolumePredictor
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import fuse_tiles, volume_noise
 from nnunet_pdddpm.network import refiner as refiner_module
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, Refiner
-from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_numbers
 
 # the same examples in every run, however busy the machine
 fixed = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30,
@@ -49,11 +48,15 @@ CODING = MaskCoding()
 @st.composite
 def samplings(draw) -> SamplingSettings:
     """Any settings that are in range."""
-    t_start = draw(st.integers(0, 960))
-    return SamplingSettings(t_start=t_start, steps=draw(st.integers(1, min(max(t_start, 1), 5))),
-                            samples=draw(st.integers(1, 3)), eta=draw(st.sampled_from([0.0, 0.3, 1.0])),
-                            redraw=draw(st.booleans()),
-                            blend=draw(st.sampled_from([0.0, 0.5, 1.0])), seed=draw(st.integers(0, 2 ** 31 - 1)))
+    stock, blind = draw(st.sampled_from([(0, 0), (0, 1), (1, 0), (0.5, 0), (0, 0.5), (0.25, 0.75), (0.25, 0.5)]))
+    settings = SamplingSettings(
+        start=draw(st.sampled_from([0, 1]) | st.floats(0, 1)), steps=draw(st.integers(1, 5)),
+        samples=draw(st.integers(1, 3)), samples_from=draw(st.sampled_from(['chain', 'stock', 'blind'])),
+        start_mask=draw(st.sampled_from(['drawn', 'hard'])), redraw=draw(st.integers(0, 1)),
+        dependence=draw(st.sampled_from([0.0, 0.3, 1.0])), temperature=draw(st.sampled_from([0.1, 1.0, 1.5, 10.0])),
+        blind_temperature=draw(st.sampled_from([0.1, 1.0, 10.0])), mask_stock=stock, mask_blind=blind,
+        mask_samples=draw(st.integers(1, 3)), seed=draw(st.integers(0, 2 ** 31 - 1)))
+    return from_numbers(as_numbers(settings.check()))  # as a model holds them
 
 
 class Pointwise(nn.Module):
@@ -68,15 +71,15 @@ class Pointwise(nn.Module):
 
 
 class PointwiseDenoiser(Pointwise):
-    def forward(self, image, mask, t):
-        return super().forward(image) + mask * torch.cos(t.float()).reshape(-1, *[1] * (image.ndim - 1))
+    def forward(self, image, mask, log_snr):
+        return super().forward(image) + mask * torch.cos(log_snr).reshape(-1, *[1] * (image.ndim - 1))
 
 
 def pointwise_refiner(classes: int, scale: float, regions: bool, sampling: SamplingSettings) -> Refiner:
     refiner = make_refiner(design=DiffusionDesign())
     refiner.num_channels = classes
     refiner.presegmenter, refiner.denoiser = Pointwise(classes, scale), PointwiseDenoiser(classes, scale)
-    refiner.configure(sampling, sampling, 960, regions)
+    refiner.configure(sampling, regions)
     return refiner.eval()
 
 
@@ -88,10 +91,13 @@ def test_probabilities_are_finite_and_sum_to_one_or_lie_in_0_to_1(shape, channel
     image = torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
     with torch.no_grad():
         logits = refiner(image)
-        stock = refiner.presegmenter(image)
+        stock, blind = refiner.presegmenter(image), refiner.blind_logits(image, sampling.blind_temperature)
     assert logits.shape == (2, channels, *shape) and torch.isfinite(logits).all()
     if sampling.is_stock:
         assert torch.equal(logits, stock)
+        return
+    if sampling.mask_blind == 1:
+        assert torch.equal(logits, blind)
         return
     assert logits.abs().max() < 13.9 and torch.isfinite(10 * logits.half()).all()
     p = torch.sigmoid(logits) if regions else logits.exp()
@@ -105,10 +111,14 @@ def test_probabilities_are_finite_and_sum_to_one_or_lie_in_0_to_1(shape, channel
 def test_so_they_are_with_a_real_network(size, sampling, regions):
     refiner = make_refiner(settings=SETTINGS, regions=regions)
     image = torch.randn(1, 2, 4 * size[0] + 4, 4 * size[1] + 4, generator=torch.Generator().manual_seed(1))
-    logits = refiner.sample(image, sampling)
+    with torch.no_grad():
+        logits = refiner.sample(image, sampling)
+        stock, blind = refiner.presegmenter(image), refiner.blind_logits(image, sampling.blind_temperature)
     assert torch.isfinite(logits).all()
     if sampling.is_stock:
-        assert torch.equal(logits, refiner.presegmenter(image))
+        assert torch.equal(logits, stock)
+    elif sampling.mask_blind == 1:
+        assert torch.equal(logits, blind)
     elif not regions:
         torch.testing.assert_close(logits.exp().sum(1), torch.ones(1, *image.shape[2:]), rtol=1e-4, atol=1e-4)
 
@@ -124,9 +134,9 @@ def test_relabelling_the_classes_relabels_the_result(shape, permutation, samplin
 
     def sample(order):
         noise = seeded_noise(logits.shape, sampling.seed, 0, logits.device)
-        x_pre = CODING.encode(harden(logits, False))[:, order]
-        return refine(lambda x, t: torch.tanh(3 * x), GaussianProcess(cosine_abar(), sampling.eta), x_pre,
-                      truncated_levels(sampling.t_start, sampling.steps), lambda: noise()[:, order])
+        mask = CODING.encode(harden(logits, False))[:, order]
+        return refine(lambda x, level: torch.tanh(3 * x), Ancestral(), mask,
+                      even_table(-14, 41).chain(sampling.start, sampling.steps), lambda: noise()[:, order])
     torch.testing.assert_close(sample(order), sample(torch.arange(4))[:, order])
 
 
@@ -134,10 +144,9 @@ def test_relabelling_the_classes_relabels_the_result(shape, permutation, samplin
 
 volumes = st.tuples(*[st.integers(1, 7)] * 3)
 patches = st.lists(st.integers(3, 6), min_size=2, max_size=3)
-samplings_or_none = st.one_of(samplings(), samplings().map(lambda s: replace(s, steps=0)))  # without a chain
 
 
-def volume_predictor(refiner: Refiner, patch: list[int], sampling: SamplingSettings, mask: SamplingSettings,
+def volume_predictor(refiner: Refiner, patch: list[int], sampling: SamplingSettings,
                      mirrored: bool) -> VolumePredictor:
     """As from a trained model's folder."""
     predictor = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=mirrored)
@@ -145,42 +154,50 @@ def volume_predictor(refiner: Refiner, patch: list[int], sampling: SamplingSetti
     predictor.configuration_manager = SimpleNamespace(patch_size=patch)
     predictor.label_manager = SimpleNamespace(num_segmentation_heads=refiner.num_channels)
     predictor.allowed_mirroring_axes = tuple(range(len(patch)))
-    predictor.fold_settings, predictor.num_samples = [FoldSettings(sampling, mask)], sampling.samples
+    predictor.fold_settings, predictor.num_samples = [sampling], sampling.samples
     predictor.bfloat16 = False
     return predictor
 
 
 @few
-@given(volumes, patches, st.integers(1, 5), st.booleans(), samplings(), samplings_or_none, st.booleans(),
+@given(volumes, patches, st.integers(1, 5), st.booleans(), samplings(), st.booleans(),
        st.sampled_from([0.0, 1.0, 100.0]))
-def test_volumes_are_finite_and_sum_to_one_whatever_the_patch(shape, patch, channels, regions, sampling, mask, mirrored,
+def test_volumes_are_finite_and_sum_to_one_whatever_the_patch(shape, patch, channels, regions, sampling, mirrored,
                                                               scale):
     assume(regions or channels > 1)
-    predictor = volume_predictor(pointwise_refiner(channels, scale, regions, sampling), patch, sampling, mask, mirrored)
+    predictor = volume_predictor(pointwise_refiner(channels, scale, regions, sampling), patch, sampling, mirrored)
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
     samples = {}
     prediction = predictor.predict_volume(image, samples.__setitem__)
     with predictor.presegmenting():
         stock = predictor.predict_sliding_window_return_logits(image)
+    with predictor.blind(sampling.blind_temperature):
+        blind = predictor.predict_sliding_window_return_logits(image)
     assert torch.equal(prediction.presegmentation, stock)
     assert prediction.logits.shape == (channels, *shape) and torch.isfinite(prediction.logits).all()
-    mean, of_stock = prediction.spread.mean, logits_to_probabilities(stock[None].float(), regions)[0]
-    if mask.is_stock:
+    if sampling.is_stock:
         assert torch.equal(prediction.logits, stock)
+    elif sampling.mask_blind == 1:
+        assert torch.equal(prediction.logits, blind)
     elif not regions:
         torch.testing.assert_close(prediction.logits.exp().sum(0), torch.ones(shape), rtol=1e-4, atol=1e-4)
+    mean = prediction.spread.mean
     assert mean.shape == (channels, *shape) and mean.min() >= 0 and mean.max() <= 1 + 1e-5
     if not regions:
         torch.testing.assert_close(mean.sum(0), torch.ones(shape), rtol=1e-4, atol=1e-4)
-    if sampling.t_start == 0:
-        torch.testing.assert_close(mean, of_stock, rtol=1e-3, atol=1e-3)
+    without = blind if sampling.samples_from == 'blind' else \
+        stock / sampling.temperature if sampling.samples_from == 'stock' or sampling.start == 0 else None
+    if without is not None:  # no chain: the samples are drawn from one and the same
+        expected = logits_to_probabilities(without[None].float(), regions)[0]
+        torch.testing.assert_close(mean, expected, rtol=0.1 if sampling.temperature == 0.1 else 1e-2, atol=1e-2)
     assert samples.keys() == set(range(sampling.samples))
     assert all(logits.shape == (channels, *shape) and torch.isfinite(logits).all() for logits in samples.values())
 
 
 @few
-@given(volumes, patches, st.permutations(range(4)), samplings_or_none)
+@given(volumes, patches, st.permutations(range(4)), samplings())
 def test_relabelling_the_classes_relabels_the_volume(shape, patch, permutation, sampling):
+    assume(sampling.dependence == 1 or permutation[0] == 0)  # objects are what is not background
     order = torch.tensor(permutation)
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
 
@@ -194,7 +211,7 @@ def test_relabelling_the_classes_relabels_the_volume(shape, patch, permutation, 
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(volume, 'volume_noise', noise)
             monkeypatch.setattr(refiner_module, 'draw_shifts', lambda *args: draw_shifts(*args)[order])
-            return volume_predictor(refiner, patch, sampling, sampling, True).predict_volume(image)
+            return volume_predictor(refiner, patch, sampling, True).predict_volume(image)
     relabelled, prediction = predict(order), predict(torch.arange(4))
     first, second = prediction.presegmentation.float().topk(2, 0).values
     clear = first - second > 1e-2  # of labels that are alike in half precision the first is taken, as nnU-Net does
@@ -232,7 +249,7 @@ def test_maps_lie_in_0_to_1_whatever_the_samples(shape, channels, samples, regio
     generator = torch.Generator().manual_seed(samples)
     for _ in range(samples):
         sharp = 30 * torch.randn(channels, *shape, generator=generator)
-        spread.add(torch.sigmoid(sharp) if regions else torch.softmax(sharp, 0), torch.zeros(len(sharp)))
+        spread.add(torch.sigmoid(sharp) if regions else torch.softmax(sharp, 0), torch.zeros(len(sharp), 1))
     spread.end_of_fold()
     spread.crop(tuple(slice(None) for _ in shape))
     for name, values in spread.maps().items():
@@ -328,3 +345,33 @@ def test_a_model_with_any_bit_flipped_is_refused_or_is_the_same_model(refined: W
             return
     for name, value in load_checkpoint(file)['network_weights'].items():
         assert torch.equal(weights[name], value), name
+
+
+def small_checkpoint() -> bytes:
+    stream = io.BytesIO()
+    torch.save({'network_weights': {'a': torch.arange(3.0), 'b': torch.ones(4)}, 'init_args': {}, 'trainer_name': 'x'},
+               stream)
+    return stream.getvalue()
+
+
+SMALL = small_checkpoint()
+DIRECTORY = SMALL.index(b'PK\x01\x02')  # names, sizes and places of the tensors, behind all of them
+OF_TENSOR = SMALL.rindex(b'PK\x01\x02', 0, SMALL.index(b'/data/0', DIRECTORY))
+
+
+@settings(fixed, max_examples=200)
+@given(st.integers(8 * DIRECTORY, 8 * len(SMALL) - 1))
+@example(8 * (OF_TENSOR + 38) + 4)  # says that the tensor is a folder
+def test_so_is_one_with_any_bit_flipped_in_its_list_of_tensors(bit):
+    content = bytearray(SMALL)
+    content[bit // 8] ^= 1 << bit % 8
+    with tempfile.TemporaryDirectory() as folder:
+        file, flipped = Path(folder, 'checkpoint.pth'), Path(folder, 'flipped.pth')
+        file.write_bytes(SMALL)
+        flipped.write_bytes(content)
+        try:
+            weights = load_checkpoint(flipped)['network_weights']
+        except CheckpointError:
+            return
+        for name, value in load_checkpoint(file)['network_weights'].items():
+            assert torch.equal(weights[name], value), name

@@ -70,16 +70,6 @@ def test_a_stock_model_trained_on_something_else_is_refused_by_name(scratch_resu
     assert str(stock_file(scratch_results)) in str(error.value)
 
 
-def test_a_misfitting_stock_model_of_another_fold_is_refused_too(scratch_results):
-    file = stock_file(scratch_results, 1)
-    checkpoint = torch.load(file, weights_only=False)
-    checkpoint['init_args']['fold'] = 2
-    torch.save(checkpoint, file)
-    trainer = make_trainer(REFINED, 0)
-    with pytest.raises(PresegmenterError, match='fold was 2'):
-        trainer.on_train_start()
-
-
 def test_a_stock_model_with_another_network_than_the_planned_is_refused(scratch_results):
     tampered(scratch_results, lambda c: c['network_weights'].update({'encoder.extra.weight': torch.zeros(3)}))
     with pytest.raises(PresegmenterError, match=r'another network than the plans describe \(encoder.extra.weight'):
@@ -133,7 +123,8 @@ def test_a_presegmenter_can_be_named_by_its_folder(scratch_results, monkeypatch)
     initialise()
 
 
-@pytest.mark.parametrize(('variable', 'value'), [('nnUNet_pdddpm_t_start', 'high'), ('nnUNet_pdddpm_step', '3')])
+@pytest.mark.parametrize(('variable', 'value'), [
+    ('nnUNet_pdddpm_start', 'high'), ('nnUNet_pdddpm_step', '3'), ('nnUNet_pdddpm_t_start', '500')])
 def test_a_wrong_environment_variable_stops_training_before_anything_is_written(scratch_results, monkeypatch, variable,
                                                                                 value):
     monkeypatch.setenv(variable, value)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET_ID, PLANS, REFINED, Workspace
-from test_network import LOW, SETTINGS, make_refiner, patch
+from test_network import make_refiner, patch
 
 from nnunet_pdddpm.commands.predict import main
 from nnunet_pdddpm.demo.phantom import make_case
 from nnunet_pdddpm.inference import volume_predictor
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.network.settings import SamplingSettings
 
 
 def predict(source: Path, output: Path, *flags: str) -> dict[str, bytes]:
@@ -80,8 +81,10 @@ def test_the_number_of_threads_changes_less_than_1e_3_of_the_probabilities(refin
         assert (other.argmax(0) != results[0].argmax(0)).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize('settings', [SETTINGS, LOW])
-def test_an_image_in_a_batch_is_refined_as_it_is_alone(settings):
+@pytest.mark.parametrize('settings', [
+    SamplingSettings(), SamplingSettings(mask_blind=0, mask_samples=2, steps=2),
+    SamplingSettings(mask_stock=0.3, mask_blind=0.3, start=1, start_mask='hard', redraw=0, steps=3)])
+def test_an_image_in_a_batch_is_segmented_as_it_is_alone(settings):
     refiner, images = make_refiner(settings=settings), patch(('PlainConvUNet', 2, True), batch=3)
     with torch.no_grad():
         batch = refiner(images)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_pdddpm.commands.predict import main_modelfolder
 from nnunet_pdddpm.demo.phantom import make_case
+from nnunet_pdddpm.inference import volume
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.tiling import tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
 CPU = torch.device('cpu')
+SETTINGS = {'samples': 2, 'start': 0.9, 'steps': 2, 'mask_blind': 0}  # the mask is the samples' mean
 
 
 def sliding_window(patch_size):
@@ -34,8 +37,7 @@ def image():
 @pytest.fixture(scope='module')
 def open_predictor(refined: Workspace):
     def opened(**kwargs) -> PDDDPMPredictor:
-        predictor = PDDDPMPredictor(use_mirroring=False, device=CPU, allow_tqdm=False,
-                                    overrides={'samples': (2, 2), 't_start': (900, 900), 'steps': (2, 2)}, **kwargs)
+        predictor = PDDDPMPredictor(use_mirroring=False, device=CPU, allow_tqdm=False, overrides=SETTINGS, **kwargs)
         predictor.initialize_from_trained_model_folder(str(refined.model(REFINED)), (0,))
         return predictor
     return opened
@@ -88,7 +90,9 @@ def test_sure_tiles_keep_the_stock_result_and_cost_no_call(open_predictor, monke
         logits[0] = 8
         logits[:, unsure_at] = torch.tensor([0.5, 0.4, 0.3])[:, None]
         monkeypatch.setattr(predictor, 'predict_sliding_window_return_logits', lambda image: logits.half())
-        return predictor.predict_volume(image()), torch.softmax(logits.half().float(), 0)
+        temperature = predictor.fold_settings[0].temperature
+        assert temperature > 1
+        return predictor.predict_volume(image()), torch.softmax(logits.half().float() / temperature, 0)
     place = torch.zeros(image().shape[1:], dtype=torch.bool)
     place[16:19, 20:23, 30:33] = True
     whole, stock = predicted(1.0, place)
@@ -102,6 +106,17 @@ def test_sure_tiles_keep_the_stock_result_and_cost_no_call(open_predictor, monke
     torch.testing.assert_close(none.spread.mean, sure_stock, atol=1e-6, rtol=0)
     assert (whole.spread.mean - stock).abs().amax(0).gt(1e-3).float().mean() > 0.5
     assert (partial.spread.mean.sum(0) - 1).abs().max() < 1e-5
+
+
+def test_the_blind_mask_is_that_of_the_whole_volume_whatever_the_stock_model_is_sure_of(open_predictor, monkeypatch):
+    predictor = open_predictor()
+    predictor.fold_settings = [replace(of_fold, mask_blind=1) for of_fold in predictor.fold_settings]
+    whole = predictor.predict_volume(image())
+    monkeypatch.setattr(volume, 'unsure_voxels', lambda logits, regions, sure: torch.zeros(logits.shape[1:]) > 0)
+    partial = predictor.predict_volume(image())
+    assert (whole.refined_tiles, partial.refined_tiles) == (1, 0)
+    assert whole.network_calls['denoiser'] == 48 * (1 + 2 * 2) and partial.network_calls['denoiser'] == 48
+    assert torch.equal(whole.logits, partial.logits)
 
 
 def test_the_summary_tells_the_share_of_refined_tiles_and_a_wrong_setting_is_refused(refined, tmp_path, capsys):

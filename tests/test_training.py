@@ -7,21 +7,38 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, succeed, train_in_process
+from conftest import (
+    BRIEF,
+    DATASET,
+    DATASET_ID,
+    PLANS,
+    REFINED,
+    STOCK,
+    Workspace,
+    make_trainer,
+    succeed,
+    train_in_process,
+)
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_pdddpm.diffusion.coding import harden, one_hot
-from nnunet_pdddpm.diffusion.process import at_level
+from nnunet_pdddpm.diffusion.coding import one_hot
+from nnunet_pdddpm.diffusion.levels import lowest_log_snr
+from nnunet_pdddpm.diffusion.measuring import NODES, UNIFORM, LevelMeter
+from nnunet_pdddpm.network.refiner import BLIND, LEVELS
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.losses import DenoisingLoss
+
+MEASURED = 'PDDDPMTrainerMeasured'  # sees enough noisy patches for a table of its own
 
 
 @pytest.fixture
@@ -36,13 +53,24 @@ def weights(model: Path, fold: int, name: str = 'checkpoint_final.pth') -> dict:
     return torch.load(model / f'fold_{fold}' / name, weights_only=False)
 
 
+def noised(x0: torch.Tensor, log_snr: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Coded masks (C, ...) at a log SNR (), written out."""
+    abar = 1 / (1 + torch.exp(-log_snr.double()))
+    return (abar.sqrt() * x0 + (1 - abar).sqrt() * noise).float()
+
+
+def meter_of(trainer) -> LevelMeter:
+    """A meter of the trainer's log SNRs that has seen nothing."""
+    patch = trainer.configuration_manager.patch_size
+    return LevelMeter(lowest_log_snr(int(np.prod(patch)), trainer.label_manager.num_segmentation_heads))
+
+
 def test_training_leaves_what_nnunet_expects_and_logs_the_stock_dice(refined: Workspace):
     fold = refined.model(REFINED) / 'fold_0'
     for name in ('checkpoint_final.pth', 'checkpoint_best.pth', 'progress.png', 'validation/summary.json'):
         assert (fold / name).is_file(), name
     assert not list(fold.glob('*.partial'))
     log = (refined.model(REFINED) / 'console.txt').read_text()
-    assert '6 of 6 training cases are pre-segmented by the stock model that held them out (folds [1, 2])' in log
     assert log.count('Stock pseudo dice on the same patches') == 2
 
 
@@ -63,7 +91,7 @@ def test_the_first_epoch_warms_up(trainer):
     for trainer.current_epoch in (0, 1):
         trainer.lr_scheduler.step(trainer.current_epoch)
         rates.append(trainer.optimizer.param_groups[0]['lr'])
-    assert rates == pytest.approx([5e-4 / 5, 5e-4 * 0.5 ** 0.9])
+    assert rates == pytest.approx([trainer.initial_lr / 5, trainer.initial_lr * 0.5 ** 0.9])
 
 
 def test_before_the_first_iteration_the_refined_result_is_the_stock_result(trainer):
@@ -75,62 +103,118 @@ def test_before_the_first_iteration_the_refined_result_is_the_stock_result(train
         np.testing.assert_array_equal(counts[name], counts[f'stock_{name}'])
 
 
-def test_each_case_is_presegmented_by_the_fold_that_held_it_out(trainer):
-    held_out_in = trainer.held_out_in
-    assert set(held_out_in.values()) == {1, 2}
-    image = torch.randn(2, 1, 16, 24, 16)
-    keys = [next(case for case, fold in held_out_in.items() if fold == wanted) for wanted in (2, 1)]
-    logits = trainer.presegment(image, keys)
-    for i, fold in enumerate((2, 1)):
-        expected = trainer.out_of_fold_presegmenters[str(fold)](image[i:i + 1])
-        torch.testing.assert_close(logits[i:i + 1], expected, rtol=1e-4, atol=1e-4)
-    in_fold = trainer.presegment(image, ['unknown', 'unknown'])
-    torch.testing.assert_close(in_fold, trainer.refiner.presegmenter(image), rtol=1e-4, atol=1e-4)
-
-
-def test_missing_stock_folds_are_named_once_and_their_cases_presegmented_in_fold(scratch_results):
-    shutil.rmtree(scratch_results / DATASET / f'{STOCK}__{PLANS}__3d_fullres' / 'fold_2')
-    trainer = make_trainer(REFINED, 0)
+def test_training_calls_no_presegmenter_and_needs_no_other_stock_fold(scratch_results):
+    for fold in (1, 2):
+        shutil.rmtree(scratch_results / DATASET / f'{STOCK}__{PLANS}__3d_fullres' / f'fold_{fold}')
+    trainer = make_trainer(BRIEF, 0)
     trainer.on_train_start()
-    log = Path(trainer.log_file).read_text()
-    assert '3 of 6 training cases are pre-segmented by the stock model that held them out (folds [1])' in log
-    assert log.count('3 training cases are pre-segmented by a stock model that was trained on them') == 1
-    assert 'stock folds not trained: [0, 2]' not in log and 'stock folds not trained: [2]' in log
-    assert 'phantom_002, phantom_005, phantom_008' in log
+    calls = []
+    trainer.refiner.presegmenter.register_forward_hook(lambda *args: calls.append(args))
+    train_step, during_steps = trainer.train_step, []
+
+    def counted(batch):
+        before = len(calls)
+        losses = train_step(batch)
+        during_steps.append(len(calls) - before)
+        return losses
+
+    trainer.train_step, trainer.on_train_start = counted, lambda: None
+    trainer.run_training()
+    assert during_steps == [0, 0, 0] and calls  # validation logs its Dice
+    assert (Path(trainer.output_folder) / 'checkpoint_final.pth').is_file()
 
 
 @pytest.mark.parametrize('share', [0, 1, 0.5])
-def test_noise_is_on_the_truth_and_level_0_is_the_presegmentation(trainer, share, monkeypatch):
-    trainer.presegmentation_share = share
-    presegment, levels = trainer.presegment, []
-    if share == 0:  # then no time is spent on it
-        monkeypatch.setattr(trainer, 'presegment', None)
-    for _ in range(6):
+def test_noise_is_on_the_truth_and_blind_patches_show_nothing(trainer, share):
+    trainer.blind_share = share
+    trainer.on_train_epoch_start()
+    lowest = trainer.meter.log_snr[0]
+    blind = []
+    for _ in range(4):
         batch = next(trainer.dataloader_train)
-        noisy, noise = trainer.make_noisy_batch(batch['data'], batch['target'][0], batch['keys'])
-        x_pre = 2 * harden(presegment(batch['data'], batch['keys']), False) - 1
+        noisy, noise = trainer.make_noisy_batch(batch['data'], batch['target'][0])
+        assert torch.equal(noisy.image, batch['data'])
         x0 = 2 * one_hot(batch['target'][0], 3) - 1
-        abar = trainer.refiner.abar
-        for i, t in enumerate(noisy.t.tolist()):
-            assert 0 <= t <= trainer.t_max
-            expected = x_pre[i] if t == 0 else abar[t].sqrt() * x0[i] + (1 - abar[t]).sqrt() * noise[i]
-            torch.testing.assert_close(noisy.noisy[i], expected.float(), rtol=1e-4, atol=1e-4)
-        assert torch.equal(trainer.denoising_loss.noisy, noisy.t > 0)
-        levels += noisy.t.tolist()
-    at_0 = sum(t == 0 for t in levels)
-    assert at_0 == share * len(levels) if share in (0, 1) else 0 < at_0 < len(levels)
+        for i, level in enumerate(noisy.log_snr):
+            if level < lowest:
+                assert level == lowest - BLIND == trainer.refiner.blind_level and not noisy.noisy[i].any()
+            else:
+                assert level <= trainer.meter.log_snr[-1]
+                torch.testing.assert_close(noisy.noisy[i], noised(x0[i], level, noise[i]), rtol=1e-4, atol=1e-4)
+        assert torch.equal(trainer.denoising_loss.noisy, noisy.log_snr >= lowest)
+        blind += (noisy.log_snr < lowest).tolist()
+    assert sum(blind) == share * len(blind)
 
 
-@pytest.mark.parametrize(('power', 'below_half'), [(0, 1 / 2), (2, 1 / 8)])  # the paper's trainer, the default
-def test_levels_are_drawn_with_a_density_that_grows_as_their_power(trainer, power, below_half, monkeypatch):
-    monkeypatch.setattr(trainer, 'level_power', power)
-    monkeypatch.setattr(trainer, 't_max', 400)
-    trainer.level_generator.manual_seed(0)
-    levels = trainer.draw_levels(40_000)
-    shown, noisy = levels == 0, levels[levels > 0]
-    assert float(shown.float().mean()) == pytest.approx(trainer.presegmentation_share, abs=0.01)
-    assert int(noisy.min()) >= 1 and int(noisy.max()) == 400
-    assert float((noisy <= 200).float().mean()) == pytest.approx(below_half, abs=0.01)
+@pytest.mark.parametrize('share', [0, 0.5, 0.3, 1])
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_over_the_batches_as_many_patches_are_blind_as_their_share_asks_for(trainer, batch_size, share):
+    trainer.blind_share = share
+    places, offsets = np.zeros(batch_size), set()
+    for trainer.current_epoch in range(3):
+        trainer.on_train_epoch_start()
+        offsets.add(trainer.blind_offset)
+        drawn = 0
+        for step in range(1, 41):
+            blind = trainer.draw_blind(batch_size)
+            assert blind.shape == (batch_size,)
+            assert abs(int(blind.sum()) - share * batch_size) < 1
+            drawn += int(blind.sum())
+            assert abs(drawn - share * step * batch_size) < 1
+            places += blind.numpy()
+    # no place of the batch is preferred: nnU-Net's last ones hold foreground
+    expected = share * 120
+    assert (np.abs(places - expected) <= 4 * np.sqrt(expected * (1 - share)) + 1).all()
+    assert len(offsets) == 3
+
+
+def test_levels_are_even_in_the_uncertainty_that_they_leave(trainer):
+    log_snr = trainer.meter.log_snr
+    undecided = torch.sigmoid(-2 * (log_snr + 3))  # nearly all is decided about -3
+    trainer.meter.restore(undecided, torch.full((NODES,), 400.0))
+    trainer.on_train_epoch_start()
+    levels = torch.cat([trainer.draw_levels(n) for n in (1, 2, 1)] + [trainer.draw_levels(4000)])
+    table = trainer.meter.table()
+    span = float(log_snr[-1] - log_snr[0])
+    for level in (-6.0, -4.0, -3.0, -2.0, 0.0):
+        expected = (1 - UNIFORM) * (1 - table.share_at(level)) + UNIFORM * (level - float(log_snr[0])) / span
+        assert float((levels <= level).float().mean()) == pytest.approx(expected, abs=2e-3), level
+    assert float(((levels > -5) & (levels < -1)).float().mean()) > 0.7
+    # one by one as many at once: batches of any size go on where the last one ended
+    trainer.on_train_epoch_start()
+    torch.testing.assert_close(trainer.draw_levels(4004), levels)
+
+
+def test_the_table_in_a_checkpoint_is_monotone_and_what_the_meter_gives(scratch_results):
+    trainer = make_trainer(MEASURED, 0)
+    seen = meter_of(trainer)
+    train_step, make_noisy_batch, levels = trainer.train_step, trainer.make_noisy_batch, []
+
+    def recorded_batch(*args):
+        noisy, noise = make_noisy_batch(*args)
+        levels.append(noisy.log_snr[trainer.denoising_loss.noisy])
+        return noisy, noise
+
+    def recorded_step(batch):
+        losses = train_step(batch)
+        if len(levels[-1]):
+            seen.update(seen.sums(levels[-1], trainer.denoising_loss.measured))
+        return losses
+
+    trainer.train_step, trainer.make_noisy_batch = recorded_step, recorded_batch
+    trainer.run_training()
+    for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
+        stored = weights(Path(trainer.output_folder).parent, 0, name)['network_weights']
+        log_snr, share, cross_entropy, count = (stored[of] for of in LEVELS)
+        assert (log_snr.diff() > 0).all() and (share.diff() < 0).all() and (share[0], share[-1]) == (1, 0)
+        meter = meter_of(trainer)
+        meter.restore(cross_entropy, count)
+        torch.testing.assert_close(log_snr, torch.tensor(meter.table().log_snr))
+        torch.testing.assert_close(share, torch.tensor(meter.table().share))
+    assert not torch.allclose(share, torch.linspace(1, 0, NODES), atol=0.01)  # measured, not the one before training
+    final = weights(Path(trainer.output_folder).parent, 0)['network_weights']
+    assert torch.equal(final['level_count'], seen.count) and seen.count.sum() == len(torch.cat(levels)) == 60
+    torch.testing.assert_close(final['level_cross_entropy'], seen.cross_entropy)
 
 
 @pytest.mark.parametrize('regions', [False, True])
@@ -156,17 +240,39 @@ def test_a_dice_over_processes_is_that_of_the_items_without_noise(regions, noisy
 
 
 @pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False]])
-def test_at_noise_levels_the_loss_is_cross_entropy_and_at_level_0_nnunets_own(trainer, noisy):
+def test_at_noise_levels_the_loss_is_cross_entropy_and_at_the_blind_level_nnunets_own(trainer, noisy):
     """By nnU-Net's own two terms, item by item: the Dice term of these plans is that of the single patch."""
     assert not trainer.full_resolution_loss.dc.batch_dice
     output, target = torch.randn(2, 3, 8, 8, 8), torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
-    trainer.denoising_loss.noisy = torch.tensor(noisy)
+    trainer.denoising_loss.expect(torch.tensor(noisy))
     expected = 0
     for i, is_noisy in enumerate(noisy):
         cross_entropy = torch.nn.functional.cross_entropy(output[i:i + 1], target[i:i + 1, 0].long())
         dice = trainer.full_resolution_loss.dc(output[i:i + 1], target[i:i + 1])
         expected = expected + (2 * cross_entropy if is_noisy else cross_entropy + dice) / 2
     torch.testing.assert_close(trainer.denoising_loss(output, target), expected)
+
+
+@pytest.mark.parametrize('noisy', [[True, False, True], [False, False, False], [True, True, True]])
+def test_measured_is_the_cross_entropy_of_each_noisy_item_at_full_resolution(trainer, noisy):
+    assert isinstance(trainer.loss, DeepSupervisionWrapper) and trainer.loss.loss is trainer.denoising_loss
+    loss_of = DeepSupervisionWrapper(trainer.denoising_loss, (0.5, 0.3, 0.2))  # as of a network with more stages
+    shapes = [(8, 8, 8), (4, 4, 4), (2, 2, 2)]
+    torch.manual_seed(1)
+    outputs = [torch.randn(3, 3, *shape, requires_grad=True) for shape in shapes]
+    targets = [torch.randint(0, 3, (3, 1, *shape)).float() for shape in shapes]
+    of_batch = trainer.denoising_loss
+    of_batch.expect(~torch.tensor(noisy))
+    loss_of(outputs, targets)
+    of_batch.expect(torch.tensor(noisy))
+    assert of_batch.measured is None
+    loss = loss_of(outputs, targets)
+    if not any(noisy):
+        assert of_batch.measured is None
+        return
+    expected = torch.nn.functional.cross_entropy(outputs[0], targets[0][:, 0].long(), reduction='none').mean((1, 2, 3))
+    torch.testing.assert_close(of_batch.measured, 2 * expected[noisy])  # nnU-Net's weights are 1 and 1
+    assert loss.requires_grad and not of_batch.measured.requires_grad
 
 
 def test_the_average_of_the_weights_is_saved_and_the_weights_themselves_are_kept(refined: Workspace):
@@ -181,12 +287,12 @@ def test_the_average_of_the_weights_is_saved_and_the_weights_themselves_are_kept
 
 def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock, tmp_path, scratch_results):
     torch.set_num_threads(os.cpu_count())  # as the command: sums are split among threads
-    make_trainer(REFINED, 2).run_training()
-    model = scratch_results / DATASET / f'{REFINED}__{PLANS}__3d_fullres'
+    make_trainer(MEASURED, 2).run_training()
+    model = scratch_results / DATASET / f'{MEASURED}__{PLANS}__3d_fullres'
     uninterrupted = weights(model, 2)
     shutil.move(model, tmp_path / 'uninterrupted')
 
-    command = [str(Path(sys.executable).parent / 'nnUNetv2_train'), str(DATASET_ID), '3d_fullres', '2', '-tr', REFINED,
+    command = [str(Path(sys.executable).parent / 'nnUNetv2_train'), str(DATASET_ID), '3d_fullres', '2', '-tr', MEASURED,
                '-p', PLANS, '-device', 'cpu']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     latest = model / 'fold_2' / 'checkpoint_latest.pth'
@@ -197,16 +303,20 @@ def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (model / 'fold_2' / 'checkpoint_final.pth').exists()
+    half = weights(model, 2, latest.name)['network_weights']
+    assert half['level_count'].sum() == uninterrupted['network_weights']['level_count'].sum() / 2 == 30
 
     log = succeed(*command, '--c')
     assert 'Epoch 1' in log and 'Epoch 0' not in log
     resumed = weights(model, 2)
     assert resumed['current_epoch'] == uninterrupted['current_epoch'] == 2
     for name, value in uninterrupted['network_weights'].items():
-        torch.testing.assert_close(resumed['network_weights'][name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(resumed['network_weights'][name], value), name
+    assert set(LEVELS) <= uninterrupted['network_weights'].keys()  # table and meter
+    assert not torch.equal(half['level_share'], uninterrupted['network_weights']['level_share'])
     moved, expected = (c['optimizer_state']['denoiser_before_averaging'] for c in (resumed, uninterrupted))
     for name, value in expected.items():
-        torch.testing.assert_close(moved[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(moved[name], value), name
 
 
 def test_val_needs_no_stock_model_and_reproduces_the_validation(refined, scratch_results):
@@ -221,22 +331,44 @@ def test_val_needs_no_stock_model_and_reproduces_the_validation(refined, scratch
 
 def test_the_paper_s_trainer_predicts_the_noise_from_the_truth(scratch_results):
     trainer = make_trainer('PDDDPMTrainerTinyPaper', 0)
-    assert trainer.sampling == SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
-    trainer.sampling = SamplingSettings(t_start=300, steps=3, samples=2, eta=1.0)
+    paper_s = SamplingSettings(start=1.0, steps=300, samples=5, start_mask='hard', redraw=0, mask_stock=0.0,
+                               mask_blind=0.0, mask_samples=5)
+    assert trainer.sampling == paper_s
+    trainer.sampling = replace(paper_s, steps=3, mask_samples=2)
     trainer.num_epochs = 1
     trainer.run_training()
     batch = next(trainer.dataloader_train)
     target = batch['target']
-    noisy, noise = trainer.make_noisy_batch(batch['data'], target, batch['keys'])
-    abar = trainer.refiner.abar
-    truth = (noisy.noisy - at_level((1 - abar).sqrt(), noisy.t, noise) * noise) / at_level(abar.sqrt(), noisy.t, noise)
-    torch.testing.assert_close(truth, one_hot(target, 3), rtol=0, atol=1e-4)  # coded 0/1
+    noisy, noise = trainer.make_noisy_batch(batch['data'], target)
+    for i, level in enumerate(noisy.log_snr):
+        torch.testing.assert_close(noisy.noisy[i], noised(one_hot(target, 3)[i], level, noise[i]))  # coded 0/1
     assert isinstance(trainer.loss, torch.nn.MSELoss)
     # an untrained prediction of unit noise has a mean squared error of about 1 or more; a few steps bring it near 1
     assert 0 < trainer.logger.get_value('train_losses', -1) < 3
     logits = trainer.refiner.eval()(torch.randn(1, 1, 16, 24, 16))
     assert torch.isfinite(logits).all()
     torch.testing.assert_close(torch.softmax(logits, 1).sum(1), torch.ones(1, 16, 24, 16))
+
+
+def test_the_paper_s_levels_are_those_of_the_cosine_schedule_up_to_300_also_when_resumed(scratch_results):
+    trainer = make_trainer('PDDDPMTrainerTinyPaper', 0)
+    trainer.sampling = replace(trainer.sampling, steps=1, mask_samples=1)
+    trainer.num_epochs = trainer.num_iterations_per_epoch = 1
+    trainer.run_training()
+    resumed = make_trainer('PDDDPMTrainerTinyPaper', 0)
+    resumed.load_checkpoint(str(Path(trainer.output_folder) / 'checkpoint_final.pth'))
+    abar = np.cos((np.arange(301) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    abar = abar[1:] / abar[0]
+    expected = np.log(abar / (1 - abar))
+    for of in (trainer, resumed):
+        of.level_generator.manual_seed(0)
+        levels = of.draw_levels(60_000).double().numpy()
+        t = 1 + np.abs(levels[:, None] - expected).argmin(1)
+        np.testing.assert_allclose(levels, expected[t - 1], rtol=1e-4, atol=1e-4)
+        counts = np.bincount(t, minlength=301)
+        assert counts[0] == 0 and counts[1:].min() > 100 and counts.max() < 300  # 200 each
+        assert of.refiner.table.chain(1.0, 300)[:-1] == pytest.approx(expected[::-1])
+        assert not of.refiner.level_count.any()
 
 
 def test_every_trained_parameter_of_the_paper_s_network_has_a_gradient_as_ddp_demands(scratch_results):
@@ -251,11 +383,11 @@ def test_every_trained_parameter_of_the_paper_s_network_has_a_gradient_as_ddp_de
 def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_the_settings(refined, scratch_results):
     trainer = make_trainer(REFINED, 0)
     trainer.initialize()
-    other_settings = SamplingSettings(t_start=7)  # as another model's would be
-    trainer.refiner.configure(other_settings, other_settings, trainer.t_max, False)
+    trainer.refiner.configure(SamplingSettings(start=0.3), False)  # as another model's would be
     other = refined.model(REFINED) / 'fold_1' / 'checkpoint_final.pth'
     load_pretrained_weights(trainer.network, str(other))
     trainer.refiner.interval_sd.fill_(2)  # as if the other model had calibrated intervals
+    assert trainer.refiner.level_count.sum() > 0
     trainer.on_train_start()
     stock = weights(refined.model(STOCK), 0)['network_weights']
     for name, value in trainer.refiner.presegmenter.state_dict().items():
@@ -263,6 +395,7 @@ def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_th
     name = 'denoiser.unet.encoder.stages.0.0.convs.0.conv.mask_conv.weight'
     assert torch.equal(trainer.network.state_dict()[name], weights(refined.model(REFINED), 1)['network_weights'][name])
     assert trainer.refiner.settings == trainer.sampling and not trainer.refiner.interval_sd.any()
+    assert not trainer.refiner.level_count.any() and not trainer.meter.count.any()  # levels are measured anew
 
 
 def test_mirroring_is_that_of_the_stock_model(scratch_results):
@@ -278,10 +411,10 @@ def test_mirroring_is_that_of_the_stock_model(scratch_results):
 
 
 def test_sampling_variables_do_not_reach_into_training(scratch_results, monkeypatch):
-    monkeypatch.setenv('nnUNet_pdddpm_t_start', '0')
+    monkeypatch.setenv('nnUNet_pdddpm_start', '0')
     trainer = make_trainer(REFINED, 0)
     trainer.initialize()
-    assert trainer.refiner.settings == trainer.sampling != SamplingSettings(t_start=0)
+    assert trainer.refiner.settings == trainer.sampling != SamplingSettings(start=0)
 
 
 def test_without_checkpointing_an_earlier_checkpoint_stays(trainer):

@@ -46,7 +46,8 @@ def test_npz_val_and_val_best(fold):
 
     # a best checkpoint that is the stock model is told from the final one
     best = torch.load(fold / 'checkpoint_best.pth', weights_only=False)
-    best['network_weights']['blend'].fill_(1)
+    best['network_weights']['setting_mask_stock'].fill_(1)
+    best['network_weights']['setting_mask_blind'].fill_(0)
     torch.save(best, fold / 'checkpoint_best.pth')
     final = {mask.name: mask.read_bytes() for mask in masks}
     train_in_process(DATASET_ID, FULLRES, 0, BRIEF, '--val', '--val_best')
@@ -83,28 +84,18 @@ def test_without_checkpointing_nothing_is_written_but_the_validation(fold):
     assert (fold / 'validation' / 'summary.json').is_file()
 
 
-def test_fold_all_is_presegmented_by_the_folds_that_held_the_cases_out(scratch_results, stock_on_all):
-    model = scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}'
-    shutil.copytree(stock_on_all, model / 'fold_all')
-    trainer = make_trainer(BRIEF, 'all')
-    trainer.on_train_start()
-    log = Path(trainer.log_file).read_text()
-    assert '9 of 9 training cases are pre-segmented by the stock model that held them out (folds [0, 1, 2])' in log
-    stock = torch.load(model / 'fold_all' / 'checkpoint_final.pth', weights_only=False)['network_weights']
-    for name, value in trainer.refiner.presegmenter.state_dict().items():
-        assert torch.equal(value, stock[name]), name
-
-
-def test_fold_all_alone_is_presegmented_in_fold_and_the_log_says_so(scratch_results, fold, stock_on_all):
+def test_fold_all_refines_the_stock_model_of_fold_all_and_needs_no_other(scratch_results, fold, stock_on_all):
     model = scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}'
     shutil.copytree(stock_on_all, model / 'fold_all')
     for i in range(3):
         shutil.rmtree(model / f'fold_{i}')
     train_in_process(DATASET_ID, FULLRES, 'all', BRIEF)
-    log = log_of(fold.parent / 'fold_all')
-    assert '0 of 9 training cases are pre-segmented by the stock model that held them out (folds [])' in log
-    assert '9 training cases are pre-segmented by a stock model that was trained on them' in log
-    summary = json.loads((fold.parent / 'fold_all' / 'validation' / 'summary.json').read_text())
+    of_all = fold.parent / 'fold_all'
+    stock, refined = (torch.load(folder / 'fold_all' / 'checkpoint_final.pth', weights_only=False)['network_weights']
+                      for folder in (model, fold.parent))
+    for name, value in stock.items():
+        assert torch.equal(refined[f'presegmenter.{name}'], value), name
+    summary = json.loads((of_all / 'validation' / 'summary.json').read_text())
     assert len(summary['metric_per_case']) == 9
 
 
@@ -125,8 +116,10 @@ def test_pretrained_weights_of_a_refined_model_are_trained_on(scratch_results, f
     checkpoint, other = (torch.load(f, weights_only=False) for f in (fold / 'checkpoint_final.pth', file))
     key = 'denoiser.unet.encoder.stages.0.0.convs.0.conv.mask_conv.weight'  # zero at a warm start
     start, end = other['network_weights'][key], checkpoint['network_weights'][key]
-    assert start.abs().max() > 0 and (end - start).abs().max() < start.abs().max() + 3 * 5e-4
-    torch.testing.assert_close(end, start, rtol=0, atol=3 * 5e-4)  # three steps of AdamW away from it
+    three_steps = 3 * make_trainer(BRIEF, 0).initial_lr  # of AdamW
+    assert start.abs().max() > 0 and not torch.equal(end, start)
+    torch.testing.assert_close(end, start, rtol=0, atol=three_steps)
+    assert checkpoint['network_weights']['level_count'].sum() == other['network_weights']['level_count'].sum() > 0
 
 
 def test_compiled_training_is_the_training(scratch_results, monkeypatch):
@@ -143,7 +136,7 @@ def test_compiled_training_is_the_training(scratch_results, monkeypatch):
     np.testing.assert_allclose(*losses, rtol=1e-3)
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=5e-4, msg=name)
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=trainer.initial_lr, msg=name)
 
 
 @pytest.mark.parametrize('value', ['true', 'false'])

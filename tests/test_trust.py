@@ -84,8 +84,8 @@ def test_training_tuning_prediction_report_evaluation_and_check_need_no_network(
         importlib.import_module(module.name)
     with in_this_process():
         make_trainer(BRIEF, 0).run_training()
-    monkeypatch.setattr(sweep, 'SIGNAL_TO_NOISE', (0.004,))
-    monkeypatch.setattr(sweep, 'STEPS', (1,))
+    for name, values in {'STARTS': (1.0,), 'FIRST_STEPS': (1,), 'MORE_STEPS': (), 'DEPENDENCES': (1.0,)}.items():
+        monkeypatch.setattr(sweep, name, values)
     tune.main([str(DATASET_ID), '3d_fullres', '0', '-tr', REFINED, '-p', PLANS, '-device', 'cpu',
                '--disable_progress_bar'])
     predict.main(arguments(refined.raw / 'imagesTs', tmp_path / 'out'))

@@ -4,9 +4,11 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,37 +19,48 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from conftest import DATASET, DATASET_ID, PLANS, STOCK, Workspace, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
 
 from nnunet_pdddpm.commands.tune import main
-from nnunet_pdddpm.diffusion.drawing import draw_shifts
+from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, one_hot
+from nnunet_pdddpm.diffusion.levels import LevelTable
+from nnunet_pdddpm.diffusion.process import noise_scale, signal
 from nnunet_pdddpm.evaluation.calibration import negative_log_likelihood
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
-from nnunet_pdddpm.evaluation.raters import ged_squared
+from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
+from nnunet_pdddpm.evaluation.raters import fair_ged_squared
+from nnunet_pdddpm.evaluation.scores import kernel_score
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
-from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.refiner import SETTING, DiffusionDesign, stored_settings
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
+from nnunet_pdddpm.tuning import budget as budget_module
 from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning import tune as tune_module
-from nnunet_pdddpm.tuning.budget import Cost, cases_in, settings_in
-from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.budget import cases_in
+from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.choice import (
     LEVEL,
-    Row,
+    MaskRow,
+    SampleRow,
     TuningError,
     choose_mask,
     choose_samples,
     difference_interval,
 )
 from nnunet_pdddpm.tuning.intervals import conformal_width, conformal_widths
+from nnunet_pdddpm.tuning.report import named_mask, named_samples
 from nnunet_pdddpm.tuning.scores import VERY_FAR, Truth
 from nnunet_pdddpm.tuning.stored import store
-from nnunet_pdddpm.tuning.sweep import CaseSweep, candidates, sweep
+from nnunet_pdddpm.tuning.sweep import masks_to_try, sweep
+from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature, likelihoods
 from nnunet_pdddpm.tuning.tune import open_model
 
+CPU = torch.device('cpu')
 TUNED = 'PDDDPMTrainerTuned'
 FILES = {'sampling_sweep.json', 'sampling_sweep.csv', 'sampling_sweep.png'}
+CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
 CASES = ('phantom_000', 'phantom_003', 'phantom_006')  # held out in fold 0
 
 
@@ -55,14 +68,23 @@ CASES = ('phantom_000', 'phantom_003', 'phantom_006')  # held out in fold 0
 
 BASE = np.linspace(0.6, 0.9, 20)
 NOISE = np.random.default_rng(0).standard_normal(20) / 50
+WITHOUT_MEAN = NOISE - NOISE.mean()
 
 
-def row(dice, nll=0.1, t_start=700, steps=1, samples=8, ged=0.3, **of_settings) -> Row:
-    settings = SamplingSettings(t_start=t_start, steps=steps, samples=samples, **of_settings)
-    return Row(settings, *(np.broadcast_to(values, 20).copy() for values in (dice, nll, ged)))
+def of_cases(values) -> np.ndarray:
+    return np.broadcast_to(values, 20).copy()
 
 
-STOCK_ROW = row(BASE, 0.2, t_start=0, samples=1)
+def mask(dice, nll=0.1, steps=1, **settings) -> MaskRow:
+    """The mean of the samples unless settings say otherwise."""
+    return MaskRow(SamplingSettings(steps=steps, **{'mask_blind': 0.0, **settings}), of_cases(dice), of_cases(nll))
+
+
+def samples(energy, **settings) -> SampleRow:
+    return SampleRow(SamplingSettings(**settings), of_cases(energy), of_cases(0.3))
+
+
+STOCK_ROW = mask(BASE, 0.2, mask_stock=1.0)
 
 
 def test_the_interval_of_a_difference_is_that_of_the_mean_of_paired_differences():
@@ -78,10 +100,10 @@ def test_the_interval_of_a_difference_is_that_of_the_mean_of_paired_differences(
 
 
 def test_the_mask_is_accurate_then_likely_then_cheap():
-    best = row(BASE + 0.02, 0.15, steps=2)
-    as_accurate = row(BASE + 0.015 + NOISE - NOISE.mean(), 0.10, steps=5)
-    cheaper_than_that = row(BASE + 0.015 + NOISE - NOISE.mean(), 0.102 + NOISE - NOISE.mean(), steps=3)
-    likelier_but_worse = row(BASE + 0.01, 0.01)
+    best = mask(BASE + 0.02, 0.15, steps=2)
+    as_accurate = mask(BASE + 0.015 + WITHOUT_MEAN, 0.10, steps=5)
+    cheaper_than_that = mask(BASE + 0.015 + WITHOUT_MEAN, 0.102 + WITHOUT_MEAN, steps=3)
+    likelier_but_worse = mask(BASE + 0.01, 0.01)
     rows = [STOCK_ROW, best, as_accurate, likelier_but_worse]
     assert choose_mask(rows) is as_accurate
     assert choose_mask([*rows, cheaper_than_that]) is cheaper_than_that
@@ -90,28 +112,37 @@ def test_the_mask_is_accurate_then_likely_then_cheap():
 
 
 def test_no_mask_below_stocks_dice_is_chosen():
-    within_noise_but_below = row(BASE - 0.001 + NOISE - NOISE.mean(), 0.01)
+    within_noise_but_below = mask(BASE - 0.001 + WITHOUT_MEAN, 0.01)
     assert choose_mask([STOCK_ROW, within_noise_but_below]) is STOCK_ROW
-    better = row(BASE + 0.004, 0.3)
+    better = mask(BASE + 0.004, 0.3)
     assert choose_mask([STOCK_ROW, within_noise_but_below, better]) is better
-    as_good = row(BASE, 0.01)
+    as_good = mask(BASE, 0.01)
     assert choose_mask([STOCK_ROW, as_good]) is as_good
-    assert choose_mask([STOCK_ROW, row(BASE, 0.2)]) is STOCK_ROW  # it costs nothing
+    assert choose_mask([STOCK_ROW, mask(BASE, 0.2)]) is STOCK_ROW  # it costs less
     with pytest.raises(TuningError, match='No validation case has foreground'):
-        choose_mask([row(np.nan, t_start=0), row(BASE)])
+        choose_mask([mask(np.nan, mask_stock=1.0), mask(BASE)])
 
 
-def test_samples_are_close_to_the_truth_then_cheap():
-    far = row(BASE + 0.1, ged=0.4, t_start=960)
-    closest = row(BASE - 0.1, ged=0.3, steps=3)
-    as_close = row(BASE, ged=0.301 + NOISE - NOISE.mean(), t_start=500)
-    as_cheap = row(BASE, ged=0.302 + NOISE - NOISE.mean(), t_start=700)
-    assert choose_samples([far, closest]) is closest
-    assert choose_samples([far, closest, as_cheap]) is as_cheap
-    assert choose_samples([as_cheap, as_close, far, closest]) is as_close
+def test_network_calls_are_those_of_plain_prediction():
+    calls = [mask(BASE, steps=3, mask_samples=2, **weights).calls for weights in (
+        {'mask_stock': 1.0}, {'mask_blind': 1.0}, {'mask_stock': 0.5, 'mask_blind': 0.5}, {'mask_stock': 0.5}, {},
+        {'mask_blind': 0.5})]
+    assert calls == [1, 1, 2, 1 + 2 * 3, 1 + 2 * 3, 2 + 2 * 3]
+    assert [samples(0.1, samples_from=of, steps=3).calls for of in ('stock', 'blind', 'chain')] == [0, 0, 3]
 
 
-# the budget
+def test_samples_have_the_lowest_energy_then_they_are_cheap():
+    thresholds = samples(0.196 + WITHOUT_MEAN, samples_from='stock', temperature=1.0)
+    best, as_close = samples(0.19, start=0.8, steps=3), samples(0.195 + WITHOUT_MEAN, start=0.6, steps=2)
+    as_cheap = samples(0.194 + WITHOUT_MEAN, start=0.4, steps=2)
+    assert choose_samples([best, thresholds, as_close]) is thresholds  # a chain is no better, as far as can be told
+    far = replace(thresholds, energy=of_cases(0.25))
+    assert choose_samples([best, far]) is best
+    assert choose_samples([far, as_close, best]) is as_close
+    assert choose_samples([far, as_close, as_cheap, best]) is as_cheap
+
+
+# intervals
 
 def test_a_conformal_interval_holds_what_it_promises_for_new_cases_however_errors_are_spread():
     rng = np.random.default_rng(0)
@@ -137,30 +168,12 @@ def test_intervals_are_of_each_label_where_enough_cases_have_it():
     assert conformal_widths(errors[:9].repeat(5, 1)) == (0,) * 10 and conformal_widths(None) == ()  # nine cases
 
 
-def grid(levels=(500, 900), samples=8) -> list[SamplingSettings]:
-    return [SamplingSettings(t_start=t, steps=k, samples=samples, eta=eta)
-            for t, k, eta in itertools.product(levels, (1, 2, 10), (0.0, 1.0)) if k > 1 or eta == 0]
-
-
-def test_a_budget_leaves_out_cases_of_single_steps_and_many_steps_of_the_others():
-    settings, voxels, cost = grid(), [1000] * 20, Cost(0.001, 0.001, 8)
-    single = [s for s in settings if s.steps == 1]
-    per_step = 20 * 1000 * 0.001 * 8
-    everything = cost.of(settings, voxels)
-    assert everything == pytest.approx(20 + per_step * 2 * (1 + 2 * (1 + 9)))  # pre-segmentation, shared first steps
-    assert settings_in(everything, settings, voxels, cost) == settings
-    kept = settings_in(everything - 1, settings, voxels, cost)
-    assert {(s.steps, s.eta) for s in settings} - {(s.steps, s.eta) for s in kept} == {(10, 1.0)}
-    kept = settings_in(20 + per_step * 2, settings, voxels, cost)
-    assert {s.steps for s in kept} == {1} and {s.t_start for s in kept} == {500, 900}
-    assert settings_in(20, settings, voxels, cost) == []
-    assert cases_in(20 + per_step * 2, [single], voxels, cost) == list(range(20))
-    assert len(cases_in(20 + per_step * 2, [single[:1], single[1:]], voxels, cost)) == 18  # pre-segmented twice
-    cases = cases_in((20 + per_step * 2) / 2, [single], voxels, cost)
-    assert len(cases) == 10 and cases[0] == 0 and cases[-1] == 19
-    assert len(cases_in((20 + per_step * 2) / 4, [single], voxels, cost)) == 5
-    assert cases_in((20 + per_step * 2) / 4.1, [single], voxels, cost) == []
-    assert cases_in(2 * (20 + per_step * 2) / 4.1, [single], [9000, 1000, 1000], cost) == []
+def test_a_budget_leaves_out_cases_but_not_below_five():
+    assert cases_in(20, 0.001, [1000] * 20) == list(range(20))
+    half = cases_in(19.9 / 2, 0.001, [1000] * 20)
+    assert len(half) == 9 and half[0] == 0 and half[-1] == 19
+    assert len(cases_in(5, 0.001, [1000] * 20)) == 5 and cases_in(4.9, 0.001, [1000] * 20) == []
+    assert cases_in(11, 0.001, [9000, 1000, 1000]) == [0, 1, 2] and cases_in(10.9, 0.001, [9000, 1000, 1000]) == []
 
 
 # scores
@@ -176,65 +189,129 @@ def test_dice_is_over_labels_that_are_there_and_the_ignore_label_counts_nowhere(
     truth = np.array([[[0, 0, 1, 1, -1, 3, 3, 0]]])
     probabilities = np.array([[0.9, 0.2, 0.3, 0.1, 0.8, 0.1, 0, 1], [0.1, 0.8, 0.6, 0.9, 0.1, 0.9, 1, 0],
                               [0, 0, 0.1, 0, 0.1, 0, 0, 0]], np.float32)
-    scored = Truth(truth, Labels(ignore=3), torch.device('cpu')).score(torch.from_numpy(probabilities)[:, None, None])
+    scored = Truth(truth, Labels(ignore=3), CPU).score(torch.from_numpy(probabilities)[:, None, None])
     valid = [0, 1, 2, 3, 4, 7]
     nll = negative_log_likelihood(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0]))
     assert scored == pytest.approx((2 * 2 / (2 + 3), nll), rel=1e-5)  # label 2 is nowhere: left out
-    nothing = Truth(np.zeros((1, 1, 8)), Labels(), torch.device('cpu'))
+    nothing = Truth(np.zeros((1, 1, 8)), Labels(), CPU)
     assert np.isnan(nothing.score(torch.eye(3)[0].reshape(3, 1, 1, 1).expand(3, 1, 1, 8))[0])
 
 
 def test_regions_overlap_and_their_nll_is_binary():
     truth = np.array([[[0, 1, 2, 2]]])
     p = np.array([[0.1, 0.7, 0.9, 0.4], [0.2, 0.6, 0.8, 0.9]], np.float32)
-    dice, nll = Truth(truth, Labels([(1, 2), 2], heads=2), torch.device('cpu')).score(
-        torch.from_numpy(p)[:, None, None])
+    dice, nll = Truth(truth, Labels([(1, 2), 2], heads=2), CPU).score(torch.from_numpy(p)[:, None, None])
     assert dice == pytest.approx(np.mean([2 * 2 / (3 + 2), 2 * 2 / (2 + 3)]))
     assert nll == pytest.approx(-np.log([0.9, 0.7, 0.9, 0.4, 0.8, 0.4, 0.8, 0.9]).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
 @pytest.mark.parametrize('number', [0, 3])
-def test_the_distance_of_samples_is_that_of_the_evaluation(regions, number):
+def test_the_energy_of_samples_is_that_of_the_evaluations_functions(regions, number):
     """Of the masks that are drawn, without what is to be ignored; to the truth without raters."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (1 + number, 2, 6, 7))
     labels[0, :, 0] = 3  # to be ignored
-    truth = Truth(labels[0], Labels(regions, 3, 2 if regions else 3), torch.device('cpu'), labels[1:])
-    p = torch.from_numpy(rng.random((4, 2 if regions else 3, 2, 6, 7)))
+    truth = Truth(labels[0], Labels(regions, 3, 2 if regions else 3), CPU, labels[1:])
+    p = torch.from_numpy(rng.random((5, 2 if regions else 3, 2, 6, 7)))
     p = p if regions else p / p.sum(1, keepdim=True)
-    shifts = torch.tensor([0.3, 0.3] if regions else [0, -0.4, 0.8])
-    logits = (torch.logit(p) if regions else p.log()) + shifts.reshape(-1, 1, 1, 1)
-    samples = (logits > 0).numpy() if regions else logits.argmax(1).numpy()[:, None] == [[[[1]]], [[[2]]]]
+    stock, p = p[0], p[1:]
+    stock[:, :, :, -2:] = torch.tensor([0.0, 0.0] if regions else [1.0, 0.0, 0.0]).reshape(-1, 1, 1, 1)  # no foreground
+    shifts = torch.tensor([[0.3, -0.5], [0.3, -0.5]] if regions else [[0, 0.2], [-0.4, 0], [0.8, -0.1]])
+    parts = torch.from_numpy(rng.integers(0, 2, (2, 6, 7)))
+    logits = (torch.logit(p) if regions else p.log()) + shifts[:, parts]
+    drawn = (logits > 0).numpy() if regions else logits.argmax(1).numpy()[:, None] == [[[[1]]], [[[2]]]]
     given = labels[1:] if number else labels[:1]
     others = np.stack([np.isin(given, of) for of in (regions or (1, 2))], 1)
-    samples, others = samples[..., 1:, :], others[..., 1:, :]
-    expected = np.mean([ged_squared(iou_matrix(one, other), iou_matrix(one, one), iou_matrix(other, other))
-                        for one, other in ((samples[:, label], others[:, label]) for label in (0, 1))])
-    assert truth.ged([truth.drawn(sample, shifts) for sample in p]) == pytest.approx(expected)
+    index, eight = octants((stock.amax(0) if regions else 1 - stock[0]).numpy() > 0.1)
+    valid = np.index_exp[..., 1:, :]
+    energy, ged = [], []
+    for label in (0, 1):
+        one, other = drawn[:, label][valid], others[:, label][valid]
+        expected = 1 + float((stock if regions else stock[1:])[label][valid].sum())
+        of_parts = np.stack([volumes_of_parts(m, index[valid], eight) for m in (*one, *other)]) / expected
+        apart = np.linalg.norm(of_parts[:, None] - of_parts, axis=-1)
+        d = 1 - iou_matrix(np.stack([*one, *other]), np.stack([*one, *other])) + apart / (1 + apart)
+        energy.append(kernel_score(d[:4, 4:], d[:4, :4]))
+        ged.append(fair_ged_squared(iou_matrix(one, other), iou_matrix(one, one), iou_matrix(other, other)))
+    truth.set_parts(stock)
+    assert truth.energy([truth.drawn(sample, shifts, parts) for sample in p]) == pytest.approx(
+        (np.mean(energy), np.mean(ged)))
 
 
-def test_samples_of_the_truths_distribution_have_the_lowest_mean_distance_to_it():
-    """Drawn by thresholds as in prediction: a disc with a margin of the truth's width, a narrower, and a wider one."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:32, :32]
-    inside = torch.from_numpy(12 - np.hypot(y - 16, x - 16))[None]  # pixels within a circle
-    truths = [Truth((inside + shift > 0).numpy().astype(int), Labels(heads=2), torch.device('cpu'))
-              for shift in rng.logistic(0, 1, 200)]
-    ged = {}
-    for width in (0.3, 1, 2.5):
-        p = torch.sigmoid(inside / width)
-        samples = [truths[0].drawn(torch.stack([1 - p, p]), draw_shifts(2, False, i, 8, 0)) for i in range(8)]
-        ged[width] = np.mean([truth.ged(samples) for truth in truths])
-    assert ged[1] < min(ged[0.3], ged[2.5]) - 0.01
+def test_a_label_that_the_stock_model_does_not_expect_does_not_outweigh_all_other_cases():
+    labels = np.zeros((1, 30, 30), int)
+    labels[0, 5:25, 5:25] = 1
+    truth = Truth(labels, Labels(heads=2), CPU)
+    truth.set_parts(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1).expand(2, 1, 30, 30))
+    nothing = torch.zeros(900, dtype=torch.uint8)
+    assert 1.9 < truth.energy([nothing, nothing])[0] <= 2
+
+
+NUM_MASKS = 30
+
+
+@pytest.fixture(scope='module')
+def nested() -> tuple[list[Truth], list[Tensor]]:
+    """Discs of NUM_MASKS sizes, each as the truth and as a sample; the stock model knows how often each voxel is in."""
+    y, x = np.mgrid[:24, :24] - 11.5
+    discs = np.hypot(y, x)[None] < np.linspace(3, 11, NUM_MASKS)[:, None, None]
+    p = torch.from_numpy(discs.mean(0))[None]
+    truths = [Truth(disc[None].astype(int), Labels(heads=2), CPU) for disc in discs]
+    for truth in truths:
+        truth.set_parts(torch.stack([1 - p, p]))
+    return truths, [truth.truth for truth in truths]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def exact(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.integers(0, NUM_MASKS, n)
+
+
+def narrow(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.integers(NUM_MASKS // 6, NUM_MASKS - NUM_MASKS // 6, n)
+
+
+def energies(nested, draw: Callable[..., np.ndarray], n: int, cases: int) -> np.ndarray:
+    """(cases, 2) of `Truth.energy`; the truths are the same for every sampler."""
+    truths, masks = nested
+    of_truth, rng = np.random.default_rng(1), np.random.default_rng(2)
+    return np.array([truths[exact(of_truth, 1)[0]].energy([masks[i] for i in draw(rng, n)]) for _ in range(cases)])
+
+
+def test_the_energys_expectation_does_not_depend_on_the_number_of_samples(nested):
+    """It is that of independent draws: half of the mean distance between two of them."""
+    truths, masks = nested
+    distances = np.array([[truth.energy([mask]) for truth in truths] for mask in masks])  # of a single sample
+    expected = distances.mean((0, 1)) / 2
+    for n, cases in ((2, 1500), (8, 250)):
+        for value, expectation in zip(energies(nested, exact, n, cases).T, expected, strict=True):
+            mean, error = mean_and_error(value)
+            assert abs(mean - expectation) < 4 * error and 4 * error < 0.25 * expectation, n
+
+
+def wide(rng: np.random.Generator, n: int) -> np.ndarray:
+    return np.where(rng.random(n) < 0.5, 0, NUM_MASKS - 1)
+
+
+@pytest.mark.parametrize(('n', 'cases'), [(2, 1500), (4, 700)])
+def test_independent_exact_samples_have_the_lowest_energy_however_few_they_are(nested, n, cases):
+    right = energies(nested, exact, n, cases)
+    for wrong in (narrow, wide):
+        for difference in (energies(nested, wrong, n, cases) - right).T:
+            mean, error = mean_and_error(difference)
+            assert mean > 4 * error
 
 
 @pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
 def test_errors_of_volumes_are_in_standard_deviations_of_the_samples(regions):
     manager = Labels(regions, 3, heads=2 if regions else 3)
-    truth = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0]]]), manager, torch.device('cpu'))
+    truth = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0]]]), manager, CPU)
 
-    def mask(ones: int, twos: int) -> torch.Tensor:
+    def mask(ones: int, twos: int) -> Tensor:
         labels = torch.tensor([1] * ones + [2] * twos + [0] * (7 - ones - twos))
         return torch.stack([labels > 0, labels == 2]) if regions else labels
     assert truth.volume_errors([mask(1, 0), mask(3, 0)])[0] == pytest.approx((4 - 2) / np.sqrt(2))
@@ -242,18 +319,124 @@ def test_errors_of_volumes_are_in_standard_deviations_of_the_samples(regions):
     assert truth.volume_errors([mask(4, 0), mask(4, 0)])[0] == 0
     errors = truth.volume_errors([mask(3, 1), mask(3, 1)])
     assert errors[1] == VERY_FAR and errors[0] == (0 if regions else VERY_FAR)
-    partly = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0, 3]]]), manager, torch.device('cpu'))  # a voxel to be ignored
+    partly = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0, 3]]]), manager, CPU)  # a voxel to be ignored
     assert np.isnan(partly.volume_errors([mask(1, 0), mask(3, 0)])).all()
+
+
+# temperature
+
+@pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
+@pytest.mark.parametrize('temperature', [0.7, 2.0])
+def test_a_known_temperature_is_recovered(regions, temperature):
+    """Labels are drawn from the probabilities; the network is too sure or not sure enough by a factor."""
+    generator = torch.Generator().manual_seed(0)
+    of_cases = []
+    for _ in range(3):
+        right = 2 * torch.randn((2 if regions else 3, 10, 40, 40), generator=generator)
+        if regions:  # the second lies within the first
+            outer = torch.rand(right[0].shape, generator=generator) < right[0].sigmoid()
+            inner = torch.rand(right[0].shape, generator=generator) < right[1].sigmoid()
+            labels = torch.where(outer, torch.where(inner, 2, 1), 0)
+            right[1] = torch.logit(right[0].sigmoid() * right[1].sigmoid())
+        else:
+            gumbel = -(-torch.rand(right.shape, generator=generator).log()).log()
+            labels = (right + gumbel).argmax(0)
+        truth = Truth(labels.numpy(), Labels(regions, 3, 2 if regions else 3), CPU)
+        of_cases.append(likelihoods(right * temperature, truth, regions is not None))
+    assert fit_temperature(of_cases) == pytest.approx(temperature, rel=0.04)
+    ignored = likelihoods(right, Truth(np.full(labels.shape, 3), Labels(regions, 3, 2 if regions else 3), CPU),
+                          regions is not None)
+    assert fit_temperature([*of_cases, ignored]) == fit_temperature(of_cases) and fit_temperature([ignored]) == 1
+    assert fit_temperature([np.arange(len(GRID))]) == 0.5 and fit_temperature([-np.arange(len(GRID))]) == 8
+
+
+# the sweep on what is known
+
+class Exact(torch.nn.Module):
+    """The denoiser that knows which masks there are, and that all are as probable: it gives the exact posterior."""
+
+    def __init__(self, masks: Tensor, blind_level: float) -> None:
+        super().__init__()
+        self.masks, self.blind_level = masks, blind_level  # (K, C, Z, Y, X) of 0 and 1
+
+    def forward(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor:
+        if log_snr[0] == self.blind_level:
+            weights = torch.ones(len(image), len(self.masks)) / len(self.masks)
+        else:
+            likeness = torch.einsum('bczyx,kczyx->bk', noisy, 2 * self.masks - 1)
+            scale = signal(log_snr) / noise_scale(log_snr) ** 2
+            weights = (likeness * scale[:, None].float()).softmax(1)
+        return torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
+
+
+class Stock(Exact):
+    """Knows how often each voxel is in them."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image, image, torch.full((len(image),), self.blind_level))
+
+
+class KnownCases:
+    """Cases in the place of `ValidationCases`, of equal size."""
+
+    def __init__(self, labels: Sequence[np.ndarray]) -> None:
+        self.names = [str(i) for i in range(len(labels))]
+        self.labels = labels
+
+    def voxels(self, name: str) -> int:
+        return self.labels[0].size
+
+    def load(self, name: str) -> Case:
+        labels = self.labels[int(name)]
+        return Case(torch.zeros((1, *labels.shape)), labels, [])
+
+
+SIZE = (16, 24, 16)  # of a patch
+
+
+def shapes(nested: bool) -> list[np.ndarray]:
+    """Label maps of three boxes, each within the next one; or of a box that is at one of two places."""
+    boxes = (8, 16), (4, 16), (4, 20)
+    maps = []
+    for start, stop in boxes if nested else ((2, 10), (14, 22)):
+        maps.append(np.zeros(SIZE, int))
+        maps[-1][4:12, start:stop, 4:12] = 1
+    return maps
+
+
+@pytest.mark.parametrize('apart', [True, False])
+def test_an_exact_chain_is_chosen_where_masks_are_no_thresholds_and_only_there(tuned, monkeypatch, apart):
+    monkeypatch.setattr(sweep_module, 'STARTS', (1.0, 0.5))
+    monkeypatch.setattr(sweep_module, 'MORE_STEPS', ())
+    monkeypatch.setattr(sweep_module, 'DRAWS', 4)
+    known = shapes(nested=not apart)
+    predictor = open_model(tuned, 0, CPU)
+    predictor.use_mirroring, refiner = False, predictor.refiner
+    # half of it is decided where two masks that differ in so many voxels of two channels are told apart
+    log_snr = np.linspace(-6, 6, 41) + math.log(1.25 / (2 * (known[0] != known[1]).sum()))
+    share = np.linspace(1, 0, 41)
+    share[1:-1] = 1 / (1 + np.exp(log_snr - log_snr[20]))[1:-1]
+    refiner.store_levels(LevelTable(tuple(log_snr), tuple(share)))
+    masks = torch.cat([one_hot(torch.from_numpy(labels)[None, None], 3) for labels in known])
+    refiner.denoiser, refiner.presegmenter = Exact(masks, refiner.blind_level), Stock(masks, refiner.blind_level)
+    found = sweep(predictor, KnownCases([known[i % len(known)] for i in range(6)]))
+    chain, thresholds = (min(np.mean(row.energy) for row in found.samples if (row.calls > 0) == with_chain)
+                         for with_chain in (True, False))
+    if apart:
+        assert found.chosen_samples.samples_from == 'chain' and chain < 0.8 * thresholds
+    else:
+        assert found.chosen_samples.samples_from == 'stock' and thresholds < 1.2 * chain
+        assert found.temperature == pytest.approx(1, abs=0.05)
 
 
 # the sweep and what is stored
 
 @pytest.fixture(scope='module')
 def small_grid():
-    """Two start levels and up to two steps."""
+    """Two starts, one or two steps, two draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, 'SIGNAL_TO_NOISE', (0.25, 0.004))
-        patch.setattr(sweep_module, 'STEPS', (1, 2))
+        for name, values in (('STARTS', (0.8, 0.4)), ('MORE_STEPS', ()), ('DRAWS', 2), ('DEPENDENCES', (1.0, 0.0))):
+            patch.setattr(sweep_module, name, values)
         yield
 
 
@@ -284,18 +467,22 @@ def scratch(tuned, tmp_path, monkeypatch) -> Path:
     """An own copy of it, with the settings that a model has before tuning, and without the sweep's files."""
     results = tmp_path / 'nnUNet_results'
     shutil.copytree(tuned.parents[1], results)
-    monkeypatch.setattr(sweep_module, 'SIGNAL_TO_NOISE', (0.004,))
+    monkeypatch.setattr(sweep_module, 'STARTS', (0.6,))
+    monkeypatch.setattr(sweep_module, 'FIRST_STEPS', (1,))
     monkeypatch.setenv('nnUNet_results', str(results))
     fold = results / DATASET / tuned.name / 'fold_0'
     for name in FILES:
         (fold / name).unlink()
     for file in fold.glob('checkpoint_*.pth'):
-        checkpoint = torch.load(file, weights_only=False)
-        for prefix, settings in ((MASK, SamplingSettings()), (SAMPLES, SamplingSettings(samples=2))):
-            for name in ('t_start', 'steps', 'samples', 'blend', 'eta', 'redraw'):
-                checkpoint['network_weights'][prefix + name].fill_(getattr(settings, name))
-        torch.save(checkpoint, file)
+        change(file, SamplingSettings(samples=2))
     return fold.parent
+
+
+def change(file: Path, settings: SamplingSettings) -> None:
+    checkpoint = torch.load(file, weights_only=False)
+    for name, value in as_numbers(settings).items():
+        checkpoint['network_weights'][SETTING + name].fill_(value)
+    torch.save(checkpoint, file)
 
 
 def command(*flags: str, fold: str = '0', trainer: str = TUNED) -> None:
@@ -303,7 +490,7 @@ def command(*flags: str, fold: str = '0', trainer: str = TUNED) -> None:
           *flags])
 
 
-def weights(file: Path) -> dict[str, torch.Tensor]:
+def weights(file: Path) -> dict[str, Tensor]:
     return torch.load(file, weights_only=False)['network_weights']
 
 
@@ -311,158 +498,318 @@ def report(model: Path) -> dict:
     return json.loads((model / 'fold_0' / 'sampling_sweep.json').read_text())
 
 
+def chosen_in(model: Path) -> SamplingSettings:
+    return SamplingSettings(**report(model)['chosen']['settings'])
+
+
 def log(model: Path) -> str:
     return ''.join(file.read_text() for file in (model / 'fold_0').glob('training_log*'))
 
 
-def settings_of(row: dict) -> SamplingSettings:
-    return SamplingSettings(**{name: row[name] for name in SamplingSettings.__dataclass_fields__})
+def rows_of(content: dict, of: str) -> dict[SamplingSettings, dict]:
+    return {SamplingSettings(**row['settings']): row for row in content['rows'] if row['of'] == of}
 
 
 def test_training_ends_with_tuned_settings_in_both_checkpoints_and_in_the_network(tuned):
     assert FILES <= {file.name for file in (tuned / 'fold_0').iterdir()}
-    chosen = {of: SamplingSettings(**report(tuned)['chosen'][of]) for of in ('mask', 'samples')}
-    for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
-        stored = weights(tuned / 'fold_0' / name)
-        assert stored_settings(stored, MASK) == chosen['mask'] and stored_settings(stored, SAMPLES) == chosen['samples']
-    assert chosen['samples'].t_start in (703, 960)
-    assert asdict(chosen['mask']) == json.loads((tuned / 'network.json').read_text())  # nnU-Net goes on to validate it
-    assert log(tuned).count('Sampling settings: t_start=') == 1
+    chosen = chosen_in(tuned)
+    assert chosen.samples == 2 and chosen.temperature != SamplingSettings().temperature
+    for name in CHECKPOINTS:
+        assert stored_settings(weights(tuned / 'fold_0' / name)) == chosen
+    assert asdict(chosen) == json.loads((tuned / 'network.json').read_text())  # nnU-Net goes on to validate it
     assert not list((tuned / 'fold_0').glob('.*partial'))
 
     trainer = make_trainer(TUNED, 0)  # --val, and --c after a validation that was cut off
     trainer.load_checkpoint(str(tuned / 'fold_0' / 'checkpoint_final.pth'))
-    assert trainer.refiner.settings == chosen['mask']
+    assert trainer.refiner.settings == chosen
     before = (tuned / 'fold_0' / 'sampling_sweep.json').stat().st_mtime_ns
     trainer.run_training()
     assert (tuned / 'fold_0' / 'sampling_sweep.json').stat().st_mtime_ns == before
     assert 'they were tuned when training ended' in log(tuned)
-    assert stored_settings(weights(tuned / 'fold_0' / 'checkpoint_final.pth'), MASK) == chosen['mask']
+    assert stored_settings(weights(tuned / 'fold_0' / 'checkpoint_final.pth')) == chosen
 
 
 def test_the_report_says_what_was_measured(tuned):
     content = report(tuned)
-    assert content['cases'] == list(CASES) and content['left_out'] == {'settings': [], 'cases': []}
-    rows = {settings_of(r): r for r in content['rows']}
-    single, further = ({s for s in rows if (s.steps == 2) == two} for two in (False, True))
-    stock = next(r for s, r in rows.items() if s.is_stock)
-    # the mask from one of the levels, if a step of the samples from any reached stock's Dice
-    reached = any(rows[s]['dice'] >= stock['dice'] for s in single if s.steps == 1 and s.samples == 2)
-    assert len(single) == 1 + 4 * (1 + 2 + reached)  # stock; blends x (direct; samples x levels; mask)
-    assert {s.t_start for s in single} == {0, 703, 960, 1000} and {s.blend for s in rows} == {0, 0.25, 0.5, 0.75}
-    for number, tried in ((1, reached), (2, True)):  # two steps: with either eta, and redrawing
-        of = {s for s in further if s.samples == number}
-        assert len(of) == 4 * 3 * tried and len({s.t_start for s in of}) == tried
-    mask = rows[SamplingSettings(**content['chosen']['mask'])]
-    assert mask['dice'] >= stock['dice'] and stock['network_calls'] == 0
-    assert f'Dice {mask["dice"]:.4f} against stock {stock["dice"]:.4f} on 3 cases' in content['in_one_line']
-    assert content['in_one_line'] in log(tuned)
+    assert content['cases'] == list(CASES) and content['cases_left_out'] == content['steps_left_out'] == []
+    first, last = rows_of(content, 'samples, first rounds'), rows_of(content, 'samples')
+    chains = {(s.start, s.steps) for s in first if s.samples_from == 'chain'}
+    assert chains == set(itertools.product((0.8, 0.4), (1, 2)))
+    without = {(s.samples_from, s.temperature, s.blind_temperature, s.dependence) for s in first
+               if s.samples_from != 'chain'}
+    fitted, of_blind = content['temperature'], content['blind_temperature']
+    assert without == {(of, t, of_blind, dependence) for dependence in (1, 0)
+                       for of, t in (('stock', 1), ('stock', fitted), ('blind', fitted))}
+    assert len(last) == 3 and sum(s.samples_from == 'chain' for s in last) == 2
+    chosen, masks = chosen_in(tuned), rows_of(content, 'mask')
+    stock = next(row for s, row in masks.items() if s.is_stock)
+    assert masks[chosen]['dice'] >= stock['dice'] and masks[chosen]['chosen'] and stock['network_calls'] == 1
+    assert len(masks) == (12 if chosen.samples_from == 'chain' else 5)
+    text = log(tuned)
+    assert all(text.count(line) == 1 for line in content['log'])
+    assert f'Dice {masks[chosen]["dice"]:.4f}, stock {stock["dice"]:.4f}' in content['log'][0]
+    of_samples = next(row for row in last.values() if row['chosen'])
+    assert f'{of_samples["what"]}: energy {of_samples["energy"]:.3f}' in content['log'][1]
+    other = min((row for row in last.values() if (row['network_calls'] > 0) != (of_samples['network_calls'] > 0)),
+                key=lambda row: row['energy'])
+    assert content['log'][1].endswith(f'{other["what"]}: energy {other["energy"]:.3f}')
+    assert f'on 3 validation cases, {content["passes"]:.0f} passes of the denoiser a case' in content['log'][2]
     with open(tuned / 'fold_0' / 'sampling_sweep.csv', newline='') as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(rows) and 'mask' in ''.join(line['chosen'] for line in table)
+    assert len(table) == len(content['rows']) and sum(line['chosen'] == 'True' for line in table) == 2
     assert float(table[0]['dice']) == pytest.approx(content['rows'][0]['dice'], rel=1e-4)
-    samples = rows[SamplingSettings(**content['chosen']['samples'])]
-    assert np.shape(samples['per_case']['volume_errors']) == (3, 2) and stock['per_case']['volume_errors'] is None
-    assert content['chosen']['interval_sd'] == [0, 0, 0] and 'Intervals of volumes are not calibrated' in log(tuned)
+    assert np.shape(content['volume_errors']) == (3, 2)
+    assert content['chosen']['interval_sd'] == [0, 0, 0] and 'Intervals of volumes are not calibrated' in text
     picture = (tuned / 'fold_0' / 'sampling_sweep.png').read_bytes()
     assert picture.startswith(b'\x89PNG') and len(picture) > 10_000
 
 
+@pytest.mark.parametrize(('settings', 'named'), [
+    (SamplingSettings(start=0.8, steps=2, dependence=0.5), 'start 0.8, 2 steps, dependence 0.5'),
+    (SamplingSettings(start=1.0), 'start 1, 1 step, dependence 1'),
+    (SamplingSettings(samples_from='stock', temperature=1.0), 'thresholds of stock, temperature 1, dependence 1'),
+    (SamplingSettings(samples_from='blind', blind_temperature=1.2, dependence=0.0),
+     'thresholds of the blind mask, temperature 1.2, dependence 0')])
+def test_samples_are_named_in_words(settings, named):
+    assert named_samples(settings) == named
+
+
+def test_masks_that_are_tried():
+    chain = SamplingSettings(start=0.8, steps=2, samples=8)
+    tried = masks_to_try(chain, 4)
+    assert [named_mask(s) for s in tried] == [
+        'stock', 'blind mask', '0.25 stock + 0.75 blind mask', '0.5 stock + 0.5 blind mask',
+        '0.75 stock + 0.25 blind mask', 'mean of the samples', '0.25 stock + 0.75 mean of the samples',
+        '0.5 stock + 0.5 mean of the samples', '0.75 stock + 0.25 mean of the samples',
+        '0.25 blind mask + 0.75 mean of the samples', '0.5 blind mask + 0.5 mean of the samples',
+        '0.75 blind mask + 0.25 mean of the samples']
+    assert {s.drawing == chain.drawing for s in tried} == {True}
+    assert {s.mask_samples for s in tried if s.mask_chain > 0} == {2}  # each under 4 mirrorings
+    assert len(masks_to_try(replace(chain, samples_from='blind'), 4)) == 5
+
+
 def test_rows_are_what_each_setting_gives_alone(tuned):
-    """Sharing and blending change nothing; stock is nnU-Net's own prediction with mirroring."""
-    predictor = open_model(tuned, 0, torch.device('cpu'))
-    cases = ValidationCases(make_trainer(TUNED, 0))
-    case = cases.load(CASES[1])
-    content = report(tuned)
+    """What is shared between settings changes nothing; stock's and the blind mask are nnU-Net's own predictions."""
+    predictor, trainer = open_model(tuned, 0, CPU), make_trainer(TUNED, 0)
+    case, content = ValidationCases(trainer).load(CASES[1]), report(tuned)
     labels = case.labels.clip(0).astype(int)
     image, unpad = pad_nd_image(case.image, predictor.configuration_manager.patch_size, 'constant', {'value': 0}, True)
     box = (slice(None), *unpad[1:])
+    for s, row in rows_of(content, 'mask').items():
+        if s.mask_chain > 0:
+            continue
+        plain = nnUNetPredictor(device=CPU, allow_tqdm=False)
+        plain.initialize_from_trained_model_folder(str(tuned), (0,))
+        network = plain.network
+        network.settings = s
+        with torch.inference_mode():
+            logits = plain.predict_sliding_window_return_logits(case.image).float()
+        p = logits.softmax(0)
+        hard = p.argmax(0).numpy()
+        dice = [2 * ((hard == c) & (labels == c)).sum() / ((hard == c).sum() + (labels == c).sum())
+                for c in (1, 2) if ((hard == c) | (labels == c)).any()]
+        exact_for = s.is_stock or s.mask_blind == 1  # a blend of logits that are means over tiles is not one of p
+        assert row['per_case']['dice'][1] == pytest.approx(np.mean(dice), abs=1e-3 if exact_for else 0.05), s
+        nll = negative_log_likelihood(p.flatten(1).numpy(), labels.flatten())
+        assert row['per_case']['nll'][1] == pytest.approx(nll, rel=1e-3 if exact_for else 0.05), s
+    truth = Truth(case.labels, trainer.label_manager, CPU)
+    for s, row in rows_of(content, 'samples, first rounds').items():
+        volume, masks = Volume(predictor, image, CPU), []
+        with torch.inference_mode():
+            volume.start_fold()
+            volume.blind()  # float16, before a temperature divides it
+            truth.set_parts(logits_to_probabilities(volume.stock_logits[box][None], False)[0])
+            parts = volume.parts(s)
+            for sample in range(sweep_module.DRAWS):
+                p = volume.sample(s, sample, None)
+                shifts = predictor.refiner.end_shifts(s, sample, None, parts.number)
+                masks.append(truth.drawn(p[box], shifts, None if parts.index is None else parts.index[box[1:]]))
+        energy, ged = truth.energy(masks)
+        assert row['per_case']['energy'][1] == pytest.approx(energy), s
+        assert row['per_case']['ged_squared_fair'][1] == pytest.approx(ged), s
+
+
+def test_masks_and_errors_of_volumes_are_of_the_samples_that_a_prediction_draws(tuned):
+    """Which are stratified, and see the image under different mirrorings."""
+    settings = SamplingSettings(start=0.8, steps=2, samples=3, dependence=0.5, temperature=1.3, mask_blind=0.25,
+                                mask_stock=0.25)
+    of_prediction = VolumePredictor(device=CPU, allow_tqdm=False, overrides=asdict(settings))
+    of_prediction.initialize_from_trained_model_folder(str(tuned), (0,))
+    cases, masks = ValidationCases(make_trainer(TUNED, 0)), []
+    case = cases.load(CASES[1])
+    predicted = of_prediction.predict_volume(case.image, lambda i, logits: masks.append(logits.argmax(0).flatten()))
     with torch.inference_mode():
-        volume = Volume(predictor, image, torch.device('cpu'))
-        volume.start_fold()
-        stock = volume.add_stock(torch.zeros(volume.shape), 1.0)[box]
-        for r in content['rows']:
-            s = settings_of(r)
-            if not (s.is_stock or (s.t_start == 960 and s.blend in (0, 0.25))):
-                continue
-            p = stock
-            if not s.is_stock:
-                mean = sum(volume.sample(s, i, s.samples) for i in range(s.samples))[box] / s.samples
-                p = (1 - s.blend) * mean + s.blend * stock
-            mask = p.argmax(0).numpy()
-            dice = [2 * ((mask == c) & (labels == c)).sum() / ((mask == c).sum() + (labels == c).sum())
-                    for c in (1, 2) if ((mask == c) | (labels == c)).any()]
-            assert r['per_case']['dice'][1] == pytest.approx(np.mean(dice), abs=1e-5), s
-            nll = negative_log_likelihood(p.flatten(1).numpy(), labels.flatten())
-            assert r['per_case']['nll'][1] == pytest.approx(nll, rel=1e-4), s
+        opened = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case)
+        scores, errors = opened.masks([settings, replace(settings, mask_stock=1.0, mask_blind=0.0)])
+    np.testing.assert_allclose(errors, opened.truth.volume_errors(masks))
+    assert len(masks) == 3 and np.isfinite(errors).all() and len({int(mask.sum()) for mask in masks}) > 1
+    of_mask, of_stock = (opened.truth.score(logits.float().softmax(0))
+                         for logits in (predicted.logits, predicted.presegmentation))
+    np.testing.assert_allclose(scores, [of_mask, of_stock], rtol=1e-4)
 
 
-def test_what_is_measured_twice_without_a_chain_has_the_same_scores(tuned):
-    """The first estimate is shared between chains, and a result without a chain is no chain's first estimate."""
-    case = CaseSweep(open_model(tuned, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0)).load(CASES[1]))
-    one, other = (SamplingSettings(t_start=1000, steps=0, samples=1, blend=0.0, eta=eta) for eta in (0.0, 1.0))
-    with torch.inference_mode():
-        case.measure([one, other])
-    assert case.scores[one]['nll'] == case.scores[other]['nll'] and case.scores[one]['ged'] == case.scores[other]['ged']
+def counted(predictor: VolumePredictor) -> list[int]:
+    """One entry for each call of the denoiser: for how many tiles."""
+    calls: list[int] = []
+    predictor.refiner.denoiser.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    return calls
 
 
-def test_the_first_step_is_computed_once_for_all_chains_from_the_same_start(tuned, monkeypatch):
-    predictor = open_model(tuned, 0, torch.device('cpu'))
-    cases = ValidationCases(make_trainer(TUNED, 0))
-    cases.names = cases.names[:1]
-    passes = []
-    monkeypatch.setattr(Volume, 'denoise', lambda volume, x, t, mirrored: passes.append(t) or torch.zeros_like(x))
-    monkeypatch.setattr(sweep_module, 'mean', lambda values: 0.0)  # so every level is as good as stock for the mask
-    sweep(predictor, cases)
-    single = 2 * 2 + 1  # from two levels two samples; the direct one
-    assert passes[:single].count(703) == passes[:single].count(960) == 2
-    # a draw for the mask and two samples, from one level each: the first step, and the second one of k=2, three ways
-    assert len(passes) == single + 3 * (1 + 3)
+@pytest.fixture(scope='module')
+def results() -> dict[str, np.ndarray]:
+    """Those of the first run."""
+    return {}
 
 
-def test_memory_is_bounded_at_the_price_of_sharing_less(tuned, monkeypatch):
-    monkeypatch.setattr(sweep_module, 'SIGNAL_TO_NOISE', (0.004,))
-    predictor, cases = open_model(tuned, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))
-    cases.names = cases.names[:1]
-    shared = sweep(predictor, cases)
-    monkeypatch.setattr(sweep_module, 'MEMORY', 1)
-    alone = sweep(predictor, cases)
-    assert shared.rows.keys() == alone.rows.keys()
-    for s in shared.rows:
-        np.testing.assert_array_equal(shared.rows[s].dice, alone.rows[s].dice)
-        np.testing.assert_array_equal(shared.rows[s].nll, alone.rows[s].nll)
+@pytest.mark.parametrize(('memory', 'seconds'), [(2 ** 32, None), (2 ** 32, 1e6), (1, 1e6)])
+def test_passes_are_those_that_happen_and_results_the_same_however_little_memory_there_is(
+        scratch, monkeypatch, results, memory, seconds):
+    monkeypatch.setattr(sweep_module, 'MEMORY', memory)
+    predictor, cases = open_model(scratch, 0, CPU), ValidationCases(make_trainer(TUNED, 0))
+    cases.names = cases.names[:2]
+    calls = counted(predictor)
+    found = sweep(predictor, cases, seconds)
+    tiles = [len(predictor._internal_get_sliding_window_slicers(np.maximum(cases.load(name).labels.shape, SIZE)))
+             for name in cases.names]
+    assert tiles[0] == tiles[1] and found.passes == sum(calls) / sum(tiles)
+    # the blind mask, one chain of one step by two draws, and by two more, and as the mask: without a chain none
+    once = 2 + 2 + 2 + 2 * (found.chosen_samples.samples_from == 'chain')
+    # on the first of two cases one chain, and then it is opened again; in each of five rounds (none of more steps) both
+    probe = 0 if seconds is None else 0.5 + (memory == 1)
+    assert found.passes == once + probe + (memory == 1) * 2 * (sweep_module.ROUNDS - 2)
+    results.setdefault('energy', found.samples[0].energy)
+    np.testing.assert_array_equal(found.samples[0].energy, results['energy'])
 
 
-def test_candidates_stay_within_what_the_model_was_trained_on(tuned):
-    predictor = open_model(tuned, 0, torch.device('cpu'))
-    predictor.refiner.t_max.fill_(800)
-    for prefix in (MASK, SAMPLES):
-        for mirrored in (True, False):
-            tried = candidates(predictor.refiner, prefix, mirrored)
-            assert {s.t_start for s in tried} == {703, 800}
-            assert {s.samples for s in tried if s.steps} == {1 if prefix == MASK and mirrored else 2}
-            assert (0 in {s.steps for s in tried}) == (prefix == MASK)
+MADE_UP = {1: 0.5, 2: 0.4, 3: 0.45, 5: 0.1}
+"""Energy by steps."""
 
 
-def test_the_command_changes_the_settings_and_nothing_else(scratch, monkeypatch):
+def make_up(monkeypatch, of: dict[int, float], thresholds: float = 0.9) -> list[SamplingSettings]:
+    """Energies that are known: by steps, a little lower from a lower start. Returns the settings that are measured."""
+    measured, real = [], sweep_module._CaseSweep.energies
+
+    def known(case, settings, samples):
+        measured.extend(settings)
+        real(case, settings, samples)
+        return [(of[s.steps] + s.start / 100 if s.samples_from == 'chain' else thresholds, 0.0) for s in settings]
+    monkeypatch.setattr(sweep_module._CaseSweep, 'energies', known)
+    return measured
+
+
+class Nothing(torch.nn.Module):
+    """A denoiser that says nothing."""
+
+    def forward(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor:
+        return torch.zeros_like(noisy)
+
+
+@pytest.mark.parametrize(('energies', 'thresholds', 'passes', 'tried'), [
+    ({1: 0.4, 2: 0.5}, 0.1, 48, {1, 2}), ({1: 0.4, 2: 0.5}, 0.9, 56, {1, 2}),
+    ({1: 0.5, 2: 0.4, 3: 0.45}, 0.1, 80, {1, 2, 3}), ({1: 0.5, 2: 0.4, 3: 0.45}, 0.9, 96, {1, 2, 3}),
+    ({1: 0.5, 2: 0.4, 3: 0.3, 5: 0.2}, 0.9, 152, {1, 2, 3, 5})])
+def test_more_steps_are_tried_as_long_as_they_are_better_and_cost_so_many_passes(tuned, monkeypatch, energies,
+                                                                                thresholds, passes, tried):
+    """With eight samples and mirroring along three axes."""
+    for name, values in (('STARTS', (1.0, 0.8, 0.6, 0.4)), ('MORE_STEPS', (3, 5)), ('DRAWS', 4)):
+        monkeypatch.setattr(sweep_module, name, values)
+    predictor = open_model(tuned, 0, CPU)
+    predictor.refiner.configure(SamplingSettings(samples=8), False)
+    predictor.refiner.denoiser, predictor.allowed_mirroring_axes = Nothing(), (0, 1, 2)
+    calls, measured = counted(predictor), make_up(monkeypatch, energies, thresholds)
+    found = sweep(predictor, KnownCases([shapes(nested=True)[0]]))
+    assert found.passes == sum(calls) == passes < 112 + 48 * (5 in tried)
+    chains = [s for s in measured if s.samples_from == 'chain']
+    assert {s.steps for s in chains} == tried
+    assert {s.start for s in chains if s.steps == 3} <= {0.4, 0.6}  # the two best
+    assert {s.start for s in chains if s.steps == 5} <= {0.4}
+    best = min(energies, key=energies.get)
+    assert (found.chosen_samples.start, found.chosen_samples.steps) == (0.4, best) or thresholds < energies[best]
+
+
+def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch):
+    """By a clock that only passes over the volume move: to pre-segment a case takes as long as 8 of the denoiser."""
+    predictor, cases, now = open_model(tuned, 0, CPU), KnownCases([shapes(nested=True)[0]] * 3), [0.0]
+
+    class Clocked(sweep_module.SweepVolume):
+        def start_fold(self):
+            now[0] += 8
+            return super().start_fold()
+
+        def _of_tiles(self, x, level, mirrored):
+            now[0] += len(mirrored)
+            return super()._of_tiles(x, level, mirrored)
+    monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
+    monkeypatch.setattr(sweep_module, 'MORE_STEPS', (3, 5))
+    monkeypatch.setattr(sweep_module, 'DEPENDENCES', (1.0,))
+    predictor.refiner.denoiser = Nothing()
+    measured = make_up(monkeypatch, {1: 0.5, 2: 0.4, 3: 0.3, 5: 0.2})
+    monkeypatch.setattr(sweep_module._CaseSweep, 'likelihoods', lambda case, of: np.zeros(len(GRID)))
+
+    def found_in(seconds):
+        now[0] = 0.0
+        measured.clear()
+        found = sweep(predictor, cases, seconds, lambda: now[0])
+        assert now[0] <= seconds
+        return found
+    # pre-segmentation; two draws from two starts: one and two steps, three steps; of the last two; and the mask's
+    up_to_three = 8 + 2 * 2 * 2 + 2 * 2 * 3 + 2 * 2 * 3 + 2 * 3
+    first_look = 1  # a pass on the first case, to see what it takes
+    found = found_in(3 * up_to_three + first_look)
+    assert found.cases == ['0', '1', '2'] and found.steps_left_out == [5] and {s.steps for s in measured} == {1, 2, 3}
+    found = found_in(3 * (up_to_three + 5 * (2 + 2 * 2 + 2)) + first_look)
+    assert not found.cases_left_out and not found.steps_left_out and {s.steps for s in measured} == {1, 2, 3, 5}
+    with pytest.raises(TuningError, match='0.1 minutes are too short to tune the sampling settings: 3 cases take lon'):
+        found_in(8)
+    with pytest.raises(TuningError):
+        found_in(3 * up_to_three + first_look - 1)
+    monkeypatch.setattr(budget_module, 'FEWEST_CASES', 2)
+    found = found_in(3 * up_to_three + first_look - 1)
+    assert found.cases == ['0', '2'] and found.cases_left_out == ['1']
+    assert len(found.masks[0].dice) == len(found.samples[0].energy) == 2
+    monkeypatch.setattr(sweep_module, 'MEMORY', 1)  # so that each case is opened again in every round
+    in_six_rounds = 2 * (up_to_three + 5 * 8) + first_look + 8
+    assert found_in(in_six_rounds).cases == ['0', '2']
+    with pytest.raises(TuningError):
+        found_in(in_six_rounds - 1)
+
+
+def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
+    monkeypatch.setattr(sweep_module, 'cases_in', lambda *_: [0, 2])
+    monkeypatch.setattr(sweep_module._Run, '_climb', lambda run, rows: run.steps_left_out.append(5) or [])
+    command('-budget', '10')
+    assert 'Left out, for want of time: 1 of 3 cases, 5 steps' in log(scratch)
+    content = report(scratch)
+    assert content['cases'] == [CASES[0], CASES[2]] and content['cases_left_out'] == [CASES[1]]
+    assert content['steps_left_out'] == [5] and {len(row['per_case'].popitem()[1]) for row in content['rows']} == {2}
+
+
+def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_again(scratch):
     fold = scratch / 'fold_0'
-    names = ('checkpoint_final.pth', 'checkpoint_best.pth')
-    before = {name: torch.load(fold / name, weights_only=False) for name in names}
+    before = {name: torch.load(fold / name, weights_only=False) for name in CHECKPOINTS}
     command()
-    chosen = report(scratch)['chosen']
-    for name in names:
+    chosen = chosen_in(scratch)
+    for name in CHECKPOINTS:
         after = torch.load(fold / name, weights_only=False)
         assert after.keys() == before[name].keys()
         assert after['logging'] == before[name]['logging'] and after['current_epoch'] == before[name]['current_epoch']
         changed = [key for key, value in after['network_weights'].items()
                    if not torch.equal(value, before[name]['network_weights'][key])]
-        assert changed and all(key.removeprefix(SAMPLES) in SamplingSettings.__dataclass_fields__ for key in changed)
+        assert changed and all(key.startswith(SETTING) for key in changed)
         moved = before[name]['optimizer_state']['denoiser_before_averaging']
         for key, value in after['optimizer_state']['denoiser_before_averaging'].items():
             assert torch.equal(value, moved[key])
-        assert stored_settings(after['network_weights'], MASK) == SamplingSettings(**chosen['mask'])
-        assert stored_settings(after['network_weights'], SAMPLES) == SamplingSettings(**chosen['samples'])
-    make_trainer(TUNED, 0).load_checkpoint(str(fold / names[0]))  # --c goes on from it
+        assert stored_settings(after['network_weights']) == chosen
+    make_trainer(TUNED, 0).load_checkpoint(str(fold / CHECKPOINTS[0]))  # --c goes on from it
+    first = report(scratch)
+    for name in CHECKPOINTS:  # as if the tuning before had found something else
+        change(fold / name, SamplingSettings(samples=2, start=0.0, steps=7, dependence=0.3, redraw=0, mask_stock=1.0,
+                                             mask_blind=0.0, mask_samples=5))
+    command()
+    again = report(scratch)
+    timed = ('seconds', 'log')
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
+    assert stored_settings(weights(fold / CHECKPOINTS[0])) == chosen
 
 
 def test_widths_of_intervals_go_into_the_final_checkpoint_and_the_network_and_end_with_further_training(
@@ -475,9 +822,19 @@ def test_widths_of_intervals_go_into_the_final_checkpoint_and_the_network_and_en
     assert trainer.refiner.interval_sd.tolist() == [0, 1, 2]
     assert weights(scratch / 'fold_0' / 'checkpoint_final.pth')['interval_sd'].tolist() == [0, 1, 2]
     assert weights(scratch / 'fold_0' / 'checkpoint_best.pth')['interval_sd'].tolist() == [0, 0, 0]  # not measured
-    assert report(scratch)['in_one_line'].endswith('intervals of volumes 1.00, 2.00 sd to both sides')
+    assert report(scratch)['log'][-1] == 'Intervals of volumes: 1.00, 2.00 sd to both sides'
     trainer.on_train_epoch_start()
     assert trainer.refiner.interval_sd.tolist() == [0, 0, 0]
+
+
+def once(monkeypatch) -> None:
+    """The sweep is measured once, whatever is done with it."""
+    measured = []
+
+    def known(predictor, cases, *args, **kwargs):
+        measured.extend([] if measured else [sweep(predictor, cases)])
+        return measured[0]
+    monkeypatch.setattr(tune_module, 'sweep', known)
 
 
 def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(scratch, monkeypatch):
@@ -491,6 +848,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_checkpoint(scratch, monkeypatch)
     with pytest.raises(SystemExit, match='Error: the results cannot be written .No space left on device'):
         command()
     assert file.read_bytes() == before and not list(file.parent.glob('.*partial'))
+    assert not FILES & set(os.listdir(scratch / 'fold_0'))
 
 
 def test_a_full_disk_is_told_where_torch_does_not_tell_it(scratch, monkeypatch):
@@ -499,7 +857,7 @@ def test_a_full_disk_is_told_where_torch_does_not_tell_it(scratch, monkeypatch):
     monkeypatch.setattr(torch, 'save', cut_off)
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match='The disk is full'):
-        store(scratch / 'fold_0', SamplingSettings(), SamplingSettings(), (0.0, 0.0, 0.0))
+        store(scratch / 'fold_0', SamplingSettings(), (0.0, 0.0, 0.0))
 
 
 def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_again(scratch, monkeypatch):
@@ -509,12 +867,7 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
     trainer._first_epoch = trainer.current_epoch - 1
     (fold / 'sampling_sweep.json').write_text('{}')
-    measured = []
-
-    def once(predictor, cases, *args, **kwargs):
-        measured.extend([] if measured else [sweep(predictor, cases)])
-        return measured[0]
-    monkeypatch.setattr(tune_module, 'sweep', once)
+    once(monkeypatch)
 
     class Killed(BaseException):
         pass
@@ -528,8 +881,8 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     trainer._first_epoch = trainer.current_epoch  # --c
     choice = trainer.tune_sampling()
     assert report(scratch)['chosen'] == {**asdict(choice), 'interval_sd': list(choice.interval_sd)}
-    for name in ('checkpoint_final.pth', 'checkpoint_best.pth'):
-        assert stored_settings(weights(fold / name), MASK) == choice.mask
+    for name in CHECKPOINTS:
+        assert stored_settings(weights(fold / name)) == choice.settings
 
 
 def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeypatch):
@@ -545,8 +898,26 @@ def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeyp
     assert 'stay as they are: there is not enough memory to tune them' in log(scratch)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_other_stays_as_it_is(scratch):
-    final, best = (scratch / 'fold_0' / f'checkpoint_{which}.pth' for which in ('final', 'best'))
+def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, capsys):
+    """By a device that is another name of the CPU, and too small for a draw."""
+    case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[0])
+    settings, draw = [SamplingSettings(samples_from='stock')], sweep_module._CaseSweep.draw
+    with torch.inference_mode():
+        expected = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case).energies(settings, range(2))
+        opened = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case)
+        opened.device = opened.opened_on = SimpleNamespace(type='cuda')
+
+        def too_large(self, *args):
+            if self.device.type == 'cuda':
+                raise torch.OutOfMemoryError('CUDA out of memory')
+            return draw(self, *args)
+        monkeypatch.setattr(sweep_module._CaseSweep, 'draw', too_large)
+        assert opened.energies(settings, range(2)) == expected and opened.device == CPU
+    assert 'does not fit on the device: its arrays are kept in main memory' in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_other_stays_as_it_is(scratch, monkeypatch):
+    final, best = (scratch / 'fold_0' / name for name in CHECKPOINTS)
     before = final.read_bytes()
     best.write_bytes(best.read_bytes()[:1000])
     with pytest.raises(SystemExit, match=r'Error: .*checkpoint_best\.pth is truncated or no checkpoint'):
@@ -560,108 +931,37 @@ def test_plain_nnunet_prediction_uses_the_choice_and_each_fold_its_own(tuned, tm
         shutil.copytree(tuned / 'fold_0', model / f'fold_{fold}')
     for name in ('plans.json', 'dataset.json'):
         shutil.copy(tuned / name, model)
-    file = model / 'fold_1' / 'checkpoint_final.pth'
-    checkpoint = torch.load(file, weights_only=False)
-    checkpoint['network_weights']['t_start'].fill_(333)
-    torch.save(checkpoint, file)
-    predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    chosen = chosen_in(tuned)
+    change(model / 'fold_1' / 'checkpoint_final.pth', replace(chosen, start=0.25))
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
-    chosen = SamplingSettings(**report(tuned)['chosen']['mask'])
-    assert predictor.network.settings == chosen != SamplingSettings()
-    of_both = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False)
+    assert predictor.network.settings == chosen
+    of_both = VolumePredictor(device=CPU, allow_tqdm=False)
     of_both.initialize_from_trained_model_folder(str(model), (0, 1))
-    assert [settings.mask.t_start for settings in of_both.fold_settings] == [chosen.t_start, 333]
+    assert of_both.fold_settings == [chosen, replace(chosen, start=0.25)]
 
 
-def test_more_steps_are_tried_as_long_as_they_are_better(scratch, monkeypatch):
-    predictor, cases = open_model(scratch, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))
-    ged = {1: 0.5, 2: 0.4, 3: 0.45, 5: 0.1, 10: 0.1}
-    measured = []
-
-    class Known:
-        def __init__(self, predictor, case):
-            self.scores = {sweep_module.stock_settings(predictor.refiner): {'dice': 0.5, 'nll': 0.1, 'ged': 0.5}}
-
-        def measure(self, settings):
-            measured.append(settings)
-            for s in settings:
-                for b in sweep_module.blended(s):
-                    self.scores[b] = {'dice': 0.6 if s.steps == 2 else 0.55, 'nll': 0.1,
-                                      'ged': ged.get(s.steps, 1) - 0.01 * s.redraw}
-    monkeypatch.setattr(sweep_module, 'CaseSweep', Known)
-    monkeypatch.setattr(sweep_module, 'STEPS', tuple(ged))
-    found = sweep(predictor, cases)
-    assert {s.steps for s in found.for_samples} == {1, 2, 3} and not found.settings_left_out
-    ways = {steps: {(s.eta, s.redraw) for s in found.for_samples if s.steps == steps} for steps in (2, 3)}
-    assert ways == {2: {(0, False), (1, False), (0, True)}, 3: {(0, True)}}  # from three on the one best at two
-    assert {s.steps for s in found.for_mask if not s.is_stock} == {0, 1, 2, 3}
-    ged[2] = 0.6
-    measured.clear()
-    found = sweep(predictor, cases)
-    assert {s.steps for s in found.for_samples} == {1, 2} and {s.steps for s in found.for_mask} == {0, 1, 2, 3}
-    assert len(measured) == 3 * 3  # single steps, two, and three for the mask alone: on three cases
-    assert {s.samples for s in measured[-1]} == {1}
-    predictor.refiner.t_max.fill_(900)  # the only level is then the direct refinement's, too
-    found = sweep(predictor, cases)
-    assert {s.t_start for s in found.for_mask} == {0, 900} and {s.steps for s in found.for_mask} == {0, 1, 2, 3}
+def test_a_chain_that_is_chosen_for_mask_and_samples_is_what_plain_prediction_runs(scratch, monkeypatch):
+    make_up(monkeypatch, {1: 0.1})
+    monkeypatch.setattr(tune_module, 'choose_mask', lambda rows: next(r for r in rows if r.settings.mask_chain == 1))
+    command()
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(scratch), (0,))
+    assert (predictor.network.settings.start, predictor.network.settings.samples_from) == (0.6, 'chain')
+    levels = []
+    predictor.network.denoiser.register_forward_hook(lambda module, inputs, output: levels.append(float(inputs[2][0])))
+    predictor.predict_sliding_window_return_logits(ValidationCases(make_trainer(TUNED, 0)).load(CASES[0]).image)
+    assert levels == pytest.approx([predictor.network.table.log_snr_at(0.6)] * len(levels)) and levels
 
 
-def test_a_budget_is_kept_by_leaving_out(scratch, monkeypatch):
-    """By a clock that only passes over the volume move: to pre-segment a case takes as long as 8 of the denoiser."""
-    predictor, cases = open_model(scratch, 0, torch.device('cpu')), ValidationCases(make_trainer(TUNED, 0))
-    now = [0.0]
-
-    class Clocked(sweep_module.SweepVolume):
-        def start_fold(self):
-            now[0] += 8
-            return super().start_fold()
-
-        def denoise(self, x, t, mirrored):
-            known = self.kept
-            result = super().denoise(x, t, mirrored)
-            now[0] += len(mirrored) * (known is None or result is not known[3])
-            return result
-    monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
-    monkeypatch.setattr(sweep_module, 'mean', lambda values: 0.0)  # so every level is as good as stock for the mask
-    monkeypatch.setattr(cases, 'voxels', lambda name: 1000)  # as the clock has it: all cases take the same time
-    single_steps = 3 * (8 + 2 + 2)  # under two mirrorings: the direct one, two samples
-    # pre-segmentation; a draw for the mask and two samples, three ways
-    second_steps = 3 * (8 + (2 + 2 * 3) + (2 + 2 * 3))
-    found = sweep(predictor, cases, single_steps + second_steps + 1, lambda: now[0])
-    assert now[0] == single_steps + second_steps
-    assert not found.settings_left_out and not found.cases_left_out
-    now[0] = 0
-    found = sweep(predictor, cases, single_steps + second_steps / 3, lambda: now[0])
-    assert {s.steps for s in found.settings_left_out} == {1, 2}  # single steps for the mask
-    assert found.cases == list(CASES) and now[0] == single_steps
-    now[0] = 0
-    found = sweep(predictor, cases, single_steps + 3 * (8 + 2) + 1, lambda: now[0])  # enough time for them
-    assert {s.steps for s in found.settings_left_out} == {2} and found.cases == list(CASES)
-    assert {s.steps for s in found.for_mask if not s.is_stock} == {0, 1}
-    with pytest.raises(TuningError, match='too short to tune the sampling settings: single steps on 3 cases'):
-        sweep(predictor, cases, 3 * 8, lambda: now[0])
-
-
-def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
-    monkeypatch.setattr(sweep_module, 'cases_in', lambda *_: [0, 2])
-    monkeypatch.setattr(sweep_module, 'settings_in', lambda *_: [])
-    command('-budget', '10')
-    assert 'k=2 eta=0, k=2 eta=1, k=2 redraw and 1 of 3 cases' in log(scratch).split('for want of time: settings')[1]
-    content = report(scratch)
-    assert content['cases'] == [CASES[0], CASES[2]] and content['left_out']['cases'] == [CASES[1]]
-    assert {s['steps'] for s in content['left_out']['settings']} - {1} == {2}
-    assert {r['steps'] for r in content['rows']} == {0, 1}
-
-
-def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, scratch_results, small_grid,
-                                                                        monkeypatch):
+def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, scratch_results, small_grid):
     trainer = make_trainer(TUNED, 0)
     trainer.tuning_share = 1e-9
     trainer.run_training()
     model = Path(trainer.output_folder_base)
     assert 'The sampling settings stay as they are: 0.0 minutes are too short' in log(model)
     stored = weights(model / 'fold_0' / 'checkpoint_final.pth')
-    assert stored_settings(stored, MASK) == trainer.sampling and not (FILES & set(os.listdir(model / 'fold_0')))
+    assert stored_settings(stored) == trainer.sampling and not (FILES & set(os.listdir(model / 'fold_0')))
     for fold, share, said in (('all', 1, 'fold all was trained on every case'), (0, 0, 'tuning_share is 0')):
         trainer = make_trainer(TUNED, fold)
         trainer.tuning_share = share
@@ -673,9 +973,15 @@ def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, s
 
 def test_the_papers_trainer_is_not_tuned(stock):
     plans, dataset = (json.loads((stock.preprocessed / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
-    trainer = PDDDPMTrainerPaper({**plans, 'continue_training': False}, '3d_fullres', 0, dataset, torch.device('cpu'))
+    trainer = PDDDPMTrainerPaper({**plans, 'continue_training': False}, '3d_fullres', 0, dataset, CPU)
     assert trainer.tuning_share == 0
     shutil.rmtree(trainer.output_folder_base)
+
+
+def test_a_model_with_the_papers_levels_is_refused(scratch, monkeypatch):
+    monkeypatch.setattr(VolumePredictor, 'refiner', SimpleNamespace(design=DiffusionDesign(paper_levels=300)))
+    with pytest.raises(SystemExit, match=f"Error: .*fold_0 holds a model of {TUNED}, whose settings are the paper's"):
+        command()
 
 
 # raters
@@ -698,16 +1004,19 @@ def raters(stock, tmp_path) -> Path:
 
 def test_with_raters_the_samples_close_to_them_are_chosen(scratch, raters):
     command()
-    to_truth = {settings_of(r): r['per_case']['ged_squared'] for r in report(scratch)['rows']}
+    to_truth = report(scratch)
     command('-raters', str(raters))
     content = report(scratch)
-    ged = {settings_of(r): r['per_case']['ged_squared'] for r in content['rows'] if r['for_samples']}
-    assert len(ged) == 4 and len({tuple(values) for values in ged.values()}) > 1
-    chosen, lowest = ged[SamplingSettings(**content['chosen']['samples'])], min(ged.values(), key=np.mean)
-    assert difference_interval(np.array(chosen), np.array(lowest))[0] <= 0
-    assert f'GED² {np.mean(chosen):.3f}' in content['in_one_line']
-    for settings, values in ged.items():
-        assert values[:2] != to_truth[settings][:2] and values[2] == to_truth[settings][2]  # which has no raters
+    for score in ('energy', 'ged_squared_fair'):
+        for s, row in rows_of(content, 'samples, first rounds').items():
+            values, before = (r['per_case'][score] for r in (row, rows_of(to_truth, 'samples, first rounds')[s]))
+            assert values[0] != before[0] and values[1] != before[1] and values[2] == before[2]  # which has no raters
+    last = rows_of(content, 'samples')
+    chosen, lowest = next(r for r in last.values() if r['chosen']), min(last.values(), key=lambda r: r['energy'])
+    assert difference_interval(*(np.array(r['per_case']['energy']) for r in (chosen, lowest)))[0] <= 0
+    masks = [{s: row['per_case'] for s, row in rows_of(c, 'mask').items() if s.is_stock or s.mask_blind == 1}
+             for c in (to_truth, content)]
+    assert [list(m.values()) for m in masks][0] == [list(m.values()) for m in masks][1]  # measured by the truth
 
 
 def test_raters_masks_come_onto_the_grid_of_the_preprocessed_truth(stock, tuned, tmp_path):

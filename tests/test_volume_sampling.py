@@ -13,9 +13,11 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding
-from nnunet_pdddpm.diffusion.process import GaussianProcess, Redrawing
+from nnunet_pdddpm.diffusion.drawing import drawn_mask
+from nnunet_pdddpm.diffusion.levels import even_table
+from nnunet_pdddpm.diffusion.process import Ancestral, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
-from nnunet_pdddpm.diffusion.schedule import cosine_abar, truncated_levels
+from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.summary import mean_of_known, volumes, write_case, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -28,6 +30,9 @@ from nnunet_pdddpm.inference.volume_sampling import (
 
 CPU = torch.device('cpu')
 CODING = MaskCoding()
+TABLE = even_table(-8.0, 41)
+PROCESSES = pytest.mark.parametrize('process', [Ancestral(), Redrawing(lambda x0_hat, lower: x0_hat.sign())],
+                                    ids=['DDPM', 'redraw'])
 
 
 def field(shape, seed=0, sample=0, correlation=0.0):
@@ -67,22 +72,25 @@ def local_denoiser(x):
     return torch.tanh(2 * torch.nn.functional.avg_pool3d(x[None], 3, 1, 1)[0])
 
 
-@pytest.mark.parametrize('process', [GaussianProcess(cosine_abar(), 0.0), GaussianProcess(cosine_abar(), 1.0),
-                                     Redrawing(GaussianProcess(cosine_abar()), lambda x0_hat, s: x0_hat.sign())],
-                         ids=['eta 0', 'eta 1', 'redraw'])
-@pytest.mark.parametrize(('t_start', 'steps'), [(700, 1), (900, 2), (400, 7), (0, 1)])
-def test_a_volume_is_refined_as_the_whole_tensor_would_be(process, t_start, steps):
+@PROCESSES
+@pytest.mark.parametrize(('start', 'steps'), [(0.7, 1), (1.0, 2), (0.4, 7), (0, 1)])
+def test_a_volume_is_refined_as_the_whole_tensor_would_be(process, start, steps):
     shape = (2, 5, 6, 7)
-    mask = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) > 0).to(torch.uint8)
-    levels = truncated_levels(t_start, steps)
+    mask = CODING.encode(torch.randn(shape, generator=torch.Generator().manual_seed(3)) > 0)
+    levels = TABLE.chain(start, steps)
+    asked = []
 
-    def denoise(x, t):
-        return local_denoiser(x) * math.cos(t / 1000)
+    def denoise(x, level):
+        asked.append(level)
+        return local_denoiser(x) * math.cos(level / 10)
     source = volume_noise(shape, 5, 2, CPU)
-    expected = refine(lambda x, t: denoise(x[0], t)[None], process, CODING.encode(mask)[None], levels,
+    expected = refine(lambda x, level: denoise(x[0], level)[None], process, mask[None], levels,
                       lambda: torch.stack(list(source()), 1)[None])[0]
-    result = refine_volume(denoise, process, mask, CODING, levels, volume_noise(shape, 5, 2, CPU))
+    asked_of_the_whole, asked = asked, []
+    result = refine_volume(denoise, lambda z: process, lambda z: mask[:, z], shape, CPU, levels,
+                           volume_noise(shape, 5, 2, CPU))
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert asked == asked_of_the_whole == levels[:-1]  # one call a step, none where nothing is left to do
 
 
 def tiles_of(shape, tile, step=0.5):
@@ -128,34 +136,38 @@ def test_where_no_tile_is_other_values_stand():
 TILE, VOLUME = (8, 8, 16), (8, 8, 72)
 
 
+def refined(denoise, process, mask, levels, seed, sample):
+    """One sample from a coded mask (C, Z, Y, X)."""
+    return refine_volume(denoise, lambda z: process, lambda z: mask[:, z], mask.shape, CPU, levels,
+                         volume_noise(mask.shape, seed, sample, CPU))
+
+
 def sample_of_the_whole_volume(process, mask, levels, sample):
     tiles, weight = tiles_of(VOLUME, TILE)
-    return refine_volume(lambda x, t: fuse_tiles(((tile, local_denoiser(x[tile])) for tile in tiles), mask.shape,
-                                                 weight, CPU),
-                         process, mask, CODING, levels, volume_noise(mask.shape, 0, sample, CPU))
+    return refined(lambda x, level: fuse_tiles(((tile, local_denoiser(x[tile])) for tile in tiles), mask.shape, weight,
+                                               CPU), process, mask, levels, 0, sample)
 
 
 def sample_of_every_tile_for_itself(process, mask, levels, sample):
     """What a sliding window makes of a network that draws its noise anew for every tile."""
     tiles, weight = tiles_of(VOLUME, TILE)
     number = itertools.count(1000 * sample)
-    return fuse_tiles(((tile, refine_volume(lambda x, t: local_denoiser(x), process, mask[tile], CODING, levels,
-                                            volume_noise(mask[tile].shape, 0, next(number), CPU))) for tile in tiles),
-                      mask.shape, weight, CPU)
+    return fuse_tiles(((tile, refined(lambda x, level: local_denoiser(x), process, mask[tile], levels, 0, next(number)))
+                       for tile in tiles), mask.shape, weight, CPU)
 
 
-@pytest.mark.parametrize('eta', [0.0, 1.0])
+@PROCESSES
 @pytest.mark.parametrize(('draw', 'coherent'), [(sample_of_the_whole_volume, True),
                                                 (sample_of_every_tile_for_itself, False)])
-def test_the_border_between_tiles_is_as_the_inside_for_whole_volumes_and_not_for_single_tiles(draw, coherent, eta):
+def test_the_border_between_tiles_is_as_the_inside_for_whole_volumes_and_not_for_single_tiles(draw, coherent, process):
     """Tiles of 16 start at every 8th voxel: half way between two centres (4 past a start) both weigh the same, at a
     centre one counts alone. The mask is the same all along that axis and the denoiser local, so nothing but the tiles
     tells these places apart. Compared: the variance over the samples, and the squared step to the next voxel;
     each difference has to lie within three of its standard errors."""
     samples = 40
-    mask = torch.zeros((2, *VOLUME), dtype=torch.uint8)
+    mask = torch.full((2, *VOLUME), -1.0)
     mask[0, :, :4], mask[1, :, 4:] = 1, 1
-    process, levels = GaussianProcess(cosine_abar(), eta), truncated_levels(800, 2)
+    levels = TABLE.chain(0.5, 2)
     x = torch.stack([draw(process, mask, levels, i) for i in range(samples)]).double()
     centres = torch.arange(16, 57, 8)
     borders = centres[:-1] + 4
@@ -194,7 +206,7 @@ def spread_of(p, regions, folds=1):
     spread = Spread(p.shape[1:], len(p), folds, regions, CPU)
     for fold in range(folds):
         for sample in range(fold, len(p), folds):
-            spread.add(torch.as_tensor(p[sample], dtype=torch.float32), torch.zeros(p.shape[1]))
+            spread.add(torch.as_tensor(p[sample], dtype=torch.float32), torch.zeros(p.shape[1], 1))
         spread.end_of_fold()
     return spread
 
@@ -246,6 +258,25 @@ def test_running_sums_say_what_stacked_samples_do(regions, samples, folds):
     spread.crop(box)
     for name, values in expected.items():
         np.testing.assert_allclose(spread.maps()[name].numpy(), values[box], atol=3e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+def test_masks_are_counted_as_drawn_with_the_thresholds_of_their_part(regions):
+    rng = np.random.default_rng(2)
+    p = torch.from_numpy(probabilities_like(rng, 1, regions)[0]).float()
+    index = torch.from_numpy(rng.integers(0, 3, p.shape[1:]).astype(np.int32))
+    shifts = torch.from_numpy(rng.normal(0, 2, (3, 3))).float()
+    spread = Spread(p.shape, 2, 1, regions, CPU)
+    for _ in range(2):
+        spread.add(p, shifts, Parts(index, 3))
+    logits = p.logit() if regions else p.log()
+    for part in range(3):
+        shifted = logits + shifts[:, part, None, None, None]
+        expected = shifted > 0 if regions else shifted == shifted.amax(0)
+        assert torch.equal(spread.counts[:, index == part], 2 * expected[:, index == part].to(spread.counts.dtype))
+    whole = drawn_mask(p, regions, shifts[:, :1])
+    assert (spread.counts != 2 * whole).any()
+    torch.testing.assert_close(spread.mean, p)  # which the draws leave alone
 
 
 @pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
@@ -324,7 +355,7 @@ def test_a_region_on_which_all_agree_hides_no_disagreement_on_another(samples):
     for i in range(samples):
         p = torch.ones(2, 1, 1, 2)
         p[1, ..., 0] = float(i % 2)
-        spread.add(p, torch.zeros(2))
+        spread.add(p, torch.zeros(2, 1))
     maps = spread.maps()
     share = (samples // 2) / samples
     expected = -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 2  # mean over the two regions
@@ -398,8 +429,8 @@ def test_a_mean_is_over_the_labels_that_are_there():
 
 
 def a_row(number, folds=1):
-    settings = [{'samples': {'t_start': 700, 'steps': 1}, 'mask': {'t_start': 500 + fold, 'steps': 1},
-                 'slice_correlation': 0.9} for fold in range(folds)]
+    settings = [{'start': 0.6, 'steps': 1 + fold, 'samples_from': 'chain', 'slice_correlation': 0.9}
+                for fold in range(folds)]
     return {'case': f'case_{number:03d}', 'estimated_dice': None, 'uncertain_share': 0.25, 'num_samples': 2,
             'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number}, 'refined_tiles': 1.0,
             'seconds': 1.5, 'versions': {'torch': '2'},
@@ -435,5 +466,5 @@ def test_settings_that_differ_between_folds_are_both_told(tmp_path):
     write_case(tmp_path / 'pdddpm_cases', a_row(0, folds=2))
     write_summary(tmp_path)
     line = next(csv.DictReader((tmp_path / 'pdddpm_summary.csv').open(newline='')))
-    assert line['mask_t_start'] == '500/501' and line['samples_t_start'] == '700'
+    assert (line['start'], line['steps'], line['samples_from']) == ('0.6', '1/2', 'chain')
     assert line['calls_stock'] == '8' and line['case_seconds'] == '1.5'

@@ -18,8 +18,7 @@ import torch
 
 import nnunet_pdddpm
 from nnunet_pdddpm.commands.check_dataset import TRAINER, check_dataset, environment_problem, row
-from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
-from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, SamplingSettings
+from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX
 from nnunet_pdddpm.versions import require_nnunet
 
 SHIM = Path('nnunetv2', 'training', 'nnUNetTrainer', 'variants', 'pdddpm')
@@ -160,7 +159,7 @@ def check_environment(problems: list[str]) -> None:
     print('Environment variables' if variables else f'Environment variables {ENVIRONMENT_PREFIX}*: none')
     for variable in variables:
         row(variable, os.environ[variable])
-    problem = environment_problem(SamplingSettings(t_start=NUM_TIMESTEPS), NUM_TIMESTEPS)
+    problem = environment_problem()
     if problem:
         problems.append(problem)
 

@@ -13,9 +13,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES, stored_settings
+from nnunet_pdddpm.network.refiner import refuse_earlier, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.training.presegmenters import CHECKPOINT, TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
@@ -189,26 +188,27 @@ def check_model(file: Path) -> tuple[str, int | None]:
     """
     try:
         weights = load_checkpoint(file, 'model')['network_weights']
+        refuse_earlier(weights, f'The model {file}')
         check_weights(weights, f'The model {file}')
     except CheckpointError as error:
         return str(error), None
-    try:
-        t_max, *stored = weights['t_max'].item(), *(stored_settings(weights, prefix) for prefix in (MASK, SAMPLES))
-    except KeyError:
-        return f'The model {file} lacks sampling settings: it was not trained by this {TRAINER}; train it again.', None
     embedded = checksum(weights, PRESEGMENTER)
-    if environment_problem(SamplingSettings(t_start=NUM_TIMESTEPS), NUM_TIMESTEPS):
-        return '', embedded  # reported already: no model accepts these values
-    for settings in stored:
-        if problem := environment_problem(settings, t_max):
-            return f'The model {file} cannot be used for prediction: {problem}', embedded
-    return '', embedded
-
-
-def environment_problem(settings: SamplingSettings, t_max: int) -> str:
-    """What is wrong with the environment's overrides of a model's settings; empty if nothing."""
     try:
-        effective_settings(settings, t_max)
+        stored_table(weights)
+    except ValueError as error:
+        problem = str(error)
+    else:  # what no model accepts is reported already
+        problem = '' if environment_problem() else environment_problem(stored_settings(weights))
+    return f'The model {file} cannot be used for prediction: {problem}' if problem else '', embedded
+
+
+def environment_problem(settings: SamplingSettings | None = None) -> str:
+    """What is wrong with the environment's overrides of a model's settings; empty if nothing.
+
+    `settings`: the model's; None for what no model accepts.
+    """
+    try:
+        effective_settings(settings or SamplingSettings(mask_stock=0.0, mask_blind=0.0))
     except ValueError as error:
         return str(error)
     return ''

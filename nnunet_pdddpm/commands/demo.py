@@ -80,7 +80,7 @@ class Demo:
         fold = self.results / f'{trainer}__{PLANS}__{CONFIGURATION}' / 'fold_0'
         if not (fold / 'validation' / 'summary.json').is_file():
             self.call(f'train_{trainer}', 'nnUNetv2_train', str(DATASET_ID), CONFIGURATION, '0', '-tr', trainer,
-                      '-p', PLANS, '-device', self.device, '--c', echo=('Epoch ', 'seudo dice', 'pre-segmented'))
+                      '-p', PLANS, '-device', self.device, '--c', echo=('Epoch ', 'seudo dice'))
 
     def predict(self, trainer: str, name: str, command: str = 'nnUNetv2_predict', *flags: str) -> float:
         """Predict the held-out cases into predictions/<name>; seconds per case."""

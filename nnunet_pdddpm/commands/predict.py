@@ -17,14 +17,29 @@ from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
 from nnunet_pdddpm.inference.summary import read_case, write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
+from nnunet_pdddpm.network.settings import CHOICES, KINDS, RANGES, Value
 from nnunet_pdddpm.report import write_report
 
+SETTINGS = {
+    'samples': 'number of samples',
+    'start': 'share of the uncertainty that is left where a chain starts, 1 pure noise, 0 the stock model itself',
+    'steps': 'denoising steps, each decides the same share',
+    'samples_from': "a chain, or draws without one from the probabilities of the stock model or the blind mask",
+    'start_mask': "what is noised at the start: drawn from the stock model's probabilities, or its hard mask",
+    'redraw': '1: steps from mask to mask; 0: those of DDPM',
+    'dependence': 'how far draws of different objects go together, 1 as one, 0 independently',
+    'temperature': "what the stock model's logits are divided by before a draw",
+    'blind_temperature': "what the blind mask's logits are divided by before a draw",
+    'mask_stock': "weight of the stock model's probabilities in the mask",
+    'mask_blind': "weight of the denoiser's that is shown no mask; the rest is the samples' mean",
+    'seed': 'of noise and draws'}
+"""Sampling settings that have a flag of the same name: what each is. `mask_samples` is for plain `nnUNetv2_predict`."""
 IMAGE_ENDINGS = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`nnUNetv2_pdddpm_predict`."""
-    parser = argparse.ArgumentParser(description='Predict with a PDDDPM model: consensus mask, samples, uncertainty.')
+    parser = argparse.ArgumentParser(description='Predict with a PDDDPM model: mask, samples, uncertainty.')
     add_input_and_output(parser)
     parser.add_argument('-d', required=True, help='data set, by id or name')
     parser.add_argument('-c', required=True, help='configuration, such as 3d_fullres')
@@ -71,16 +86,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     stock.add_argument('--verbose', action='store_true')
 
     sampling = parser.add_argument_group(
-        'sampling', 'In the place of what is stored in the model. With two values the first is for the samples and the '
-                    'second for the consensus mask; one value is for both.')
-    sampling.add_argument('-samples', type=int, help='number of samples')
-    sampling.add_argument('-t_start', type=int, nargs='+', help='noise level at which a chain starts')
-    sampling.add_argument('-steps', type=int, nargs='+', help='denoising steps')
-    sampling.add_argument('-eta', type=float, nargs='+', help='randomness of the steps: 0 DDIM, 1 DDPM')
-    sampling.add_argument('-redraw', type=int, nargs='+', choices=(0, 1),
-                          help='1: every step but the last draws a mask and noises it, in the place of -eta')
-    sampling.add_argument('-blend', type=float, help="weight of the stock model's probabilities in the consensus mask")
-    sampling.add_argument('-seed', type=int, help='of the noise')
+        'sampling', 'In the place of what is stored in the model.')
+    for name, what in SETTINGS.items():
+        if name in CHOICES:
+            sampling.add_argument(f'-{name}', choices=CHOICES[name], help=what)
+        else:
+            low, high = RANGES[name]
+            sampling.add_argument(f'-{name}', type=KINDS[name], help=f'{what}; {low:g} to {high:g}')
     sampling.add_argument('-slice_correlation', type=float, default=0.9,
                           help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: 0.9)')
     sampling.add_argument('-sure', type=float, default=1.0,
@@ -109,13 +121,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                      f'{args.num_parts - 1}')
     if not 0 < args.step_size <= 1:
         parser.error(f'-step_size is {args.step_size}: it must be above 0 and not above 1')
-    overrides = {}
-    for name in ('samples', 't_start', 'steps', 'eta', 'redraw', 'blend', 'seed'):
-        if (value := getattr(args, name)) is not None:
-            values = value if isinstance(value, list) else [value]
-            if len(values) > 2:
-                parser.error(f'-{name} takes one value or two, got {len(values)}')
-            overrides[name] = (values[0], values[-1])
+    overrides = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     try:
         predictor, images, unusable = prepare(args, overrides)
         failed = predict_and_report(args, predictor, images, unusable)
@@ -158,7 +164,7 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     return failed
 
 
-def prepare(args: argparse.Namespace, overrides: dict[str, tuple[int | float, int | float]]
+def prepare(args: argparse.Namespace, overrides: dict[str, Value]
             ) -> tuple[PDDDPMPredictor, list[list[str]], dict[str, str]]:
     """Load the model and check the input; the predictor, the image files of every case, and what is no case and why.
 

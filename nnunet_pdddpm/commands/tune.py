@@ -75,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     parser.add_argument('-budget', type=float, metavar='MINUTES',
-                        help='leave out cases and settings of several steps, to be ready in this time '
-                             '(default: none)')
+                        help='leave out cases and chains of five steps, to be ready in this time (default: none)')
     parser.add_argument('-raters', type=Path,
                         help="folder with several people's masks, CASE__RATER.nii.gz: the samples are chosen by their "
                              'distance to them')

@@ -33,7 +33,7 @@ def format_table(summary: dict[str, Any]) -> str:
     """The table that the demo prints, from what it writes into summary.json."""
     labels = list(summary['dice']['stock'])
     lines = ['Dice on held-out cases'.ljust(24) + ''.join(label.rjust(9) for label in labels) + 's/case'.rjust(9)]
-    for name, title in (('stock', 'stock nnU-Net'), ('pdddpm', 'refined (PDDDPM)'), ('samples', 'the same, 8 samples')):
+    for name, title in (('stock', 'stock nnU-Net'), ('pdddpm', 'PDDDPM'), ('samples', 'the same, 8 samples')):
         lines.append(title.ljust(24) + ''.join(f'{summary["dice"][name][label]:9.4f}' for label in labels)
                      + f'{summary["seconds_per_case"][name]:9.1f}')
     return '\n'.join([*lines, f'{summary["cases"]} cases; seconds include starting the program and file I/O'])
@@ -62,7 +62,7 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
 
 
 def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:
-    """PNG with image, truth, stock mask, refined mask and uncertainty side by side, one row a case.
+    """PNG with image, truth, stock mask, PDDDPM's mask and uncertainty side by side, one row a case.
 
     Args:
         raw: raw data set with imagesTs and labelsTs.
@@ -71,10 +71,10 @@ def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) ->
         num_cases: rows.
     """
     cases = sorted(p.name[:-len('.nii.gz')] for p in (raw / 'labelsTs').glob('*.nii.gz'))[:num_cases]
-    titles = ['image', 'truth', 'stock nnU-Net', 'refined', 'uncertainty']
+    titles = ['image', 'truth', 'stock nnU-Net', 'PDDDPM', 'uncertainty']
     figure, axes = plt.subplots(len(cases), len(titles), figsize=(2.6 * len(titles), 2.9 * len(cases)), squeeze=False)
     for row, case in zip(axes, cases, strict=True):
-        image, truth, stock, refined = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (
+        image, truth, stock, pdddpm = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (
             raw / 'imagesTs' / f'{case}_0000.nii.gz', raw / 'labelsTs' / f'{case}.nii.gz',
             predictions / 'stock' / f'{case}.nii.gz', predictions / 'pdddpm' / f'{case}.nii.gz'))
         uncertainty = sitk.GetArrayFromImage(sitk.ReadImage(
@@ -82,7 +82,7 @@ def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) ->
         z = int(np.argmax((truth == 2).sum((1, 2))))
         row[0].imshow(image[z], cmap='gray')
         row[0].set_ylabel(case)
-        for axis, mask in zip(row[1:4], (truth, stock, refined), strict=True):
+        for axis, mask in zip(row[1:4], (truth, stock, pdddpm), strict=True):
             axis.imshow(mask[z], vmin=0, vmax=2, cmap='viridis', interpolation='nearest')
         row[4].imshow(uncertainty[z], vmin=0, vmax=1, cmap='magma')
         for axis in row:

@@ -1,25 +1,35 @@
-"""The last step of a sample: a mask drawn from the probabilities that the chain ends with, not their mode."""
+"""A mask drawn from probabilities, not their mode: at the start of a chain, between its steps, and at its end."""
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
-from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+from nnunet_pdddpm.diffusion.coding import harden, probabilities_to_logits
+
+END = 0
+"""Stage of a draw that gives the sample's mask; the draws before it count from 1, the start, on."""
 
 
-def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int, level: int = 0) -> Tensor:
+def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int, stage: int = END,
+                parts: int = 1, dependence: float = 1.0) -> Tensor:
     """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.
 
     The Gumbel-max trick (Maddison et al., arXiv 1411.0030, section 2): argmax_c (log p_c + g_c) with Gumbel g_c is a
-    draw from p. Every voxel is drawn with its own probabilities, but with the same g_c for the whole volume: so a mask
-    has no speckle, and margins move together. For two classes and for regions that is a threshold: p > u with one
-    uniform u for all voxels and regions (of which nested ones stay nested).
+    draw from p. Every voxel is drawn with its own probabilities, but with the same g_c in a whole part of the volume:
+    so a mask has no speckle. For two classes and for regions that is a threshold: p > u with one uniform u for all
+    voxels of the part and all regions (of which nested ones stay nested).
 
-    The uniforms are stratified over the samples: of n samples each has another of the quantiles (i + 1/2) / n. So the
-    mean of the n masks is the samples' mean probability as nearly as n masks can give it; and a single sample has
-    u = 1/2, the likeliest mask. Between the steps of a chain they are (i + v) / n with one uniform v for all samples
-    (systematic sampling), so that a mask is a draw also where there are few.
+    Between the parts the uniforms depend on each other by a Gaussian copula with a shared part rho,
+
+        u_j = Phi(sqrt(rho) g + sqrt(1 - rho) z_j),      g, z_j ~ N(0, 1):
+
+    with rho = 1 the whole volume is drawn as one, with rho = 0 the parts are independent.
+
+    Over the samples g and each z_j are stratified: of n samples each has another of the quantiles (i + v) / n, with one
+    uniform v for all of them (Latin hypercube with a random offset). So every sample is a draw, and the mean of the n
+    masks is the mean probability as nearly as n masks can give it.
 
     Args:
         num_channels: C.
@@ -27,22 +37,55 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
         sample: number of the sample, 0 to samples - 1.
         samples: n.
         seed: of the prediction.
-        level: noise level at which a chain goes on with the mask, 0 at its end; other uniforms at each.
+        stage: which draw of a sample; other uniforms at each.
+        parts: J, number of parts of the volume.
+        dependence: rho in [0, 1].
 
     Returns:
-        (C,) float32 on the CPU.
+        (C, J) float32 on the CPU.
+
+    Raises:
+        ValueError: if the dependence lies outside [0, 1].
     """
-    generator = torch.Generator().manual_seed(seed * (NUM_TIMESTEPS + 1) + level)
+    if not 0 <= dependence <= 1:
+        raise ValueError(f'dependence is {dependence}, it must lie in 0 to 1.')
     columns = 1 if regions or num_channels == 2 else num_channels
-    order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(columns)])
-    u = (order[:, sample] + (torch.rand(columns, generator=generator) if level else 0.5)) / samples
+    generator = torch.Generator().manual_seed(seed * 1009 + stage)
+    u = _stratified(columns, 1, sample, samples, generator).expand(columns, parts)
+    if dependence < 1:
+        z = torch.special.ndtri(_stratified(columns, parts, sample, samples, generator))
+        shared = torch.special.ndtri(u)
+        u = torch.special.ndtr(math.sqrt(dependence) * shared + math.sqrt(1 - dependence) * z)
+    u = u.clamp(1e-9, 1 - 1e-9)
     if columns == num_channels and not regions:
-        return -torch.log(-torch.log(u))
-    threshold = -torch.logit(u)
-    return threshold.expand(num_channels) if regions else torch.cat([torch.zeros(1), threshold])
+        return (-torch.log(-torch.log(u))).float()
+    threshold = -torch.logit(u).float()
+    return threshold.expand(num_channels, parts) if regions else torch.cat([torch.zeros(1, parts), threshold])
 
 
-def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor) -> Tensor:
-    """Logits of a sample's probabilities (C, ...) with the shifts (C,) that draw its mask added, float32."""
+def _stratified(columns: int, parts: int, sample: int, samples: int, generator: torch.Generator) -> Tensor:
+    """(columns, parts) float64 uniforms of one of n samples, each stratified over the n."""
+    order = torch.rand((samples, columns, parts), generator=generator).argsort(0)
+    offset = torch.rand((columns, parts), generator=generator, dtype=torch.float64)
+    return ((order[sample] + offset) / samples).clamp(1e-9, 1 - 1e-9)
+
+
+def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Tensor | None = None) -> Tensor:
+    """Logits of probabilities with the shifts added that draw a mask, float32.
+
+    Args:
+        probabilities: (C, ...).
+        regions: whether the channels are regions.
+        shifts: (C, J), see `draw_shifts`.
+        parts: (...) integers, which part each voxel belongs to; None if there is one part.
+    """
     logits = probabilities_to_logits(probabilities[None], regions)[0]
-    return logits + shifts.to(logits.device).reshape(-1, *[1] * (logits.ndim - 1))
+    shifts = shifts.to(logits.device)
+    if parts is None or shifts.shape[1] == 1:
+        return logits.add_(shifts[:, 0].reshape(-1, *[1] * (logits.ndim - 1)))
+    return logits.add_(shifts[:, parts.long()])
+
+
+def drawn_mask(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Tensor | None = None) -> Tensor:
+    """The mask (C, ...) of 0 and 1, float32, that `drawn_logits` with these arguments stand for."""
+    return harden(drawn_logits(probabilities, regions, shifts, parts)[None], regions)[0]

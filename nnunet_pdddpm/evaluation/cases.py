@@ -20,12 +20,15 @@ from nnunet_pdddpm.evaluation.calibration import (
 )
 from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
 from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
-from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
+from nnunet_pdddpm.evaluation.parts import Figures, measure
+from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squared, hungarian_matched_iou
+from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""
 INTERVAL = (0.025, 0.975)
+VOLUME_SCORES = ('crps_volume_ml', 'crps_components', 'energy_octants_ml', 'energy_components_ml')
 NAN = float('nan')
 
 
@@ -39,6 +42,8 @@ class CaseResult:
         bins: reliability by region of voxels.
         values: of the case as a whole: `dice`, `estimated_dice`, `samples`, `raters`.
         best_dice_per_rater: mean over labels, by rater.
+        figures: of samples and of raters (else the reference), by label name; empty if there are fewer than two
+            samples or the reference has ignored voxels.
     """
     case: str
     labels: dict[str, dict[str, float]]
@@ -46,6 +51,7 @@ class CaseResult:
     bins: dict[str, Reliability] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     best_dice_per_rater: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, tuple[Figures, Figures]] = field(default_factory=dict)
 
 
 class _Case:
@@ -185,7 +191,10 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
 
 
 def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult) -> None:
-    """Diversity of the samples; with raters, the distances between both. Without samples, the mask is the only one."""
+    """Diversity and scores of the samples; with raters, the distances between both.
+
+    Without samples the mask is the only one, and has no score.
+    """
     rater_files = data.folders.rater_files(data.name)
     raters = [data.folders.read_mask(file, data.reference) for file in rater_files.values()]
     drawn = samples or [data.prediction]
@@ -193,23 +202,41 @@ def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult
     per_rater = []
     for name, label in data.folders.labels.items():
         of = result.labels[name]
-        sample_masks = np.stack([data.mask(mask, label) for mask in drawn])
-        of_samples = iou_matrix(sample_masks, sample_masks)
+        sample_masks, observed = (np.stack([data.mask(mask, label) for mask in masks])
+                                  for masks in (drawn, raters or [data.reference]))
+        cross, of_samples, of_observed = (iou_matrix(*pair) for pair in (
+            (sample_masks, observed), (sample_masks, sample_masks), (observed, observed)))
         if len(samples) > 1:
-            of['sample_diversity'] = mean_of_pairs(1 - of_samples)
+            of |= {'sample_diversity': mean_of_pairs(1 - of_samples),
+                   'ged_squared_fair': fair_ged_squared(cross, of_samples, of_observed)}
+            _add_scores(data, name, sample_masks, observed, result)
         if not raters:
             continue
-        rater_masks = np.stack([data.mask(mask, label) for mask in raters])
-        cross, of_raters = iou_matrix(sample_masks, rater_masks), iou_matrix(rater_masks, rater_masks)
         per_rater.append(best_dice(cross))
-        of |= {'rater_diversity': mean_of_pairs(1 - of_raters),
-               'ged_squared': ged_squared(cross, of_samples, of_raters),
+        of |= {'rater_diversity': mean_of_pairs(1 - of_observed),
+               'ged_squared': ged_squared(cross, of_samples, of_observed),
                'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
         if 'volume_low_ml' in of:
-            volumes = np.count_nonzero(rater_masks.reshape(len(raters), -1), 1) * data.voxel_ml
+            volumes = np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml
             of['raters_in_interval'] = _share_inside(volumes, of)
     if per_rater:
         result.best_dice_per_rater = dict(zip(rater_files, map(float, np.mean(per_rater, 0)), strict=True))
+
+
+def _add_scores(data: _Case, name: str, samples: np.ndarray, observed: np.ndarray, result: CaseResult) -> None:
+    """Scores of a label's volumes and components; nan where the reference has ignored voxels, as these cut structures.
+
+    Args:
+        samples: (n, z, y, x) bool.
+        observed: (m, z, y, x) bool, of the raters or the reference.
+    """
+    if not data.valid.all():
+        result.labels[name] |= dict.fromkeys(VOLUME_SCORES, NAN)
+        return
+    s, o = result.figures[name] = measure(samples, observed, data.reference.spacing, data.voxel_ml)
+    result.labels[name] |= dict(zip(VOLUME_SCORES, (
+        fair_crps(s.volume, o.volume), fair_crps(s.components, o.components),
+        fair_energy_score(s.octants, o.octants), fair_energy_score(s.parts, o.parts)), strict=True))
 
 
 def _share_inside(volumes: Any, of: dict[str, float]) -> float:

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
 from nnunet_pdddpm.evaluation.cases import INTERVAL, MARGIN_MM, CaseResult, evaluate_case
 from nnunet_pdddpm.evaluation.folders import SUMMARY, EvaluationError, Folders
+from nnunet_pdddpm.evaluation.parts import Figures
+from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 
 Means = dict[str, float]
 
@@ -71,6 +73,8 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float)
                                 'accuracy': _ratio(bins.correct, bins.count)} for where, bins in pooled.items()},
         'estimated_dice': _estimates(folders, results),
         'best_dice_per_rater': _means(result.best_dice_per_rater for result in results),
+        'sample_spread': {name: _spread([r.figures[name] for r in results if name in r.figures])
+                          for name in folders.labels if any(name in r.figures for r in results)},
         'samples': sorted({int(result.values['samples']) for result in results}),
         'raters': sorted({int(result.values['raters']) for result in results}),
         'not_computed': list(_not_computed(folders, results)),
@@ -118,6 +122,16 @@ def _estimates(folders: Folders, results: Sequence[CaseResult]) -> dict[str, dic
                                 for which in ('estimated_dice', 'dice'))) for name, values in rows.items()}
 
 
+def _spread(figures: Sequence[tuple[Figures, Figures]]) -> dict[str, float]:
+    """Spread of a label's samples against the truth's residuals: of volume, number of components, octants' volumes."""
+    volumes, counts, octants = (
+        spread_and_correlation([(of(samples), of(observed)) for samples, observed in figures])
+        for of in (lambda f: f.volume[:, None], lambda f: f.components[:, None], lambda f: f.octants))
+    return {'cases': len(figures), 'sd_ratio': volumes['sd_ratio'], 'sd_ratio_components': counts['sd_ratio'],
+            'sd_ratio_parts': octants['sd_ratio'], 'correlation_parts': octants['correlation'],
+            'correlation_parts_reference': octants['correlation_reference']}
+
+
 def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[str]:
     """One line for each group of metrics whose input is lacking, in all or in some cases."""
     voxelwise = [result.voxelwise.get('all', {}) for result in results]
@@ -128,8 +142,8 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
              ['aurc' in v for v in voxelwise]),
             ('estimated Dice and volume intervals', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
              ['estimated_dice' in result.values for result in results]),
-            ('sample diversity', f'at least two samples/CASE_sNN{folders.ending}',
-             ['sample_diversity' in of for of in first_labels]),
+            ('sample diversity and scores (CRPS, energy score, fair GED)',
+             f'at least two samples/CASE_sNN{folders.ending}', ['sample_diversity' in of for of in first_labels]),
             ('distances to several raters (GED, HM-IoU)', f'-raters with CASE__RATER{folders.ending}',
              [result.values['raters'] > 0 for result in results])):
         if not all(there):

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou
+from nnunet_pdddpm.evaluation.scores import kernel_score, mean_distance
 
 
 def ged_squared(cross: np.ndarray, of_samples: np.ndarray, of_raters: np.ndarray) -> float:
@@ -21,6 +22,23 @@ def ged_squared(cross: np.ndarray, of_samples: np.ndarray, of_raters: np.ndarray
     still subtracted: samples that err in different directions then score better than equally good ones that agree.
     """
     return float(2 * (1 - cross).mean() - (1 - of_samples).mean() - (1 - of_raters).mean())
+
+
+def fair_ged_squared(cross: np.ndarray, of_samples: np.ndarray, of_raters: np.ndarray) -> float:
+    """`ged_squared` without the pairs of a mask with itself, so that its expectation does not depend on their number.
+
+    It is unbiased for samples that are drawn independently of each other (Ferro 2014, doi 10.1002/qj.2270). d = 1 - IoU
+    is negative definite (Jaccard's coefficient is a kernel), so the expectation over cases is lowest for samples of the
+    raters' own distribution: 0 there, at most 2; a single case's value can be negative. With a single rater the last
+    term is 0: a proper score, whose lowest expectation is E[d(Y, Y')]. With one sample the second term is 0: the score
+    of a forecast without spread.
+
+    Raises:
+        ValueError: if there is no sample or no rater, or the matrices do not fit together.
+    """
+    if of_raters.shape != cross.shape[1:] * 2:
+        raise ValueError(f'{cross.shape[1:]} raters do not fit distances of shape {of_raters.shape} between them.')
+    return 2 * kernel_score(1 - cross, 1 - of_samples) - mean_distance(1 - of_raters)
 
 
 def hungarian_matched_iou(cross: np.ndarray) -> float:

@@ -17,15 +17,21 @@ from matplotlib import pyplot as plt  # noqa: E402
 from nnunet_pdddpm.files import without_nan, write_atomically  # noqa: E402
 
 JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', 'evaluation_reliability.png'
+SCORES = ('ged_squared_fair', 'crps_volume_ml', 'crps_components', 'energy_octants_ml', 'energy_components_ml')
 COLUMNS = ('dice', 'iou', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_ml', 'reference_volume_ml',
            'volume_difference_ml', 'estimated_dice', 'volume_low_ml', 'volume_high_ml', 'reference_in_interval',
-           'sample_diversity', 'rater_diversity', 'ged_squared', 'hm_iou', 'best_dice', 'raters_in_interval')
+           'sample_diversity', 'rater_diversity', 'ged_squared', 'hm_iou', 'best_dice', 'raters_in_interval',
+           *SCORES)
 """Metrics of a case and label, in the order of the CSV's columns."""
 TITLES = {'dice': 'Dice', 'hd95_mm': 'HD95 mm', 'surface_dice': 'surf.Dice', 'lesion_f1': 'lesion F1',
           'volume_difference_ml': '|dV| ml', 'estimated_dice': 'est. Dice', 'reference_in_interval': 'V in int.',
           'ged_squared': 'GED^2', 'hm_iou': 'HM-IoU', 'best_dice': 'best Dice', 'sample_diversity': 'div. samp.',
           'rater_diversity': 'div. rat.', 'raters_in_interval': 'V in int.', 'nll': 'NLL', 'brier': 'Brier',
-          'ece': 'ECE', 'adaptive_ece': 'adapt.ECE', 'aurc': 'AURC', 'auroc': 'AUROC'}
+          'ged_squared_fair': 'fair GED^2', 'crps_volume_ml': 'CRPS V ml', 'crps_components': 'CRPS comp.',
+          'energy_octants_ml': 'ES oct. ml', 'energy_components_ml': 'ES comp. ml', 'sd_ratio': 'sd V',
+          'sd_ratio_components': 'sd comp.', 'sd_ratio_parts': 'sd octants', 'correlation_parts': 'corr. samp.',
+          'correlation_parts_reference': 'corr. truth', 'ece': 'ECE', 'adaptive_ece': 'adapt.ECE', 'aurc': 'AURC',
+          'auroc': 'AUROC'}
 
 
 def write_files(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -113,6 +119,14 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
     elif 'sample_diversity' in summary['foreground_mean']:
         yield f'{samples} samples'
         yield from _table(labels, ('sample_diversity',))
+    if 'ged_squared_fair' in summary['foreground_mean']:
+        against = 'the reference' if raters == '0' else f'{raters} raters'
+        yield f'Scores of {samples} samples against {against}, lower is better; fair for independent draws'
+        yield from _table(labels, SCORES)
+    if summary['sample_spread']:
+        yield "Spread of the samples over the truth's distance from their mean: 1 is right; correlation of the octants"
+        yield from _table(summary['sample_spread'], ('sd_ratio', 'sd_ratio_components', 'sd_ratio_parts',
+                                                     'correlation_parts', 'correlation_parts_reference'))
     for line in summary['not_computed']:
         yield f'Not computed: {line}'
 

@@ -84,7 +84,7 @@ class CaseExport:
         """Mask, and what else is to be written but for the samples.
 
         Args:
-            logits: of the consensus mask (C, Z, Y, X).
+            logits: of the mask (C, Z, Y, X).
             stock_logits: of the stock model.
             maps: name -> (Z, Y, X) in [0, 1].
 

@@ -26,7 +26,7 @@ from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summ
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
-from nnunet_pdddpm.network.refiner import INTERVAL, SAMPLES, stored_settings
+from nnunet_pdddpm.network.refiner import INTERVAL, stored_settings
 
 INFINITE = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
@@ -48,7 +48,7 @@ class PDDDPMPredictor(VolumePredictor):
     """As nnUNetPredictor; beside the masks it writes what several samples of each case say.
 
     Use it as nnU-Net's: `initialize_from_trained_model_folder`, then `predict_from_files` (mask, further outputs and
-    summary as files), `predict_single_npy_array` and the others (the consensus mask), or `predict_volume` (everything,
+    summary as files), `predict_single_npy_array` and the others (the mask), or `predict_volume` (everything,
     in the network's grid).
     """
 
@@ -67,8 +67,7 @@ class PDDDPMPredictor(VolumePredictor):
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """As VolumePredictor's; says whether the volumes' intervals are calibrated."""
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        of_folds = torch.stack([parameters.get(INTERVAL, torch.zeros(self.refiner.num_channels))
-                                for parameters in self.list_of_parameters])
+        of_folds = torch.stack([parameters[INTERVAL] for parameters in self.list_of_parameters])
         calibrated = (of_folds > 0).all(0)
         self.interval_sd = [None] * self.refiner.num_channels
         if not calibrated.any():
@@ -85,7 +84,7 @@ class PDDDPMPredictor(VolumePredictor):
     def samples_as_tuned(self) -> bool:
         """Whether samples are drawn as in tuning, but for their number and seed."""
         as_tuned = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
-        return as_tuned and all(settings.samples.chain == stored_settings(parameters, SAMPLES).chain
+        return as_tuned and all(settings.drawing == stored_settings(parameters).drawing
                                 for settings, parameters in zip(self.fold_settings, self.list_of_parameters,
                                                                 strict=True))
 
@@ -262,10 +261,12 @@ class PDDDPMPredictor(VolumePredictor):
 
 
 def require_finite(prediction: VolumePrediction) -> None:
-    """Raise `UnusableLogits` unless the logits of the stock model and of the mask are numbers."""
-    for logits, of in ((prediction.presegmentation, 'stock model'), (prediction.logits, 'refined mask')):
-        if not bool(torch.isfinite(logits).all()):
-            raise UnusableLogits(f'logits of the {of}')
+    """Raise `UnusableLogits` unless what the stock model, the mask and the samples are made of are numbers."""
+    of_all = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
+              'probabilities of the samples': prediction.spread.mean}
+    for what, values in of_all.items():
+        if not bool(torch.isfinite(values).all()):
+            raise UnusableLogits(what)
 
 
 def failures(failed: Mapping[str, str], cases: int) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import harden
-from nnunet_pdddpm.diffusion.drawing import drawn_logits
+from nnunet_pdddpm.diffusion.drawing import drawn_mask
+from nnunet_pdddpm.inference.components import WHOLE, Parts
 
 UNSURE = (0.1, 0.9)
 """A label is unsure at a voxel where its mean probability lies between these."""
@@ -39,13 +40,13 @@ class Spread:
         self.fold_squares = torch.zeros_like(self.entropy)
         self.of_fold = 0
 
-    def add(self, probabilities: Tensor, shifts: Tensor) -> None:
-        """Add the probabilities (C, Z, Y, X) of one sample; `shifts` (C,) draw its mask, see `drawing.draw_shifts`."""
+    def add(self, probabilities: Tensor, shifts: Tensor, parts: Parts = WHOLE) -> None:
+        """Add the probabilities (C, Z, Y, X) of one sample; `shifts` (C, J) draw its mask, see
+        `drawing.draw_shifts`."""
         for z in range(probabilities.shape[1]):
             p = probabilities[:, z]
             self.mean[:, z] += p / self.samples
-            hard = harden(drawn_logits(p, self.regions, shifts)[None], self.regions)[0]
-            self.counts[:, z] += hard.to(self.counts.dtype)
+            self.counts[:, z] += drawn_mask(p, self.regions, shifts, parts.at(z)).to(self.counts.dtype)
             self.entropy[z] += self._entropy(p) / self.samples
             self.squares[z] += self._over_channels(p ** 2) / self.samples
             if self.fold_mean is not None:

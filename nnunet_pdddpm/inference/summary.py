@@ -119,7 +119,4 @@ def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]
 
 def _flat_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One column a setting; where the models differ, their values with a slash between them."""
-    flat = [{**{key: value for key, value in model.items() if key not in ('samples', 'mask')},
-             **{f'{of}_{key}': value for of in ('samples', 'mask') for key, value in model[of].items()}}
-            for model in settings]
-    return {key: '/'.join(dict.fromkeys(str(model[key]) for model in flat)) for key in flat[0]}
+    return {key: '/'.join(dict.fromkeys(str(model[key]) for model in settings)) for key in settings[0]}

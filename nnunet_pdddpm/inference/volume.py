@@ -10,8 +10,8 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities
-from nnunet_pdddpm.diffusion.schedule import truncated_levels
+from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.inference.components import WHOLE, Parts, parts_around_objects
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.tiling import Tile, tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -33,7 +33,7 @@ class VolumePrediction:
     presegmentation: Tensor
     """Stock logits (C, Z, Y, X) float16, mean over folds: what stock nnU-Net predicts."""
     logits: Tensor
-    """Logits (C, Z, Y, X) of the consensus mask, on the CPU."""
+    """Logits (C, Z, Y, X) of the mask, on the CPU."""
     spread: Spread
     """Of the samples, without padding."""
     network_calls: dict[str, int]
@@ -62,6 +62,7 @@ class Volume:
         self.network_calls = {'stock': 0, 'denoiser': 0}
         self.tiles: list[Tile] = []  # that are refined
         self.refined_tiles: list[float] = []  # their share, by fold
+        self.elsewhere: Callable[[int], Tensor] | None = None  # z -> coded values (C, Y, X) where no such tile is
 
     def start_fold(self) -> Tensor:
         """Pre-segment by the model that has just been loaded; its stock logits (C, Z, Y, X) float16 on the CPU."""
@@ -69,9 +70,8 @@ class Volume:
             self.stock_logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
         self.network_calls['stock'] += len(self.all_tiles) * len(self.mirrorings)
         self.refiner.to(self.predictor.device).eval()
-        self.mask = torch.empty(self.shape, dtype=torch.uint8, device=self.device)
-        for z in range(self.shape[1]):
-            self.mask[:, z] = harden(self.stock_logits[None, :, z], self.refiner.regions)[0]
+        self._blind: dict[float, Tensor] = {}  # temperature -> logits
+        self._objects: tuple[float, Parts] | None = None
         self._choose_tiles()
         return self.stock_logits.cpu()
 
@@ -83,45 +83,78 @@ class Volume:
         covered = torch.zeros(self.shape[1:], dtype=torch.bool, device=self.device)
         for tile in self.tiles:
             covered[tile[1:]] = True
-        self.elsewhere = None if bool(covered.all()) else self._coded_stock
+        self.covered = bool(covered.all())
 
     def expect(self, settings: SamplingSettings, draws: Sequence[int], of: int) -> None:
         """Tell the progress bar that draws with these numbers, of so many, are to come."""
         passes = sum(len(mirrorings_of_sample(draw, of, self.mirrorings)) for draw in draws)
-        self.progress.total += passes * max(settings.steps, 1) * len(self.tiles)
+        if settings.samples_from == 'chain' and settings.start > 0:
+            self.progress.total += passes * settings.steps * len(self.tiles)
         self.progress.refresh()
 
-    def sample(self, settings: SamplingSettings, sample: int, samples: int) -> Tensor:
-        """Probabilities (C, Z, Y, X) float32 of sample number `sample` of `samples`."""
-        if settings.t_start == 0 or not self.tiles:
-            return self.add_stock(torch.zeros(self.shape, device=self.device), 1.0)
-        mirrored = mirrorings_of_sample(sample, samples, self.mirrorings)
-        coding = self.refiner.design.coding
+    def blind(self, temperature: float = 1.0) -> Tensor:
+        """Logits (C, Z, Y, X) float16 of the blind mask over a temperature, by nnU-Net's sliding window."""
+        if temperature not in self._blind:
+            if 1.0 in self._blind:
+                return self._blind[1.0] / temperature
+            with self.predictor.blind(temperature):
+                logits = self.predictor.predict_sliding_window_return_logits(self.image)
+            self._blind[temperature] = logits.to(self.device)
+            self.network_calls['denoiser'] += len(self.all_tiles) * len(self.mirrorings)
+            self.refiner.to(self.predictor.device).eval()
+        return self._blind[temperature]
+
+    def parts(self, settings: SamplingSettings) -> Parts:
+        """The parts that are drawn by thresholds of their own, by the stock model's probabilities."""
+        if settings.dependence == 1:
+            return WHOLE
+        if self._objects is None or self._objects[0] != settings.temperature:
+            foreground = torch.empty(self.shape[1:], device=self.device)
+            for z in range(self.shape[1]):
+                p = self._stock_probabilities(z, settings.temperature)
+                foreground[z] = p.amax(0) if self.refiner.regions else 1 - p[0]
+            self._objects = settings.temperature, parts_around_objects(foreground)
+        return self._objects[1]
+
+    def sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
+        """Probabilities (C, Z, Y, X) float32 that sample number `sample` of `samples` (None: one that depends on no
+        other, under one mirroring) is drawn from."""
+        if settings.samples_from == 'blind':
+            return self.add_probabilities(torch.zeros(self.shape, device=self.device),
+                                          self.blind(settings.blind_temperature), 1.0)
+        if settings.samples_from == 'stock' or settings.start == 0 or not self.tiles:
+            return self.add_probabilities(torch.zeros(self.shape, device=self.device), self.stock_logits, 1.0,
+                                          settings.temperature)
+        mirrored = mirrorings_of_sample(sample, samples or len(self.mirrorings), self.mirrorings)
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
-        if settings.steps == 0:
-            x = self.denoise(coding.encode(self.mask), 0, mirrored)
-        else:
-            x = refine_volume(lambda x, t: self.denoise(x, t, mirrored), self.refiner.chain(settings, sample, samples),
-                              self.mask, coding, truncated_levels(settings.t_start, settings.steps), noise)
+        coding, temperature, parts = self.refiner.design.coding, settings.temperature, self.parts(settings)
+        self.elsewhere = None if self.covered else lambda z: coding.encode(self._stock_probabilities(z, temperature))
+        shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
+        whole = self.refiner.chain(settings, sample, samples, None, parts.number)
+        x = refine_volume(
+            lambda x, level: self.denoise(x, level, mirrored),
+            lambda z: whole if parts.index is None else self.refiner.chain(settings, sample, samples, parts.at(z),
+                                                                           parts.number),
+            lambda z: self.refiner.start_mask(self.stock_logits[:, z], settings, shifts, parts.at(z)),
+            self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
         for z in range(self.shape[1]):
             x[:, z] = self.refiner.probabilities(x[None, :, z])[0]
         return x
 
-    def denoise(self, x: Tensor, t: int, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
         """Estimate of the clean coded mask (C, Z, Y, X), fused over tiles and mirrorings; outside them the stock's."""
-        return fuse_tiles(self._of_tiles(x, t, mirrored), self.shape, self.weight, self.device, self.elsewhere)
+        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device, self.elsewhere)
 
-    def _coded_stock(self, z: int) -> Tensor:
-        p = logits_to_probabilities(self.stock_logits[None, :, z], self.refiner.regions)[0]
-        return self.refiner.design.coding.encode(p)
+    def _stock_probabilities(self, z: int, temperature: float) -> Tensor:
+        return logits_to_probabilities(self.stock_logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
-    def _of_tiles(self, x: Tensor, t: int, mirrored: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tile, Tensor]]:
+    def _of_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles, and the estimate (C, ...) in them, under each mirroring, as many at a time as memory allows."""
         left = [(tile, axes) for tile in self.tiles for axes in mirrored]
         while left:
             batch = left[:self.predictor.tile_batch]
             try:
-                estimates = self._denoise_tiles(x, t, batch)
+                estimates = self._denoise_tiles(x, level, batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -132,26 +165,22 @@ class Volume:
             del left[:len(batch)]
             yield from zip((tile for tile, _ in batch), estimates, strict=True)
 
-    def _denoise_tiles(self, x: Tensor, t: int, batch: Sequence[tuple[Tile, tuple[int, ...]]]) -> list[Tensor]:
+    def _denoise_tiles(self, x: Tensor, level: float, batch: Sequence[tuple[Tile, tuple[int, ...]]]) -> list[Tensor]:
         """The denoiser's estimates (C, ...) in tiles under mirrorings, mirrored back."""
         def stacked(of_tile: Callable[[Tile], Tensor]) -> Tensor:
             return torch.stack([of_tile(tile).flip([axis + 1 for axis in axes])
                                 for tile, axes in batch]).to(self.predictor.device)
-        condition = None
-        if self.refiner.design.condition_on_presegmentation:
-            condition = stacked(lambda tile: logits_to_probabilities(self.stock_logits[tile][None],
-                                                                     self.refiner.regions)[0])
         with self.predictor.autocast():
-            estimates = self.refiner.denoise(stacked(lambda tile: self.image[tile]), stacked(lambda tile: x[tile]), t,
-                                             condition)
+            image, masks = stacked(lambda tile: self.image[tile]), stacked(lambda tile: x[tile])
+            estimates = self.refiner.denoise(image, masks, level)
         self.network_calls['denoiser'] += len(batch)
         self.progress.update(len(batch))
         return [estimate.flip([axis + 1 for axis in axes])
                 for estimate, (_, axes) in zip(estimates, batch, strict=True)]
 
-    def add_stock(self, total: Tensor, weight: float) -> Tensor:
-        """Add the stock model's probabilities with a weight to `total` (C, Z, Y, X), in place."""
+    def add_probabilities(self, total: Tensor, logits: Tensor, weight: float, temperature: float = 1.0) -> Tensor:
+        """Add the probabilities of logits (C, Z, Y, X) with a weight to `total`, in place."""
         for z in range(self.shape[1]):
-            p = logits_to_probabilities(self.stock_logits[None, :, z], self.refiner.regions)[0]
-            total[:, z] += weight * p.to(self.device)
+            total[:, z] += weight * logits_to_probabilities(logits[None, :, z].float() / temperature,
+                                                            self.refiner.regions)[0]
         return total

@@ -4,7 +4,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +17,18 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_pdddpm.cpu import cpu_has_bfloat16
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
-from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
+from nnunet_pdddpm.diffusion.drawing import drawn_logits
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
-from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
-from nnunet_pdddpm.network.refiner import MASK, SAMPLES, Refiner, stored_settings
-from nnunet_pdddpm.network.settings import SamplingSettings, environment_overrides, override
+from nnunet_pdddpm.network.checkpoint import (
+    PRESEGMENTER,
+    CheckpointError,
+    check_weights,
+    differences,
+    load_checkpoint,
+)
+from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, refuse_earlier, stored_settings
+from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
 """Told the number of a sample and logits (C, Z, Y, X), whose argmax (regions: sign) is its mask, once it is drawn."""
@@ -36,7 +41,10 @@ class PredictionError(ValueError):
 def refuse_unusable(file: Path) -> None:
     """Raise CheckpointError for a checkpoint that is damaged, executes code, or does not fit the files beside it."""
     checkpoint = load_checkpoint(file, 'model')
-    check_weights(checkpoint['network_weights'], f'The model {file}')
+    weights = checkpoint['network_weights']
+    if any(name.startswith(PRESEGMENTER) for name in weights):
+        refuse_earlier(weights, f'The model {file}')
+    check_weights(weights, f'The model {file}')
     plans, dataset_json = (load_json(str(file.parents[1] / name)) for name in ('plans.json', 'dataset.json'))
     trained_with = checkpoint['init_args']
     for what, (trained, here) in differences(trained_with, plans, trained_with['configuration'], dataset_json).items():
@@ -45,34 +53,22 @@ def refuse_unusable(file: Path) -> None:
                               f'it was trained with.')
 
 
-@dataclass(frozen=True)
-class FoldSettings:
-    """What one model is sampled with."""
-    samples: SamplingSettings
-    mask: SamplingSettings
-
-    @property
-    def shared(self) -> bool:
-        """Whether the draws of the samples serve for the mask, too."""
-        return (self.samples.chain, self.samples.seed) == (self.mask.chain, self.mask.seed)
-
-
 class VolumePredictor(nnUNetPredictor):
     """As nnUNetPredictor; but a volume is sampled as a whole, and every sample can be had.
 
-    The mask is the mean of noise draws with the model's settings for the mask; where those for samples are the same,
-    the samples serve for both. Mirroring is spread over the draws. Several models (folds) share the samples among them.
+    The mask is the blind mask, the stock model's, the mean of the samples, or weighted, as the model's settings say.
+    Mirroring is spread over the samples. Several models (folds) share the samples among them.
     """
 
     network: Any
     perform_everything_on_device: bool
 
-    def __init__(self, *args: Any, overrides: Mapping[str, tuple[int | float, int | float]] | None = None,
+    def __init__(self, *args: Any, overrides: Mapping[str, Value] | None = None,
                  slice_correlation: float = 0.9, sure: float = 1.0, **kwargs: Any) -> None:
         """
         Args:
             args, kwargs: of nnUNetPredictor.
-            overrides: sampling settings in the place of the model's: name -> (for the samples, for the mask).
+            overrides: sampling settings in the place of the model's, by name.
             slice_correlation: of the noise of neighbouring slices, for configurations that segment slices (2d).
             sure: probability of its label from which on the stock model is taken to be sure of a voxel; tiles without
                 an unsure one keep the stock model's result. From 1 on everything is refined.
@@ -92,7 +88,7 @@ class VolumePredictor(nnUNetPredictor):
         self.bfloat16 = cpu_has_bfloat16()
         self.model = ''
         self.folds: list[int | str] = []
-        self.fold_settings: list[FoldSettings] = []
+        self.fold_settings: list[SamplingSettings] = []
         self.num_samples = 0
 
     def initialize_from_trained_model_folder(self, model_training_output_dir: str, use_folds: Any,
@@ -127,19 +123,14 @@ class VolumePredictor(nnUNetPredictor):
         self.model = f'{folder.resolve().parent.name}/{folder.resolve().name}/{checkpoint_name}'
         self.folds = [fold if fold == 'all' else int(fold) for fold in use_folds]
         self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
-        wanted = self.fold_settings[0].samples.samples
+        wanted = self.fold_settings[0].samples
         self.num_samples = max(wanted, len(self.list_of_parameters))
         if self.num_samples > wanted:
             print(f'{self.num_samples} samples instead of {wanted}: one for every fold.')
 
-    def _settings_of(self, parameters: dict[str, Any]) -> FoldSettings:
-        t_max, environment = int(parameters['t_max']), environment_overrides()
-        of_samples, of_mask = ({name: values[i] for name, values in self.overrides.items()} for i in (0, 1))
-        source = 'the command line and environment'
-        of_mask.pop('samples', None)  # the number of samples asked for is not that of the mask's own draws
-        return FoldSettings(*(
-            override(stored_settings(parameters, prefix), {**environment, **flags}, t_max, source)
-            for prefix, flags in ((SAMPLES, of_samples), (MASK, of_mask))))
+    def _settings_of(self, parameters: dict[str, Any]) -> SamplingSettings:
+        return override(stored_settings(parameters), {**environment_overrides(), **self.overrides},
+                        'the command line and environment')
 
     @property
     def refiner(self) -> Refiner:
@@ -152,12 +143,12 @@ class VolumePredictor(nnUNetPredictor):
                                   f'initialize_from_trained_model_folder.')
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
-        """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the consensus mask, as nnUNetPredictor's."""
+        """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the mask, as nnUNetPredictor's."""
         return self.predict_volume(data).logits
 
     @torch.inference_mode()
     def predict_volume(self, data: Tensor, on_sample: OnSample | None = None) -> VolumePrediction:
-        """Consensus mask, uncertainty and samples of one preprocessed image.
+        """Mask, uncertainty and samples of one preprocessed image.
 
         Args:
             data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
@@ -187,41 +178,44 @@ class VolumePredictor(nnUNetPredictor):
         folds, regions = len(self.fold_settings), self.refiner.regions
         volume = Volume(self, image, device)
         spread = Spread(volume.shape, self.num_samples, folds, regions, device)
-        mask = torch.zeros(volume.shape, device=device)  # mean probabilities of the consensus
-        stock_logits: Tensor | None = None
+        mask = torch.zeros(volume.shape, device=device)  # mean probabilities
+        stock_logits, blind_logits = _Sum(), _Sum()  # over the folds
         for fold, (parameters, settings) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             self.refiner.load_state_dict(parameters)
-            of_fold = volume.start_fold()
-            stock_logits = of_fold if stock_logits is None else stock_logits + of_fold
+            stock_logits.add(volume.start_fold())
             samples = range(fold, self.num_samples, folds)
-            mask_draws = max(settings.mask.samples, folds)
-            own_draws = range(fold, mask_draws, folds)
-            blend = 1.0 if settings.mask.is_stock else settings.mask.blend
-            own_draws = own_draws if blend < 1 and not settings.shared else range(0)
-            volume.expect(settings.samples, samples, self.num_samples)
-            volume.expect(settings.mask, own_draws, mask_draws)
+            volume.expect(settings, samples, self.num_samples)
+            weights = {'stock': 1.0, 'blind': 0.0, 'chain': 0.0} if settings.is_stock else \
+                {'stock': settings.mask_stock, 'blind': settings.mask_blind, 'chain': settings.mask_chain}
             for sample in samples:
-                p = volume.sample(settings.samples, sample, self.num_samples)
-                shifts = draw_shifts(len(p), regions, sample, self.num_samples, settings.samples.seed)
-                spread.add(p, shifts)
-                if settings.shared and blend < 1:
-                    mask.add_(p, alpha=(1 - blend) / len(samples) / folds)
+                p = volume.sample(settings, sample, self.num_samples)
+                parts = volume.parts(settings)
+                shifts = self.refiner.end_shifts(settings, sample, self.num_samples, parts.number)
+                spread.add(p, shifts, parts)
+                if weights['chain'] > 0:
+                    mask.add_(p, alpha=weights['chain'] / len(samples) / folds)
                 if on_sample is not None:
-                    on_sample(sample, drawn_logits(p[unpad], regions, shifts).cpu())
+                    in_box = None if parts.index is None else parts.index[unpad[1:]]
+                    on_sample(sample, drawn_logits(p[unpad], regions, shifts, in_box).cpu())
                 del p
             spread.end_of_fold()
-            for draw in own_draws:
-                mask.add_(volume.sample(settings.mask, draw, mask_draws),
-                          alpha=(1 - blend) / len(own_draws) / folds)
-            if blend > 0:
-                volume.add_stock(mask, blend / folds)
+            if weights['blind'] > 0:
+                of_blind = volume.blind(settings.blind_temperature)
+                blind_logits.add(of_blind.cpu())
+                volume.add_probabilities(mask, of_blind, weights['blind'] / folds)
+            if weights['stock'] > 0:
+                temperature = 1.0 if settings.is_stock else settings.temperature
+                volume.add_probabilities(mask, volume.stock_logits, weights['stock'] / folds, temperature)
         volume.progress.close()
-        assert stock_logits is not None
-        stock_logits = stock_logits[unpad] / folds
+        stock = stock_logits.total[unpad] / folds
         spread.crop(unpad[1:])
-        only_stock = all(settings.mask.is_stock for settings in self.fold_settings)
-        logits = stock_logits if only_stock else probabilities_to_logits(mask[unpad], regions).cpu()
-        return VolumePrediction(stock_logits, logits, spread, volume.network_calls,
+        if all(settings.is_stock for settings in self.fold_settings):
+            logits = stock
+        elif all(not settings.is_stock and settings.mask_blind == 1 for settings in self.fold_settings):
+            logits = blind_logits.total[unpad] / folds  # as plain nnUNetv2_predict has it
+        else:
+            logits = probabilities_to_logits(mask[unpad], regions).cpu()
+        return VolumePrediction(stock, logits, spread, volume.network_calls,
                                 sum(volume.refined_tiles) / folds, time.perf_counter() - start)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -235,8 +229,29 @@ class VolumePredictor(nnUNetPredictor):
     @contextmanager
     def presegmenting(self) -> Iterator[None]:
         """Within it the stock network is the network: nnU-Net's code then predicts as for the stock model."""
-        refiner, self.network = self.refiner, self.refiner.presegmenter
+        with self._as_network(self.refiner.presegmenter):
+            yield
+
+    @contextmanager
+    def blind(self, temperature: float) -> Iterator[None]:
+        """Within it the denoiser that is shown no mask is the network, its logits divided by a temperature."""
+        with self._as_network(BlindNetwork(self.refiner, temperature)):
+            yield
+
+    @contextmanager
+    def _as_network(self, network: Any) -> Iterator[None]:
+        refiner, self.network = self.refiner, network
         try:
             yield
         finally:
             self.network = refiner
+
+
+class _Sum:
+    """Of tensors, one after the other."""
+
+    total: Tensor
+
+    def add(self, values: Tensor) -> None:
+        """Another one."""
+        self.total = self.total + values if hasattr(self, 'total') else values

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.coding import MaskCoding
+from nnunet_pdddpm.diffusion.levels import CLEAN
 from nnunet_pdddpm.diffusion.process import ForwardProcess
 from nnunet_pdddpm.diffusion.sampling import seeded_noise
 from nnunet_pdddpm.inference.tiling import Tile
@@ -50,29 +50,32 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
     return field
 
 
-def refine_volume(denoise: Callable[[Tensor, int], Tensor], process: ForwardProcess, mask: Tensor, coding: MaskCoding,
-                  levels: Sequence[int], noise: Callable[[], Iterator[Tensor]]) -> Tensor:
+def refine_volume(denoise: Callable[[Tensor, float], Tensor], process_at: Callable[[int], ForwardProcess],
+                  mask_at: Callable[[int], Tensor], shape: Sequence[int], device: torch.device, levels: Sequence[float],
+                  noise: Callable[[], Iterator[Tensor]]) -> Tensor:
     """One sample of a volume: `diffusion.sampling.refine`, in the same order of draws, slice by slice.
 
     Args:
-        denoise: (x_t, t) -> estimate of the clean coded mask x0 of the whole volume.
-        process: the forward process whose chain is reversed.
-        mask: hard pre-segmentation (C, Z, Y, X), 0 or 1 in any dtype.
-        coding: of the masks that the process works on.
-        levels: t_start = t_0 > ... > t_k = 0, see `schedule.truncated_levels`.
+        denoise: (x_t, log SNR) -> estimate of the clean coded mask x0 of the whole volume.
+        process_at: z -> the forward process whose chain is reversed in that slice.
+        mask_at: z -> the coded mask (C, Y, X) of that slice that is noised first.
+        shape: (C, Z, Y, X).
+        device: of the volume.
+        levels: log SNRs from the start to `CLEAN`, see `LevelTable.chain`.
         noise: source of noise fields, see `volume_noise`.
 
     Returns:
-        The coded mask at level 0, (C, Z, Y, X) float32.
+        The last estimate of the coded mask, (C, Z, Y, X) float32.
     """
-    x = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+    x = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     for z, eps in enumerate(noise()):
-        x[:, z] = process.start(coding.encode(mask[None, :, z]), levels[0], eps)[0]
-    for t, s in zip(levels[:-1], levels[1:], strict=True):
-        x0_hat = denoise(x, t)
-        no_noise = itertools.repeat(torch.zeros((), device=x.device), mask.shape[1])
-        for z, eps in enumerate(noise() if s > 0 and process.stochastic else no_noise):
-            x[:, z] = process.step(x[None, :, z], x0_hat[None, :, z], coding.encode(mask[None, :, z]), t, s, eps)[0]
+        x[:, z] = process_at(z).start(mask_at(z)[None], levels[0], eps)[0]
+    for level, lower in zip(levels[:-1], levels[1:], strict=True):
+        x0_hat = denoise(x, level)
+        if lower == CLEAN:
+            return x0_hat
+        for z, eps in enumerate(noise()):
+            x[:, z] = process_at(z).step(x[None, :, z], x0_hat[None, :, z], level, lower, eps)[0]
     return x
 
 

@@ -48,14 +48,18 @@ def load_checkpoint(file: Path, what: str = 'stock model') -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f'The {what} {file} does not exist: train it first with nnUNetv2_train, or name '
                               f'another trained model in {PRESEGMENTER_VARIABLE}.')
-    if not zipfile.is_zipfile(file):
-        raise CheckpointError(f'The {what} {file} is truncated or no checkpoint; train or copy it again.')
     try:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(f'The {what} {file} is truncated or no checkpoint; train or copy it again.')
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
         if damaged is not None:
             raise CheckpointError(f'The {what} {file} is damaged: the checksum of {damaged} in it is wrong; train or '
                                   f'copy it again.')
+        if folders:  # torch.save writes none, and torch.load gives a tensor that is marked as one any values
+            raise CheckpointError(f'The {what} {file} is damaged: {folders[0]} in it is no file; train or copy it '
+                                  f'again.')
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
@@ -63,7 +67,9 @@ def load_checkpoint(file: Path, what: str = 'stock model') -> dict[str, Any]:
         raise CheckpointError(f'The {what} {file} holds objects that nnU-Net does not write'
                               f'{f" ({found[1]})" if found else ""} and is not loaded: use a checkpoint written by '
                               f'nnUNetv2_train.') from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except CheckpointError:
+        raise
+    except (RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f'The {what} {file} cannot be read ({reason}); train or copy it again.') from error
     if not (isinstance(checkpoint, dict) and {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys()

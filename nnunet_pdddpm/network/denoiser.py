@@ -31,28 +31,28 @@ class SplitConv(nn.Module):
         return self.image_conv(image) + self.mask_conv(mask)
 
 
-class TimestepEmbedding(nn.Module):
-    """Noise level to a feature vector: sinusoids (Vaswani et al. 2017, section 3.5) and a two-layer perceptron."""
+class LevelEmbedding(nn.Module):
+    """Log SNR to a feature vector: sinusoids (Vaswani et al. 2017, section 3.5) and a two-layer perceptron."""
 
     frequencies: Tensor
 
-    def __init__(self, num_features: int, num_frequencies: int = 32) -> None:
+    def __init__(self, num_features: int, num_frequencies: int = 16) -> None:
         super().__init__()
-        frequencies = torch.exp(-math.log(10000) * torch.arange(num_frequencies) / num_frequencies)
+        frequencies = torch.linspace(math.log(0.05), math.log(3), num_frequencies).exp()  # periods of 2 to 126
         self.register_buffer('frequencies', frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, num_features), nn.SiLU(),
                                     nn.Linear(num_features, num_features), nn.SiLU())
 
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) levels in 0..T -> (B, num_features)."""
-        angles = t.float()[:, None] * self.frequencies
+    def forward(self, log_snr: Tensor) -> Tensor:
+        """(B,) log SNRs -> (B, num_features)."""
+        angles = log_snr.float()[:, None] * self.frequencies
         return self.layers(torch.cat([angles.sin(), angles.cos()], 1))
 
 
 class Modulation(nn.Module):
-    """Feature-wise scale and shift of one U-Net stage by the timestep; the identity until trained.
+    """Feature-wise scale and shift of one U-Net stage by the noise level; the identity until trained.
 
-    h -> (1 + scale(t)) h + shift(t): FiLM (Perez et al., arXiv 1709.07871, eq. 2).
+    h -> (1 + scale) h + shift: FiLM (Perez et al., arXiv 1709.07871, eq. 2).
     """
 
     def __init__(self, num_embedding: int, num_features: int) -> None:
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
         """
         Args:
             unet: the planned network as nnU-Net builds it for the image channels; it is taken over and extended.
-            mask_channels: number of channels behind the image: noisy mask, and pre-segmentation if conditioned on it.
+            mask_channels: number of channels of the noisy mask, behind the image.
 
         Raises:
             NotImplementedError: if the planned network is no U-Net of this form.
@@ -94,22 +94,22 @@ class Denoiser(nn.Module):
         self.unet: Any = net
         replace_first_convolution(unet, mask_channels)
         width = 128
-        self.embedding = TimestepEmbedding(width)
+        self.embedding = LevelEmbedding(width)
         features = list(net.encoder.output_channels)
         self.encoder_modulations = nn.ModuleList(Modulation(width, f) for f in features)
         self.decoder_modulations = nn.ModuleList(Modulation(width, f) for f in features[-2::-1])
 
-    def forward(self, image: Tensor, mask: Tensor, t: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, image: Tensor, mask: Tensor, log_snr: Tensor) -> Tensor | list[Tensor]:
         """
         Args:
             image: (B, image channels, ...) preprocessed patch.
-            mask: (B, mask channels, ...) noisy mask (and pre-segmentation probabilities).
-            t: (B,) noise levels in 0..T.
+            mask: (B, mask channels, ...) noisy mask; zeros where none is shown.
+            log_snr: (B,) noise levels.
 
         Returns:
             (B, C, ...) logits of the clean mask, or the predicted noise; a list of them with deep supervision.
         """
-        embedding = self.embedding(t)
+        embedding = self.embedding(log_snr)
         encoder, decoder = self.unet.encoder, self.unet.decoder
         x = torch.cat([image, mask.to(image.dtype)], 1)
         if getattr(encoder, 'stem', None) is not None:

@@ -2,38 +2,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, probabilities_to_logits
-from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits
-from nnunet_pdddpm.diffusion.process import ForwardProcess, GaussianProcess, Level, Redrawing, x0_from_eps
+from nnunet_pdddpm.diffusion.drawing import END, draw_shifts, drawn_mask
+from nnunet_pdddpm.diffusion.levels import LevelTable, even_table, paper_table
+from nnunet_pdddpm.diffusion.measuring import NODES
+from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
-from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS, SCHEDULES, truncated_levels
-from nnunet_pdddpm.network.checkpoint import check_weights, note_checksum
+from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, note_checksum
 from nnunet_pdddpm.network.denoiser import Denoiser
-from nnunet_pdddpm.network.settings import SamplingSettings, effective_settings
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, effective_settings, from_numbers
 
 _refine = torch.compiler.disable(refine, recursive=False)
 
-MASK, SAMPLES = '', 'sampler_'  # prefixes of the two sets of sampling settings in the state dict
+SETTING = 'setting_'  # prefix of the sampling settings in the state dict
 INTERVAL = 'interval_sd'  # in the state dict: see `configure`
+BLIND = 5.0
+"""What the blind level is below the lowest log SNR."""
+LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
+"""In the state dict: the table of noise levels, and what it was measured by (see `LevelMeter`)."""
 
 
 @dataclass(frozen=True)
 class DiffusionDesign:
     """What a trained denoiser cannot be used without knowing; fixed per trainer class."""
-    schedule: str = 'cosine'
     coding: MaskCoding = MaskCoding()
     parameterisation: str = 'x0'
     """'x0': the denoiser gives logits of the clean mask; 'eps': it gives the noise."""
-    condition_on_presegmentation: bool = False
-    """Whether the denoiser sees the pre-segmentation's probabilities as further channels."""
+    paper_levels: int = 0
+    """0: levels are shares of uncertainty, measured in training; else T' of the paper's cosine schedule."""
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes of the table of levels."""
+        return self.paper_levels + 1 if self.paper_levels else NODES
+
+    def first_table(self) -> LevelTable:
+        """The table of levels before training."""
+        return paper_table(self.paper_levels) if self.paper_levels else even_table(-14.0, NODES)
 
 
 class NoisyBatch(NamedTuple):
@@ -41,11 +53,9 @@ class NoisyBatch(NamedTuple):
     image: Tensor
     """(B, image channels, ...) preprocessed patch."""
     noisy: Tensor
-    """(B, C, ...) coded mask x_t."""
-    t: Tensor
+    """(B, C, ...) coded mask x_t; zeros at the blind level, where no mask is shown."""
+    log_snr: Tensor
     """(B,) noise levels."""
-    presegmentation: Tensor
-    """(B, C, ...) probabilities of the pre-segmentation; (B, 0, ...) where the denoiser does not see them."""
 
     def to(self, *args: Any, **kwargs: Any) -> NoisyBatch:
         """All parts moved as `Tensor.to` moves one."""
@@ -53,15 +63,14 @@ class NoisyBatch(NamedTuple):
 
 
 class Refiner(nn.Module):
-    """Frozen pre-segmenter + denoiser + sampling settings, one state dict.
+    """Frozen pre-segmenter + denoiser + table of levels + sampling settings, one state dict.
 
-    `forward(image)` pre-segments, noises, takes the reverse steps and returns bounded float32 logits whose softmax
-    (sigmoid for regions) is the mean of the sampled probabilities. `forward(NoisyBatch)` is the denoiser alone, for
-    training. The same image always gives the same result: the noise depends on the seed and the sample's number.
+    `forward(image)` gives the logits of the mask that the settings ask for: of the blind mask, one call of the
+    denoiser, by default. `forward(NoisyBatch)` is the denoiser alone, for training. The same image always gives the
+    same result: noise and draws depend on the seed and the sample's number.
     """
 
     has_regions: Tensor
-    t_max: Tensor
     interval_sd: Tensor
 
     def __init__(self, presegmenter: nn.Module, unet: nn.Module, num_channels: int, design: DiffusionDesign) -> None:
@@ -75,28 +84,26 @@ class Refiner(nn.Module):
         super().__init__()
         self.design = design
         self.num_channels = num_channels
-        self.abar = SCHEDULES[design.schedule]()
         self.presegmenter = presegmenter.requires_grad_(False).eval()
-        self.denoiser = Denoiser(unet, num_channels * (2 if design.condition_on_presegmentation else 1))
+        self.denoiser = Denoiser(unet, num_channels)
         self.register_buffer('has_regions', torch.tensor(False))
-        self.register_buffer('t_max', torch.tensor(NUM_TIMESTEPS))
         self.register_buffer(INTERVAL, torch.zeros(num_channels))
-        for prefix in (MASK, SAMPLES):
-            for name, value in asdict(SamplingSettings()).items():
-                dtype = torch.float32 if isinstance(value, float) else None  # there is no float64 on mps
-                self.register_buffer(prefix + name, torch.tensor(value, dtype=dtype))
+        for name in LEVELS:
+            self.register_buffer(name, torch.zeros(design.nodes))
+        for name, value in as_numbers(SamplingSettings()).items():
+            dtype = torch.float32 if isinstance(value, float) else None  # there is no float64 on mps
+            self.register_buffer(SETTING + name, torch.tensor(value, dtype=dtype))
         self.presegmenter_checksum: int | None = None  # see `check_weights`
         self.register_state_dict_post_hook(note_checksum)
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
+        self.store_levels(design.first_table())
 
-    def configure(self, settings: SamplingSettings, sample_settings: SamplingSettings, t_max: int,
-                  has_regions: bool, interval_sd: Sequence[float] | None = None) -> None:
+    def configure(self, settings: SamplingSettings, has_regions: bool,
+                  interval_sd: Sequence[float] | None = None) -> None:
         """Store and use what a trained model is sampled with.
 
         Args:
-            settings: of the mask, as `forward` and plain `nnUNetv2_predict` give it.
-            sample_settings: of the samples that `nnUNetv2_pdddpm_predict` draws.
-            t_max: the highest trained level.
+            settings: of samples and mask.
             has_regions: whether the heads are regions (sigmoid) or classes (softmax).
             interval_sd: for each channel half of the 95 % interval of volumes, in standard deviations of the samples'
                 volumes; 0 where it is not known, None if nowhere.
@@ -104,31 +111,40 @@ class Refiner(nn.Module):
         Raises:
             ValueError: if a setting is out of range.
         """
-        for prefix, stored in ((MASK, settings), (SAMPLES, sample_settings)):
-            for name, value in asdict(stored.check(t_max)).items():
-                getattr(self, prefix + name).fill_(value)
-        self.t_max.fill_(t_max)
+        for name, value in as_numbers(settings.check()).items():
+            getattr(self, SETTING + name).fill_(value)
         self.has_regions.fill_(has_regions)
         self.interval_sd.copy_(torch.tensor(interval_sd or (0.0,)))
         self.use_stored_settings()
 
+    def store_levels(self, table: LevelTable, cross_entropy: Tensor | None = None, count: Tensor | None = None) -> None:
+        """Store and use a table of levels, and what it was measured by, both (nodes,)."""
+        for name, values in zip(LEVELS, (torch.tensor(table.log_snr), torch.tensor(table.share), cross_entropy, count),
+                                strict=True):
+            getattr(self, name).copy_(torch.zeros(self.design.nodes) if values is None else values)
+        self.table = stored_table(dict(self.named_buffers(recurse=False)))  # as it will be loaded, in float32
+
     def use_stored_settings(self) -> None:
-        """Sample with the settings in the state dict, read once: at every tile that would wait for the GPU."""
+        """Sample with what is in the state dict, read once: at every tile that would wait for the GPU."""
+        buffers = dict(self.named_buffers(recurse=False))
         self.regions = bool(self.has_regions)
-        self.settings = stored_settings(dict(self.named_buffers(recurse=False)), MASK)
+        self.settings = stored_settings(buffers)
+        self.table = stored_table(buffers)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; then samples with the settings that came with the weights, or the environment's overrides.
 
         Raises:
             ValueError: if a setting is out of range, or the weights are damaged, see `check_weights`.
+            CheckpointError: if it is the state of a version that had no table of levels.
         """
+        refuse_earlier(state_dict, 'The model')
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         before = self.settings
-        result = super().load_state_dict(with_later_settings(state_dict, self.num_channels), strict, assign)
+        result = super().load_state_dict(state_dict, strict, assign)
         self.use_stored_settings()
         stored = self.settings
-        self.settings = effective_settings(stored, int(self.t_max))
+        self.settings = effective_settings(stored)
         if self.settings not in (stored, before):  # nnU-Net loads the weights anew for every case
             print(f'The environment overrides the sampling settings of the model: {self.settings}')
         return result
@@ -144,24 +160,51 @@ class Refiner(nn.Module):
         """The denoiser's decoder, whose `deep_supervision` nnU-Net switches."""
         return self.denoiser.unet.decoder
 
-    def process(self, eta: float) -> ForwardProcess:
-        """The forward process this network is trained and sampled with."""
-        return GaussianProcess(self.abar, eta)
+    def chain(self, settings: SamplingSettings, sample: int, samples: int | None, parts: Tensor | None = None,
+              num_parts: int = 1) -> ForwardProcess:
+        """The process that sample number `sample` of `samples` (None: one that depends on no other) reverses.
 
-    def chain(self, settings: SamplingSettings, sample: int, samples: int) -> ForwardProcess:
-        """The process that sample number `sample` of `samples` reverses; masks (B, C, ...)."""
-        process = self.process(settings.eta)
+        `parts`: (...) which part of the volume each voxel of masks (B, C, ...) belongs to, of `num_parts` that are
+        drawn by uniforms of their own; None for one part.
+        """
         if not settings.redraw:
-            return process
+            return Ancestral()
+        stages = {level: 2 + i for i, level in enumerate(self.table.chain(settings.start, settings.steps)[1:])}
 
         @cache
-        def shifts(s: int) -> Tensor:  # once a level: a volume comes slice by slice
-            return draw_shifts(self.num_channels, self.regions, sample, samples, settings.seed, s)
+        def shifts(lower: float) -> Tensor:  # once a level: a volume comes slice by slice
+            return self._shifts(settings, sample, samples, stages[lower], num_parts)
 
-        def draw_mask(x0_hat: Tensor, s: Level) -> Tensor:
-            logits = [drawn_logits(p, self.regions, shifts(int(s))) for p in self.design.coding.decode(x0_hat)]
-            return self.design.coding.encode(harden(torch.stack(logits), self.regions))
-        return Redrawing(process, draw_mask)
+        def draw_mask(x0_hat: Tensor, lower: float) -> Tensor:
+            masks = [drawn_mask(p, self.regions, shifts(lower), parts) for p in self.design.coding.decode(x0_hat)]
+            return self.design.coding.encode(torch.stack(masks))
+        return Redrawing(draw_mask)
+
+    def start_shifts(self, settings: SamplingSettings, sample: int, samples: int | None, num_parts: int = 1
+                     ) -> Tensor:
+        """What draws the mask that a chain starts from: see `draw_shifts`."""
+        return self._shifts(settings, sample, samples, 1, num_parts)
+
+    def end_shifts(self, settings: SamplingSettings, sample: int, samples: int | None, num_parts: int = 1
+                   ) -> Tensor:
+        """What draws a sample's mask at the end: see `draw_shifts`."""
+        return self._shifts(settings, sample, samples, END, num_parts)
+
+    def _shifts(self, settings: SamplingSettings, sample: int, samples: int | None, stage: int, num_parts: int
+                ) -> Tensor:
+        seed = settings.seed
+        if samples is None:
+            seed, sample, samples = seed * 1_000_003 + sample + 1, 0, 1
+        return draw_shifts(self.num_channels, self.regions, sample, samples, seed, stage, num_parts,
+                           settings.dependence)
+
+    def start_mask(self, stock_logits: Tensor, settings: SamplingSettings, shifts: Tensor, parts: Tensor | None = None
+                   ) -> Tensor:
+        """The coded mask (C, ...) that a chain starts from, of stock logits (C, ...): drawn by the shifts, or hard."""
+        if settings.start_mask == 'hard':
+            return self.design.coding.encode(harden(stock_logits[None], self.regions)[0])
+        p = logits_to_probabilities(stock_logits[None].float() / settings.temperature, self.regions)[0]
+        return self.design.coding.encode(drawn_mask(p, self.regions, shifts, parts))
 
     # Under torch.compile the sampling loop stays Python (a graph of it would be made anew for every level) and the two
     # networks that it calls are compiled: hence `disable` without recursion on every frame above them.
@@ -170,87 +213,120 @@ class Refiner(nn.Module):
     def forward(self, x: Tensor | NoisyBatch) -> Tensor | list[Tensor]:
         """(B, image channels, ...) image -> (B, C, ...) logits; `NoisyBatch` -> the denoiser's raw output."""
         if isinstance(x, NoisyBatch):
-            return self.denoiser(x.image, self._mask_channels(x.noisy, x.presegmentation), x.t)
+            return self.denoiser(x.image, x.noisy, x.log_snr)
         return self.sample(x, self.settings)
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=False)
     def sample(self, image: Tensor, settings: SamplingSettings) -> Tensor:
-        """Mean of `settings.samples` refined masks of a patch, as logits.
+        """The mask of a patch, as logits: of the stock model, the blind mask, the mean of samples, or weighted.
 
         Args:
             image: (B, image channels, ...).
-            settings: with t_start = 0 or blend = 1 the stock network's own output is returned, untouched.
+            settings: with start = 0 or mask_stock = 1 the stock network's own output is returned, untouched; with
+                mask_blind = 1 the denoiser's, divided by its temperature.
 
         Returns:
-            (B, C, ...) float32 logits within +-13.9, unless they are the stock network's own.
+            (B, C, ...) logits; of a weighted mean of probabilities, each under its temperature, float32 within +-13.9.
         """
-        stock_logits = self.presegmenter(image)
         if settings.is_stock:
-            return stock_logits
-        stock = logits_to_probabilities(stock_logits, self.regions)
-        x_pre = self.design.coding.encode(harden(stock_logits, self.regions))
-        if settings.steps == 0:
-            mean = self.probabilities(self.denoise(image, x_pre, 0, stock))
-        else:
-            levels = truncated_levels(settings.t_start, settings.steps)
-            mean = torch.zeros_like(stock)
-            for sample in range(settings.samples):
-                draw = seeded_noise(x_pre.shape[1:], settings.seed, sample, x_pre.device)  # broadcast over the batch
-                x = _refine(lambda x, t: self.denoise(image, x, t, stock),
-                            self.chain(settings, sample, settings.samples), x_pre, levels, draw)
-                mean += self.probabilities(x) / settings.samples
-        return probabilities_to_logits((1 - settings.blend) * mean + settings.blend * stock, self.regions)
+            return self.presegmenter(image)
+        if settings.mask_blind == 1:
+            return self.blind_logits(image, settings.blind_temperature)
+        stock_logits = self.presegmenter(image)
+        mean = settings.mask_stock * self._tempered(stock_logits, settings.temperature)
+        if settings.mask_blind > 0:
+            mean += settings.mask_blind * self._tempered(self.blind_logits(image), settings.blind_temperature)
+        if settings.mask_chain > 0:
+            mean += settings.mask_chain * self._mean_of_samples(image, stock_logits, settings)
+        return probabilities_to_logits(mean, self.regions)
 
     @torch.compiler.disable(recursive=False)
-    def denoise(self, image: Tensor, x: Tensor, t: Level, presegmentation: Tensor | None) -> Tensor:
+    def blind_logits(self, image: Tensor, temperature: float = 1.0) -> Tensor:
+        """(B, image channels, ...) -> logits (B, C, ...) of the denoiser that is shown no mask, over a temperature."""
+        nothing = image.new_zeros((image.shape[0], self.num_channels, *image.shape[2:]))
+        output = self.denoiser(image, nothing, self._level(self.blind_level, image))
+        return (output[0] if isinstance(output, list) else output) / temperature
+
+    def _tempered(self, logits: Tensor, temperature: float) -> Tensor:
+        return logits_to_probabilities(logits.float() / temperature, self.regions)
+
+    @property
+    def blind_level(self) -> float:
+        """Number that stands for the blind level in the place of a log SNR: below all of them."""
+        return self.table.log_snr[0] - BLIND
+
+    def _level(self, level: float, like: Tensor) -> Tensor:
+        return torch.full((like.shape[0],), level, dtype=torch.float32, device=like.device)
+
+    def _mean_of_samples(self, image: Tensor, stock_logits: Tensor, settings: SamplingSettings) -> Tensor:
+        """Mean probabilities (B, C, ...) of `mask_samples` samples of a patch, drawn as one part."""
+        if settings.samples_from == 'stock':
+            return self._tempered(stock_logits, settings.temperature)
+        if settings.samples_from == 'blind':
+            return self._tempered(self.blind_logits(image), settings.blind_temperature)
+        number, levels = settings.mask_samples, self.table.chain(settings.start, settings.steps)
+        mean = torch.zeros_like(stock_logits, dtype=torch.float32)
+        for sample in range(number):
+            shifts = self.start_shifts(settings, sample, number)
+            mask = torch.stack([self.start_mask(logits, settings, shifts) for logits in stock_logits])
+            draw = seeded_noise(mask.shape[1:], settings.seed, sample, mask.device)  # broadcast over the batch
+            x = _refine(lambda x, level: self.denoise(image, x, level), self.chain(settings, sample, number), mask,
+                        levels, draw)
+            mean += self.probabilities(x) / number
+        return mean
+
+    @torch.compiler.disable(recursive=False)
+    def denoise(self, image: Tensor, x: Tensor, level: float) -> Tensor:
         """The denoiser's estimate of the clean coded mask under x_t, (B, C, ...) float32.
 
         Args:
             image: (B, image channels, ...).
             x: (B, C, ...) coded mask x_t.
-            t: noise level.
-            presegmentation: (B, C, ...) probabilities of the pre-segmentation, if the design conditions on them.
+            level: log SNR.
         """
-        level = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        output = self.denoiser(image, self._mask_channels(x, presegmentation), level)
+        output = self.denoiser(image, x, self._level(level, x))
         output = (output[0] if isinstance(output, list) else output).float()
         coding = self.design.coding
         if self.design.parameterisation == 'x0':
             return coding.encode(logits_to_probabilities(output, self.regions))
-        return x0_from_eps(x, output, t, self.abar).clamp(coding.low, coding.high)
+        return x0_from_eps(x, output, level).clamp(coding.low, coding.high)
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Coded mask at level 0 to probabilities; classes sum to one."""
+        """Coded estimate of the clean mask to probabilities; classes sum to one."""
         p = self.design.coding.decode(x)
         if self.regions:
             return p
         total = p.sum(1, keepdim=True)
-        return torch.where(total > 0, p / total.clamp(min=1e-12), 1 / self.num_channels)
-
-    def _mask_channels(self, x: Tensor, presegmentation: Tensor | None) -> Tensor:
-        if self.design.condition_on_presegmentation:
-            assert presegmentation is not None
-            return torch.cat([x, self.design.coding.encode(presegmentation)], 1)
-        return x
+        return torch.where(total == 0, 1 / self.num_channels, p / total.clamp(min=1e-12))  # NaN stays NaN
 
 
-def stored_settings(weights: Mapping[str, Tensor], prefix: str) -> SamplingSettings:
-    """The settings of the mask (`MASK`) or the samples (`SAMPLES`) in a refiner's state dict, without any override.
+class BlindNetwork(nn.Module):
+    """The blind mask as a network of its own, for nnU-Net's sliding window: image (B, ...) -> logits (B, C, ...)."""
 
-    Raises:
-        KeyError: if it is no refiner's.
-    """
-    weights = with_later_settings(weights, 0)
-    values: dict[str, Any] = {name: weights[prefix + name].item() for name in asdict(SamplingSettings())}
-    values.update({name: round(value, 6) for name, value in values.items() if isinstance(value, float)})
-    return SamplingSettings(**values)
+    def __init__(self, refiner: Refiner, temperature: float) -> None:
+        """`refiner`: whose denoiser it is; `temperature`: that its logits are divided by."""
+        super().__init__()
+        self.denoiser, self.temperature = refiner.denoiser, temperature
+        self._blind_logits = refiner.blind_logits
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See `Refiner.blind_logits`."""
+        return self._blind_logits(image, self.temperature)
 
 
-def with_later_settings(weights: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
-    """A refiner's state dict with what models of earlier versions lack: no step redraws, no interval is calibrated."""
-    completed: Any = copy(weights)  # with its metadata
-    for prefix in (MASK, SAMPLES):
-        completed.setdefault(prefix + 'redraw', torch.tensor(False))
-    completed.setdefault(INTERVAL, torch.zeros(num_channels))
-    return cast(dict[str, Any], completed)
+def refuse_earlier(weights: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError for a refiner's state of a version that named noise levels by numbers."""
+    if not {LEVELS[0], SETTING + 'start'} <= weights.keys():
+        raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
+                              f'otherwise: train it again with this version.')
+
+
+def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:
+    """The settings in a refiner's state dict, without any override; raises KeyError if it is no refiner's."""
+    return from_numbers({name: weights[SETTING + name].item() for name in as_numbers(SamplingSettings())})
+
+
+def stored_table(weights: Mapping[str, Tensor]) -> LevelTable:
+    """The table of noise levels in a refiner's state dict; raises ValueError if it is not monotone."""
+    return LevelTable(*(tuple(weights[name].double().tolist()) for name in LEVELS[:2]))

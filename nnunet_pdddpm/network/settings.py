@@ -3,84 +3,123 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-
-from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Union
 
 ENVIRONMENT_PREFIX = 'nnUNet_pdddpm_'
+Value = Union[float, int, str]
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How masks are drawn. A model holds two: for its consensus mask, and for the samples. Checked by `check`."""
-    t_start: int = 700
-    """Level at which the noised pre-segmentation enters the chain, 0 (no refinement) to the highest trained level."""
+    """How samples are drawn, and what the mask is made of. Checked by `check`."""
+    start: float = 0.6
+    """Share of the mask's uncertainty that is left where a chain starts: 1 is pure noise, 0 the stock model itself."""
     steps: int = 1
-    """Reverse steps k from t_start down to 0, up to t_start; 0: no chain, the denoiser is shown the pre-segmentation
-    itself (level 0) and asked once for the best mask."""
-    samples: int = 1
-    """Noise draws n whose probabilities are averaged."""
-    eta: float = 0.0
-    """Stochasticity of the reverse steps: 0 DDIM, 1 ancestral DDPM."""
-    redraw: bool = False
-    """Whether every step but the last draws a mask and noises it, which leaves no part to eta: see `Redrawing`."""
-    blend: float = 0.0
-    """Weight of the stock model's probabilities in the result: 0 none, 1 the stock prediction itself."""
+    """Reverse steps k; each decides the same share."""
+    samples: int = 8
+    """Number n of samples."""
+    samples_from: str = 'chain'
+    """'chain'; or no chain: draws from the probabilities of the 'stock' model or of the 'blind' mask."""
+    start_mask: str = 'drawn'
+    """What is noised at the start: 'drawn' from the stock model's probabilities, or its 'hard' mask."""
+    redraw: int = 1
+    """1: every step but the last draws a mask and noises it, see `Redrawing`; 0: steps of DDPM."""
+    dependence: float = 1.0
+    """How far draws in different components go together, see `draw_shifts`: 1 as one, 0 independently."""
+    temperature: float = 1.5
+    """What the stock model's logits are divided by before a draw from them (Guo et al. 2017, arXiv 1706.04599)."""
+    blind_temperature: float = 1.0
+    """The same for the blind mask's, also where it is the mask: its probabilities change, not their order."""
+    mask_stock: float = 0.0
+    """Weight of the stock model's probabilities in the mask's; 1 is the stock prediction itself."""
+    mask_blind: float = 1.0
+    """Weight of the denoiser's, shown no mask at all; the rest of the weight is the samples' mean."""
+    mask_samples: int = 1
+    """Samples in that mean in plain `nnUNetv2_predict`; `nnUNetv2_pdddpm_predict` has those that it draws."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise and the draws."""
 
-    def check(self, t_max: int, source: str = 'the sampling settings') -> SamplingSettings:
-        """Return self if every value is in range for a model trained on levels 1..t_max.
+    def check(self, source: str = 'the sampling settings') -> SamplingSettings:
+        """Return self if every value is in range.
 
         Raises:
             ValueError: with a sentence that names the setting, its value and its range.
         """
-        ranges = {'t_start': (0, t_max), 'steps': (0, self.t_start or NUM_TIMESTEPS), 'samples': (1, 10_000),
-                  'eta': (0, 1), 'redraw': (0, 1), 'blend': (0, 1), 'seed': (0, 2 ** 31 - 1)}
-        for name, (low, high) in ranges.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                why = {'t_start': f' (this model was trained on noise levels up to {t_max})',
-                       'steps': f' (a chain from t_start={self.t_start} has at most that many)'}.get(name, '')
-                raise ValueError(f'{name}={value} in {source} is out of range: it must lie in {low} to {high}{why}.')
+                raise ValueError(f'{name}={value} in {source} is out of range: it must lie in {low} to {high}.')
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name}={getattr(self, name)} in {source} is unknown: it must be one of '
+                                 f'{", ".join(choices)}.')
+        if self.mask_stock + self.mask_blind > 1 + 1e-6:
+            raise ValueError(f'mask_stock={self.mask_stock:g} and mask_blind={self.mask_blind:g} in {source} are '
+                             f'weights of which the sum cannot be above 1: lower one of them.')
         return self
 
     @property
-    def way(self) -> tuple[float, bool]:
-        """From step to step: eta and redraw."""
-        return self.eta, self.redraw
-
-    @property
-    def chain(self) -> tuple[int, int, tuple[float, bool]]:
-        """What a sample is drawn by, but for its noise."""
-        return self.t_start, self.steps, self.way
+    def mask_chain(self) -> float:
+        """Weight of the samples' mean in the mask."""
+        return max(0.0, round(1 - self.mask_stock - self.mask_blind, 6))
 
     @property
     def is_stock(self) -> bool:
-        """True if these settings ask for the stock model's own prediction."""
-        return self.t_start == 0 or self.blend == 1
+        """True if the mask is the stock model's own prediction."""
+        return self.start == 0 or self.mask_stock == 1
+
+    @property
+    def drawing(self) -> dict[str, Value]:
+        """What a sample is drawn by, but for its noise."""
+        names = ('start', 'steps', 'samples_from', 'start_mask', 'redraw', 'dependence', 'temperature',
+                 'blind_temperature')
+        return {name: getattr(self, name) for name in names}
 
 
-OVERRIDABLE = {'t_start': int, 'steps': int, 'samples': int, 'blend': float, 'seed': int}
+RANGES: dict[str, tuple[float, float]] = {
+    'start': (0, 1), 'steps': (1, 1000), 'samples': (1, 10_000), 'redraw': (0, 1), 'dependence': (0, 1),
+    'temperature': (0.1, 10), 'blind_temperature': (0.1, 10), 'mask_stock': (0, 1), 'mask_blind': (0, 1),
+    'mask_samples': (1, 10_000), 'seed': (0, 2 ** 31 - 1)}
+CHOICES = {'samples_from': ('chain', 'stock', 'blind'), 'start_mask': ('drawn', 'hard')}
+KINDS: dict[str, type] = {field.name: {'int': int, 'float': float, 'str': str}[str(field.type)]
+                          for field in fields(SamplingSettings)}
 PRESEGMENTER_VARIABLE = f'{ENVIRONMENT_PREFIX}presegmenter'
 
 
-def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[str, int | float]:
-    """Sampling settings given by `nnUNet_pdddpm_t_start`, `_steps`, `_samples`, `_blend` and `_seed`.
+def as_numbers(settings: SamplingSettings) -> dict[str, Union[float, int]]:
+    """The settings as a model's buffers hold them: a choice by its position in `CHOICES`."""
+    return {name: CHOICES[name].index(value) if name in CHOICES else value for name, value in asdict(settings).items()}
+
+
+def from_numbers(numbers: Mapping[str, Any]) -> SamplingSettings:
+    """The inverse of `as_numbers`; float32 is rounded to six decimals. Raises ValueError for an unknown choice."""
+    for name, choices in CHOICES.items():
+        if not 0 <= numbers[name] < len(choices):
+            raise ValueError(f"{name}={numbers[name]} in the model's sampling settings is unknown: use the version of "
+                             f"nnunet-pdddpm that it was trained with.")
+    values: dict[str, Any] = {
+        name: CHOICES[name][int(number)] if name in CHOICES else round(float(number), 6) if KINDS[name] is float
+        else int(number) for name, number in numbers.items()}
+    return SamplingSettings(**values)
+
+
+def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[str, Value]:
+    """Sampling settings given by environment variables: `nnUNet_pdddpm_start` and so on, one for each setting.
 
     Raises:
         ValueError: if a value is no number of the right kind, or a variable with the prefix is none of the known.
     """
-    overrides: dict[str, int | float] = {}
+    overrides: dict[str, Value] = {}
     for variable, text in environment.items():
         # compared without case, since Windows gives names in upper case; NNUNET_PDDDPM_DATA is the benchmarks'
         name = variable.lower().removeprefix(ENVIRONMENT_PREFIX.lower())
         if name == variable.lower() or name in ('presegmenter', 'data') or not text:
             continue
-        if name not in OVERRIDABLE:
-            known = ', '.join([*(ENVIRONMENT_PREFIX + n for n in OVERRIDABLE), PRESEGMENTER_VARIABLE])
+        if name not in KINDS:
+            known = ', '.join([*(ENVIRONMENT_PREFIX + n for n in KINDS), PRESEGMENTER_VARIABLE])
             raise ValueError(f'The environment variable {variable} is unknown; the known ones are {known}. Unset it.')
-        kind = OVERRIDABLE[name]
+        kind = KINDS[name]
         try:
             overrides[name] = kind(text)
         except ValueError:
@@ -89,30 +128,26 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
     return overrides
 
 
-def override(stored: SamplingSettings, overrides: Mapping[str, int | float], t_max: int,
-             source: str) -> SamplingSettings:
+def override(stored: SamplingSettings, overrides: Mapping[str, Value], source: str) -> SamplingSettings:
     """The stored settings with some values replaced, checked.
 
-    A t_start below the stored number of steps lowers the steps with it, and one above 0 makes a chain of one step where
-    none is stored, unless the steps are given too. An eta is for steps that do not redraw, unless that is given too.
+    Whoever names a start or steps wants a chain, also where the model's samples are drawn without one.
 
     Args:
         stored: the model's settings.
         overrides: name of a setting -> value.
-        t_max: highest level that the model was trained on.
         source: where the overrides come from, for the message.
 
     Raises:
         ValueError: if a value is out of range.
     """
     if not overrides:
-        return stored.check(t_max, "the model's sampling settings")
-    t_start = int(overrides.get('t_start', stored.t_start))
-    steps = int(overrides.get('steps', max(1, min(stored.steps, t_start)) if 't_start' in overrides else stored.steps))
-    redraw = bool(overrides.get('redraw', stored.redraw and 'eta' not in overrides))
-    return replace(stored, **{**asdict(stored), **overrides, 'steps': steps, 'redraw': redraw}).check(t_max, source)
+        return stored.check("the model's sampling settings")
+    chain = {'samples_from': 'chain'} if {'start', 'steps'} & overrides.keys() else {}
+    changes: dict[str, Any] = {**chain, **overrides}
+    return replace(stored, **changes).check(source)
 
 
-def effective_settings(stored: SamplingSettings, t_max: int) -> SamplingSettings:
+def effective_settings(stored: SamplingSettings) -> SamplingSettings:
     """The stored settings with the environment's overrides, checked: see `override`."""
-    return override(stored, environment_overrides(), t_max, f'the environment variables ({ENVIRONMENT_PREFIX}*)')
+    return override(stored, environment_overrides(), f'the environment variables ({ENVIRONMENT_PREFIX}*)')

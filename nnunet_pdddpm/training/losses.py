@@ -1,4 +1,4 @@
-"""The loss of the denoiser, made of the planned one: what is asked of it depends on what the noise is on."""
+"""The loss of the denoiser, made of the planned one: what is asked of it depends on whether it is shown a mask."""
 from __future__ import annotations
 
 import copy
@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 
 class DenoisingLoss(nn.Module):
-    """nnU-Net's loss at level 0, its cross-entropy part alone at the noise levels.
+    """nnU-Net's loss at the blind level, its cross-entropy part alone at the noise levels.
 
-    At level 0 the best mask is asked for, and Dice + cross-entropy is what nnU-Net trains masks with. At a noise level
-    the chain needs the distribution of the clean mask: its expectation for the next step, and probabilities to draw the
-    sample from. The cross-entropy is smallest for just that, since it is a proper scoring rule (Gneiting and Raftery
+    Where no mask is shown the best mask is asked for, and Dice + cross-entropy is what nnU-Net trains masks with. At a
+    noise level the chain needs the distribution of the clean mask: its expectation for the next step, and probabilities
+    to draw from. The cross-entropy is smallest for just that, since it is a proper scoring rule (Gneiting and Raftery
     2007); the Dice loss is not and drives probabilities to 0 and 1, which takes the differences out of the samples.
     """
 
     noisy: Tensor | None = None
     """(B,) bool on the CPU: which items of the batch have a noise level. None: none of them."""
+    measured: Tensor | None = None
+    """Of the last batch, at full resolution: the cross-entropy of each noisy item, in their order, times the sum of the
+    weights; nan where all voxels are to be ignored."""
 
     def __init__(self, loss: nn.Module) -> None:
         """`loss`: of nnU-Net, with `weight_dice` and `weight_ce` (the weight of the one is given to the other)."""
@@ -33,19 +36,32 @@ class DenoisingLoss(nn.Module):
             # the Dice is then one over the items of all processes, all of which take part in its sums with equal shapes
             self.dice_over_processes = bool(parts.dc.batch_dice and parts.dc.ddp)
 
+    def expect(self, noisy: Tensor) -> None:
+        """Say which items (B,) of the batch to come have a noise level."""
+        self.noisy, self.measured = noisy, None
+
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Logits (B, C, ...), target as nnU-Net's losses take it -> scalar, mean over the batch."""
         noisy = torch.zeros(len(output), dtype=torch.bool) if self.noisy is None else self.noisy
         share = float(noisy.float().mean())
-        at_noise, at_0 = (of.nonzero()[:, 0].to(output.device) for of in (noisy, ~noisy))
         loss: Any = 0
         if share > 0:
-            loss = loss + share * self.proper_loss(output[at_noise], target[at_noise])
+            # nnU-Net's loss of an item whose voxels are all to be ignored is 0, with classes a number
+            of_items = [self.proper_loss(output[i:i + 1], target[i:i + 1]) for i in noisy.nonzero()[:, 0]]
+            if self.measured is None:  # deep supervision asks for the finest first
+                measured = torch.stack([of.detach() if isinstance(of, Tensor) else output.new_tensor(torch.nan)
+                                        for of in of_items])
+                if target.shape[1] > output.shape[1]:  # regions, and behind them what is to be ignored
+                    ignored = target[noisy.to(target.device), -1].flatten(1).bool().all(1)
+                    measured = measured.masked_fill(ignored, torch.nan)
+                self.measured = measured
+            loss = loss + share * sum(of_items, start=output[..., :0].sum()) / len(of_items)
         if self.dice_over_processes:
             loss = loss + (1 - share) * self.only_dice(*_as_background(noisy.to(output.device), output, target))
         if share < 1:
-            at_level_0 = self.only_ce if self.dice_over_processes else self.mask_loss
-            loss = loss + (1 - share) * at_level_0(output[at_0], target[at_0])
+            blind = (~noisy).nonzero()[:, 0].to(output.device)
+            of_blind = self.only_ce if self.dice_over_processes else self.mask_loss
+            loss = loss + (1 - share) * of_blind(output[blind], target[blind])
         return cast(Tensor, loss)
 
 

@@ -1,8 +1,7 @@
-"""Stock models as pre-segmenters: find them, load them safely, check that they fit, choose one per training case."""
+"""Stock models as pre-segmenters: find them, load them safely, check that they fit."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,20 +117,3 @@ class TrainingContext:
         return nnUNetTrainer.build_network_architecture(
             plans, configuration, determine_num_input_channels(plans, configuration, self.dataset_json),
             plans.get_label_manager(self.dataset_json).num_segmentation_heads, False)
-
-
-def held_out_folds(cases: Sequence[str], splits: Sequence[dict[str, list[str]]], own_fold: int | str,
-                   trained_folds: Sequence[int]) -> dict[str, int]:
-    """For each training case the trained stock fold in which it is a validation case, where there is one.
-
-    A case without one is left out: it has to be pre-segmented in-fold, by the model that was trained on it.
-
-    Args:
-        cases: identifiers of the training cases of `own_fold`.
-        splits: nnU-Net's splits_final.json.
-        own_fold: the fold being trained; its stock model saw these cases.
-        trained_folds: folds whose stock model is there.
-    """
-    holder = {case: fold for fold in trained_folds if fold < len(splits) and fold != own_fold
-              for case in splits[fold]['val'] if case not in splits[fold]['train']}
-    return {case: holder[case] for case in cases if case in holder}

@@ -1,8 +1,9 @@
 """PDDDPMTrainer: trains the denoiser that refines the user's own stock nnU-Net, within nnU-Net's hooks."""
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -20,17 +20,19 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_pdddpm.diffusion.coding import harden, logits_to_probabilities, one_hot
-from nnunet_pdddpm.diffusion.schedule import NUM_TIMESTEPS
+from nnunet_pdddpm.diffusion.coding import harden, one_hot
+from nnunet_pdddpm.diffusion.levels import lowest_log_snr
+from nnunet_pdddpm.diffusion.measuring import LevelMeter, positions, training_levels
+from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
+from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, refuse_earlier
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import require_finite_loss
 from nnunet_pdddpm.training.losses import DenoisingLoss
-from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, held_out_folds, load_network
+from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.tuning.choice import TuningError
@@ -54,30 +56,23 @@ class PDDDPMTrainer(nnUNetTrainer):
         environment_overrides()  # a wrong value is refused before anything is written
         super().__init__(plans, configuration, fold, dataset_json, device)
         ### Some hyperparameters for you to fiddle with
-        self.initial_lr = 5e-4
+        self.initial_lr = 1e-3
         self.weight_decay = 1e-2
-        # share of the patches that show the denoiser the pre-segmentation itself, which is level 0; the others show it
-        # the noised truth. With 0 the masks suffer; with 1 it is a second stage without diffusion
-        self.presegmentation_share = 0.5
-        # noise levels 1..t_max are trained, with a density that grows as t to this power (0: uniform), since at low
-        # levels x_t gives the truth away. Sampling may start at any of them
-        self.t_max = NUM_TIMESTEPS
-        self.level_power = 2
-        # sampling settings that go into the model: of the mask, and of the samples of nnUNetv2_pdddpm_predict
+        # share of the patches that show the denoiser no mask at all and ask for the best one, with nnU-Net's own loss;
+        # the others show the noised truth and ask for its distribution
+        self.blind_share = 0.25
+        # sampling settings that go into the model until they are tuned
         self.sampling = SamplingSettings()
-        self.sampling_of_samples = SamplingSettings(samples=8)
         # start from the stock model's weights, or from nnU-Net's initialisation
         self.warm_start = True
-        # pre-segment each training case, where that is needed, by the stock model of the fold that held it out
-        self.out_of_fold = True
         # the denoiser's weights are averaged with this decay for validation, saving and prediction
         self.averaging_decay = 0.999
         self.noise_seed = 12345
         # sampling settings are tuned on the validation cases after training, for at most this share of its time
         self.tuning_share = 0.1
 
-        self.out_of_fold_presegmenters = nn.ModuleDict()  # by fold, as a string
-        self.held_out_in: dict[str, int] = {}  # training case -> stock fold that held it out
+        self.meter = LevelMeter(lowest_log_snr(math.prod(self.configuration_manager.patch_size),
+                                               self.label_manager.num_segmentation_heads))
         self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
         self._stock_checkpoint: Any = None
         self._restored = False
@@ -119,7 +114,8 @@ class PDDDPMTrainer(nnUNetTrainer):
     def _embed_stock_model(self) -> None:
         file = checkpoint_file(self.context().model_folder, self.fold)
         load_network(self.refiner.presegmenter, self._stock_checkpoint['network_weights'], file)
-        self.refiner.configure(self.sampling, self.sampling_of_samples, self.t_max, self.label_manager.has_regions)
+        self.refiner.configure(self.sampling, self.label_manager.has_regions)
+        self.store_levels()
         self.refiner.presegmenter_checksum = checksum(self.refiner.state_dict(), PRESEGMENTER)
         self.mirror_axes = self._stock_checkpoint.get('inference_allowed_mirroring_axes')
         self.print_to_log_file(f'Pre-segmenter: {file} (another stock model is named by {PRESEGMENTER_VARIABLE}; '
@@ -137,7 +133,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         return TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmUpPolyLRScheduler]:
-        """AdamW with warm-up: not worse than nnU-Net's SGD in any measurement, see docs/design.md."""
+        """AdamW, and nnU-Net's polynomial learning rate with a gentle first epoch."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, WarmUpPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
@@ -183,43 +179,6 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._previous_stage_told = True
         return training, validation
 
-    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        """nnU-Net's data sets; the stock models of the other folds are loaded for the training cases they held out."""
-        dataset_tr, dataset_val = super().get_tr_and_val_datasets()
-        if not self.shows_presegmentation:
-            self.print_to_log_file('Training adds noise to the truth and needs no pre-segmentations.')
-        elif self.out_of_fold:
-            self._load_out_of_fold_presegmenters(list(dataset_tr.identifiers))
-        return dataset_tr, dataset_val
-
-    @property
-    def shows_presegmentation(self) -> bool:
-        """Whether pre-segmentations have a part in training batches."""
-        return self.presegmentation_share > 0 or self.presegments_every_patch
-
-    @property
-    def presegments_every_patch(self) -> bool:
-        """Whether also in those with noise on the truth: as an input, or in the place of labels to be ignored."""
-        return self.design.condition_on_presegmentation or self.label_manager.has_ignore_label
-
-    def _load_out_of_fold_presegmenters(self, cases: Sequence[str]) -> None:
-        splits_file = join(self.preprocessed_dataset_folder_base, 'splits_final.json')
-        splits = load_json(splits_file) if isfile(splits_file) else []
-        folder = self.context().model_folder
-        trained = [fold for fold in range(len(splits)) if checkpoint_file(folder, fold).is_file()]
-        self.held_out_in = held_out_folds(cases, splits, self.fold, trained)
-        for fold in sorted(set(self.held_out_in.values())):
-            self.out_of_fold_presegmenters[str(fold)] = self.context().stock_network(fold).to(self.device)
-        in_fold = [case for case in cases if case not in self.held_out_in]
-        folds = sorted(map(int, self.out_of_fold_presegmenters))
-        self.print_to_log_file(f'{len(self.held_out_in)} of {len(cases)} training cases are pre-segmented by the '
-                               f'stock model that held them out (folds {folds}).')
-        if in_fold:
-            missing = sorted(set(range(len(splits))) - set(trained))
-            self.print_to_log_file(f'{len(in_fold)} training cases are pre-segmented by a stock model that was trained '
-                                   f'on them, since no other does (stock folds not trained: {missing}): '
-                                   f'{", ".join(in_fold)}')
-
     def on_train_epoch_start(self) -> None:
         """As nnU-Net's; the noise starts at the same place in this epoch whether training was interrupted or not."""
         super().on_train_epoch_start()
@@ -227,85 +186,90 @@ class PDDDPMTrainer(nnUNetTrainer):
         seed = (self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank
         self.level_generator.manual_seed(seed)
         self.noise_generator.manual_seed(seed + 500)
-        self.iteration = 0  # of this epoch
+        self.level_offset, self.blind_offset = torch.rand(2, generator=self.level_generator).tolist()
+        self.iteration = self.patches = self.noisy_patches = 0  # of this epoch
 
     def train_step(self, batch: dict) -> dict:
-        """Pre-segment and noise the batch, then nnU-Net's step on it."""
+        """Noise the batch, nnU-Net's step on it, and note how much its noise levels left undecided."""
         target = batch['target']
         full_resolution = (target[0] if isinstance(target, list) else target).to(self.device, non_blocking=True)
-        noisy, noise = self.make_noisy_batch(batch['data'].to(self.device, non_blocking=True), full_resolution,
-                                             batch['keys'])
+        noisy, noise = self.make_noisy_batch(batch['data'].to(self.device, non_blocking=True), full_resolution)
         if self.design.parameterisation == 'eps':
             target = noise
         del noise  # as large as the mask: with a hundred classes gigabytes
         losses = super().train_step({**batch, 'data': noisy, 'target': target})
         require_finite_loss(losses['loss'], self.iteration, self.current_epoch, batch['keys'], Path(self.output_folder))
+        self.measure_levels(noisy.log_snr)
         self.iteration += 1
         self.averaged.update_parameters(self.refiner.denoiser)
         return losses
 
     @torch.no_grad()
-    def make_noisy_batch(self, image: Tensor, target: Tensor, keys: Sequence[str]) -> tuple[NoisyBatch, Tensor]:
-        """A training batch for the denoiser.
+    def make_noisy_batch(self, image: Tensor, target: Tensor) -> tuple[NoisyBatch, Tensor]:
+        """A training batch for the denoiser: noise on the truth, or no mask at all.
 
         Args:
             image: (B, image channels, ...) augmented patches.
             target: (B, 1, ...) label maps, or (B, regions (+ 1 for the ignore label), ...) region masks.
-            keys: (B,) the cases they come from.
 
         Returns:
             The batch, and the noise (B, C, ...) in it.
         """
-        coding, regions = self.design.coding, self.label_manager.has_regions
-        t = self.draw_levels(len(image))
-        shown = [i for i in range(len(image)) if self.presegments_every_patch or t[i] == 0]
-        logits = torch.zeros((len(image), self.label_manager.num_segmentation_heads, *image.shape[2:]),
-                             device=self.device)
-        if shown:  # in the others the pre-segmentation plays no part
-            logits[shown] = self.presegment(image[shown], [keys[i] for i in shown]).float()
-        x_pre = coding.encode(harden(logits, regions))
-        x0 = self._coded_target(target, x_pre)
-        noise = torch.randn(x_pre.shape, generator=self.noise_generator, device=self.device)
-        clean = torch.where((t > 0).to(self.device).reshape(-1, *[1] * (x0.ndim - 1)), x0, x_pre)
-        del x0
-        self.denoising_loss.noisy = t > 0
-        x = self.refiner.process(0.0).marginal(clean, x_pre, t, noise)
-        seen = logits if self.design.condition_on_presegmentation else logits[:, :0]
-        return NoisyBatch(image, x, t.to(self.device), logits_to_probabilities(seen, regions)), noise
+        blind = self.draw_blind(len(image))
+        log_snr = torch.full((len(image),), self.refiner.blind_level)
+        log_snr[~blind] = self.draw_levels(int((~blind).sum()))
+        x0 = self._coded_target(image, target)
+        noise = torch.randn(x0.shape, generator=self.noise_generator, device=self.device)
+        x = q_sample(x0, log_snr, noise)
+        x[blind.to(x.device)] = 0
+        self.denoising_loss.expect(~blind)
+        return NoisyBatch(image, x, log_snr.to(self.device)), noise
+
+    def draw_blind(self, number: int) -> Tensor:
+        """(number,) bool, which patches of a batch show no mask: as many as the share asks for over the batches."""
+        before = math.floor(self.patches * self.blind_share + self.blind_offset)
+        self.patches += number
+        due = math.floor(self.patches * self.blind_share + self.blind_offset)
+        blind = torch.zeros(number, dtype=torch.bool)
+        # at random places: nnU-Net's last ones of a batch are patches that hold foreground
+        blind[torch.randperm(number, generator=self.level_generator)[:due - before]] = True
+        return blind
 
     def draw_levels(self, number: int) -> Tensor:
-        """(number,) noise levels of training patches in 1..t_max, 0 where the pre-segmentation is shown."""
-        u = torch.rand(number, generator=self.level_generator)
-        t = (self.t_max * u ** (1 / (self.level_power + 1))).ceil().clamp(min=1).long()
-        t[torch.rand(number, generator=self.level_generator) < self.presegmentation_share] = 0
-        return t
+        """(number,) log SNRs of noisy patches, even in the share of uncertainty that they leave: `training_levels`."""
+        first, self.noisy_patches = self.noisy_patches, self.noisy_patches + number
+        return training_levels(self.meter.table(), positions(first, number, self.level_offset))
 
-    def presegment(self, image: Tensor, keys: Sequence[str]) -> Tensor:
-        """Stock logits (B, C, ...) of patches, each by the stock model of the fold that held its case out."""
-        folds = [self.held_out_in.get(str(key)) for key in keys]
-        logits: Tensor | None = None
-        with torch.autocast('cuda', enabled=self.device.type == 'cuda'):
-            for fold in set(folds):
-                network = self.refiner.presegmenter if fold is None else self.out_of_fold_presegmenters[str(fold)]
-                index = [i for i, f in enumerate(folds) if f == fold]
-                of_fold = network(image[index])
-                if logits is None:
-                    logits = of_fold.new_empty((len(folds), *of_fold.shape[1:]))
-                logits[index] = of_fold
-        assert logits is not None
-        return logits
+    def measure_levels(self, log_snr: Tensor) -> None:
+        """Note the cross-entropy at the levels (B,) of the last batch, over all ranks."""
+        measured, noisy = self.denoising_loss.measured, self.denoising_loss.noisy
+        sums = torch.zeros(2, len(self.meter.log_snr))
+        if measured is not None and noisy is not None:
+            sums = self.meter.sums(log_snr.cpu()[noisy], measured.float().cpu())
+        if self.is_ddp:
+            sums = sums.to(self.device)
+            dist.all_reduce(sums)
+        self.meter.update(sums.cpu())
 
-    def _coded_target(self, target: Tensor, x_pre: Tensor) -> Tensor:
-        """The truth as coded channels; where it is to be ignored, the pre-segmentation stands in."""
-        ignore = self.label_manager.ignore_label
+    def store_levels(self) -> None:
+        """Put the table of levels, as measured so far, into the network."""
+        if not self.design.paper_levels:
+            self.refiner.store_levels(self.meter.table(), self.meter.cross_entropy, self.meter.count)
+
+    def _coded_target(self, image: Tensor, target: Tensor) -> Tensor:
+        """The truth as coded channels; where it is to be ignored, the stock model's mask stands in."""
+        ignore, channels = self.label_manager.ignore_label, self.label_manager.num_segmentation_heads
         if self.label_manager.has_regions:
-            masks = target[:, :x_pre.shape[1]].float()
+            masks = target[:, :channels].float()
             ignored = target[:, -1:].bool() if ignore is not None else None
         else:
             ignored = target == ignore if ignore is not None else None
-            masks = one_hot(target if ignored is None else target.masked_fill(ignored, 0), x_pre.shape[1])
-        x0 = self.design.coding.encode(masks)
-        return x0 if ignored is None else torch.where(ignored, x_pre, x0)
+            masks = one_hot(target if ignored is None else target.masked_fill(ignored, 0), channels)
+        if ignored is not None and bool(ignored.any()):
+            with torch.autocast('cuda', enabled=self.device.type == 'cuda'):
+                stock = harden(self.refiner.presegmenter(image).float(), self.label_manager.has_regions)
+            masks = torch.where(ignored, stock, masks)
+        return self.design.coding.encode(masks)
 
     # the end of training --------------------------------------------------------------------------------------------
 
@@ -319,8 +283,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             dist.broadcast_object_list(choice, 0, group)
             dist.destroy_process_group(group)
         if choice[0] is not None:
-            self.refiner.configure(choice[0].mask, choice[0].samples, int(self.refiner.t_max),
-                                   self.label_manager.has_regions, choice[0].interval_sd)
+            self.refiner.configure(choice[0].settings, self.label_manager.has_regions, choice[0].interval_sd)
 
     def tune_sampling(self) -> Choice | None:
         """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""
@@ -353,6 +316,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         """As nnU-Net's, with the averaged weights in the network until the epoch's end."""
         super().on_validation_epoch_start()
         self._swap_average()
+        self.store_levels()
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's step on the refined output, and once more on the stock output of the same patches."""
@@ -406,6 +370,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint with the averaged weights in it, under its name only once it is whole."""
         partial = Path(filename + '.partial')
+        self.store_levels()
         self._swap_average()
         try:
             check_weights(self.refiner.state_dict(), 'The network in training', self.refiner.presegmenter_checksum)
@@ -425,11 +390,14 @@ class PDDDPMTrainer(nnUNetTrainer):
         stored = None
         if isinstance(filename_or_checkpoint, str):
             weights = load_checkpoint(Path(filename_or_checkpoint), 'checkpoint')['network_weights']
+            refuse_earlier(weights, f'The checkpoint {filename_or_checkpoint}')
             stored = check_weights(weights, f'The checkpoint {filename_or_checkpoint}')
             del weights
         super().load_checkpoint(filename_or_checkpoint)
         self.refiner.presegmenter_checksum = stored  # nnU-Net's loading drops it
         self.refiner.use_stored_settings()  # overrides are for prediction
+        if not self.design.paper_levels:
+            self.meter.restore(*(getattr(self.refiner, name) for name in LEVELS[2:]))
         self.mirror_axes = self.inference_allowed_mirroring_axes
 
     def _swap_average(self) -> None:

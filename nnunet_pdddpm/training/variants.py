@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding
 from nnunet_pdddpm.network.refiner import DiffusionDesign
@@ -75,20 +75,24 @@ class PDDDPMTrainerPaper(PDDDPMTrainer):
     to the truth, T' = 300 with every step taken, five samples. A prediction makes 1,500 denoiser calls a tile and
     mirroring."""
 
-    design = DiffusionDesign(coding=MaskCoding(0.0, 1.0), parameterisation='eps')
+    design = DiffusionDesign(coding=MaskCoding(0.0, 1.0), parameterisation='eps', paper_levels=300)
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.presegmentation_share = 0.0
-        self.t_max = 300
-        self.level_power = 0
-        self.sampling = self.sampling_of_samples = SamplingSettings(t_start=300, steps=300, samples=5, eta=1.0)
+        self.blind_share = 0.0
+        self.sampling = SamplingSettings(start=1.0, steps=300, samples=5, start_mask='hard', redraw=0, mask_blind=0.0,
+                                         mask_samples=5)
         self.tuning_share = 0.0  # the settings are the paper's
         self.warm_start = False  # the stock weights give logits, not noise
         self.enable_deep_supervision = False  # nothing in the paper; noise has no coarser version
         # validation during training takes a sample per patch: 50 patches an epoch would cost more than the training
         self.num_val_iterations_per_epoch = 1
+
+    def draw_levels(self, number: int) -> Tensor:
+        """(number,) log SNRs of the levels t = 1..300, uniform in t."""
+        nodes = torch.tensor(self.refiner.table.log_snr[:-1])
+        return nodes[torch.randint(len(nodes), (number,), generator=self.level_generator)]
 
     def _build_loss(self) -> nn.Module:
         if self.label_manager.has_ignore_label:

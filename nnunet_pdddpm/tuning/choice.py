@@ -1,4 +1,4 @@
-"""The rule that picks sampling settings from a table of validation cases: pure, and repeatable by its seed."""
+"""The rules that pick sampling settings from a table of validation cases: pure, and repeatable by their seed."""
 from __future__ import annotations
 
 import warnings
@@ -19,29 +19,41 @@ class TuningError(ValueError):
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one setting gives on each case; the arrays (cases,) of all rows have the same order."""
+class MaskRow:
+    """What a mask gives on each case; the arrays (cases,) of all rows have the same order."""
     settings: SamplingSettings
     dice: np.ndarray
     """In [0, 1]; nan where neither truth nor prediction holds a label."""
     nll: np.ndarray
     """Nats a voxel."""
-    ged: np.ndarray
-    """Squared generalised energy distance of its samples to the truth, or to the raters' masks."""
-    agreement: np.ndarray | None = None
-    """Dice between the samples, nan where none of them holds a label; None where there is one sample."""
-    volume_errors: np.ndarray | None = None
-    """(cases, labels), see `Truth.volume_errors`; None where there is one sample."""
 
     @property
     def calls(self) -> int:
-        """Denoiser calls that a prediction makes for a tile, without mirroring."""
-        return 0 if self.settings.is_stock else self.settings.samples * max(self.settings.steps, 1)
+        """Network calls that plain `nnUNetv2_predict` makes for a tile, without mirroring."""
+        s = self.settings
+        if s.is_stock or s.mask_blind == 1:
+            return 1
+        return 1 + (s.mask_blind > 0) + (s.mask_samples * s.steps if s.mask_chain > 0 else 0)
 
 
-def mean(values: np.ndarray | None) -> float:
+@dataclass(frozen=True)
+class SampleRow:
+    """What samples give on each case; the arrays (cases,) of all rows have the same order."""
+    settings: SamplingSettings
+    energy: np.ndarray
+    """Energy score of the samples, see `Truth.energy`: lower is better."""
+    ged: np.ndarray
+    """Fair GED² to the truth, or to the raters' masks."""
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls that a sample takes for a tile."""
+        return self.settings.steps if self.settings.samples_from == 'chain' else 0
+
+
+def mean(values: np.ndarray) -> float:
     """Mean over the cases in which the value is defined; nan if there is none."""
-    return float(np.nanmean(values)) if values is not None and not np.isnan(values).all() else float('nan')
+    return float('nan') if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -59,8 +71,8 @@ def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, floa
     return float(low), float(high)
 
 
-def choose_mask(rows: Sequence[Row]) -> Row:
-    """The row for the consensus mask, one whose mean Dice is not below stock's.
+def choose_mask(rows: Sequence[MaskRow]) -> MaskRow:
+    """The row for the mask, one whose mean Dice is not below stock's.
 
     Among these, those whose Dice is within noise of the best one's (the interval of the difference holds 0); of them
     those whose NLL is within noise of the lowest; of them the one with the fewest network calls, and of equal ones that
@@ -84,18 +96,19 @@ def choose_mask(rows: Sequence[Row]) -> Row:
     return min(likely, key=lambda row: (row.calls, mean(row.nll)))
 
 
-def choose_samples(rows: Sequence[Row]) -> Row:
-    """The row for the samples: of those whose GED² is within noise of the lowest, the one with the fewest network
-    calls, and of equal ones that with the lowest GED².
-
-    Args:
-        rows: of samples without blending.
-    """
-    closest = min(rows, key=lambda row: mean(row.ged))
-    close = [row for row in rows if difference_interval(row.ged, closest.ged)[0] <= 0]
-    return min(close, key=lambda row: (row.calls, mean(row.ged)))
+def best_samples(rows: Sequence[SampleRow], number: int = 1) -> list[SampleRow]:
+    """The rows with the lowest mean energy score, best first."""
+    return sorted(rows, key=lambda row: mean(row.energy))[:number]
 
 
-def stock_row(rows: Sequence[Row]) -> Row:
+def choose_samples(rows: Sequence[SampleRow]) -> SampleRow:
+    """The row for the samples: of those whose energy score is within noise of the lowest, the one with the fewest
+    network calls, and of equal ones that with the lowest score."""
+    best = best_samples(rows)[0]
+    close = [row for row in rows if difference_interval(row.energy, best.energy)[0] <= 0]
+    return min(close, key=lambda row: (row.calls, mean(row.energy)))
+
+
+def stock_row(rows: Sequence[MaskRow]) -> MaskRow:
     """The row of the stock model itself."""
     return next(row for row in rows if row.settings.is_stock)

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,17 @@ import numpy as np
 
 from nnunet_pdddpm.files import without_nan, write_atomically
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.choice import LEVEL, RESAMPLINGS, SEED, Row, difference_interval, mean, stock_row
-from nnunet_pdddpm.tuning.sweep import WAYS, Sweep
+from nnunet_pdddpm.tuning.choice import (
+    LEVEL,
+    RESAMPLINGS,
+    SEED,
+    MaskRow,
+    SampleRow,
+    difference_interval,
+    mean,
+    stock_row,
+)
+from nnunet_pdddpm.tuning.sweep import Sweep
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -27,45 +35,50 @@ NAME = 'sampling_sweep'
 @dataclass(frozen=True)
 class Choice:
     """What is put into the model."""
-    mask: SamplingSettings
-    samples: SamplingSettings
+    settings: SamplingSettings
     interval_sd: tuple[float, ...]
     """Of the volumes, for each channel of the network, 0 where not known: see `conformal_widths`."""
 
-    def items(self) -> list[tuple[str, SamplingSettings]]:
-        """What each is for, and it."""
-        return [('mask', self.mask), ('samples', self.samples)]
 
-
-def in_one_line(sweep: Sweep, choice: Choice) -> str:
-    """What was chosen and what it is worth on the cases it was chosen on."""
-    stock, mask = sweep.rows[sweep.for_mask[0]], sweep.rows[choice.mask]
-    line = (f'{_named(choice.mask)}, blend={choice.mask.blend:g}: Dice {mean(mask.dice):.4f} against stock '
-            f'{mean(stock.dice):.4f} on {len(sweep.cases)} cases, NLL {mean(mask.nll):.3g} against '
-            f'{mean(stock.nll):.3g}')
-    samples = sweep.rows[choice.samples]
-    between = '' if samples.agreement is None else f', Dice between them {mean(samples.agreement):.3f}'
+def lines(sweep: Sweep, choice: Choice) -> list[str]:
+    """What was chosen and what it is worth on the cases it was chosen on, for the log."""
+    mask = next(row for row in sweep.masks if row.settings == choice.settings)
+    stock = stock_row(sweep.masks)
+    chosen = next(row for row in sweep.samples if row.settings == sweep.chosen_samples)
+    other = min((row for row in sweep.samples if (row.calls == 0) != (chosen.calls == 0)), default=None,
+                key=lambda row: mean(row.energy))
+    beside = '' if other is None else f'; {named_samples(other.settings)}: energy {mean(other.energy):.3f}'
+    text = [f'Mask: {named_mask(mask.settings)}: Dice {mean(mask.dice):.4f}, stock {mean(stock.dice):.4f}; NLL '
+            f'{mean(mask.nll):.3g}, stock {mean(stock.nll):.3g}',
+            f'Samples: {named_samples(chosen.settings)}: energy {mean(chosen.energy):.3f}, GED² {mean(chosen.ged):.3f}'
+            f'{beside}',
+            f'Temperature {sweep.temperature:g} (of the blind mask {sweep.blind_temperature:g}); measured on '
+            f'{len(sweep.cases)} validation cases, {sweep.passes:.0f} passes of the denoiser a case, '
+            f'{sweep.seconds:.0f} s']
     known = [f'{sd:.2f}' for sd in choice.interval_sd if sd > 0]
-    interval = f', intervals of volumes {", ".join(known)} sd to both sides' if known else ''
-    return f'{line}; samples: {_named(choice.samples)}: GED² {mean(samples.ged):.3f}{between}{interval}'
+    text += [f'Intervals of volumes: {", ".join(known)} sd to both sides'] if known else []
+    number = len(sweep.cases_left_out)
+    left_out = [f'{number} of {number + len(sweep.cases)} cases'] if number else []
+    left_out += [f'{steps} steps' for steps in sweep.steps_left_out]
+    return [*text, f'Left out, for want of time: {", ".join(left_out)}'] if left_out else text
 
 
-def _named(settings: SamplingSettings) -> str:
-    way = ', redraw' if settings.redraw else f', eta={settings.eta:g}' if settings.eta > 0 else ''
-    return f't_start={settings.t_start}, k={settings.steps}{way}'
+def named_mask(settings: SamplingSettings) -> str:
+    """In words."""
+    parts = {'stock': 1.0 if settings.is_stock else settings.mask_stock,
+             'blind mask': 0.0 if settings.is_stock else settings.mask_blind,
+             'mean of the samples': 0.0 if settings.is_stock else settings.mask_chain}
+    return ' + '.join(f'{weight:g} {name}' if weight < 1 else name for name, weight in parts.items() if weight > 0)
 
 
-def left_out(sweep: Sweep) -> str:
-    """What there was no time for; the empty string if nothing."""
-    parts = []
-    if sweep.settings_left_out:
-        ways = sorted({(s.steps, s.redraw, s.eta) for s in sweep.settings_left_out})
-        parts.append('settings with ' + ', '.join(
-            f'k={k}' + (' redraw' if redraw else f' eta={eta:g}' if k > 1 else ' for the mask')
-            for k, redraw, eta in ways))
-    if sweep.cases_left_out:
-        parts.append(f'{len(sweep.cases_left_out)} of {len(sweep.cases) + len(sweep.cases_left_out)} cases')
-    return ' and '.join(parts)
+def named_samples(settings: SamplingSettings) -> str:
+    """In words."""
+    drawn = f'dependence {settings.dependence:g}'
+    if settings.samples_from == 'chain':
+        return f'start {settings.start:g}, {settings.steps} step{"s" if settings.steps > 1 else ""}, {drawn}'
+    of, temperature = ('stock', settings.temperature) if settings.samples_from == 'stock' else \
+        ('the blind mask', settings.blind_temperature)
+    return f'thresholds of {of}, temperature {temperature:g}, {drawn}'
 
 
 def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
@@ -74,86 +87,80 @@ def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
     Raises:
         OSError: if the folder cannot be written to.
     """
-    contents = {f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep, choice),
+    contents = {f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep),
                 f'{NAME}.json': json.dumps(without_nan(_summary(sweep, choice)), indent=1).encode()}
     return write_atomically(folder, contents)
 
 
-def _means(row: Row, sweep: Sweep, choice: Choice) -> dict[str, Any]:
-    settings, stock = row.settings, stock_row(list(sweep.rows.values()))
+def _of_mask(row: MaskRow, sweep: Sweep, choice: Choice) -> dict[str, Any]:
+    stock = stock_row(sweep.masks)
     low, high = difference_interval(row.dice, stock.dice)
-    return {'for_mask': settings in sweep.for_mask, 'for_samples': settings in sweep.for_samples,
-            'chosen': ' and '.join(of for of, s in choice.items() if s == settings),
-            **asdict(settings), 'network_calls': row.calls, 'dice': mean(row.dice),
-            'dice_difference_to_stock': mean(row.dice) - mean(stock.dice), 'dice_difference_low': low,
-            'dice_difference_high': high, 'nll': mean(row.nll), 'agreement': mean(row.agreement),
-            'ged_squared': mean(row.ged)}
+    return {'of': 'mask', 'what': named_mask(row.settings), 'chosen': row.settings == choice.settings,
+            'network_calls': row.calls,
+            'dice': mean(row.dice), 'dice_difference_to_stock': mean(row.dice) - mean(stock.dice),
+            'dice_difference_low': low, 'dice_difference_high': high, 'nll': mean(row.nll)}
+
+
+def _of_samples(row: SampleRow, sweep: Sweep, last: bool) -> dict[str, Any]:
+    return {'of': 'samples' if last else 'samples, first rounds', 'what': named_samples(row.settings),
+            'chosen': last and row.settings == sweep.chosen_samples, 'network_calls': row.calls,
+            'energy': mean(row.energy), 'ged_squared_fair': mean(row.ged)}
+
+
+def _rows(sweep: Sweep, choice: Choice) -> list[dict[str, Any]]:
+    return [*(_of_mask(row, sweep, choice) for row in sweep.masks),
+            *(_of_samples(row, sweep, True) for row in sweep.samples),
+            *(_of_samples(row, sweep, False) for row in sweep.first_rounds)]
 
 
 def _summary(sweep: Sweep, choice: Choice) -> dict[str, Any]:
-    rows = []
-    for row in sweep.rows.values():
-        per_case = {name: None if values is None else values.tolist() for name, values in (
-            ('dice', row.dice), ('nll', row.nll), ('agreement', row.agreement), ('ged_squared', row.ged),
-            ('volume_errors', row.volume_errors))}
-        rows.append({**_means(row, sweep, choice), 'per_case': per_case})
-    return {'chosen': asdict(choice), 'in_one_line': in_one_line(sweep, choice), 'cases': sweep.cases,
-            'left_out': {'settings': [asdict(s) for s in sweep.settings_left_out], 'cases': sweep.cases_left_out},
-            'seconds': round(sweep.seconds, 1), 'rows': rows,
+    per_case = [*({'dice': row.dice.tolist(), 'nll': row.nll.tolist()} for row in sweep.masks),
+                *({'energy': row.energy.tolist(), 'ged_squared_fair': row.ged.tolist()}
+                  for row in (*sweep.samples, *sweep.first_rounds))]
+    of_rows = [row.settings for row in sweep.masks] + [row.settings for row in (*sweep.samples, *sweep.first_rounds)]
+    return {'chosen': asdict(choice), 'log': lines(sweep, choice), 'cases': sweep.cases,
+            'cases_left_out': sweep.cases_left_out, 'steps_left_out': sweep.steps_left_out,
+            'temperature': sweep.temperature, 'blind_temperature': sweep.blind_temperature,
+            'seconds': round(sweep.seconds, 1), 'passes': sweep.passes,
+            'rows': [{**row, 'settings': asdict(settings), 'per_case': values}
+                     for row, settings, values in zip(_rows(sweep, choice), of_rows, per_case, strict=True)],
+            'volume_errors': None if sweep.volume_errors is None else sweep.volume_errors.tolist(),
             'interval': {'level': LEVEL, 'resamplings': RESAMPLINGS, 'seed': SEED}}
 
 
 def _table(sweep: Sweep, choice: Choice) -> str:
     """One line a row; undefined values are empty."""
-    lines = [_means(row, sweep, choice) for row in sweep.rows.values()]
+    rows = _rows(sweep, choice)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator='\n')
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
     writer.writeheader()
-    for line in lines:
+    for row in rows:
         writer.writerow({key: '' if isinstance(value, float) and math.isnan(value) else f'{value:.6g}'
-                         if isinstance(value, float) else value for key, value in line.items()})
+                         if isinstance(value, float) else value for key, value in row.items()})
     return text.getvalue()
 
 
 @plt.style.context('default')  # in training nnU-Net has set fonts for its own, much larger figure
-def _picture(sweep: Sweep, choice: Choice) -> bytes:
-    """PNG: Dice, NLL, GED² and network calls against k, a line for each t_start, no blending; stock is horizontal."""
-    drawn = [row for row in sweep.rows.values() if not row.settings.is_stock and row.settings.blend == 0]
-    number = max(row.settings.samples for row in drawn)
-    drawn = [row for row in drawn if row.settings.samples == number]
-    panels: list[tuple[str, Callable[[Row], float]]] = [
-        ('Dice', lambda row: mean(row.dice)), ('NLL, nats a voxel', lambda row: mean(row.nll)),
-        ('GED² of the samples', lambda row: mean(row.ged)), ('denoiser calls a tile', lambda row: row.calls)]
-    levels = sorted({row.settings.t_start for row in drawn})
-    colours = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(levels)))
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4))
-    for axis, (title, value) in zip(axes, panels, strict=True):
-        for level, colour in zip(levels, colours, strict=True):
-            for way, style in zip(WAYS, ('-', '--', ':'), strict=True):
-                line = _line(drawn, level, way, value)
-                if len(line) > (way != WAYS[0]):
-                    axis.plot(*zip(*line, strict=True), style, marker='o', markersize=3, color=colour,
-                              label=f't_start={level}' if way == WAYS[0] else None)
-        axis.axhline(value(sweep.rows[sweep.for_mask[0]]), color='black', linewidth=1, label='stock')
-        for (of, settings), marker in zip(choice.items(), '*s', strict=True):
-            if not settings.is_stock and (of == 'samples' or not title.startswith('GED')):
-                axis.plot(settings.steps, value(sweep.rows[settings]), marker, color='tab:red', markersize=11,
-                          fillstyle='none', label=f'chosen for the {of}')
-        axis.set(xlabel='steps k', ylabel=title, xscale='log')
-        axis.set_xticks(ticks := sorted({row.settings.steps for row in drawn}), [str(k) for k in ticks], minor=False)
-        axis.minorticks_off()
-    axes[-1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle(f'{len(sweep.cases)} validation cases, mean of {number} samples, not blended; dashed: eta 1; '
-                    'dotted: redraw', fontsize=10)
+def _picture(sweep: Sweep) -> bytes:
+    """PNG: energy of the samples against steps, a line for each start; Dice and NLL of the masks."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    chains = [row for row in sweep.first_rounds if row.calls]
+    starts = sorted({row.settings.start for row in chains}, reverse=True)
+    for start, colour in zip(starts, plt.get_cmap('viridis')(np.linspace(0, 0.9, len(starts))), strict=True):
+        line = sorted((row.calls, mean(row.energy)) for row in chains if row.settings.start == start)
+        left.plot(*zip(*line, strict=True), marker='o', color=colour, label=f'start {start:g}')
+    without = min((row for row in sweep.first_rounds if not row.calls), key=lambda row: mean(row.energy))
+    left.axhline(mean(without.energy), color='black', linewidth=1, label=named_samples(without.settings))
+    left.set(xlabel='steps', ylabel='energy score of the samples')
+    left.set_xticks(sorted({row.calls for row in chains}))
+    left.legend(fontsize=8)
+    for row in sweep.masks:
+        right.plot(mean(row.nll), mean(row.dice), 'o', color='tab:blue')
+        right.annotate(named_mask(row.settings), (mean(row.nll), mean(row.dice)), fontsize=6)
+    right.set(xlabel='NLL of the mask, nats a voxel', ylabel='Dice of the mask')
+    figure.suptitle(f'{len(sweep.cases)} validation cases', fontsize=10)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=110)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def _line(rows: Sequence[Row], level: int, way: tuple[float, bool], value: Callable[[Row], float]
-          ) -> list[tuple[int, float]]:
-    """(k, value) along k; a single step, in which eta and redraw have no part, begins every line."""
-    return sorted((row.settings.steps, value(row)) for row in rows if row.settings.t_start == level
-                  and (row.settings.way == way or row.settings.steps == 1))

@@ -1,4 +1,4 @@
-"""Dice, likelihood and energy distance of one case, in the network's grid."""
+"""Dice, likelihood and energy score of one case, in the network's grid."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,8 +12,13 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.coding import regions_to_channels
 from nnunet_pdddpm.diffusion.drawing import drawn_logits
 from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY
+from nnunet_pdddpm.evaluation.parts import octants
+from nnunet_pdddpm.evaluation.raters import fair_ged_squared
+from nnunet_pdddpm.evaluation.scores import kernel_score
+from nnunet_pdddpm.inference.components import POSSIBLE
 
 VERY_FAR = 1000.0
+OCTANTS = 8
 
 
 class Truth:
@@ -49,11 +54,12 @@ class Truth:
         """(C, Z, Y, X) -> (C, N)"""
         return values.flatten(1) if self.valid is None else values[:, self.valid]
 
-    def drawn(self, probabilities: Tensor, shifts: Tensor) -> Tensor:
-        """The mask of a sample, of its probabilities (C, Z, Y, X) and what draws it (C,): (N,) classes, (R, N) bool."""
+    def drawn(self, probabilities: Tensor, shifts: Tensor, parts: Tensor | None = None) -> Tensor:
+        """The mask of a sample, of its probabilities (C, Z, Y, X), what draws it (C, J), and the parts (Z, Y, X) of the
+        volume, see `draw_shifts`: (N,) classes, (R, N) bool of regions."""
         regions, masks = self.regions is not None, []
         for z in range(probabilities.shape[1]):  # a volume of logits would take as much memory again
-            logits = drawn_logits(probabilities[:, z], regions, shifts)
+            logits = drawn_logits(probabilities[:, z], regions, shifts, None if parts is None else parts[z])
             masks.append(logits > 0 if regions else self._compact(logits.argmax(0))[None])
         mask = self._voxels(torch.stack(masks, 1))
         return mask if regions else mask[0]
@@ -71,31 +77,63 @@ class Truth:
             Mean Dice over the foreground labels (or regions) that are in the truth or the prediction, nan if none is;
             NLL in nats a voxel, that of regions the mean over them.
         """
+        return self._dice(self._harden(self._voxels(probabilities))), self.nll(probabilities)
+
+    def nll(self, probabilities: Tensor) -> float:
+        """Negative log-likelihood of probabilities (C, Z, Y, X) in nats a voxel, that of regions the mean over them."""
         p = self._voxels(probabilities)
         of_truth = torch.where(self.truth, p, 1 - p) if self.regions is not None \
             else p.gather(0, self.truth[None].long())
-        nll = -of_truth.clamp(SMALLEST_PROBABILITY, 1).log().mean()
-        return self._dice(self._harden(p)), float(nll)
+        return float(-of_truth.clamp(SMALLEST_PROBABILITY, 1).log().mean())
 
     def _dice(self, hard: Tensor) -> float:
         both, sizes = self._overlap(self.truth, hard)
         there = sizes > 0
         return float((2 * both[there] / sizes[there]).mean()) if there.any() else float('nan')
 
-    def ged(self, samples: Sequence[Tensor]) -> float:
-        """Squared generalised energy distance of samples (as `drawn` gives them) to the raters, or else to the truth.
+    def set_parts(self, probabilities: Tensor) -> None:
+        """Say by the stock model's probabilities (C, Z, Y, X) where the parts are whose volumes are scored.
 
-        2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU, over all pairs, each mask with itself included; mean
-        over labels (or regions). To a single truth it is the energy score, a proper one: its mean over cases is lowest
-        for samples from the distribution of the truth (Gneiting and Raftery 2007, section 4.3; 1 - IoU is of negative
-        type). The pairs with itself make a spread by stratified thresholds count as it is, see `draw_shifts`: the mean
-        of |u - u'| is then (1 - 1 / n²) / 3. Masks that are independent seem to be 1 / n of their spread closer.
+        They are the octants of the box around what may be foreground (quadrants of a slice): they must not depend on
+        the truth, or the score would not be proper. The unit of a label's volumes is its expected volume and one voxel.
         """
-        truths = self.raters or [self.truth]
-        cross = [self._distance(sample, truth) for sample in samples for truth in truths]
-        of_samples, of_truths = (2 * sum(self._distance(*pair) for pair in combinations(masks, 2)) / len(masks) ** 2
-                                 for masks in (samples, truths))
-        return float(2 * np.mean(cross) - of_samples - of_truths)
+        foreground = probabilities.amax(0) if self.regions is not None else 1 - probabilities[0]
+        index, _ = octants((foreground > POSSIBLE).cpu().numpy())
+        self.part = self._voxels(torch.from_numpy(index).to(self.device)[None])[0]
+        p = self._voxels(probabilities)
+        self.unit = 1 + (p if self.regions is not None else p[1:]).sum(1).double()
+
+    def part_volumes(self, mask: Tensor) -> Tensor:
+        """(labels, OCTANTS) volumes of the parts of a mask, in units of the label: see `set_parts`."""
+        if self.regions is not None:
+            volumes = torch.stack([torch.bincount(self.part[of], minlength=OCTANTS) for of in mask])
+        else:
+            together = mask.long() * OCTANTS + self.part
+            volumes = torch.bincount(together, minlength=OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
+        return volumes.double() / self.unit[:, None]
+
+    def energy(self, samples: Sequence[Tensor]) -> tuple[float, float]:
+        """Energy score of samples that were drawn independently (as `drawn` gives them), to the truth or the raters.
+
+        E d(S, Y) - E d(S, S') / 2, the latter over pairs of different samples, see `kernel_score`: a proper score whose
+        expectation does not depend on the number of samples. d is 1 - IoU plus v / (1 + v) with the Euclidean distance
+        v of the parts' volumes, both means over labels (or regions). Both are of negative type, the second as a
+        Bernstein function of v. It is bounded: a label of which the stock model expects nothing cannot outweigh all
+        other cases.
+
+        Returns:
+            It, in [-1, 2], and fair GED², see `fair_ged_squared`.
+        """
+        masks, n = [*samples, *(self.raters or [self.truth])], len(samples)
+        volumes = torch.stack([self.part_volumes(mask) for mask in masks]).cpu().numpy()
+        apart = np.linalg.norm(volumes[:, None] - volumes[None], axis=-1)  # (masks, masks, labels)
+        shapes = np.zeros((len(masks), len(masks)))
+        for i, j in combinations(range(len(masks)), 2):
+            shapes[i, j] = shapes[j, i] = self._distance(masks[i], masks[j])
+        distances = shapes + (apart / (1 + apart)).mean(-1)
+        iou = 1 - shapes
+        return (kernel_score(distances[:n, n:], distances[:n, :n]),
+                fair_ged_squared(iou[:n, n:], iou[:n, :n], iou[n:, n:]))
 
     def volume_errors(self, samples: Sequence[Tensor]) -> np.ndarray:
         """How far the samples' mean volume is from the true one, in their standard deviations.

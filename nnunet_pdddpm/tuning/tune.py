@@ -10,9 +10,9 @@ import torch
 
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.tuning.cases import ValidationCases
-from nnunet_pdddpm.tuning.choice import TuningError, choose_mask, choose_samples
+from nnunet_pdddpm.tuning.choice import TuningError, choose_mask
 from nnunet_pdddpm.tuning.intervals import FARTHEST, FEWEST_CASES, FEWEST_ERRORS, conformal_widths
-from nnunet_pdddpm.tuning.report import Choice, in_one_line, left_out, write
+from nnunet_pdddpm.tuning.report import Choice, lines, write
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
 
@@ -24,12 +24,15 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
     """The trained model of a fold, as it is to predict.
 
     Raises:
-        TuningError: if its folder cannot be written to.
+        TuningError: if its folder cannot be written to, or its levels are the paper's.
         PredictionError: if there is none, or it is no PDDDPM model.
     """
     predictor = VolumePredictor(device=device, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model_folder), (fold,))
     folder = model_folder / f'fold_{fold}'
+    if predictor.refiner.design.paper_levels:
+        raise TuningError(f"{folder} holds a model of {predictor.trainer_name}, whose settings are the paper's: there "
+                          f'is nothing to tune.')
     if not os.access(folder, os.W_OK):
         raise TuningError(f'{folder} cannot be written to: the tuned settings are stored in its checkpoints.')
     return predictor
@@ -53,17 +56,14 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
         OSError: if the results cannot be written.
     """
     measured = sweep(predictor, ValidationCases(trainer, raters), seconds, progress=progress)
-    mask = choose_mask(measured.rows_of(measured.for_mask))
-    samples = choose_samples(measured.rows_of(measured.for_samples))
-    widths = conformal_widths(samples.volume_errors)
-    channels = predictor.refiner.num_channels
-    choice = Choice(mask.settings, samples.settings, (0.0,) * (channels - len(widths)) + widths)
+    settings = choose_mask(measured.masks).settings  # with the chosen samples
+    widths = conformal_widths(measured.volume_errors)
+    choice = Choice(settings, (0.0,) * (predictor.refiner.num_channels - len(widths)) + widths)
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
-    files = [*store(folder, choice.mask, choice.samples, choice.interval_sd), *write(folder, measured, choice)]
-    if without := left_out(measured):
-        log(f'Tuning the sampling settings left out, for want of time: {without}')
-    log(f'Sampling settings: {in_one_line(measured, choice)}')
+    files = [*store(folder, choice.settings, choice.interval_sd), *write(folder, measured, choice)]
+    for line in lines(measured, choice):
+        log(line)
     if not any(choice.interval_sd):
         log(f'Intervals of volumes are not calibrated. That takes several samples, {FEWEST_CASES} validation cases '
             f'without ignored voxels, {FEWEST_ERRORS} volumes in them, and true volumes that are within {FARTHEST} '

@@ -51,6 +51,16 @@ class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
     pass
 
 
+class PDDDPMTrainerMeasured(FewIterations, PDDDPMTrainer):
+    """Sees 30 noisy patches an epoch, which is enough for a measured table of levels."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 20
+        self.blind_share = 0.25
+
+
 class PDDDPMTrainerTinyPaper(FewIterations, PDDDPMTrainerPaper):
     pass
 
@@ -62,7 +72,7 @@ class PDDDPMTrainerTuned(Brief, PDDDPMTrainer):
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.tuning_share = 10_000
-        self.sampling_of_samples = SamplingSettings(samples=2)
+        self.sampling = SamplingSettings(samples=2)
 
 
 class nnUNetTrainerBrief(Brief, nnUNetTrainer):
