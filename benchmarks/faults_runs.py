@@ -176,14 +176,14 @@ class Workspace:
 
 
     def tune(self, results: Path) -> Callable[[], None]:
-        """`nnUNetv2_pdddpm_tune` with a start level and up to two steps, in one thread."""
+        """`nnUNetv2_pdddpm_tune` with one start and up to two steps, in one thread."""
         def action() -> None:
             os.environ['nnUNet_results'] = str(results)
             torch.set_num_threads(1)
             from nnunet_pdddpm.commands import tune
             from nnunet_pdddpm.tuning import sweep
             tune.prepare_device = torch.device
-            sweep.SIGNAL_TO_NOISE, sweep.STEPS = (0.06,), (1, 2)
+            sweep.STARTS, sweep.MORE_STEPS = (0.6,), ()
             tune.main([self.dataset, '3d_fullres', '0', '-tr', REFINED, '-p', PLANS, '-device', 'cpu',
                        '--disable_progress_bar'])
         return action

@@ -1,4 +1,4 @@
-"""Stock nnU-Net against PDDDPM on the Medical Segmentation Decathlon's hippocampus, with nnU-Net's own commands."""
+"""Stock nnU-Net, its controls and PDDDPM on the Medical Segmentation Decathlon's hippocampus: three trainings."""
 from __future__ import annotations
 
 import argparse
@@ -19,15 +19,12 @@ CONFIGURATION = '3d_fullres'
 STOCK_TRAINER = 'nnUNetTrainerBenchmark'
 CONTROL_TRAINER = 'nnUNetTrainerBenchmarkLonger'
 PDDDPM_TRAINER = 'PDDDPMTrainerBenchmark'
-DIRECT_TRAINER = 'PDDDPMTrainerBenchmarkDirect'
-DIRECT_CE_TRAINER = 'PDDDPMTrainerBenchmarkDirectCE'
-TRUTH_TRAINER = 'PDDDPMTrainerBenchmarkTruth'
-PAPER_TRAINER = 'PDDDPMTrainerBenchmarkPaper'
-STAGES = ('prepare', 'stock', 'pdddpm', 'tune', 'evaluate')
+SECOND_TRAINER = 'PDDDPMTrainerBenchmarkSecond'
+STAGES = ('prepare', 'train', 'tune', 'measure', 'table')
 SPLIT_SEED = 2210
 NUM_TEST = 50
 NUM_FOLDS = 3
-TUNING_MINUTES = (10, 4, 4)  # by fold
+TUNING_MINUTES = 4
 HERE = Path(__file__).resolve().parent
 
 
@@ -114,15 +111,7 @@ def tune(work: Path, trainer: str, fold: int) -> None:
     """`nnUNetv2_pdddpm_tune` unless it has been."""
     if not (fold_folder(work, trainer, fold) / 'sampling_sweep.json').is_file():
         call(work, 'nnUNetv2_pdddpm_tune', DATASET, CONFIGURATION, str(fold), '-tr', trainer, '-p', PLANS, '-device',
-             DEVICE, '-budget', str(TUNING_MINUTES[fold]))
-
-
-def mean_and_interval(of: np.ndarray) -> tuple[float, float, float]:
-    """Mean of differences (trainings, cases), and its 95 % interval: a bootstrap that draws both."""
-    rng = np.random.default_rng(0)
-    trainings, cases = (rng.integers(n, size=(10_000, n)) for n in of.shape)
-    low, high = np.quantile(of[trainings[:, :, None], cases[:, None, :]].mean((1, 2)), [0.025, 0.975])
-    return float(of.mean()), float(low), float(high)
+             DEVICE, '-budget', str(TUNING_MINUTES), '--disable_progress_bar')
 
 
 def parse(description: str | None, dataset: str, table: str, stages: Sequence[str]) -> argparse.Namespace:
@@ -148,26 +137,20 @@ def main() -> None:
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
         prepare(work, find_data(args.data))
-    if 'stock' in args.stages:
-        for fold in range(NUM_FOLDS):
-            train(work, STOCK_TRAINER, fold)
-    if 'pdddpm' in args.stages:
-        for trainer in (PDDDPM_TRAINER, DIRECT_TRAINER, DIRECT_CE_TRAINER, TRUTH_TRAINER, CONTROL_TRAINER):
-            train(work, trainer, 0)
-        for fold in range(1, NUM_FOLDS):
-            train(work, PDDDPM_TRAINER, fold)
-        train(work, PAPER_TRAINER, 0)
-    if 'tune' in args.stages:
-        for trainer, fold in ((TRUTH_TRAINER, 0), *((PDDDPM_TRAINER, fold) for fold in range(NUM_FOLDS))):
-            tune(work, trainer, fold)
-        shutil.copyfile(fold_folder(work, PDDDPM_TRAINER, 0) / 'sampling_sweep.png',
-                        Path(args.table).with_name('sampling_sweep.png'))
-    if 'evaluate' in args.stages:
-        os.environ.update(nnunet_environment(work))
-        sys.path.append(str(HERE / 'trainers'))
-        from hippocampus_evaluation import evaluate, write_table  # reads nnU-Net's folders from the environment
-        evaluate(work)
-        write_table(work, Path(args.table))
+    for fold in range(NUM_FOLDS):
+        if 'train' in args.stages:
+            for trainer in (STOCK_TRAINER, CONTROL_TRAINER, SECOND_TRAINER, PDDDPM_TRAINER):
+                train(work, trainer, fold)
+        if 'tune' in args.stages:
+            tune(work, PDDDPM_TRAINER, fold)
+    os.environ.update(nnunet_environment(work))
+    sys.path.append(str(HERE / 'trainers'))
+    if {'measure', 'table'} & set(args.stages):
+        from hippocampus_rows import measure, write_table  # reads nnU-Net's folders from the environment
+        if 'measure' in args.stages:
+            measure(work)
+        if 'table' in args.stages:
+            write_table(work, Path(args.table))
 
 
 if __name__ == '__main__':

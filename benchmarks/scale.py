@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,15 @@ def machine() -> str:
     """In words."""
     processor = f'one {torch.cuda.get_device_name()}' if FULL else 'no GPU'
     return f'{platform.machine()}, {os.cpu_count()} CPU cores, {processor}, torch {torch.__version__}'
+
+
+def commit() -> str:
+    """Of the checkout, with a word if files differ from it."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(['git', *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+                              ).stdout.strip()
+    changed = git('status', '--porcelain', '../nnunet_pdddpm')
+    return git('rev-parse', '--short', 'HEAD') + (' and changes' if changed else '')
 
 
 def results() -> Path:

@@ -128,7 +128,7 @@ def accuracy(work: Path, subject: Subject, device: str) -> dict[str, Any]:
 def open_image(work: Path, subject: Subject, device: str, **settings: Any) -> tuple[Any, torch.Tensor]:
     """A predictor with the data set's PDDDPM model and eight samples, and the first image."""
     import speed_parts as measure
-    predictor = measure.opened(model(work, subject.dataset, subject.refined), device, overrides={'samples': (8, 8)},
+    predictor = measure.opened(model(work, subject.dataset, subject.refined), device, overrides={'samples': 8},
                                **settings)
     return predictor, measure.preprocessed(predictor, images_of(work, subject), 1)[0]
 

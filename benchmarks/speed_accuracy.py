@@ -26,7 +26,7 @@ def bfloat16(work: Path) -> dict[str, Any]:
     for name, wanted in (('float32', False), ('bfloat16', True)):
         output = work / 'speed' / DATASET / name
         predictor = opened(work / 'nnUNet_results' / DATASET / f'{PDDDPM_TRAINER}__{PLANS}__{CONFIGURATION}', 'cpu',
-                           outputs=Outputs(probabilities=True), overrides={'samples': (8, 8)})
+                           outputs=Outputs(probabilities=True), overrides={'samples': 8})
         if wanted and not predictor.bfloat16:
             return {}
         predictor.bfloat16 = wanted

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nnunet_pdddpm.inference import volume
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
-from nnunet_pdddpm.inference.volume_predictor import FoldSettings
+from nnunet_pdddpm.network.settings import SamplingSettings
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -52,10 +52,9 @@ def opened(model: Path, device: str, **settings: Any) -> PDDDPMPredictor:
     return predictor
 
 
-def with_samples(predictor: PDDDPMPredictor, **changes: Any) -> FoldSettings:
-    """The model's settings with some of those for the samples changed, from which the mask is made, too."""
-    samples = replace(predictor.fold_settings[0].samples, **changes)
-    return FoldSettings(samples, samples)
+def with_samples(predictor: PDDDPMPredictor, **changes: Any) -> SamplingSettings:
+    """The model's settings with some changed, and the mask made of the samples."""
+    return replace(predictor.fold_settings[0], samples_from='chain', mask_stock=0.0, mask_blind=0.0, **changes)
 
 
 def preprocessed(predictor: PDDDPMPredictor, images: Path, cases: int) -> list[Tensor]:

@@ -119,9 +119,8 @@ def write_table(measured: dict[str, Any], machine: str, file: Path) -> None:
 
     NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/speed.py -o WORK    # after benchmarks/hippocampus.py -o WORK
 
-Machine: {machine}. Reduced plans. Hippocampus: the models of `hippocampus.py`, with the settings its tuning chose (mask: t_start =
-{settings['mask']['t_start']}, k = {settings['mask']['steps']}, n = {settings['mask']['samples']}; samples: t_start =
-{settings['samples']['t_start']}, k = {settings['samples']['steps']}). MSLesion: 182 x 218 x 182 voxels, three channels, patch
+Machine: {machine}. Reduced plans. Hippocampus: the models of `hippocampus.py`, with the settings its tuning chose (start
+{settings['start']:g}, {settings['steps']} steps, weight of the blind mask {settings['mask_blind']:g}). MSLesion: 182 x 218 x 182 voxels, three channels, patch
 96 x 96 x 96, a short training of 120 and 50 iterations, settings not tuned. Median (range).
 
 ## The commands

@@ -82,7 +82,7 @@ class PDDDPMTrainerFaults(RepeatableEpochs, PDDDPMTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.sampling_of_samples = SamplingSettings(samples=2)
+        self.sampling = SamplingSettings(samples=2)
 
 
 class nnUNetTrainerLesions(ShortCPUTraining, nnUNetTrainerHandful):
