@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +104,13 @@ def test_images(objects: int) -> list[Phantom]:
     return [phantom(TEST_SEED + i, *GRIDS[objects]) for i in range(NUM_TEST[objects])]
 
 
-def measure(work: Path) -> None:
+def measure(work: Path, folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Scores of every row, training and image, as `measured/ROW__FOLD__OBJECTS.json`; what is there is left alone."""
     from phantom_samplers import draw, open_model, opened, rows, scores, temperatures
     results = work / 'measured'
     results.mkdir(exist_ok=True)
     validation = [phantom(VALIDATION_SEED + i) for i in range(NUM_VALIDATION)]
-    for fold in range(NUM_FOLDS):
+    for fold in folds:
         for trainer in (DENOISER, SECOND):
             predictor = open_model(folder(work, trainer), fold)
             settings = temperatures(predictor, validation)

@@ -236,6 +236,14 @@ def test_the_unit_of_the_cross_entropy_and_what_is_left_at_the_end_do_not_matter
     np.testing.assert_allclose(meter.table().share, share, atol=1e-4)
 
 
+def test_a_node_that_few_patches_met_weighs_little():
+    meter = LevelMeter(-10.0)
+    meter.restore(torch.tensor([exact_share(float(level), 30) for level in meter.log_snr]), torch.full((NODES,), 800.0))
+    share = np.array(meter.table().share)
+    meter.count[20], meter.cross_entropy[20] = 1, 3  # one patch, by far the hardest
+    np.testing.assert_allclose(meter.table().share, share, atol=0.05)
+
+
 @settings(fixed, max_examples=100)
 @given(st.lists(st.tuples(st.floats(0, 1e4, width=32), st.integers(0, 10_000)), min_size=NODES, max_size=NODES))
 def test_whatever_is_measured_gives_a_table_that_survives_float32(measured):

@@ -702,3 +702,9 @@ def test_a_training_step_under_ddp_reaches_every_trained_parameter(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert all(parameter.grad is not None for parameter in refiner.denoiser.parameters())
+
+
+def test_a_model_that_predicts_noise_has_no_blind_mask():
+    refiner = make_refiner(design=EPS)
+    with pytest.raises(ValueError, match='has no blind mask: set mask_blind to 0'):
+        refiner.sample(patch(PLAIN_2D), replace(SETTINGS, mask_stock=0, mask_blind=1))

@@ -243,7 +243,14 @@ class Refiner(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def blind_logits(self, image: Tensor, temperature: float = 1.0) -> Tensor:
-        """(B, image channels, ...) -> logits (B, C, ...) of the denoiser that is shown no mask, over a temperature."""
+        """(B, image channels, ...) -> logits (B, C, ...) of the denoiser that is shown no mask, over a temperature.
+
+        Raises:
+            ValueError: for a denoiser that gives noise and no mask.
+        """
+        if self.design.parameterisation == 'eps':
+            raise ValueError('This model predicts noise and has no blind mask: set mask_blind to 0, and samples_from '
+                             'to chain or stock.')
         nothing = image.new_zeros((image.shape[0], self.num_channels, *image.shape[2:]))
         output = self.denoiser(image, nothing, self._level(self.blind_level, image))
         return (output[0] if isinstance(output, list) else output) / temperature
