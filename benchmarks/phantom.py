@@ -35,8 +35,9 @@ TEXT = """# A phantom whose distribution of masks is known
 Commit {commit}. Machine: {machine}; float32 prediction, training as `benchmarks/trainers/benchmark_trainers.py` says.
 {plans}: features {features}, batch 4, patches of 64 x 64. {cases:,} images, two thirds of which train each of three
 folds (trainings); stock {stock:,} iterations, all others {others:,}, from stock's weights. {samples} samples an
-image, no mirroring; one temperature a network, fitted on {validation} further phantoms. Nothing was tuned on the test
-images.
+image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The learning rate and
+the share of patches without a mask, defaults of the trainer, were chosen by single trainings of fold 0 on these test
+images; nothing else was.
 
 Each image shows objects whose truth is, independently of each other, one of three shapes: the core, the core with its
 rim, or the core with its lobe (`benchmarks/phantom_data.py`). The networks are trained on images of two objects.
