@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ END = 0
 """Stage of a draw that gives the sample's mask; the draws before it count from 1, the start, on."""
 
 
+@lru_cache(maxsize=64)  # a volume comes slice by slice, and asks for the same ones at each
 def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int, stage: int = END,
                 parts: int = 1, dependence: float = 1.0) -> Tensor:
     """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -171,12 +170,9 @@ class Refiner(nn.Module):
             return Ancestral()
         stages = {level: 2 + i for i, level in enumerate(self.table.chain(settings.start, settings.steps)[1:])}
 
-        @cache
-        def shifts(lower: float) -> Tensor:  # once a level: a volume comes slice by slice
-            return self._shifts(settings, sample, samples, stages[lower], num_parts)
-
         def draw_mask(x0_hat: Tensor, lower: float) -> Tensor:
-            masks = [drawn_mask(p, self.regions, shifts(lower), parts) for p in self.design.coding.decode(x0_hat)]
+            shifts = self._shifts(settings, sample, samples, stages[lower], num_parts)
+            masks = [drawn_mask(p, self.regions, shifts, parts) for p in self.design.coding.decode(x0_hat)]
             return self.design.coding.encode(torch.stack(masks))
         return Redrawing(draw_mask)
 
