@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from scale import DEVICE, FULL, PLANS, results
 
+from nnunet_pdddpm.inference.intervals import Features
+
 DATASET_ID = 4
 DATASET = 'Dataset004_Hippocampus'
 CONFIGURATION = '3d_fullres'
@@ -105,6 +107,11 @@ def train(work: Path, trainer: str, fold: int, dataset: str = DATASET, configura
     if not (fold_folder(work, trainer, fold, dataset, configuration) / 'checkpoint_final.pth').is_file():
         call(work, 'nnUNetv2_train', dataset, configuration, str(fold), '-tr', trainer, '-p', PLANS, '-device', DEVICE,
              '--c', **variables)
+
+
+def volume_row(true: float, features: Features, volumes: np.ndarray) -> dict[str, list[float]]:
+    """What intervals of a label's volume are made of and measured by in one case: see `inference.intervals.FIELDS`."""
+    return {'fields': [true, *(float(of[0]) for of in features), float(len(volumes))], 'samples': volumes.tolist()}
 
 
 def tune(work: Path, trainer: str, fold: int) -> None:

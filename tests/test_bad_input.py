@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import weakref
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,16 +17,19 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import DATASET_ID, PLANS, REFINED, Workspace
+from filelock import FileLock
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.commands.predict import main
+from nnunet_pdddpm.demo.phantom import write_dataset
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
+from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner
 
@@ -296,9 +300,48 @@ def test_what_a_run_killed_at_its_very_end_has_left_is_taken_away(source, tmp_pa
     out = predict(source, tmp_path / 'out')
     left = out / f'.{GOOD}.partial'
     left.mkdir()
-    (left / '.lock').write_text('')
+    (out / f'.{GOOD}.partial.lock').write_text('')
     predict(source, out, '--continue_prediction')
-    assert not left.exists()
+    assert not list(out.glob('.*partial*'))
+
+
+def test_no_folder_is_deleted_that_holds_an_open_file(source, tmp_path, monkeypatch):
+    """Windows refuses that; the lock of a case lies beside its folder, and goes with it."""
+    open_locks, rmtree = [], shutil.rmtree
+    acquire = FileLock.acquire
+
+    def acquired(self, *args, **kwargs):
+        open_locks.append(Path(self.lock_file))
+        return acquire(self, *args, **kwargs)
+
+    def as_on_windows(folder, *args, **kwargs):
+        assert not [lock for lock in open_locks if Path(folder) in lock.parents]
+        rmtree(folder, *args, **kwargs)
+    monkeypatch.setattr(FileLock, 'acquire', acquired)
+    monkeypatch.setattr(shutil, 'rmtree', as_on_windows)
+    out = predict(source, tmp_path / 'out')
+    assert open_locks and (out / f'{GOOD}.nii.gz').is_file() and not list(out.glob('.*partial*'))
+
+
+def test_nothing_of_a_case_is_alive_when_the_next_one_begins(tmp_path, monkeypatch):
+    """A volume's arrays are as large as the memory allows: two at a time would not fit."""
+    write_dataset(tmp_path / 'raw', num_training=0, num_test=3, shape=(20, 26, 22))
+    alive: list[weakref.ref] = []
+    initialise, predict_volume = Volume.__init__, PDDDPMPredictor.predict_volume
+
+    def begin(self, *args):
+        assert [reference for reference in alive if reference() is not None] == []
+        alive.append(weakref.ref(self))
+        initialise(self, *args)
+
+    def predicted(self, *args):
+        result = predict_volume(self, *args)
+        alive.extend([weakref.ref(result), weakref.ref(result.spread), weakref.ref(result.logits)])
+        return result
+    monkeypatch.setattr(Volume, '__init__', begin)
+    monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', predicted)
+    predict(tmp_path / 'raw' / 'imagesTs', tmp_path / 'out', '-sure', '0.9')
+    assert len(alive) == 3 * 4
 
 
 @pytest.mark.parametrize(('moment', 'said_then'), [

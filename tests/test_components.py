@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from nnunet_pdddpm.diffusion.coding import harden
-from nnunet_pdddpm.inference.components import WHOLE, parts_around_objects
+from nnunet_pdddpm.inference.components import WHOLE, objects_in, parts_around
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 
 CPU = torch.device('cpu')
@@ -24,9 +24,9 @@ OTHER_BOX = (slice(8, 12), slice(10, 15), slice(30, 35))
 
 def test_a_volume_with_one_possible_object_or_none_is_one_part():
     foreground = torch.full((4, 5, 6), 0.09)
-    assert parts_around_objects(foreground) == WHOLE
+    assert parts_around(objects_in(foreground)) == WHOLE
     foreground[1, 1, 1] = foreground[2, 2, 2] = 0.11  # neighbours over a corner
-    assert parts_around_objects(foreground) == WHOLE
+    assert parts_around(objects_in(foreground)) == WHOLE
     assert WHOLE.number == 1 and WHOLE.at(3) is None
 
 
@@ -38,7 +38,7 @@ def test_every_voxel_belongs_to_the_nearest_object(data):
     foreground = torch.full(shape, 0.05)
     for point in points:
         foreground[point] = 0.5
-    parts = parts_around_objects(foreground)
+    parts = parts_around(objects_in(foreground))
     objects, number = ndimage.label((foreground > 0.1).numpy(), np.ones((3, 3, 3)))
     if number == 1:
         assert parts == WHOLE

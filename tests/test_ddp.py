@@ -94,7 +94,7 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     for part in ('weights', 'average'):
         for name, value in one[part].items():
             assert torch.equal(value, other[part][name]), name
-    tuned = json.loads((fold / 'sampling_sweep.json').read_text())['chosen']['settings']
+    tuned = json.loads((fold / 'sampling_sweep.json').read_text())['chosen']
     assert asdict(one['settings']) == asdict(other['settings']) == tuned
     assert one['updates'] == other['updates'] == 8
     assert one['losses'] == other['losses'] and one['dice'] == other['dice']
@@ -128,6 +128,8 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     assert {file.name for file in (fold / 'validation').glob('*.nii.gz')} == {
         f'phantom_{i:03d}.nii.gz' for i in (0, 3, 6)}  # two by one rank, one by the other
     assert (fold / 'validation' / 'summary.json').is_file()
+    true = saved['calibration'][:, 1, 0]  # both ranks' volumes of the organ, of three validation cases
+    assert (true[:3] > 0).all() and len(set(true[:3].tolist())) == 3 and not true[3:].any()
     again = tmp_path / 'validation' / 'phantom_003.nii.gz'
     assert again.read_bytes() == (fold / 'validation' / again.name).read_bytes()
 

@@ -67,11 +67,15 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
 
 def test_volumes_stand_beside_the_true_ones(tmp_path):
     write_dataset(tmp_path / 'raw', num_training=0, num_test=1, shape=(16, 20, 18))
-    row = {'volume_ml': 12.3, 'volume_ml_low': 11.1, 'volume_ml_high': 13.9, 'interval_sd': 1.1}
-    summary = {'cases': [{'case': 'phantom_000', 'labels': {'organ': row}}]}
+    row = {'volume_ml': 12.3, 'volume_ml_low': 0.1, 'volume_ml_high': 13.9, 'interval_level': 0.95,
+           'samples_low_ml': 12.0, 'samples_high_ml': 12.5}
+    other = {**row, 'volume_ml_low': None, 'volume_ml_high': None, 'interval_level': None}
+    summary = {'cases': [{'case': 'phantom_000', 'num_samples': 8, 'labels': {'organ': row, 'lesion': other}}]}
     (tmp_path / 'pdddpm_summary.json').write_text(json.dumps(summary))
     truth = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / 'raw' / 'labelsTs' / 'phantom_000.nii.gz')))
-    title, line = volume_lines(tmp_path, tmp_path / 'raw' / 'labelsTs', {'organ': 1})
-    assert 'calibrated 95 % interval' in title
-    assert '12.30 (11.10 to 13.90)' in line
+    title, line, of_lesion, inside = volume_lines(tmp_path, tmp_path / 'raw' / 'labelsTs', {'organ': 1, 'lesion': 2})
+    assert 'calibrated interval' in title and 'range of 8 samples' in title
+    assert '12.30   95 %: 0.10 to 13.90' in line and '12.00 to 12.50' in line
+    assert '12.30   none' in of_lesion and '95 %' not in of_lesion
+    assert inside == 'The true volume is in 1 of 1 calibrated intervals, and in 0 of 2 ranges of 8 samples.'
     assert float(line.split()[-1]) == pytest.approx((truth == 1).sum() * np.prod(SPACING) / 1000, abs=0.006)

@@ -26,6 +26,7 @@ from nnunet_pdddpm.diffusion.process import (
     Redrawing,
     ancestral_step,
     eps_from_x0,
+    evidence,
     noise_scale,
     q_sample,
     signal,
@@ -203,6 +204,26 @@ def test_signal_and_noise_have_the_ratio_that_the_level_says():
     torch.testing.assert_close(2 * (signal(levels) / noise_scale(levels)).log(), levels)
     torch.testing.assert_close(signal(levels) ** 2 + noise_scale(levels) ** 2, torch.ones_like(levels))
     assert (float(signal(CLEAN)), float(noise_scale(CLEAN))) == (1, 0)
+
+
+@pytest.mark.parametrize(('low', 'high'), [(-1.0, 1.0), (0.0, 1.0)])
+@heads
+def test_the_evidence_of_a_voxel_makes_the_posterior_of_independent_voxels(regions, low, high):
+    """Bayes' rule written out: prior times likelihood of every possible voxel, with torch's normal distribution."""
+    generator = torch.Generator().manual_seed(0)
+    prior = torch.rand((2, 3, 5, 4), generator=generator)
+    prior = prior if regions else prior / prior.sum(1, keepdim=True)
+    x, levels = 2 * torch.randn(prior.shape, generator=generator), torch.tensor([-4.0, 1.5])
+    a, s = (of(levels).float().reshape(2, 1, 1, 1) for of in (signal, noise_scale))
+    likelihood = {value: torch.distributions.Normal(a * value, s).log_prob(x) for value in (low, high)}
+    found = probabilities_to_logits(prior, regions) + evidence(x, levels, low, high)
+    if regions:
+        on, off = prior.log() + likelihood[high], (1 - prior).log() + likelihood[low]
+        expected = torch.stack([off, on]).softmax(0)[1]
+    else:  # class c: its channel is on, all others are off
+        of_classes = likelihood[high] + likelihood[low].sum(1, keepdim=True) - likelihood[low]
+        expected = (prior.log() + of_classes).softmax(1)
+    torch.testing.assert_close(logits_to_probabilities(found, regions), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('level', [-14.0, -0.5, 4.0])

@@ -310,7 +310,8 @@ def summary_of(data: Data, estimated: Callable[[int], float]) -> list[dict[str, 
             volume = float((mask == value).sum() * np.prod(SPACING) / 1000)
             low = volume * (0.9 if i % 2 == 0 else 1.1)
             labels[name] = {'volume_ml': volume, 'volume_ml_mean': volume, 'volume_ml_sd': 0.1, 'volume_ml_low': low,
-                            'volume_ml_high': low + 0.2 * volume, 'estimated_dice': estimated(i), 'components': 1}
+                            'volume_ml_high': low + 0.2 * volume, 'samples_low_ml': 0, 'samples_high_ml': volume,
+                            'estimated_dice': estimated(i), 'components': 1}
         entries.append({'case': case, 'labels': labels, 'estimated_dice': estimated(i), 'seconds': 2.5})
     return entries
 
@@ -329,6 +330,7 @@ def test_estimates_of_the_summary_are_compared_with_the_truth(data):
         assert of['pearson'] == pytest.approx(pearsonr(estimated, true).statistic)
     assert column(results, 'organ', 'reference_in_interval') == [1, 0, 1, 0, 1]
     assert results['foreground_mean']['reference_in_interval'] == pytest.approx(0.6)
+    assert column(results, 'organ', 'reference_in_range') == [1] * 5
     assert results['mean']['lesion']['estimated_dice'] == pytest.approx(np.mean(estimated))
 
 
@@ -344,7 +346,7 @@ def test_a_summary_without_a_case_or_a_value_leaves_it_undefined(data):
     assert any('estimated Dice' in line and '(1 of 5 cases lack it)' in line for line in results['not_computed'])
 
 
-def test_samples_alone_give_estimates_intervals_and_diversity(data):
+def test_samples_alone_give_estimates_their_range_and_diversity(data):
     samples = data.add_samples()
     results = data.evaluate()
     assert results['samples'] == [4]
@@ -357,9 +359,11 @@ def test_samples_alone_give_estimates_intervals_and_diversity(data):
         of = case['labels']['lesion']
         assert of['estimated_dice'] == pytest.approx(dice)
         assert of['sample_diversity'] == pytest.approx(1 - np.mean(iou))
-        ends = np.quantile(lesions.sum((1, 2, 3)), (0.025, 0.975)) * np.prod(SPACING) / 1000
-        assert (of['volume_low_ml'], of['volume_high_ml']) == pytest.approx(tuple(ends), rel=1e-5)
-        assert of['reference_in_interval'] == float(ends[0] - 1e-6 <= of['reference_volume_ml'] <= ends[1] + 1e-6)
+        volumes = lesions.sum((1, 2, 3)) * np.prod(SPACING) / 1000
+        ends = volumes.min(), volumes.max()
+        assert (of['samples_low_ml'], of['samples_high_ml']) == pytest.approx(ends, rel=1e-5)
+        assert of['reference_in_range'] == float(ends[0] - 1e-6 <= of['reference_volume_ml'] <= ends[1] + 1e-6)
+        assert 'volume_low_ml' not in of and 'reference_in_interval' not in of  # samples alone are not calibrated
 
 
 def test_samples_against_raters(data, capsys):
@@ -373,8 +377,8 @@ def test_samples_against_raters(data, capsys):
         assert of['best_dice'] == pytest.approx((2 * cross / (1 + cross)).max(0).mean())
         assert cross.mean() <= of['hm_iou'] <= cross.max()
         volumes = r.sum((1, 2, 3)) * np.prod(SPACING) / 1000
-        inside = [of['volume_low_ml'] - 1e-6 <= v <= of['volume_high_ml'] + 1e-6 for v in volumes]
-        assert of['raters_in_interval'] == pytest.approx(np.mean(inside))
+        inside = [of['samples_low_ml'] - 1e-6 <= v <= of['samples_high_ml'] + 1e-6 for v in volumes]
+        assert of['raters_in_range'] == pytest.approx(np.mean(inside))
     assert set(results['best_dice_per_rater']) == {'dr_0', 'dr_1', 'dr_2'}
     assert '4 samples against 3 raters' in capsys.readouterr().out
     assert [line.partition(':')[0] for line in results['not_computed']] == [

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -193,6 +194,36 @@ def test_training_stops_at_the_first_loss_that_is_no_number_and_keeps_the_last_g
     resumed.save_checkpoint(str(folder / 'again.pth'))  # what a resumed training saves has the checksum, too
     assert stored_checksum(load_checkpoint(folder / 'again.pth')['network_weights']) == \
         stored_checksum(kept['network_weights']) is not None
+
+
+def test_with_a_grad_scaler_a_loss_that_is_no_number_is_told_and_ten_in_a_row_end_training(scratch_results):
+    """As in half precision on a GPU, where GradScaler leaves such a step out and lowers its scale."""
+    trainer = make_trainer(REFINED, 0)
+    trainer.on_train_start()
+    trainer.grad_scaler = torch.amp.GradScaler('cpu')
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    spoiled = {**batch, 'data': batch['data'].clone()}
+    spoiled['data'][0, 0, 0, 0, 0] = torch.nan
+    before = [p.detach().clone() for p in trainer.refiner.denoiser.parameters()]
+    outputs = [trainer.train_step(spoiled)]
+    assert math.isnan(outputs[0]['loss']) and trainer.grad_scaler.get_scale() == 2 ** 15
+    assert all(torch.equal(p, old) for p, old in zip(trainer.refiner.denoiser.parameters(), before, strict=True))
+    outputs.append(trainer.train_step(batch))
+    assert not all(torch.equal(p, old) for p, old in zip(trainer.refiner.denoiser.parameters(), before, strict=True))
+    assert torch.isfinite(trainer.meter.cross_entropy).all()
+    trainer.on_train_epoch_end(outputs)
+    assert trainer.logger.get_value('train_losses', -1) == pytest.approx(float(outputs[1]['loss']))
+    for _ in range(9):
+        trainer.train_step(spoiled)
+    log = next(Path(trainer.output_folder).glob('training_log*')).read_text()
+    assert 'GradScaler leaves this step out (9 in a row, training stops at 10).' in log
+    with pytest.raises(NonFiniteLoss, match='the 10th time in a row, on patches of'):
+        trainer.train_step(spoiled)
+    next(trainer.refiner.denoiser.parameters()).data.fill_(torch.inf)
+    trainer.loss_watch.in_a_row = 0
+    with pytest.raises(NonFiniteLoss, match='and weights of the network are no numbers'):
+        trainer.train_step(batch)
 
 
 def test_a_killed_data_worker_ends_training_and_the_last_checkpoint_is_there(scratch_results, monkeypatch):

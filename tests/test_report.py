@@ -37,7 +37,8 @@ HOT = (5, 12, 20)
 def entry(case: str, quality: float | None, ml: float = 12.3) -> dict[str, Any]:
     """A case of pdddpm_summary.json; the organ's entry has only what must be there."""
     lesion = {'volume_ml': ml, 'volume_ml_mean': 1.01 * ml, 'volume_ml_sd': 0.05 * ml, 'volume_ml_low': 0.9 * ml,
-              'volume_ml_high': 1.13 * ml, 'volume_ml_stock': 0.98 * ml, 'components': 3, 'pairwise_dice': quality,
+              'volume_ml_high': 1.13 * ml, 'interval_level': 0.95, 'samples_low_ml': 0.8 * ml, 'samples_high_ml': ml,
+              'volume_ml_stock': 0.98 * ml, 'components': 3, 'pairwise_dice': quality,
               'uncertain_share': 0.2}
     return {'case': case, 'estimated_dice': quality, 'uncertain_share': 0.08, 'seconds': 12.3,
             'network_calls': {'denoiser': 8}, 'labels': {'organ': {'volume_ml': 250.0}, 'lesion': lesion}}
@@ -112,8 +113,8 @@ def test_the_worst_case_is_first_and_one_without_an_estimate_before_it(page):
 
 def test_volumes_come_with_their_interval_and_stock_beside(page):
     text = text_of(page)
-    assert '12.3 ml (11.1 to 13.9) stock 12.1' in text
-    assert '0.50 ml (0.45 to 0.56) stock 0.49' in text
+    assert '12.3 ml (95 %: 11.1 to 13.9) stock 12.1' in text
+    assert '0.50 ml (95 %: 0.45 to 0.56) stock 0.49' in text
     assert '250 ml stock –' in text
     assert 'not estimated' in text and '0.61' in text and '8.0 %' in text
     assert 'For research only. This is not a medical device' in text

@@ -386,7 +386,7 @@ def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_th
     trainer.refiner.configure(SamplingSettings(start=0.3), False)  # as another model's would be
     other = refined.model(REFINED) / 'fold_1' / 'checkpoint_final.pth'
     load_pretrained_weights(trainer.network, str(other))
-    trainer.refiner.interval_sd.fill_(2)  # as if the other model had calibrated intervals
+    trainer.refiner.calibration.fill_(2)  # as if the other model had calibrated intervals
     assert trainer.refiner.level_count.sum() > 0
     trainer.on_train_start()
     stock = weights(refined.model(STOCK), 0)['network_weights']
@@ -394,7 +394,7 @@ def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_th
         assert torch.equal(value, stock[name]), name
     name = 'denoiser.unet.encoder.stages.0.0.convs.0.conv.mask_conv.weight'
     assert torch.equal(trainer.network.state_dict()[name], weights(refined.model(REFINED), 1)['network_weights'][name])
-    assert trainer.refiner.settings == trainer.sampling and not trainer.refiner.interval_sd.any()
+    assert trainer.refiner.settings == trainer.sampling and not trainer.refiner.calibration.any()
     assert not trainer.refiner.level_count.any() and not trainer.meter.count.any()  # levels are measured anew
 
 

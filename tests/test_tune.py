@@ -24,12 +24,13 @@ from torch import Tensor
 from nnunet_pdddpm.commands.tune import main
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.levels import LevelTable
-from nnunet_pdddpm.diffusion.process import noise_scale, signal
+from nnunet_pdddpm.diffusion.process import evidence, noise_scale, signal
 from nnunet_pdddpm.evaluation.calibration import negative_log_likelihood
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
+from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import SETTING, DiffusionDesign, stored_settings
@@ -41,17 +42,16 @@ from nnunet_pdddpm.tuning import tune as tune_module
 from nnunet_pdddpm.tuning.budget import cases_in
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.choice import (
-    LEVEL,
     MaskRow,
     SampleRow,
     TuningError,
     choose_mask,
+    choose_measured,
     choose_samples,
     difference_interval,
 )
-from nnunet_pdddpm.tuning.intervals import conformal_width, conformal_widths
 from nnunet_pdddpm.tuning.report import named_mask, named_samples
-from nnunet_pdddpm.tuning.scores import VERY_FAR, Truth
+from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import masks_to_try, sweep
 from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature, likelihoods
@@ -140,32 +140,6 @@ def test_samples_have_the_lowest_energy_then_they_are_cheap():
     assert choose_samples([best, far]) is best
     assert choose_samples([far, as_close, best]) is as_close
     assert choose_samples([far, as_close, as_cheap, best]) is as_cheap
-
-
-# intervals
-
-def test_a_conformal_interval_holds_what_it_promises_for_new_cases_however_errors_are_spread():
-    rng = np.random.default_rng(0)
-    for draw in (rng.standard_exponential, lambda size: abs(rng.standard_cauchy(size)) / 50):
-        held = [(draw(20) <= conformal_width(draw(39))).mean() for _ in range(2000)]
-        assert LEVEL - 0.01 < np.mean(held) < LEVEL + 0.03  # expected 38 of 40
-
-
-def test_a_conformal_interval_needs_enough_errors_and_leaves_out_the_undefined():
-    errors = np.arange(1.0, 20) / 10
-    assert conformal_width(errors) == 1.9 and conformal_width(errors[1:]) == 0
-    assert conformal_width(np.concatenate([errors, errors + 1.9, [np.nan] * 5])) == 3.8  # the 38th of 38
-    assert conformal_width(np.arange(1.0, 58) / 10) == 5.6  # the 56th of 57: 0.95 * 58 = 55.1
-    errors[0] = VERY_FAR
-    assert conformal_width(errors) == 0  # the samples say nothing of the error
-
-
-def test_intervals_are_of_each_label_where_enough_cases_have_it():
-    errors = np.column_stack([np.arange(1.0, 31) / 10, np.arange(1.0, 31) / 4])
-    assert conformal_widths(errors) == (3.0, 7.5)
-    errors[15:, 1] = np.nan
-    assert conformal_widths(errors) == (3.0, conformal_width(errors)) and conformal_width(errors) == 3.5  # 44th of 45
-    assert conformal_widths(errors[:9].repeat(5, 1)) == (0,) * 10 and conformal_widths(None) == ()  # nine cases
 
 
 def test_a_budget_leaves_out_cases_but_not_below_five():
@@ -306,23 +280,6 @@ def test_independent_exact_samples_have_the_lowest_energy_however_few_they_are(n
             assert mean > 4 * error
 
 
-@pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
-def test_errors_of_volumes_are_in_standard_deviations_of_the_samples(regions):
-    manager = Labels(regions, 3, heads=2 if regions else 3)
-    truth = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0]]]), manager, CPU)
-
-    def mask(ones: int, twos: int) -> Tensor:
-        labels = torch.tensor([1] * ones + [2] * twos + [0] * (7 - ones - twos))
-        return torch.stack([labels > 0, labels == 2]) if regions else labels
-    assert truth.volume_errors([mask(1, 0), mask(3, 0)])[0] == pytest.approx((4 - 2) / np.sqrt(2))
-    assert np.isnan(truth.volume_errors([mask(1, 0), mask(3, 0)])[1])
-    assert truth.volume_errors([mask(4, 0), mask(4, 0)])[0] == 0
-    errors = truth.volume_errors([mask(3, 1), mask(3, 1)])
-    assert errors[1] == VERY_FAR and errors[0] == (0 if regions else VERY_FAR)
-    partly = Truth(np.array([[[1, 1, 1, 1, 0, 0, 0, 3]]]), manager, CPU)  # a voxel to be ignored
-    assert np.isnan(partly.volume_errors([mask(1, 0), mask(3, 0)])).all()
-
-
 # temperature
 
 @pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
@@ -366,7 +323,8 @@ class Exact(torch.nn.Module):
             likeness = torch.einsum('bczyx,kczyx->bk', noisy, 2 * self.masks - 1)
             scale = signal(log_snr) / noise_scale(log_snr) ** 2
             weights = (likeness * scale[:, None].float()).softmax(1)
-        return torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
+        logits = torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
+        return logits - evidence(noisy, log_snr, -1, 1) if log_snr[0] != self.blind_level else logits
 
 
 class Stock(Exact):
@@ -388,17 +346,17 @@ class KnownCases:
 
     def load(self, name: str) -> Case:
         labels = self.labels[int(name)]
-        return Case(torch.zeros((1, *labels.shape)), labels, [])
+        return Case(torch.zeros((1, *labels.shape)), labels, [], {}, name)
 
 
 SIZE = (16, 24, 16)  # of a patch
 
 
 def shapes(nested: bool) -> list[np.ndarray]:
-    """Label maps of three boxes, each within the next one; or of a box that is at one of two places."""
+    """Label maps of three boxes, each within the next one; or of a box that is at one of two places, which touch."""
     boxes = (8, 16), (4, 16), (4, 20)
     maps = []
-    for start, stop in boxes if nested else ((2, 10), (14, 22)):
+    for start, stop in boxes if nested else ((4, 12), (12, 20)):
         maps.append(np.zeros(SIZE, int))
         maps[-1][4:12, start:stop, 4:12] = 1
     return maps
@@ -408,7 +366,7 @@ def shapes(nested: bool) -> list[np.ndarray]:
 def test_an_exact_chain_is_chosen_where_masks_are_no_thresholds_and_only_there(tuned, monkeypatch, apart):
     monkeypatch.setattr(sweep_module, 'STARTS', (1.0, 0.5))
     monkeypatch.setattr(sweep_module, 'MORE_STEPS', ())
-    monkeypatch.setattr(sweep_module, 'DRAWS', 4)
+    monkeypatch.setattr(sweep_module, 'DRAWS', 8)
     known = shapes(nested=not apart)
     predictor = open_model(tuned, 0, CPU)
     predictor.use_mirroring, refiner = False, predictor.refiner
@@ -419,7 +377,7 @@ def test_an_exact_chain_is_chosen_where_masks_are_no_thresholds_and_only_there(t
     refiner.store_levels(LevelTable(tuple(log_snr), tuple(share)))
     masks = torch.cat([one_hot(torch.from_numpy(labels)[None, None], 3) for labels in known])
     refiner.denoiser, refiner.presegmenter = Exact(masks, refiner.blind_level), Stock(masks, refiner.blind_level)
-    found = sweep(predictor, KnownCases([known[i % len(known)] for i in range(6)]))
+    found = sweep(predictor, KnownCases([known[i % len(known)] for i in range(12)]))
     chain, thresholds = (min(np.mean(row.energy) for row in found.samples if (row.calls > 0) == with_chain)
                          for with_chain in (True, False))
     if apart:
@@ -427,6 +385,25 @@ def test_an_exact_chain_is_chosen_where_masks_are_no_thresholds_and_only_there(t
     else:
         assert found.chosen_samples.samples_from == 'stock' and thresholds < 1.2 * chain
         assert found.temperature == pytest.approx(1, abs=0.05)
+
+
+def test_a_mask_that_plain_prediction_makes_worse_than_stocks_is_not_taken():
+    def mask(stock: float, blind: float, dice: float, nll: float) -> MaskRow:
+        settings = SamplingSettings(mask_stock=stock, mask_blind=blind)
+        return MaskRow(settings, np.full(6, dice), np.full(6, nll))
+    stock, blind, blend, samples = rows = [mask(1, 0, 0.80, 0.3), mask(0, 1, 0.81, 0.2), mask(0.5, 0.5, 0.82, 0.1),
+                                           mask(0, 0, 0.83, 0.1)]
+    of_plain = {samples.settings: 0.79, blend.settings: 0.805}
+    asked = []
+
+    def plain(settings: SamplingSettings) -> np.ndarray:
+        asked.append(settings)
+        return np.full(6, of_plain[settings])
+    assert choose_measured(rows, plain) == (blend.settings, pytest.approx(0.805))
+    assert asked == [samples.settings, blend.settings]
+    of_plain[blend.settings] = 0.7
+    assert choose_measured(rows, plain) == (blind.settings, pytest.approx(0.81))  # the same in plain prediction
+    assert choose_measured([stock, samples], plain) == (stock.settings, pytest.approx(0.80))
 
 
 # the sweep and what is stored
@@ -499,7 +476,7 @@ def report(model: Path) -> dict:
 
 
 def chosen_in(model: Path) -> SamplingSettings:
-    return SamplingSettings(**report(model)['chosen']['settings'])
+    return SamplingSettings(**report(model)['chosen'])
 
 
 def log(model: Path) -> str:
@@ -558,8 +535,8 @@ def test_the_report_says_what_was_measured(tuned):
         table = list(csv.DictReader(file))
     assert len(table) == len(content['rows']) and sum(line['chosen'] == 'True' for line in table) == 2
     assert float(table[0]['dice']) == pytest.approx(content['rows'][0]['dice'], rel=1e-4)
-    assert np.shape(content['volume_errors']) == (3, 2)
-    assert content['chosen']['interval_sd'] == [0, 0, 0] and 'Intervals of volumes are not calibrated' in text
+    assert content['plain_dice'] == pytest.approx(masks[chosen]['dice'], abs=0.05)
+    assert f'in plain nnUNetv2_predict Dice {content["plain_dice"]:.4f}' in content['log'][0]
     picture = (tuned / 'fold_0' / 'sampling_sweep.png').read_bytes()
     assert picture.startswith(b'\x89PNG') and len(picture) > 10_000
 
@@ -619,33 +596,32 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
             volume.start_fold()
             volume.blind()  # float16, before a temperature divides it
             truth.set_parts(logits_to_probabilities(volume.stock_logits[box][None], False)[0])
-            parts = volume.parts(s)
+            parts, of_case = volume.parts(s), s.for_case(case.name)
             for sample in range(sweep_module.DRAWS):
-                p = volume.sample(s, sample, None)
-                shifts = predictor.refiner.end_shifts(s, sample, None, parts.number)
+                p = volume.sample(of_case, sample, None)
+                shifts = predictor.refiner.end_shifts(of_case, sample, None, parts.number)
                 masks.append(truth.drawn(p[box], shifts, None if parts.index is None else parts.index[box[1:]]))
         energy, ged = truth.energy(masks)
         assert row['per_case']['energy'][1] == pytest.approx(energy), s
         assert row['per_case']['ged_squared_fair'][1] == pytest.approx(ged), s
 
 
-def test_masks_and_errors_of_volumes_are_of_the_samples_that_a_prediction_draws(tuned):
-    """Which are stratified, and see the image under different mirrorings."""
+def test_masks_are_of_the_samples_that_a_prediction_draws(tuned):
+    """Which are stratified, see the image under different mirrorings, and depend on the case's name."""
     settings = SamplingSettings(start=0.8, steps=2, samples=3, dependence=0.5, temperature=1.3, mask_blind=0.25,
                                 mask_stock=0.25)
     of_prediction = VolumePredictor(device=CPU, allow_tqdm=False, overrides=asdict(settings))
     of_prediction.initialize_from_trained_model_folder(str(tuned), (0,))
-    cases, masks = ValidationCases(make_trainer(TUNED, 0)), []
-    case = cases.load(CASES[1])
-    predicted = of_prediction.predict_volume(case.image, lambda i, logits: masks.append(logits.argmax(0).flatten()))
+    case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[1])
+    predicted = of_prediction.predict_volume(case.image, case=case.name)
     with torch.inference_mode():
         opened = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case)
-        scores, errors = opened.masks([settings, replace(settings, mask_stock=1.0, mask_blind=0.0)])
-    np.testing.assert_allclose(errors, opened.truth.volume_errors(masks))
-    assert len(masks) == 3 and np.isfinite(errors).all() and len({int(mask.sum()) for mask in masks}) > 1
+        scores = opened.masks([settings, replace(settings, mask_stock=1.0, mask_blind=0.0)])
     of_mask, of_stock = (opened.truth.score(logits.float().softmax(0))
                          for logits in (predicted.logits, predicted.presegmentation))
     np.testing.assert_allclose(scores, [of_mask, of_stock], rtol=1e-4)
+    other = of_prediction.predict_volume(case.image, case='another name')
+    assert not torch.equal(other.spread.mean, predicted.spread.mean)
 
 
 def counted(predictor: VolumePredictor) -> list[int]:
@@ -795,7 +771,7 @@ def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_ag
         assert after['logging'] == before[name]['logging'] and after['current_epoch'] == before[name]['current_epoch']
         changed = [key for key, value in after['network_weights'].items()
                    if not torch.equal(value, before[name]['network_weights'][key])]
-        assert changed and all(key.startswith(SETTING) for key in changed)
+        assert changed and all(key.startswith(SETTING) or key == 'calibration' for key in changed)
         moved = before[name]['optimizer_state']['denoiser_before_averaging']
         for key, value in after['optimizer_state']['denoiser_before_averaging'].items():
             assert torch.equal(value, moved[key])
@@ -812,19 +788,24 @@ def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_ag
     assert stored_settings(weights(fold / CHECKPOINTS[0])) == chosen
 
 
-def test_widths_of_intervals_go_into_the_final_checkpoint_and_the_network_and_end_with_further_training(
-        scratch, monkeypatch):
-    monkeypatch.setattr(tune_module, 'conformal_widths', lambda errors: tuple(np.arange(1.0, 1 + len(errors.T))))
+def test_volumes_of_the_validation_cases_go_into_the_checkpoint_and_end_with_further_training(scratch):
+    file = scratch / 'fold_0' / 'checkpoint_final.pth'
+    command()
+    assert ('Volume of organ: no calibrated interval: the true volume is known of 3 validation cases, 9 are needed'
+            in log(scratch))
+    stored = weights(file)['calibration']
+    cases = ValidationCases(make_trainer(TUNED, 0))
+    for row, name in zip(stored, cases.names, strict=False):
+        for label, channel in (('organ', 1), ('lesion', 2)):
+            assert row[channel, 0] == pytest.approx(cases.true_volumes(name)[label])
+            assert row[channel, FIELDS.index('samples')] == stored_settings(weights(file)).samples
+    assert not stored[len(cases.names):].any() and not stored[:, 0].any()
+    assert not weights(scratch / 'fold_0' / 'checkpoint_best.pth')['calibration'].any()  # not measured
     trainer = make_trainer(TUNED, 0)
-    trainer.load_checkpoint(str(scratch / 'fold_0' / 'checkpoint_final.pth'))
-    trainer._first_epoch = trainer.current_epoch - 1
-    trainer.on_train_end()
-    assert trainer.refiner.interval_sd.tolist() == [0, 1, 2]
-    assert weights(scratch / 'fold_0' / 'checkpoint_final.pth')['interval_sd'].tolist() == [0, 1, 2]
-    assert weights(scratch / 'fold_0' / 'checkpoint_best.pth')['interval_sd'].tolist() == [0, 0, 0]  # not measured
-    assert report(scratch)['log'][-1] == 'Intervals of volumes: 1.00, 2.00 sd to both sides'
+    trainer.load_checkpoint(str(file))
+    assert torch.equal(trainer.refiner.calibration, stored)
     trainer.on_train_epoch_start()
-    assert trainer.refiner.interval_sd.tolist() == [0, 0, 0]
+    assert not trainer.refiner.calibration.any()
 
 
 def once(monkeypatch) -> None:
@@ -857,7 +838,7 @@ def test_a_full_disk_is_told_where_torch_does_not_tell_it(scratch, monkeypatch):
     monkeypatch.setattr(torch, 'save', cut_off)
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match='The disk is full'):
-        store(scratch / 'fold_0', SamplingSettings(), (0.0, 0.0, 0.0))
+        store(scratch / 'fold_0', SamplingSettings())
 
 
 def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_again(scratch, monkeypatch):
@@ -880,9 +861,9 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     assert not (fold / 'sampling_sweep.json').exists()
     trainer._first_epoch = trainer.current_epoch  # --c
     choice = trainer.tune_sampling()
-    assert report(scratch)['chosen'] == {**asdict(choice), 'interval_sd': list(choice.interval_sd)}
+    assert report(scratch)['chosen'] == asdict(choice)
     for name in CHECKPOINTS:
-        assert stored_settings(weights(fold / name)) == choice.settings
+        assert stored_settings(weights(fold / name)) == choice
 
 
 def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeypatch):
@@ -943,7 +924,8 @@ def test_plain_nnunet_prediction_uses_the_choice_and_each_fold_its_own(tuned, tm
 
 def test_a_chain_that_is_chosen_for_mask_and_samples_is_what_plain_prediction_runs(scratch, monkeypatch):
     make_up(monkeypatch, {1: 0.1})
-    monkeypatch.setattr(tune_module, 'choose_mask', lambda rows: next(r for r in rows if r.settings.mask_chain == 1))
+    monkeypatch.setattr(tune_module, 'choose_measured', lambda rows, plain_dice: (
+        next(row.settings for row in rows if row.settings.mask_chain == 1), 0.5))
     command()
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(scratch), (0,))

@@ -19,7 +19,7 @@ from nnunet_pdddpm.diffusion.process import Ancestral, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
 from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.summary import mean_of_known, volumes, write_case, write_summary
+from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_case, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
     fuse_tiles,
     mirrorings,
@@ -396,30 +396,20 @@ def test_memory_does_not_grow_with_the_number_of_samples(folds):
 
 
 def test_volumes_of_samples_by_hand():
-    row = volumes([10, 20, 30, 60], [0, 1, 0, 1], 0.5)
-    ml = np.array([5, 10, 15, 30])
+    ml = np.array([5.0, 10, 15, 30])
+    row = sample_volumes(ml, [0, 1, 0, 1])
     assert row['volume_ml_mean'] == 15
     assert row['volume_ml_sd'] == pytest.approx(math.sqrt((100 + 25 + 0 + 225) / 3))
-    # interpolated quantiles: positions 0.075 and 2.925 of 0 to 3
-    assert row['volume_ml_low'] == pytest.approx(5 + 0.075 * 5)
-    assert row['volume_ml_high'] == pytest.approx(15 + 0.925 * 15)
+    assert (row['samples_low_ml'], row['samples_high_ml']) == (5, 30)
     assert row['volume_ml_sd_between_folds'] == pytest.approx(np.std([10, 20], ddof=1))
     assert row['volume_ml_sd_within_folds'] == pytest.approx((np.std(ml[::2], ddof=1) + np.std(ml[1::2], ddof=1)) / 2)
 
-    assert volumes([10], [0], 0.5) == {'volume_ml_mean': 5, 'volume_ml_sd': None, 'volume_ml_low': None,
-                                       'volume_ml_high': None}
-    assert 'volume_ml_sd_between_folds' not in volumes([1, 2], [0, 0], 1)
-    one_each = volumes([10, 20], [0, 1], 1)
+    assert sample_volumes(np.array([5.0]), [0]) == {'volume_ml_mean': 5, 'volume_ml_sd': None, 'samples_low_ml': None,
+                                                    'samples_high_ml': None}
+    assert 'volume_ml_sd_between_folds' not in sample_volumes(np.array([1.0, 2]), [0, 0])
+    one_each = sample_volumes(np.array([10.0, 20]), [0, 1])
     assert one_each['volume_ml_sd_between_folds'] == pytest.approx(math.sqrt(50))
     assert one_each['volume_ml_sd_within_folds'] is None
-
-
-def test_a_calibrated_interval_is_as_many_standard_deviations_wide_and_not_below_0():
-    row = volumes([10, 20, 30, 60], [0] * 4, 0.5, 1.2)
-    sd = math.sqrt((100 + 25 + 0 + 225) / 3)
-    assert (row['volume_ml_low'], row['volume_ml_high']) == pytest.approx((15 - 1.2 * sd, 15 + 1.2 * sd))
-    assert volumes([10, 20, 30, 60], [0] * 4, 0.5, 2)['volume_ml_low'] == 0
-    assert volumes([10], [0], 0.5, 2)['volume_ml_low'] is None
 
 
 def test_a_mean_is_over_the_labels_that_are_there():

@@ -18,7 +18,7 @@ DATASET = f'Dataset{DATASET_ID}_Phantom'
 PLANS = 'nnUNetPlansDemo'
 CONFIGURATION = '3d_fullres'
 STOCK, PDDDPM = 'nnUNetTrainer_5epochs', 'PDDDPMTrainer_5epochs'
-NUM_TRAINING, NUM_TEST = 20, 6
+NUM_TRAINING, NUM_VALIDATION, NUM_TEST = 20, 20, 6
 
 
 class Demo:
@@ -62,7 +62,7 @@ class Demo:
     def prepare(self) -> None:
         """Write the raw data, plan, make the plans small enough for a CPU, preprocess."""
         if not (self.preprocessed / f'{PLANS}.json').is_file():
-            write_dataset(self.raw, NUM_TRAINING, NUM_TEST)
+            write_dataset(self.raw, NUM_TRAINING + NUM_VALIDATION, NUM_TEST)
             self.call('plan_and_preprocess', 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID),
                       '-c', CONFIGURATION, '-np', '2', '-npfp', '2', '--verify_dataset_integrity')
             plans = json.loads((self.preprocessed / 'nnUNetPlans.json').read_text())
@@ -73,6 +73,10 @@ class Demo:
             architecture['features_per_stage'] = [f // 4 for f in architecture['features_per_stage']]
             for convolutions in ('n_conv_per_stage', 'n_conv_per_stage_decoder'):
                 architecture[convolutions] = [1] * len(architecture[convolutions])
+            # a split of its own: intervals of volumes are calibrated on validation cases, of which 95 % take 19
+            cases = sorted(file.name[:-len('.nii.gz')] for file in (self.raw / 'labelsTr').iterdir())
+            (self.preprocessed / 'splits_final.json').write_text(json.dumps(
+                [{'train': cases[:NUM_TRAINING], 'val': cases[NUM_TRAINING:]}]))
             (self.preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
 
     def train(self, trainer: str) -> None:

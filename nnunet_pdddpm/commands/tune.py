@@ -1,4 +1,4 @@
-"""nnUNetv2_pdddpm_tune: find the sampling settings of a trained fold on its validation cases."""
+"""nnUNetv2_pdddpm_tune: find the sampling settings of a trained fold, and calibrate its intervals of volumes."""
 from __future__ import annotations
 
 import argparse
@@ -16,7 +16,7 @@ from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.choice import TuningError
-from nnunet_pdddpm.tuning.tune import open_model, tune
+from nnunet_pdddpm.tuning.tune import calibrate_fold, open_model, tune
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         tune(trainer, predictor, None if args.budget is None else 60 * args.budget, args.raters,
              not args.disable_progress_bar, trainer.print_to_log_file)
+        calibrate_fold(trainer, device, trainer.print_to_log_file)
     except (TuningError, EvaluationError, CheckpointError, FileNotFoundError) as error:
         sys.exit(f'Error: {error}')
     except OSError as error:
@@ -66,8 +67,9 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTraine
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Find the sampling settings of a trained PDDDPM fold on its validation cases and store them in its '
-                    'checkpoints. Training does so at its end; this repeats it, with more time or with raters.')
+        description='Find the sampling settings of a trained PDDDPM fold on its validation cases, then calibrate its '
+                    'intervals of volumes on all of them, and store both in its checkpoints. Training does so at its '
+                    'end; this repeats it, with more time or with raters.')
     parser.add_argument('d', metavar='DATASET', help='id or name')
     parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
     parser.add_argument('f', metavar='FOLD', type=fold, help='fold')
@@ -75,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     parser.add_argument('-budget', type=float, metavar='MINUTES',
-                        help='leave out cases and chains of five steps, to be ready in this time (default: none)')
+                        help='leave out cases and chains of five steps, to find the settings in this time (default: '
+                             'none); calibration comes on top')
     parser.add_argument('-raters', type=Path,
                         help="folder with several people's masks, CASE__RATER.nii.gz: the samples are chosen by their "
                              'distance to them')

@@ -40,7 +40,8 @@ def format_table(summary: dict[str, Any]) -> str:
 
 
 def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list[str]:
-    """One line for every case and label: volume with interval, and the true one.
+    """One line for every case and label: volume with its calibrated interval, the range of the samples, and the true
+    volume; then how many of the true volumes lie in them.
 
     Args:
         predictions: output folder of `nnUNetv2_pdddpm_predict`.
@@ -48,17 +49,28 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         labels: name to value of the labels.
     """
     cases = json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']
-    calibrated = any(label['interval_sd'] is not None for case in cases for label in case['labels'].values())
-    lines = [f'Volume in ml ({"calibrated 95 % interval" if calibrated else "95 % of the samples"}), and the true one']
+    number = cases[0]['num_samples']
+    of_samples = f'range of {number} samples'
+    lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{of_samples:<22}{"true":>8}']
+    inside: dict[str, list[bool]] = {'calibrated intervals': [], f'ranges of {number} samples': []}
     for case in cases:
         image = sitk.ReadImage(str(truth / f'{case["case"]}.nii.gz'))
         voxel_ml = float(np.prod(image.GetSpacing())) / 1000
         for name, value in labels.items():
             row = case['labels'][name]
             true = (sitk.GetArrayFromImage(image) == value).sum() * voxel_ml
-            lines.append(f'{case["case"]:<16}{name:<8}{row["volume_ml"]:8.2f} ({row["volume_ml_low"]:.2f} to '
-                         f'{row["volume_ml_high"]:.2f}){true:9.2f}')
-    return lines
+            texts = []
+            for found, level, low, high in zip(inside.values(), (row['interval_level'], None),
+                                               (row['volume_ml_low'], row['samples_low_ml']),
+                                               (row['volume_ml_high'], row['samples_high_ml']), strict=True):
+                known = low is not None
+                found += [low <= true <= high] if known else []
+                of = '' if level is None else f'{100 * level:.0f} %: '
+                texts.append(f'{of}{low:.2f} to {high:.2f}' if known else 'none')
+            lines.append(f'{case["case"]:<16}{name:<8}{row["volume_ml"]:8.2f}   {texts[0]:<24}{texts[1]:<22}'
+                         f'{true:8.2f}')
+    counts = [f'{sum(found)} of {len(found)} {name}' for name, found in inside.items() if found]
+    return [*lines, f'The true volume is in {", and in ".join(counts)}.']
 
 
 def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:

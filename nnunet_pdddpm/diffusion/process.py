@@ -57,6 +57,27 @@ def q_sample(x0: Tensor, level: Level, noise: Tensor) -> Tensor:
     return per_item(signal(level), x0) * x0 + per_item(noise_scale(level), x0) * noise
 
 
+def evidence(x: Tensor, level: Level, low: float, high: float) -> Tensor:
+    """What a noisy voxel says by itself of whether its channel is on, as a logit (B, C, ...) float32.
+
+    With x = a x0 + s eps, a = sqrt(abar) and s = sqrt(1 - abar), it is the log-likelihood ratio
+
+        log N(x; a high, s^2) - log N(x; a low, s^2) = a (high - low) (x - a (high + low) / 2) / s^2.
+
+    The noise of the voxels is independent given the clean mask. So by Bayes' rule the posterior's log odds at a voxel
+    are those given the image and all other voxels, plus this: exactly, and for classes, too, where a softmax of the
+    channels' sums is the posterior.
+
+    Args:
+        x: (B, C, ...) noisy coded mask.
+        level: log SNR, a number or (B,).
+        low, high: coded values of an "off" and an "on" voxel.
+    """
+    a, s = signal(level), noise_scale(level)
+    middle = per_item(a * (high + low) / 2, x)
+    return per_item(a * (high - low) / s ** 2, x) * (x.float() - middle)
+
+
 def eps_from_x0(x: Tensor, x0: Tensor, level: Level) -> Tensor:
     """The noise that makes x_t of x0: q_sample solved for eps. Only for levels with noise."""
     return (x - per_item(signal(level), x) * x0) / per_item(noise_scale(level), x)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -44,3 +45,29 @@ def seeded_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
     return lambda: torch.randn(tuple(shape), generator=generator).to(device)
+
+
+class KeptNoise:
+    """`seeded_noise`, kept on its device: a network that predicts tile by tile asks for the same at every tile."""
+
+    def __init__(self, most_bytes: int = 2 ** 29) -> None:
+        """`most_bytes`: that are kept; what is larger is drawn anew every time."""
+        self.most_bytes = most_bytes
+        self.fields: dict[tuple[tuple[int, ...], int, int, int, str], list[Tensor]] = {}
+
+    def source(self, shape: Sequence[int], seed: int, sample: int, device: torch.device, draws: int
+               ) -> Callable[[], Tensor]:
+        """As `seeded_noise`, for at most so many draws."""
+        bytes_of_one = 4 * prod(shape) * draws
+        if bytes_of_one > self.most_bytes:
+            return seeded_noise(shape, seed, sample, device)
+        key = tuple(shape), seed, sample, draws, str(device)
+        if key not in self.fields:
+            while self.fields and bytes_of_one + self._bytes() > self.most_bytes:
+                del self.fields[next(iter(self.fields))]  # the oldest
+            draw = seeded_noise(shape, seed, sample, device)
+            self.fields[key] = [draw() for _ in range(draws)]
+        return iter(self.fields[key]).__next__
+
+    def _bytes(self) -> int:
+        return sum(field.nbytes for fields in self.fields.values() for field in fields)

@@ -27,7 +27,6 @@ from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""
-INTERVAL = (0.025, 0.975)
 VOLUME_SCORES = ('crps_volume_ml', 'crps_components', 'energy_octants_ml', 'energy_components_ml')
 NAN = float('nan')
 
@@ -167,27 +166,31 @@ def _box_around(foreground: np.ndarray, spacing: tuple[float, ...]) -> np.ndarra
 
 
 def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None:
-    """The model's own estimate of Dice and its volume interval: from the summary, else from the samples."""
+    """The model's estimate of Dice, its calibrated interval of the volume and the range of the samples' volumes.
+
+    They come from the summary; without one, estimate and range from the samples.
+    """
     entry = data.folders.summary.get(data.name)
     if entry is not None:
         result.values['estimated_dice'] = _number(entry.get('estimated_dice'))
         comparable = bool(data.valid.all())  # the summary's volumes include what the reference ignores
         for name, of in result.labels.items():
             given = entry.get('labels', {}).get(name, {})
-            low, high = ((_number(given.get(f'volume_ml_{end}')) if comparable else NAN) for end in ('low', 'high'))
-            of |= {'estimated_dice': _number(given.get('estimated_dice')), 'volume_low_ml': low, 'volume_high_ml': high}
+            keys = {'volume_low_ml': 'volume_ml_low', 'volume_high_ml': 'volume_ml_high',
+                    'samples_low_ml': 'samples_low_ml', 'samples_high_ml': 'samples_high_ml'}
+            of |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
+            of['estimated_dice'] = _number(given.get('estimated_dice'))
     elif len(samples) > 1:
         for name, label in data.folders.labels.items():
             masks = np.stack([data.mask(sample, label) for sample in samples])
-            low, high = np.quantile(np.count_nonzero(masks.reshape(len(masks), -1), 1), INTERVAL) * data.voxel_ml
+            volumes = np.count_nonzero(masks.reshape(len(masks), -1), 1) * data.voxel_ml
             p, mask = masks.mean(0), data.mask(data.prediction, label)
             size = np.count_nonzero(mask) + p.sum()
             result.labels[name] |= {'estimated_dice': float(2 * p[mask].sum() / size) if size > 0 else NAN,
-                                    'volume_low_ml': float(low), 'volume_high_ml': float(high)}
+                                    'samples_low_ml': float(volumes.min()), 'samples_high_ml': float(volumes.max())}
         result.values['estimated_dice'] = _nanmean(of['estimated_dice'] for of in result.labels.values())
     for of in result.labels.values():
-        if 'volume_low_ml' in of:
-            of['reference_in_interval'] = _share_inside([of['reference_volume_ml']], of)
+        _add_shares_inside(of, 'reference', [of['reference_volume_ml']])
 
 
 def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult) -> None:
@@ -216,9 +219,7 @@ def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult
         of |= {'rater_diversity': mean_of_pairs(1 - of_observed),
                'ged_squared': ged_squared(cross, of_samples, of_observed),
                'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
-        if 'volume_low_ml' in of:
-            volumes = np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml
-            of['raters_in_interval'] = _share_inside(volumes, of)
+        _add_shares_inside(of, 'raters', np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml)
     if per_rater:
         result.best_dice_per_rater = dict(zip(rater_files, map(float, np.mean(per_rater, 0)), strict=True))
 
@@ -239,9 +240,15 @@ def _add_scores(data: _Case, name: str, samples: np.ndarray, observed: np.ndarra
         fair_energy_score(s.octants, o.octants), fair_energy_score(s.parts, o.parts)), strict=True))
 
 
-def _share_inside(volumes: Any, of: dict[str, float]) -> float:
-    """Share of volumes in ml within a label's interval, rounding of the summary allowed; nan without one."""
-    low, high = of['volume_low_ml'], of['volume_high_ml']
+def _add_shares_inside(of: dict[str, float], whose: str, volumes: Any) -> None:
+    """Add the share of volumes in ml that lie within a label's calibrated interval, and within the samples' range."""
+    for ends, name in (('volume', 'interval'), ('samples', 'range')):
+        if f'{ends}_low_ml' in of:
+            of[f'{whose}_in_{name}'] = _share_inside(volumes, of[f'{ends}_low_ml'], of[f'{ends}_high_ml'])
+
+
+def _share_inside(volumes: Any, low: float, high: float) -> float:
+    """Share of volumes in ml within the ends, rounding of the summary allowed; nan without ends."""
     if np.isnan(low) or np.isnan(high):
         return NAN
     slack = 1e-6 * max(abs(high), 1e-6)

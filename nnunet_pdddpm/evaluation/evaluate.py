@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
-from nnunet_pdddpm.evaluation.cases import INTERVAL, MARGIN_MM, CaseResult, evaluate_case
+from nnunet_pdddpm.evaluation.cases import MARGIN_MM, CaseResult, evaluate_case
 from nnunet_pdddpm.evaluation.folders import SUMMARY, EvaluationError, Folders
 from nnunet_pdddpm.evaluation.parts import Figures
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
@@ -59,8 +59,7 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float)
     return {
         'settings': {'predictions': str(folders.predictions), 'references': str(folders.references),
                      'raters': None if folders.raters is None else str(folders.raters),
-                     'surface_dice_tolerance_mm': tolerance, 'near_margin_mm': MARGIN_MM, 'calibration_bins': NUM_BINS,
-                     'volume_interval': list(INTERVAL)},
+                     'surface_dice_tolerance_mm': tolerance, 'near_margin_mm': MARGIN_MM, 'calibration_bins': NUM_BINS},
         'num_cases': len(results),
         'foreground_mean': {metric: float(np.mean([of[metric] for of in labels.values()]))
                             for metric in next(iter(labels.values())) if all(metric in of for of in labels.values())},
@@ -140,7 +139,7 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
             ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),
             ('error against uncertainty (AURC, AUROC)', f'uncertainty/CASE_uncertainty{folders.ending} or CASE.npz',
              ['aurc' in v for v in voxelwise]),
-            ('estimated Dice and volume intervals', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
+            ('estimated Dice and range of the samples', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
              ['estimated_dice' in result.values for result in results]),
             ('sample diversity and scores (CRPS, energy score, fair GED)',
              f'at least two samples/CASE_sNN{folders.ending}', ['sample_diversity' in of for of in first_labels]),

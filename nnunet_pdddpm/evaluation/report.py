@@ -20,11 +20,13 @@ JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', 'evaluation_reliability.pn
 SCORES = ('ged_squared_fair', 'crps_volume_ml', 'crps_components', 'energy_octants_ml', 'energy_components_ml')
 COLUMNS = ('dice', 'iou', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_ml', 'reference_volume_ml',
            'volume_difference_ml', 'estimated_dice', 'volume_low_ml', 'volume_high_ml', 'reference_in_interval',
+           'samples_low_ml', 'samples_high_ml', 'reference_in_range',
            'sample_diversity', 'rater_diversity', 'ged_squared', 'hm_iou', 'best_dice', 'raters_in_interval',
-           *SCORES)
+           'raters_in_range', *SCORES)
 """Metrics of a case and label, in the order of the CSV's columns."""
 TITLES = {'dice': 'Dice', 'hd95_mm': 'HD95 mm', 'surface_dice': 'surf.Dice', 'lesion_f1': 'lesion F1',
           'volume_difference_ml': '|dV| ml', 'estimated_dice': 'est. Dice', 'reference_in_interval': 'V in int.',
+          'reference_in_range': 'V in range', 'raters_in_range': 'V in range',
           'ged_squared': 'GED^2', 'hm_iou': 'HM-IoU', 'best_dice': 'best Dice', 'sample_diversity': 'div. samp.',
           'rater_diversity': 'div. rat.', 'raters_in_interval': 'V in int.', 'nll': 'NLL', 'brier': 'Brier',
           'ged_squared_fair': 'fair GED^2', 'crps_volume_ml': 'CRPS V ml', 'crps_components': 'CRPS comp.',
@@ -106,8 +108,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield f'Voxels: all, and those near the reference (its box and {summary["settings"]["near_margin_mm"]:g} mm)'
         yield from _table(summary['voxelwise'], ('nll', 'brier', 'ece', 'adaptive_ece', 'aurc', 'auroc'))
     if summary['estimated_dice']:
-        yield "Estimated Dice, and the reference's volume in the 95 % interval"
-        yield from _table(labels, ('estimated_dice', 'dice', 'reference_in_interval'))
+        yield "Estimated Dice; the reference's volume in its calibrated interval, and between the samples' volumes"
+        yield from _table(labels, ('estimated_dice', 'dice', 'reference_in_interval', 'reference_in_range'))
         yield '  correlation of estimated with true Dice (Spearman, Pearson, cases): ' + '; '.join(
             f'{name} {_figure(of["spearman"])}, {_figure(of["pearson"])}, {of["n"]}'
             for name, of in summary['estimated_dice'].items())
@@ -115,7 +117,7 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
     if 'ged_squared' in summary['foreground_mean']:
         yield f'{samples} samples against {raters} raters'
         yield from _table(labels, ('ged_squared', 'hm_iou', 'best_dice', 'sample_diversity', 'rater_diversity',
-                                   'raters_in_interval'))
+                                   'raters_in_interval', 'raters_in_range'))
     elif 'sample_diversity' in summary['foreground_mean']:
         yield f'{samples} samples'
         yield from _table(labels, ('sample_diversity',))

@@ -3,22 +3,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from nnunet_pdddpm.inference.export import CaseExport, as_numpy, label_channels
+from nnunet_pdddpm.inference.counting import grid_voxel_ml
+from nnunet_pdddpm.inference.export import CaseExport, as_numpy
+from nnunet_pdddpm.inference.intervals import Calibrated
 from nnunet_pdddpm.inference.preprocess import end_with_parent
-from nnunet_pdddpm.inference.summary import CASES, FAILED, mean_of_known, versions, volumes, write_case
+from nnunet_pdddpm.inference.summary import (
+    CASES,
+    FAILED,
+    interval,
+    mean_of_known,
+    sample_volumes,
+    versions,
+    write_case,
+)
 from nnunet_pdddpm.inference.volume import VolumePrediction
+from nnunet_pdddpm.labels import label_channels
 
 LOCK = '.lock'
+"""Ending of the lock, a file beside the folder of a case: Windows deletes no folder that holds an open file."""
 
 
 class OutputInUse(ValueError):
@@ -65,18 +78,35 @@ def clear_leftover(folder: Path) -> None:
     """Take away the folder of a finished case that a run killed at the very end has left, unless one is at work."""
     if not folder.is_dir():
         return
-    lock = FileLock(folder / LOCK)
     with suppress(Timeout):
-        lock.acquire(timeout=0)
+        lock = locked(folder)
         shutil.rmtree(folder)
-        lock.release()
+        unlock(lock)
+
+
+def locked(folder: Path) -> FileLock:
+    """Lock the folder of a case. The system lets go of the lock when a process ends, however that ends.
+
+    Raises:
+        Timeout: if another process has it.
+    """
+    lock = FileLock(folder.with_name(folder.name + LOCK))
+    lock.acquire(timeout=0)
+    return lock
+
+
+def unlock(lock: FileLock) -> None:
+    """Let go of it, and take its file away."""
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 class CaseUnderWay:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
-                 settings: list[dict[str, Any]], interval_sd: Sequence[float | None], queue: ExportQueue) -> None:
+                 settings: list[dict[str, Any]], calibrated: Mapping[str, Calibrated | str], queue: ExportQueue
+                 ) -> None:
         """
         Args:
             export: writes into its folder, a new one is made.
@@ -84,28 +114,25 @@ class CaseUnderWay:
             num_samples: number of samples that will be added.
             num_folds: sample number i comes from model i modulo this.
             settings: of the models, for the summary.
-            interval_sd: of the volumes of each channel, see `summary.volumes`.
+            calibrated: label -> what its intervals are made of, or why there are none.
             queue: where exports run.
 
         Raises:
             OutputInUse: if another process is at the same case.
         """
         self.export, self.output, self.queue, self.settings = export, output, queue, settings
-        self.interval_sd = interval_sd
+        self.calibrated = calibrated
         self.folds = [i % num_folds for i in range(num_samples)]
-        self.samples: dict[int, Future[dict[str, int]]] = {}
-        export.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(export.folder / LOCK)
+        self.samples: dict[int, Future[None]] = {}
+        export.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire(timeout=0)  # the system lets go of it when a process ends, however that ends
+            self.lock = locked(export.folder)
         except Timeout:
             raise OutputInUse(f'{export.case} is being predicted into {output} by another process: wait until that '
                               f'has ended, or name another output folder.') from None
-        for left in export.folder.iterdir():  # of an earlier run that was cut off
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left.name != LOCK:
-                left.unlink()
+        if export.folder.exists():  # of an earlier run that was cut off
+            shutil.rmtree(export.folder)
+        export.folder.mkdir()
 
     def add_sample(self, number: int, logits: Tensor) -> None:
         """Export a sample, logits (C, Z, Y, X)."""
@@ -117,11 +144,15 @@ class CaseUnderWay:
         """Export the rest, and note what the network's grid is enough for."""
         spread = prediction.spread
         self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
-        self.pairwise = {name: spread.pairwise_dice(channel) for name, channel in self.channels.items()}
-        self.unsure = {name: spread.unsure_share([channel]) for name, channel in self.channels.items()}
+        self.counts = prediction.counts
+        self.voxel_ml = grid_voxel_ml(self.export.properties, prediction.logits.shape[1:],
+                                      self.export.voxel_volume_ml())
         estimated = spread.estimated_dice(prediction.logits)
-        self.estimated = {name: estimated[channel] for name, channel in self.channels.items()}
-        self.row = {'case': self.export.case, 'estimated_dice': mean_of_known(list(self.estimated.values())),
+        self.labels = {name: {'estimated_dice': estimated[channel], 'pairwise_dice': spread.pairwise_dice(channel),
+                              'uncertain_share': spread.unsure_share([channel])}
+                       for name, channel in self.channels.items()}
+        self.row = {'case': self.export.case,
+                    'estimated_dice': mean_of_known([of['estimated_dice'] for of in self.labels.values()]),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
                     'network_calls': prediction.network_calls,
@@ -138,29 +169,32 @@ class CaseUnderWay:
 
     def put_in_place(self) -> None:
         """Wait for the exports and move the files to where they belong."""
-        ml, labels = self.export.voxel_volume_ml(), {}
-        sizes = [self.samples[number].result() for number in range(len(self.folds))]
-        for name, counts in self.rest.result().items():
-            interval_sd = self.interval_sd[self.channels[name]]
-            labels[name] = {'volume_ml': counts['voxels'] * ml,
-                            **volumes([s[name] for s in sizes], self.folds, ml, interval_sd),
-                            'interval_sd': interval_sd,
-                            'volume_ml_stock': counts['voxels_stock'] * ml, 'components': counts['components'],
-                            'estimated_dice': self.estimated[name], 'pairwise_dice': self.pairwise[name],
-                            'uncertain_share': self.unsure[name]}
+        for future in self.samples.values():
+            future.result()
+        labels = self._volumes(self.rest.result())
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
         write_case(folder / CASES, {**self.row, 'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
-        files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file() and file.name != LOCK]
+        files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]
         for file in sorted(files, key=lambda file: file == Path(mask)):  # a mask in place says that the case is done
             (self.output / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / file, self.output / file)
         (self.output / FAILED / f'{self.export.case}.json').unlink(missing_ok=True)
         self.discard()
 
+    def _volumes(self, counted: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+        """Label -> its part of the summary; `counted`: in the original image, see `CaseExport.rest`."""
+        ml = self.export.voxel_volume_ml()
+        voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]), self.voxel_ml)
+        sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
+        return {name: {'volume_ml': counted[name]['voxels'] * ml, **interval(self.calibrated[name], features[i]),
+                       **sample_volumes(sizes[:, i], self.folds), 'volume_ml_stock': counted[name]['voxels_stock'] * ml,
+                       'components': counted[name]['components'], **of}
+                for i, (name, of) in enumerate(self.labels.items())}
+
     def discard(self) -> None:
         """Take away what is not in place."""
         wait([*self.samples.values(), *([self.rest] if hasattr(self, 'rest') else [])])
         shutil.rmtree(self.export.folder)
-        self.lock.release()
+        unlock(self.lock)

@@ -1,4 +1,4 @@
-"""The parts of a volume that are drawn by thresholds of their own: one around each object that there may be."""
+"""The parts of a volume: its objects, and what is drawn by thresholds of its own, one part around each object."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,17 +28,22 @@ WHOLE = Parts(None, 1)
 """A volume that is drawn as one."""
 
 
-def parts_around_objects(foreground: Tensor) -> Parts:
-    """One part for each connected component of {p > POSSIBLE}; every voxel belongs to the nearest of them.
+def objects_in(foreground: Tensor) -> Parts:
+    """Part 0 is where no object may be; each connected component of {p > POSSIBLE} is a further one.
 
-    Neighbours share a face, an edge or a corner. Distances are in voxels.
+    Neighbours share a face, an edge or a corner.
 
     Args:
         foreground: (Z, Y, X) probabilities p of anything but background.
     """
-    objects, number = ndimage.label((foreground > POSSIBLE).cpu().numpy(), np.ones((3,) * foreground.ndim))
-    if number < 2:
+    index, number = ndimage.label((foreground > POSSIBLE).cpu().numpy(), np.ones((3,) * foreground.ndim))
+    return Parts(torch.from_numpy(index.astype(np.int32)).to(foreground.device), number + 1)
+
+
+def parts_around(objects: Parts) -> Parts:
+    """One part for each object of `objects_in`: every voxel belongs to the nearest of them, by distance in voxels."""
+    if objects.index is None or objects.number < 3:
         return WHOLE
-    nearest = ndimage.distance_transform_edt(objects == 0, return_distances=False, return_indices=True)
-    index = objects[tuple(nearest)] - 1
-    return Parts(torch.from_numpy(index.astype(np.int32)).to(foreground.device), number)
+    index = objects.index.cpu().numpy()
+    nearest = ndimage.distance_transform_edt(index == 0, return_distances=False, return_indices=True)
+    return Parts(torch.from_numpy(index[tuple(nearest)] - 1).to(objects.index.device), objects.number - 1)

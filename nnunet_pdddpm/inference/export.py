@@ -23,6 +23,7 @@ from scipy import ndimage
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.labels import foreground_labels, label_channels
 
 FULL_SCALE = 65535
 """Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
@@ -71,13 +72,10 @@ class CaseExport:
         samples = [file for file in (output / 'samples').glob(f'*{ending}') if sample.fullmatch(file.name)]
         return [file for file in (output / name for name in names) if file.is_file()] + samples
 
-    def sample(self, logits: np.ndarray, number: int) -> dict[str, int]:
-        """Voxels of each label in one sample, logits (C, Z, Y, X); its mask as a file if samples are to be saved."""
-        labels = self.segmentation(logits)
-        if self.outputs.samples:
-            with writing(self.folder):
-                self._write_labels(labels, self.folder / 'samples' / f'{self.case}_s{number:02d}')
-        return self.sizes(labels)
+    def sample(self, logits: np.ndarray, number: int) -> None:
+        """The mask of one sample, logits (C, Z, Y, X), as a file."""
+        with writing(self.folder):
+            self._write_labels(self.segmentation(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
 
     def rest(self, logits: np.ndarray, stock_logits: np.ndarray, maps: Mapping[str, np.ndarray]
              ) -> dict[str, dict[str, int]]:
@@ -204,22 +202,6 @@ def refuse_torn(file: Path) -> None:
 def probability_map(label: str) -> str:
     """Name of a label's probability map, with nothing in it that a file's name could not hold."""
     return f'probability_{re.sub("[^A-Za-z0-9.-]+", "_", label)}'
-
-
-def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name of each label or region of a data set but background and ignore -> the values that it has in a mask."""
-    labels = {name: tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-              for name, value in dataset_json['labels'].items() if name != 'ignore'}
-    return {name: values for name, values in labels.items() if values != (0,)}
-
-
-def label_channels(dataset_json: Mapping[str, Any], plans_manager: PlansManager) -> dict[str, int]:
-    """Name of each label or region -> its channel in the network's output."""
-    labels = foreground_labels(dataset_json)
-    manager = plans_manager.get_label_manager(dict(dataset_json))
-    if manager.has_regions:
-        return {name: channel for channel, name in enumerate(labels)}
-    return {name: manager.all_labels.index(values[0]) for name, values in labels.items()}
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse, clear_leftover
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
+from nnunet_pdddpm.inference.intervals import FEWEST_SCORES, FIELDS, Calibrated, calibrate
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summary
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
+from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
-from nnunet_pdddpm.network.refiner import INTERVAL, stored_settings
+from nnunet_pdddpm.network.refiner import CALIBRATION, stored_settings
 
 INFINITE = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
@@ -62,31 +64,43 @@ class PDDDPMPredictor(VolumePredictor):
         self.outputs = outputs
         self._num_cases: int | None = None
         self.failed: dict[str, str] = {}  # case -> why it could not be predicted, in the last prediction
-        self.interval_sd: list[float | None] = []  # of the volumes of each channel, see `summary.volumes`
+        self.calibrated: dict[str, Calibrated | str] = {}
+        """Label -> what the intervals of its volumes are made of, or why there are none."""
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
-        """As VolumePredictor's; says whether the volumes' intervals are calibrated."""
+        """As VolumePredictor's; says which volumes have no calibrated interval, and why."""
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        of_folds = torch.stack([parameters[INTERVAL] for parameters in self.list_of_parameters])
-        calibrated = (of_folds > 0).all(0)
-        self.interval_sd = [None] * self.refiner.num_channels
-        if not calibrated.any():
-            why = 'the model has no calibrated ones (nnUNetv2_pdddpm_tune makes them, of enough validation cases)'
-        elif not self.samples_as_tuned():
-            why = 'the calibrated ones hold only for samples drawn as in tuning'
-        else:
-            self.interval_sd = [float(sd) if known else None
-                                for sd, known in zip(of_folds.mean(0), calibrated, strict=True)]
-            return
-        if self.num_samples > 1:
-            print(f"The volumes' intervals are the 2.5 % to 97.5 % quantiles of the samples: {why}.")
+        self.calibrated = self._calibrated()
+        reasons = dict.fromkeys(of for of in self.calibrated.values() if isinstance(of, str))
+        for reason in reasons:
+            names = [name for name, of in self.calibrated.items() if of == reason]
+            which = 'Volumes have' if len(names) == len(self.calibrated) else f'Volumes of {", ".join(names)} have'
+            print(f'{which} no calibrated interval: {reason}.')
 
-    def samples_as_tuned(self) -> bool:
-        """Whether samples are drawn as in tuning, but for their number and seed."""
-        as_tuned = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
-        return as_tuned and all(settings.drawing == stored_settings(parameters).drawing
-                                for settings, parameters in zip(self.fold_settings, self.list_of_parameters,
-                                                                strict=True))
+    def _calibrated(self) -> dict[str, Calibrated | str]:
+        """Label -> what its intervals are made of, or why there are none."""
+        channels = label_channels(self.dataset_json, self.plans_manager)
+        scores = [parameters[CALIBRATION].numpy() for parameters in self.list_of_parameters]
+        stored = [stored_settings(parameters) for parameters in self.list_of_parameters]
+        drawn = [int(of[..., FIELDS.index('samples')].max()) for of in scores]
+        here = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
+        draws_alike = here and all(
+            now.drawing == then.drawing and self.num_samples // len(scores) == number
+            for now, then, number in zip(self.fold_settings, stored, drawn, strict=True))
+        mask_alike = here and all(now.mask_made_of == then.mask_made_of and (draws_alike or not now.needs_samples)
+                                  for now, then in zip(self.fold_settings, stored, strict=True))
+        if not any(drawn):
+            return dict.fromkeys(channels, 'the model is not calibrated (nnUNetv2_pdddpm_tune does it, or '
+                                           'nnUNetv2_train --val)')
+        if not mask_alike:
+            return dict.fromkeys(channels, 'the calibrated one holds only for masks made as in validation')
+        found: dict[str, Calibrated | str] = {}
+        for name, channel in channels.items():
+            of_label = [of[:, channel] for of in scores]
+            number = sum(int((of[:, FIELDS.index('samples')] > 0).sum()) for of in of_label)
+            found[name] = calibrate(of_label, draws_alike and len(scores) == 1) or \
+                f'its true volume is known of {number} validation cases, {FEWEST_SCORES} are needed'
+        return found
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
@@ -195,7 +209,7 @@ class PDDDPMPredictor(VolumePredictor):
                 results.append(None)
                 self._fail(item, outputs)
                 continue
-            data, properties, file = item['data'], item['data_properties'], item['ofile']
+            data, properties, file = item.pop('data'), item['data_properties'], item['ofile']
             if isinstance(data, str):  # as nnU-Net's: a temporary file
                 file_of_data, data = Path(data), torch.from_numpy(np.load(data))
                 file_of_data.unlink()
@@ -210,11 +224,13 @@ class PDDDPMPredictor(VolumePredictor):
             print(f'\nPredicting {Path(file).name}:')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
-                                self.interval_sd, queue)
+                                self.calibrated, queue)
             with self._fails_alone(case, outputs):
-                prediction = self.predict_volume(data, case.add_sample)
+                prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None,
+                                                 Path(file).name)
                 require_finite(prediction)
                 case.add_rest(prediction)
+                del prediction  # its arrays, as large as the volume, shall not be there beside the next case's
                 under_way.append(case)
             for case in [case for case in under_way if case.done()]:
                 under_way.remove(case)

@@ -15,6 +15,7 @@ import torch
 
 import nnunet_pdddpm
 from nnunet_pdddpm.files import write_atomically
+from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
 
 CASES = 'pdddpm_cases'
@@ -24,35 +25,49 @@ FAILED = f'{CASES}/failed'
 SUMMARY = 'pdddpm_summary'
 
 
-def volumes(voxels: Sequence[int], folds: Sequence[int], voxel_ml: float,
-            interval_sd: float | None = None) -> dict[str, float | None]:
+def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | None]:
     """Volume over the samples.
 
     Args:
-        voxels: of each sample.
+        ml: of each sample, (n,).
         folds: model that drew each sample.
-        voxel_ml: volume of a voxel in ml.
-        interval_sd: half of the width of the calibrated 95 % interval, in standard deviations; see `conformal_width`.
 
     Returns:
-        In ml: mean, standard deviation, ends of the 95 % interval, and, for several models, the standard deviation of
-        their means and the mean one within a model. The interval is the mean with `interval_sd` standard deviations to
-        both sides, not below 0; without it the samples' 2.5 % and 97.5 % quantile (interpolated, so between the
-        smallest and the largest). None for what cannot be told of a single sample.
+        In ml: mean, standard deviation, the smallest and the largest volume, and, for several models, the standard
+        deviation of their means and the mean one within a model. None for what cannot be told of a single sample.
     """
-    ml = np.asarray(voxels, float) * voxel_ml
     several = len(ml) > 1
-    low, high = np.percentile(ml, [2.5, 97.5])
-    if several and interval_sd is not None:
-        low, high = np.maximum(ml.mean() + np.array([-1, 1]) * interval_sd * ml.std(ddof=1), 0)
     row = {'volume_ml_mean': float(ml.mean()), 'volume_ml_sd': float(ml.std(ddof=1)) if several else None,
-           'volume_ml_low': float(low) if several else None, 'volume_ml_high': float(high) if several else None}
+           'samples_low_ml': float(ml.min()) if several else None,
+           'samples_high_ml': float(ml.max()) if several else None}
     of_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
     if len(of_fold) > 1:
         within = [values.std(ddof=1) for values in of_fold if len(values) > 1]
         row['volume_ml_sd_between_folds'] = float(np.std([values.mean() for values in of_fold], ddof=1))
         row['volume_ml_sd_within_folds'] = float(np.mean(within)) if within else None
     return row
+
+
+def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]:
+    """The calibrated interval of a volume, or why there is none.
+
+    Args:
+        calibrated: of the label; or the reason why it is not calibrated.
+        features: of the label in this case, see `Calibrated.interval`.
+
+    Returns:
+        Ends in ml, the level that they promise, the number of validation cases, and the unit of the error; or None for
+        these, and `interval_missing`, the reason.
+    """
+    ends = None if isinstance(calibrated, str) else calibrated.interval(features)
+    missing = calibrated if isinstance(calibrated, str) else 'the mask holds nothing of this label'
+    if ends is None or isinstance(calibrated, str) or not np.isfinite(ends).all():
+        missing = missing if ends is None else 'errors in validation were too large to be bounded'
+        return {'volume_ml_low': None, 'volume_ml_high': None, 'interval_level': None, 'interval_cases': None,
+                'interval_unit': None, 'interval_missing': missing}
+    return {'volume_ml_low': ends[0], 'volume_ml_high': ends[1], 'interval_level': round(calibrated.level, 4),
+            'interval_cases': len(calibrated.errors), 'interval_unit': calibrated.rule.words(),
+            'interval_missing': None}
 
 
 def mean_of_known(dices: Sequence[float | None]) -> float | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
-from nnunet_pdddpm.inference.components import WHOLE, Parts, parts_around_objects
+from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_around
+from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.tiling import Tile, tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -42,6 +43,8 @@ class VolumePrediction:
     """Share of nnU-Net's tiles that were denoised: those around voxels of which the stock model is unsure."""
     seconds: float
     """Wall clock time of all this."""
+    counts: VoxelCounter
+    """Voxels of the labels in mask and samples."""
 
 
 class Volume:
@@ -62,7 +65,6 @@ class Volume:
         self.network_calls = {'stock': 0, 'denoiser': 0}
         self.tiles: list[Tile] = []  # that are refined
         self.refined_tiles: list[float] = []  # their share, by fold
-        self.elsewhere: Callable[[int], Tensor] | None = None  # z -> coded values (C, Y, X) where no such tile is
 
     def start_fold(self) -> Tensor:
         """Pre-segment by the model that has just been loaded; its stock logits (C, Z, Y, X) float16 on the CPU."""
@@ -71,7 +73,9 @@ class Volume:
         self.network_calls['stock'] += len(self.all_tiles) * len(self.mirrorings)
         self.refiner.to(self.predictor.device).eval()
         self._blind: dict[float, Tensor] = {}  # temperature -> logits
-        self._objects: tuple[float, Parts] | None = None
+        self.temperature = 1.0  # of the sample that is being drawn
+        self._objects: dict[float, Parts] = {}  # by temperature
+        self._parts: dict[float, Parts] = {}
         self._choose_tiles()
         return self.stock_logits.cpu()
 
@@ -87,10 +91,18 @@ class Volume:
 
     def expect(self, settings: SamplingSettings, draws: Sequence[int], of: int) -> None:
         """Tell the progress bar that draws with these numbers, of so many, are to come."""
-        passes = sum(len(mirrorings_of_sample(draw, of, self.mirrorings)) for draw in draws)
+        passes = sum(len(self.mirrorings_of(draw, of)) for draw in draws)
         if settings.samples_from == 'chain' and settings.start > 0:
             self.progress.total += passes * settings.steps * len(self.tiles)
         self.progress.refresh()
+
+    def mirrorings_of(self, sample: int, samples: int | None) -> list[tuple[int, ...]]:
+        """The mirrorings of sample number `sample` of `samples` (None: one). The models take turns in drawing them, and
+        the samples of each model together see all mirrorings."""
+        models = len(self.predictor.fold_settings)
+        if samples is None:
+            return [self.mirrorings[sample % len(self.mirrorings)]]
+        return mirrorings_of_sample(sample // models, samples // models, self.mirrorings)
 
     def blind(self, temperature: float = 1.0) -> Tensor:
         """Logits (C, Z, Y, X) float16 of the blind mask over a temperature, by nnU-Net's sliding window."""
@@ -104,17 +116,24 @@ class Volume:
             self.refiner.to(self.predictor.device).eval()
         return self._blind[temperature]
 
-    def parts(self, settings: SamplingSettings) -> Parts:
-        """The parts that are drawn by thresholds of their own, by the stock model's probabilities."""
-        if settings.dependence == 1:
-            return WHOLE
-        if self._objects is None or self._objects[0] != settings.temperature:
+    def objects(self, temperature: float) -> Parts:
+        """The objects that there may be, by the stock model's probabilities under a temperature."""
+        if temperature not in self._objects:
             foreground = torch.empty(self.shape[1:], device=self.device)
             for z in range(self.shape[1]):
-                p = self._stock_probabilities(z, settings.temperature)
+                p = self._stock_probabilities(z, temperature)
                 foreground[z] = p.amax(0) if self.refiner.regions else 1 - p[0]
-            self._objects = settings.temperature, parts_around_objects(foreground)
-        return self._objects[1]
+            self._objects[temperature] = objects_in(foreground)
+        return self._objects[temperature]
+
+    def parts(self, settings: SamplingSettings) -> Parts:
+        """The parts that are drawn by thresholds of their own: one around each of the objects."""
+        if settings.dependence == 1:
+            return WHOLE
+        temperature = settings.temperature
+        if temperature not in self._parts:
+            self._parts[temperature] = parts_around(self.objects(temperature))
+        return self._parts[temperature]
 
     def sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
         """Probabilities (C, Z, Y, X) float32 that sample number `sample` of `samples` (None: one that depends on no
@@ -125,10 +144,9 @@ class Volume:
         if settings.samples_from == 'stock' or settings.start == 0 or not self.tiles:
             return self.add_probabilities(torch.zeros(self.shape, device=self.device), self.stock_logits, 1.0,
                                           settings.temperature)
-        mirrored = mirrorings_of_sample(sample, samples or len(self.mirrorings), self.mirrorings)
+        mirrored = self.mirrorings_of(sample, samples)
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
-        coding, temperature, parts = self.refiner.design.coding, settings.temperature, self.parts(settings)
-        self.elsewhere = None if self.covered else lambda z: coding.encode(self._stock_probabilities(z, temperature))
+        parts, self.temperature = self.parts(settings), settings.temperature
         shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
         whole = self.refiner.chain(settings, sample, samples, None, parts.number)
         x = refine_volume(
@@ -143,7 +161,12 @@ class Volume:
 
     def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
         """Estimate of the clean coded mask (C, Z, Y, X), fused over tiles and mirrorings; outside them the stock's."""
-        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device, self.elsewhere)
+        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device,
+                          None if self.covered else self._coded_stock)
+
+    def _coded_stock(self, z: int) -> Tensor:
+        """(C, Y, X), what stands where no tile is refined."""
+        return self.refiner.design.coding.encode(self._stock_probabilities(z, self.temperature))
 
     def _stock_probabilities(self, z: int, temperature: float) -> Tensor:
         return logits_to_probabilities(self.stock_logits[None, :, z].float() / temperature, self.refiner.regions)[0]

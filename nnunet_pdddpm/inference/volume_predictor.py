@@ -1,6 +1,7 @@
 """nnU-Net's predictor, sampling a preprocessed image as a whole: without files, see `predictor.PDDDPMPredictor`."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,8 +19,10 @@ from torch._dynamo import OptimizedModule
 from nnunet_pdddpm.cpu import cpu_has_bfloat16
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import drawn_logits
+from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
+from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.checkpoint import (
     PRESEGMENTER,
     CheckpointError,
@@ -57,7 +60,7 @@ class VolumePredictor(nnUNetPredictor):
     """As nnUNetPredictor; but a volume is sampled as a whole, and every sample can be had.
 
     The mask is the blind mask, the stock model's, the mean of the samples, or weighted, as the model's settings say.
-    Mirroring is spread over the samples. Several models (folds) share the samples among them.
+    Several models (folds) draw equally many of the samples. The mirrorings are spread over the samples of each.
     """
 
     network: Any
@@ -123,10 +126,10 @@ class VolumePredictor(nnUNetPredictor):
         self.model = f'{folder.resolve().parent.name}/{folder.resolve().name}/{checkpoint_name}'
         self.folds = [fold if fold == 'all' else int(fold) for fold in use_folds]
         self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
-        wanted = self.fold_settings[0].samples
-        self.num_samples = max(wanted, len(self.list_of_parameters))
+        wanted, models = self.fold_settings[0].samples, len(self.list_of_parameters)
+        self.num_samples = models * math.ceil(wanted / models)
         if self.num_samples > wanted:
-            print(f'{self.num_samples} samples instead of {wanted}: one for every fold.')
+            print(f'{self.num_samples} samples instead of {wanted}: {self.num_samples // models} of every fold.')
 
     def _settings_of(self, parameters: dict[str, Any]) -> SamplingSettings:
         return override(stored_settings(parameters), {**environment_overrides(), **self.overrides},
@@ -147,12 +150,13 @@ class VolumePredictor(nnUNetPredictor):
         return self.predict_volume(data).logits
 
     @torch.inference_mode()
-    def predict_volume(self, data: Tensor, on_sample: OnSample | None = None) -> VolumePrediction:
+    def predict_volume(self, data: Tensor, on_sample: OnSample | None = None, case: str = '') -> VolumePrediction:
         """Mask, uncertainty and samples of one preprocessed image.
 
         Args:
             data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
             on_sample: told every sample when it is drawn; the samples are not kept.
+            case: name, of which with the settings' seed the noise and the draws are made.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(min(threads, default_num_processes))  # as nnU-Net: the stock result depends on it
@@ -160,17 +164,18 @@ class VolumePredictor(nnUNetPredictor):
         try:
             if on_device and self.device.type == 'cuda':
                 try:
-                    return self._predict_volume(data, self.device, on_sample)
+                    return self._predict_volume(data, self.device, on_sample, case)
                 except torch.OutOfMemoryError:
                     print('The volume does not fit on the device: its arrays are kept in main memory.')
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
-            return self._predict_volume(data, torch.device('cpu'), on_sample)
+            return self._predict_volume(data, torch.device('cpu'), on_sample, case)
         finally:
             self.perform_everything_on_device = on_device
             torch.set_num_threads(threads)
 
-    def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None) -> VolumePrediction:
+    def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None, case: str
+                        ) -> VolumePrediction:
         """`predict_volume` with the volume's arrays on `device`."""
         start = time.perf_counter()
         image, unpad = pad_nd_image(data, self.configuration_manager.patch_size, 'constant', {'value': 0}, True, None)
@@ -178,22 +183,29 @@ class VolumePredictor(nnUNetPredictor):
         folds, regions = len(self.fold_settings), self.refiner.regions
         volume = Volume(self, image, device)
         spread = Spread(volume.shape, self.num_samples, folds, regions, device)
-        mask = torch.zeros(volume.shape, device=device)  # mean probabilities
+        counts = VoxelCounter(self.label_manager, foreground_labels(self.dataset_json), unpad[1:])
+        all_stock = all(settings.is_stock for settings in self.fold_settings)
+        all_blind = all(not settings.is_stock and settings.mask_blind == 1 for settings in self.fold_settings)
+        mixed = not all_stock and not all_blind
+        mask = torch.zeros(volume.shape, device=device) if mixed else torch.empty(0)  # mean probabilities
         stock_logits, blind_logits = _Sum(), _Sum()  # over the folds
-        for fold, (parameters, settings) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
+        for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
+            settings = stored.for_case(case)
             self.refiner.load_state_dict(parameters)
             stock_logits.add(volume.start_fold())
             samples = range(fold, self.num_samples, folds)
             volume.expect(settings, samples, self.num_samples)
             weights = {'stock': 1.0, 'blind': 0.0, 'chain': 0.0} if settings.is_stock else \
                 {'stock': settings.mask_stock, 'blind': settings.mask_blind, 'chain': settings.mask_chain}
+            of_fold = torch.zeros_like(mask) if folds > 1 else mask
             for sample in samples:
                 p = volume.sample(settings, sample, self.num_samples)
                 parts = volume.parts(settings)
                 shifts = self.refiner.end_shifts(settings, sample, self.num_samples, parts.number)
                 spread.add(p, shifts, parts)
-                if weights['chain'] > 0:
-                    mask.add_(p, alpha=weights['chain'] / len(samples) / folds)
+                counts.add_sample(sample, p, shifts, parts, volume.objects(settings.temperature))
+                if mixed and weights['chain'] > 0:
+                    of_fold.add_(p, alpha=weights['chain'] / len(samples))
                 if on_sample is not None:
                     in_box = None if parts.index is None else parts.index[unpad[1:]]
                     on_sample(sample, drawn_logits(p[unpad], regions, shifts, in_box).cpu())
@@ -202,21 +214,28 @@ class VolumePredictor(nnUNetPredictor):
             if weights['blind'] > 0:
                 of_blind = volume.blind(settings.blind_temperature)
                 blind_logits.add(of_blind.cpu())
-                volume.add_probabilities(mask, of_blind, weights['blind'] / folds)
-            if weights['stock'] > 0:
+                if mixed:
+                    volume.add_probabilities(of_fold, of_blind, weights['blind'])
+            if mixed and weights['stock'] > 0:
                 temperature = 1.0 if settings.is_stock else settings.temperature
-                volume.add_probabilities(mask, volume.stock_logits, weights['stock'] / folds, temperature)
+                volume.add_probabilities(of_fold, volume.stock_logits, weights['stock'], temperature)
+            counts.add_mask(volume.stock_logits if all_stock else of_blind if all_blind else
+                            probabilities_to_logits(of_fold[None], regions)[0])
+            if mixed and folds > 1:
+                mask.add_(of_fold, alpha=1 / folds)
+            del of_fold
         volume.progress.close()
         stock = stock_logits.total[unpad] / folds
         spread.crop(unpad[1:])
-        if all(settings.is_stock for settings in self.fold_settings):
+        if all_stock:
             logits = stock
-        elif all(not settings.is_stock and settings.mask_blind == 1 for settings in self.fold_settings):
+        elif all_blind:
             logits = blind_logits.total[unpad] / folds  # as plain nnUNetv2_predict has it
         else:
             logits = probabilities_to_logits(mask[unpad], regions).cpu()
+        counts.set_consensus(logits)
         return VolumePrediction(stock, logits, spread, volume.network_calls,
-                                sum(volume.refined_tiles) / folds, time.perf_counter() - start)
+                                sum(volume.refined_tiles) / folds, time.perf_counter() - start, counts)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """For the denoiser: as nnU-Net's on CUDA; bfloat16 on a CPU with instructions for it, which halves the time."""

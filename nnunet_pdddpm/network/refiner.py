@@ -1,7 +1,7 @@
 """The one network that nnU-Net sees: the frozen stock network, the denoiser, and how to sample."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabi
 from nnunet_pdddpm.diffusion.drawing import END, draw_shifts, drawn_mask
 from nnunet_pdddpm.diffusion.levels import LevelTable, even_table, paper_table
 from nnunet_pdddpm.diffusion.measuring import NODES
-from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing, x0_from_eps
-from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
+from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing, evidence, x0_from_eps
+from nnunet_pdddpm.diffusion.sampling import KeptNoise, refine
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, note_checksum
 from nnunet_pdddpm.network.denoiser import Denoiser
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, effective_settings, from_numbers
@@ -21,7 +21,9 @@ from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, effecti
 _refine = torch.compiler.disable(refine, recursive=False)
 
 SETTING = 'setting_'  # prefix of the sampling settings in the state dict
-INTERVAL = 'interval_sd'  # in the state dict: see `configure`
+CALIBRATION = 'calibration'
+"""In the state dict: what is known of the volumes of validation cases, see `inference.intervals.FIELDS`."""
+CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 7
 BLIND = 5.0
 """What the blind level is below the lowest log SNR."""
 LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
@@ -70,7 +72,7 @@ class Refiner(nn.Module):
     """
 
     has_regions: Tensor
-    interval_sd: Tensor
+    calibration: Tensor
 
     def __init__(self, presegmenter: nn.Module, unet: nn.Module, num_channels: int, design: DiffusionDesign) -> None:
         """
@@ -86,26 +88,24 @@ class Refiner(nn.Module):
         self.presegmenter = presegmenter.requires_grad_(False).eval()
         self.denoiser = Denoiser(unet, num_channels)
         self.register_buffer('has_regions', torch.tensor(False))
-        self.register_buffer(INTERVAL, torch.zeros(num_channels))
+        self.register_buffer(CALIBRATION, torch.zeros(CALIBRATION_CASES, num_channels, CALIBRATION_FIELDS))
         for name in LEVELS:
             self.register_buffer(name, torch.zeros(design.nodes))
         for name, value in as_numbers(SamplingSettings()).items():
             dtype = torch.float32 if isinstance(value, float) else None  # there is no float64 on mps
             self.register_buffer(SETTING + name, torch.tensor(value, dtype=dtype))
         self.presegmenter_checksum: int | None = None  # see `check_weights`
+        self._noise = KeptNoise()
         self.register_state_dict_post_hook(note_checksum)
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
         self.store_levels(design.first_table())
 
-    def configure(self, settings: SamplingSettings, has_regions: bool,
-                  interval_sd: Sequence[float] | None = None) -> None:
-        """Store and use what a trained model is sampled with.
+    def configure(self, settings: SamplingSettings, has_regions: bool) -> None:
+        """Store and use what a trained model is sampled with. A calibration by other settings is dropped.
 
         Args:
             settings: of samples and mask.
             has_regions: whether the heads are regions (sigmoid) or classes (softmax).
-            interval_sd: for each channel half of the 95 % interval of volumes, in standard deviations of the samples'
-                volumes; 0 where it is not known, None if nowhere.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -113,7 +113,7 @@ class Refiner(nn.Module):
         for name, value in as_numbers(settings.check()).items():
             getattr(self, SETTING + name).fill_(value)
         self.has_regions.fill_(has_regions)
-        self.interval_sd.copy_(torch.tensor(interval_sd or (0.0,)))
+        self.calibration.zero_()
         self.use_stored_settings()
 
     def store_levels(self, table: LevelTable, cross_entropy: Tensor | None = None, count: Tensor | None = None) -> None:
@@ -209,8 +209,23 @@ class Refiner(nn.Module):
     def forward(self, x: Tensor | NoisyBatch) -> Tensor | list[Tensor]:
         """(B, image channels, ...) image -> (B, C, ...) logits; `NoisyBatch` -> the denoiser's raw output."""
         if isinstance(x, NoisyBatch):
-            return self.denoiser(x.image, x.noisy, x.log_snr)
+            return self.denoised(x.image, x.noisy, x.log_snr)
         return self.sample(x, self.settings)
+
+    @torch.compiler.disable(recursive=False)
+    def denoised(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor | list[Tensor]:
+        """Logits of the clean mask, or the predicted noise: the denoiser's output, finest first with deep supervision.
+
+        What each noisy voxel says by itself is added to the finest logits (`process.evidence`), so that the network has
+        to find out only what the image and the other voxels say. At the blind level, where the mask is zeros, it adds
+        nothing.
+        """
+        output = self.denoiser(image, noisy, log_snr)
+        if self.design.parameterisation == 'eps':
+            return output
+        coding = self.design.coding
+        of_voxels = evidence(noisy, log_snr, coding.low, coding.high)
+        return [output[0] + of_voxels, *output[1:]] if isinstance(output, list) else output + of_voxels
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=False)
@@ -273,7 +288,7 @@ class Refiner(nn.Module):
         for sample in range(number):
             shifts = self.start_shifts(settings, sample, number)
             mask = torch.stack([self.start_mask(logits, settings, shifts) for logits in stock_logits])
-            draw = seeded_noise(mask.shape[1:], settings.seed, sample, mask.device)  # broadcast over the batch
+            draw = self._noise.source(mask.shape[1:], settings.seed, sample, mask.device, settings.steps)
             x = _refine(lambda x, level: self.denoise(image, x, level), self.chain(settings, sample, number), mask,
                         levels, draw)
             mean += self.probabilities(x) / number
@@ -288,7 +303,7 @@ class Refiner(nn.Module):
             x: (B, C, ...) coded mask x_t.
             level: log SNR.
         """
-        output = self.denoiser(image, x, self._level(level, x))
+        output = self.denoised(image, x, self._level(level, x))
         output = (output[0] if isinstance(output, list) else output).float()
         coding = self.design.coding
         if self.design.parameterisation == 'x0':
@@ -320,7 +335,7 @@ class BlindNetwork(nn.Module):
 
 def refuse_earlier(weights: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError for a refiner's state of a version that named noise levels by numbers."""
-    if not {LEVELS[0], SETTING + 'start'} <= weights.keys():
+    if not {LEVELS[0], SETTING + 'start', CALIBRATION} <= weights.keys():
         raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
                               f'otherwise: train it again with this version.')
 

@@ -1,6 +1,7 @@
 """How to sample: the settings that travel in a trained model, and what overrides them."""
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -69,12 +70,33 @@ class SamplingSettings:
         """True if the mask is the stock model's own prediction."""
         return self.start == 0 or self.mask_stock == 1
 
+    def for_case(self, case: str) -> SamplingSettings:
+        """The settings with a seed made of this one and the case's name: no two cases share noise and draws."""
+        digest = hashlib.blake2s(f'{self.seed} {case}'.encode(), digest_size=4).digest()
+        return replace(self, seed=int.from_bytes(digest, 'big') >> 1)
+
+    @property
+    def needs_samples(self) -> bool:
+        """True if the samples' mean is part of the mask."""
+        return not self.is_stock and self.mask_chain > 0
+
     @property
     def drawing(self) -> dict[str, Value]:
         """What a sample is drawn by, but for its noise."""
         names = ('start', 'steps', 'samples_from', 'start_mask', 'redraw', 'dependence', 'temperature',
                  'blind_temperature')
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def mask_made_of(self) -> dict[str, Value]:
+        """What the mask depends on, but for the noise."""
+        if self.is_stock:
+            return {'mask_stock': 1.0}
+        if self.mask_blind == 1:
+            return {'mask_blind': 1.0}
+        temperatures = {'temperature': self.temperature, 'blind_temperature': self.blind_temperature}
+        of_samples = self.drawing if self.needs_samples else {}
+        return {'mask_stock': self.mask_stock, 'mask_blind': self.mask_blind, **temperatures, **of_samples}
 
 
 RANGES: dict[str, tuple[float, float]] = {

@@ -8,7 +8,7 @@ import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.files import write_atomically
-from nnunet_pdddpm.inference.export import foreground_labels
+from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.report import summary as text
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR
 from nnunet_pdddpm.report.views import make_view
@@ -55,8 +55,6 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
         cases=cases, outlines=list(regions), labels=text.label_names(entries), versions=entries[0].get('versions', {}),
         dataset=plans.get('dataset_name', folder.name), not_shown=len(summary['cases']) - len(entries),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
-        calibrated=any(label.get('interval_sd') is not None for entry in entries
-                       for label in entry.get('labels', {}).values()),
         failed=summary.get('failed', []), uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
     return write_atomically(folder, {REPORT: page})[0]
 

@@ -88,12 +88,17 @@ def volume(label: Mapping[str, Any], name: str = 'volume_ml') -> str:
     return '–' if number is None else f'{number:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f}'
 
 
-def interval(label: Mapping[str, Any]) -> str:
-    """'12.3 ml (11.1 to 13.9)' from a label's entry; without brackets if it has no interval; a dash if no volume."""
+def interval(label: Mapping[str, Any], samples: Any = None) -> str:
+    """A label's volume with its calibrated interval, '12.3 ml (95 %: 11.1 to 13.9)'; or with the range of its samples,
+    '12.3 ml (8 samples: 11.1 to 13.9)'; without brackets if it has neither; a dash if it has no volume."""
     if finite(label.get('volume_ml')) is None:
         return '–'
-    ends = [volume(label, f'volume_ml_{end}') for end in ('low', 'high')]
-    return f'{volume(label)} ml' + ('' if '–' in ends else f' ({ends[0]} to {ends[1]})')
+    level = finite(label.get('interval_level'))
+    of, names = ('', ()) if level is None else (f'{100 * level:.0f} %', ('volume_ml_low', 'volume_ml_high'))
+    if not names and finite(samples) is not None:
+        of, names = f'{samples} samples', ('samples_low_ml', 'samples_high_ml')
+    ends = [volume(label, name) for name in names]
+    return f'{volume(label)} ml' + (f' ({of}: {ends[0]} to {ends[1]})' if ends and '–' not in ends else '')
 
 
 def label_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:

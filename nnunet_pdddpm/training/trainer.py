@@ -25,21 +25,27 @@ from nnunet_pdddpm.diffusion.levels import lowest_log_snr
 from nnunet_pdddpm.diffusion.measuring import LevelMeter, positions, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.files import writing
+from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, refuse_earlier
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
-from nnunet_pdddpm.training.finite import require_finite_loss
+from nnunet_pdddpm.training.finite import LossWatch
 from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure_volumes, open_for_calibration
+from nnunet_pdddpm.tuning.calibration import lines as lines_of_volumes
+from nnunet_pdddpm.tuning.cases import ValidationCases
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
-from nnunet_pdddpm.tuning.report import Choice
+from nnunet_pdddpm.tuning.stored import store_calibration
 from nnunet_pdddpm.tuning.tune import open_model, tune
 from nnunet_pdddpm.versions import require_nnunet
+
+FINAL = 'checkpoint_final.pth'
 
 
 class PDDDPMTrainer(nnUNetTrainer):
@@ -74,10 +80,13 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.meter = LevelMeter(lowest_log_snr(math.prod(self.configuration_manager.patch_size),
                                                self.label_manager.num_segmentation_heads))
         self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
+        self.loss_watch = LossWatch(Path(self.output_folder), self.print_to_log_file)
+        self._gloo: Any = None  # processes wait in it while one of them tunes
         self._stock_checkpoint: Any = None
         self._restored = False
         self._previous_stage_told = False
         self._average_in_network = False
+        self._checkpoint = FINAL  # whose weights are in the network when training has ended
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -159,6 +168,10 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._embed_stock_model()
         self._stock_checkpoint = None
         self._first_epoch = self.current_epoch
+        if self.is_ddp:
+            # At the end ranks wait for hours, if need be, which NCCL does not allow; gloo does. It is made now: where
+            # it cannot be, for want of a host name, training ends before it has begun.
+            self._gloo = dist.new_group(backend='gloo', timeout=timedelta(days=30))
         super().on_train_start()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
@@ -182,7 +195,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """As nnU-Net's; the noise starts at the same place in this epoch whether training was interrupted or not."""
         super().on_train_epoch_start()
-        self.refiner.interval_sd.zero_()  # of weights that change now
+        self.refiner.calibration.zero_()  # of weights that change now
         seed = (self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank
         self.level_generator.manual_seed(seed)
         self.noise_generator.manual_seed(seed + 500)
@@ -198,11 +211,16 @@ class PDDDPMTrainer(nnUNetTrainer):
             target = noise
         del noise  # as large as the mask: with a hundred classes gigabytes
         losses = super().train_step({**batch, 'data': noisy, 'target': target})
-        require_finite_loss(losses['loss'], self.iteration, self.current_epoch, batch['keys'], Path(self.output_folder))
+        self.loss_watch.check(losses['loss'], self.iteration, self.current_epoch, batch['keys'],
+                              None if self.grad_scaler is None else self.network.parameters())
         self.measure_levels(noisy.log_snr)
         self.iteration += 1
         self.averaged.update_parameters(self.refiner.denoiser)
         return losses
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As nnU-Net's, without the losses that are no numbers."""
+        super().on_train_epoch_end([of for of in train_outputs if np.isfinite(of['loss'])] or train_outputs)
 
     @torch.no_grad()
     def make_noisy_batch(self, image: Tensor, target: Tensor) -> tuple[NoisyBatch, Tensor]:
@@ -276,16 +294,15 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """As nnU-Net's; then the sampling settings are tuned, with which nnU-Net goes on to validate."""
         super().on_train_end()
-        # The other ranks wait for hours, if need be, which NCCL does not allow; gloo does.
-        group: Any = dist.new_group(backend='gloo', timeout=timedelta(days=30)) if self.is_ddp else None
+        self._checkpoint = FINAL
         choice = [self.tune_sampling() if self.local_rank == 0 else None]
-        if group is not None:
-            dist.broadcast_object_list(choice, 0, group)
-            dist.destroy_process_group(group)
+        if self._gloo is not None:
+            dist.broadcast_object_list(choice, 0, self._gloo)
+            dist.destroy_process_group(self._gloo)
         if choice[0] is not None:
-            self.refiner.configure(choice[0].settings, self.label_manager.has_regions, choice[0].interval_sd)
+            self.refiner.configure(choice[0], self.label_manager.has_regions)
 
-    def tune_sampling(self) -> Choice | None:
+    def tune_sampling(self) -> SamplingSettings | None:
         """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""
         starts, ends = (self.logger.get_value(f'epoch_{of}_timestamps', step=None) for of in ('start', 'end'))
         seconds = self.tuning_share * sum(end - start for start, end in zip(starts, ends, strict=False))
@@ -347,12 +364,47 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.print_to_log_file('Stock pseudo dice on the same patches', [np.round(d, 4) for d in dice])
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """As nnU-Net's, with the averaged weights."""
+        """As nnU-Net's, with the averaged weights; then the intervals of volumes are calibrated on the same cases."""
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             self._swap_average()
+        self.calibrate_volumes()
+
+    def calibrate_volumes(self) -> None:
+        """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes
+        compare with the true ones."""
+        file = Path(self.output_folder, self._checkpoint)
+        if not file.is_file():
+            return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint.')
+        scores: list[Any] = [self._volumes_of_my_cases(file)]
+        if self.is_ddp:
+            mine, scores = scores[0], [None] * dist.get_world_size()
+            dist.all_gather_object(scores, mine)
+        if any(isinstance(of, str) for of in scores):
+            reason = next(of for of in scores if isinstance(of, str))
+            return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
+        if self.local_rank == 0:
+            calibration = torch.cat(scores)
+            store_calibration(file, calibration)
+            for line in lines_of_volumes(calibration, label_channels(self.dataset_json, self.plans_manager)):
+                self.print_to_log_file(line)
+
+    def _volumes_of_my_cases(self, file: Path) -> Tensor | str:
+        """Scores of this process's share of the validation cases; or why there are none."""
+        try:
+            cases = ValidationCases(self)
+            predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
+            names = cases_to_calibrate(cases.names)
+            return measure_volumes(predictor, cases, names[self.local_rank::dist.get_world_size()]
+                                   if self.is_ddp else names)
+        except (TuningError, CheckpointError) as error:
+            return str(error)
+        except MEMORY_ERRORS as error:
+            if not lacks_memory(error):
+                raise
+            return f'there is not enough memory ({error}).'
 
     @contextmanager
     def _full_resolution(self) -> Iterator[None]:
@@ -389,6 +441,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._restored = True
         stored = None
         if isinstance(filename_or_checkpoint, str):
+            self._checkpoint = Path(filename_or_checkpoint).name
             weights = load_checkpoint(Path(filename_or_checkpoint), 'checkpoint')['network_weights']
             refuse_earlier(weights, f'The checkpoint {filename_or_checkpoint}')
             stored = check_weights(weights, f'The checkpoint {filename_or_checkpoint}')

@@ -11,6 +11,8 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch import Tensor
 
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
+from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
+from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.tuning.choice import TuningError
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ class Case:
     """(Z, Y, X)"""
     raters: list[np.ndarray]
     """Several people's label maps (Z, Y, X); empty without them."""
+    properties: dict[str, Any]
+    """Of the preprocessed image, as nnU-Net's preprocessor gives them."""
+    name: str
 
 
 class ValidationCases:
@@ -60,12 +65,14 @@ class ValidationCases:
         self.names: list[str] = list(self.dataset.identifiers)
         self.is_cascaded, self.label_manager = trainer.is_cascaded, trainer.label_manager
         self.plans, self.configuration = trainer.plans_manager, trainer.configuration_manager
+        self.dataset_json, self.truth = trainer.dataset_json, Path(trainer.preprocessed_dataset_folder_base,
+                                                                   'gt_segmentations')
+        self._reader = trainer.plans_manager.image_reader_writer_class()
         self.raters = None if raters is None else self._open_raters(trainer, raters)
 
     def _open_raters(self, trainer: PDDDPMTrainer, raters: Path) -> Folders:
-        truth = Path(trainer.preprocessed_dataset_folder_base) / 'gt_segmentations'
         model = Path(trainer.output_folder_base)
-        folders = open_folders(truth, truth, raters, model / 'dataset.json', model / 'plans.json')
+        folders = open_folders(self.truth, self.truth, raters, model / 'dataset.json', model / 'plans.json')
         if not any(folders.rater_files(name) for name in self.names):
             raise TuningError(f'{raters} has no mask of any validation case of fold {trainer.fold}: name them '
                               f'CASE__RATER{folders.ending}, such as {self.names[0]}__1{folders.ending}.')
@@ -83,7 +90,21 @@ class ValidationCases:
             image = np.vstack((image, convert_labelmap_to_one_hot(
                 previous[:], self.label_manager.foreground_labels, output_dtype=image.dtype)))
         return Case(torch.from_numpy(np.array(image)), np.asarray(seg[:])[0],
-                    self._raters_of(name, properties, image.shape[1:]))
+                    self._raters_of(name, properties, image.shape[1:]), properties, name)
+
+    def true_volumes(self, name: str) -> dict[str, float] | None:
+        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored."""
+        labels, properties = self._reader.read_seg(str(self.truth / f'{name}{self.dataset_json["file_ending"]}'))
+        if self.label_manager.ignore_label is not None and (labels == self.label_manager.ignore_label).any():
+            return None
+        voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
+        return {label: float(np.isin(labels, values).sum()) * voxel
+                for label, values in foreground_labels(self.dataset_json).items()}
+
+    def voxel_ml(self, case: Case) -> float:
+        """Volume of a voxel of the original image."""
+        shape = case.properties['shape_before_cropping']
+        return voxel_volume_ml([shape[i] for i in self.plans.transpose_backward], case.properties['spacing'])
 
     def _raters_of(self, name: str, properties: dict[str, Any], shape: tuple[int, ...]) -> list[np.ndarray]:
         """The raters' masks, transposed, cropped and resampled as nnU-Net's preprocessor does with a truth."""

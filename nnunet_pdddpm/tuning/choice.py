@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,30 @@ def choose_mask(rows: Sequence[MaskRow]) -> MaskRow:
     likeliest = min(accurate, key=lambda row: mean(row.nll))
     likely = [row for row in accurate if difference_interval(row.nll, likeliest.nll)[0] <= 0]
     return min(likely, key=lambda row: (row.calls, mean(row.nll)))
+
+
+def choose_measured(rows: Sequence[MaskRow], plain_dice: Callable[[SamplingSettings], np.ndarray]
+                    ) -> tuple[SamplingSettings, float]:
+    """`choose_mask`, but a mask is only taken if plain `nnUNetv2_predict` does not make a worse one of it than stock.
+
+    A mask of stock or blind probabilities alone is the same there. One with samples or a blend is not: it is made tile
+    by tile.
+
+    Args:
+        rows: see `choose_mask`.
+        plain_dice: Dice (cases,) of the mask that plain `nnUNetv2_predict` makes by settings.
+
+    Returns:
+        The settings, and the mean Dice of their mask in plain `nnUNetv2_predict`.
+    """
+    rows, stock = list(rows), mean(stock_row(rows).dice)
+    while True:
+        row = choose_mask(rows)
+        alone = row.settings.is_stock or row.settings.mask_blind == 1
+        dice = mean(row.dice if alone else plain_dice(row.settings))
+        if alone or dice >= stock:
+            return row.settings, dice
+        rows = [other for other in rows if other is not row]
 
 
 def best_samples(rows: Sequence[SampleRow], number: int = 1) -> list[SampleRow]:

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,24 @@ from matplotlib import pyplot as plt  # noqa: E402
 NAME = 'sampling_sweep'
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is put into the model."""
-    settings: SamplingSettings
-    interval_sd: tuple[float, ...]
-    """Of the volumes, for each channel of the network, 0 where not known: see `conformal_widths`."""
+def lines(sweep: Sweep, settings: SamplingSettings, plain: float) -> list[str]:
+    """What was chosen and what it is worth on the cases it was chosen on, for the log.
 
-
-def lines(sweep: Sweep, choice: Choice) -> list[str]:
-    """What was chosen and what it is worth on the cases it was chosen on, for the log."""
-    mask = next(row for row in sweep.masks if row.settings == choice.settings)
+    `plain`: Dice of the mask in plain `nnUNetv2_predict`.
+    """
+    mask = next(row for row in sweep.masks if row.settings == settings)
     stock = stock_row(sweep.masks)
     chosen = next(row for row in sweep.samples if row.settings == sweep.chosen_samples)
     other = min((row for row in sweep.samples if (row.calls == 0) != (chosen.calls == 0)), default=None,
                 key=lambda row: mean(row.energy))
     beside = '' if other is None else f'; {named_samples(other.settings)}: energy {mean(other.energy):.3f}'
     text = [f'Mask: {named_mask(mask.settings)}: Dice {mean(mask.dice):.4f}, stock {mean(stock.dice):.4f}; NLL '
-            f'{mean(mask.nll):.3g}, stock {mean(stock.nll):.3g}',
+            f'{mean(mask.nll):.3g}, stock {mean(stock.nll):.3g}; in plain nnUNetv2_predict Dice {plain:.4f}',
             f'Samples: {named_samples(chosen.settings)}: energy {mean(chosen.energy):.3f}, GED² {mean(chosen.ged):.3f}'
             f'{beside}',
             f'Temperature {sweep.temperature:g} (of the blind mask {sweep.blind_temperature:g}); measured on '
             f'{len(sweep.cases)} validation cases, {sweep.passes:.0f} passes of the denoiser a case, '
             f'{sweep.seconds:.0f} s']
-    known = [f'{sd:.2f}' for sd in choice.interval_sd if sd > 0]
-    text += [f'Intervals of volumes: {", ".join(known)} sd to both sides'] if known else []
     number = len(sweep.cases_left_out)
     left_out = [f'{number} of {number + len(sweep.cases)} cases'] if number else []
     left_out += [f'{steps} steps' for steps in sweep.steps_left_out]
@@ -81,21 +74,21 @@ def named_samples(settings: SamplingSettings) -> str:
     return f'thresholds of {of}, temperature {temperature:g}, {drawn}'
 
 
-def write(folder: Path, sweep: Sweep, choice: Choice) -> list[Path]:
+def write(folder: Path, sweep: Sweep, settings: SamplingSettings, plain: float) -> list[Path]:
     """Write CSV, PNG and JSON into the fold's folder, all beside first and then renamed, the JSON last; the files.
 
     Raises:
         OSError: if the folder cannot be written to.
     """
-    contents = {f'{NAME}.csv': _table(sweep, choice).encode(), f'{NAME}.png': _picture(sweep),
-                f'{NAME}.json': json.dumps(without_nan(_summary(sweep, choice)), indent=1).encode()}
+    contents = {f'{NAME}.csv': _table(sweep, settings).encode(), f'{NAME}.png': _picture(sweep),
+                f'{NAME}.json': json.dumps(without_nan(_summary(sweep, settings, plain)), indent=1).encode()}
     return write_atomically(folder, contents)
 
 
-def _of_mask(row: MaskRow, sweep: Sweep, choice: Choice) -> dict[str, Any]:
+def _of_mask(row: MaskRow, sweep: Sweep, settings: SamplingSettings) -> dict[str, Any]:
     stock = stock_row(sweep.masks)
     low, high = difference_interval(row.dice, stock.dice)
-    return {'of': 'mask', 'what': named_mask(row.settings), 'chosen': row.settings == choice.settings,
+    return {'of': 'mask', 'what': named_mask(row.settings), 'chosen': row.settings == settings,
             'network_calls': row.calls,
             'dice': mean(row.dice), 'dice_difference_to_stock': mean(row.dice) - mean(stock.dice),
             'dice_difference_low': low, 'dice_difference_high': high, 'nll': mean(row.nll)}
@@ -107,30 +100,29 @@ def _of_samples(row: SampleRow, sweep: Sweep, last: bool) -> dict[str, Any]:
             'energy': mean(row.energy), 'ged_squared_fair': mean(row.ged)}
 
 
-def _rows(sweep: Sweep, choice: Choice) -> list[dict[str, Any]]:
-    return [*(_of_mask(row, sweep, choice) for row in sweep.masks),
+def _rows(sweep: Sweep, settings: SamplingSettings) -> list[dict[str, Any]]:
+    return [*(_of_mask(row, sweep, settings) for row in sweep.masks),
             *(_of_samples(row, sweep, True) for row in sweep.samples),
             *(_of_samples(row, sweep, False) for row in sweep.first_rounds)]
 
 
-def _summary(sweep: Sweep, choice: Choice) -> dict[str, Any]:
+def _summary(sweep: Sweep, settings: SamplingSettings, plain: float) -> dict[str, Any]:
     per_case = [*({'dice': row.dice.tolist(), 'nll': row.nll.tolist()} for row in sweep.masks),
                 *({'energy': row.energy.tolist(), 'ged_squared_fair': row.ged.tolist()}
                   for row in (*sweep.samples, *sweep.first_rounds))]
     of_rows = [row.settings for row in sweep.masks] + [row.settings for row in (*sweep.samples, *sweep.first_rounds)]
-    return {'chosen': asdict(choice), 'log': lines(sweep, choice), 'cases': sweep.cases,
+    return {'chosen': asdict(settings), 'plain_dice': plain, 'log': lines(sweep, settings, plain), 'cases': sweep.cases,
             'cases_left_out': sweep.cases_left_out, 'steps_left_out': sweep.steps_left_out,
             'temperature': sweep.temperature, 'blind_temperature': sweep.blind_temperature,
             'seconds': round(sweep.seconds, 1), 'passes': sweep.passes,
-            'rows': [{**row, 'settings': asdict(settings), 'per_case': values}
-                     for row, settings, values in zip(_rows(sweep, choice), of_rows, per_case, strict=True)],
-            'volume_errors': None if sweep.volume_errors is None else sweep.volume_errors.tolist(),
+            'rows': [{**row, 'settings': asdict(of_row), 'per_case': values}
+                     for row, of_row, values in zip(_rows(sweep, settings), of_rows, per_case, strict=True)],
             'interval': {'level': LEVEL, 'resamplings': RESAMPLINGS, 'seed': SEED}}
 
 
-def _table(sweep: Sweep, choice: Choice) -> str:
+def _table(sweep: Sweep, settings: SamplingSettings) -> str:
     """One line a row; undefined values are empty."""
-    rows = _rows(sweep, choice)
+    rows = _rows(sweep, settings)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
     writer.writeheader()

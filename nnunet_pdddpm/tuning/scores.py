@@ -17,7 +17,6 @@ from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
 from nnunet_pdddpm.inference.components import POSSIBLE
 
-VERY_FAR = 1000.0
 OCTANTS = 8
 
 
@@ -134,22 +133,6 @@ class Truth:
         iou = 1 - shapes
         return (kernel_score(distances[:n, n:], distances[:n, :n]),
                 fair_ged_squared(iou[:n, n:], iou[:n, :n], iou[n:, n:]))
-
-    def volume_errors(self, samples: Sequence[Tensor]) -> np.ndarray:
-        """How far the samples' mean volume is from the true one, in their standard deviations.
-
-        Args:
-            samples: masks as `drawn` gives them, at least two.
-
-        Returns:
-            (labels,) in [0, VERY_FAR], the latter also where all samples have the same, wrong volume; nan where truth
-            and samples lack the label, and everywhere if voxels are ignored, for the true volume is not known then.
-        """
-        truth, *sizes = (self._sizes(mask).double().cpu().numpy() for mask in (self.truth, *samples))
-        error, spread = abs(np.mean(sizes, 0) - truth), np.std(sizes, 0, ddof=1)
-        with np.errstate(divide='ignore', invalid='ignore'):
-            errors = np.where(error > 0, np.minimum(error / spread, VERY_FAR), np.where(truth > 0, 0.0, np.nan))
-        return errors if self.valid is None or bool(self.valid.all()) else np.full_like(errors, np.nan)
 
     def _sizes(self, mask: Tensor) -> Tensor:
         """Voxels of each label (or region)."""

@@ -58,8 +58,6 @@ class Sweep:
     passes: float
     """Of the denoiser over a case, mean."""
     seconds: float
-    volume_errors: np.ndarray | None = None
-    """(cases, labels) of the chosen samples, see `Truth.volume_errors`; None for a single sample."""
     chosen_samples: SamplingSettings = field(default_factory=SamplingSettings)
     steps_left_out: list[int] = field(default_factory=list)
     """Numbers of steps for which there was no time."""
@@ -127,16 +125,14 @@ class _CaseSweep:
         """(C, Z, Y, X) float32."""
         return logits_to_probabilities(self.logits(of)[None].float() / temperature, self.predictor.refiner.regions)[0]
 
-    def draw(self, settings: SamplingSettings, sample: int, samples: int | None) -> tuple[Tensor, Tensor]:
-        """A sample's mask, as `Truth.drawn` gives it, and its probabilities without padding.
-
-        `samples`: that it is one of; None for a draw of its own that depends on no other.
-        """
-        p = self.volume.sample(settings, sample, samples)
+    def draw(self, settings: SamplingSettings, sample: int) -> Tensor:
+        """The mask, as `Truth.drawn` gives it, of a draw with this number that depends on no other."""
+        settings = settings.for_case(self.case.name)
+        p = self.volume.sample(settings, sample, None)
         parts = self.volume.parts(settings)
-        shifts = self.predictor.refiner.end_shifts(settings, sample, samples, parts.number)
+        shifts = self.predictor.refiner.end_shifts(settings, sample, None, parts.number)
         index = None if parts.index is None else parts.index[self.box[1:]]
-        return self.truth.drawn(p[self.box], shifts, index), p[self.box]
+        return self.truth.drawn(p[self.box], shifts, index)
 
     def likelihoods(self, of: str) -> np.ndarray:
         """Of the 'stock' model or the 'blind' mask, see `temperature.likelihoods`."""
@@ -158,32 +154,26 @@ class _CaseSweep:
             for sample in samples:
                 self.volume.forget()
                 for i, of in masks.items():
-                    of.append(self.draw(settings[i], sample, None)[0])
+                    of.append(self.draw(settings[i], sample))
             self.volume.forget()
             energies.update({i: self.truth.energy(of) for i, of in masks.items()})
         return [energies[i] for i in range(len(settings))]
 
-    def masks(self, candidates: Sequence[SamplingSettings]) -> tuple[list[tuple[float, float]], np.ndarray | None]:
-        """What `Truth.score` gives the mask of each candidate, and `Truth.volume_errors` their samples.
-
-        All candidates have the same samples, drawn as a prediction draws them. None for a single one.
-        """
+    def masks(self, candidates: Sequence[SamplingSettings]) -> list[tuple[float, float]]:
+        """What `Truth.score` gives the mask of each candidate; all have the same samples, drawn as in prediction."""
         return self._where_there_is_memory(lambda: self._masks(candidates))
 
-    def _masks(self, candidates: Sequence[SamplingSettings]) -> tuple[list[tuple[float, float]], np.ndarray | None]:
-        settings = candidates[0]
-        drawn, chain = [], torch.zeros_like(self.probabilities('stock'))
+    def _masks(self, candidates: Sequence[SamplingSettings]) -> list[tuple[float, float]]:
+        settings = candidates[0].for_case(self.case.name)
+        chain = torch.zeros_like(self.probabilities('stock'))
         for sample in range(settings.samples):
-            mask, p = self.draw(settings, sample, settings.samples)
-            drawn.append(mask)
-            chain += p / settings.samples
+            chain += self.volume.sample(settings, sample, settings.samples)[self.box] / settings.samples
             self.volume.forget()
         stock = self.probabilities('stock', settings.temperature)
         blind = self.probabilities('blind', settings.blind_temperature)
-        scores = [self.truth.score(self.probabilities('stock') if s.is_stock else
-                                   s.mask_stock * stock + s.mask_blind * blind + s.mask_chain * chain)
-                  for s in candidates]
-        return scores, self.truth.volume_errors(drawn) if len(drawn) > 1 else None
+        return [self.truth.score(self.probabilities('stock') if s.is_stock else
+                                 s.mask_stock * stock + s.mask_blind * blind + s.mask_chain * chain)
+                for s in candidates]
 
 
 class SweepVolume(Volume):
@@ -256,11 +246,11 @@ class _Run:
         more = self._climb(first)
         last = self._draw_more([best_without, *best_samples([*first, *more], LAST)])
         chosen = choose_samples(last).settings
-        masks, errors = self._masks(chosen)
+        masks = self._masks(chosen)
         self.bar.close()
         rest = [name for i, name in enumerate(self.cases.names) if i not in self.order]
         return Sweep([self.cases.names[i] for i in self.order], masks, last, [*without, *first, *more], temperature,
-                     blind_temperature, rest, self.passes / len(self.order), self.clock() - self.start, errors, chosen,
+                     blind_temperature, rest, self.passes / len(self.order), self.clock() - self.start, chosen,
                      self.steps_left_out)
 
     def _each(self) -> Iterator[_CaseSweep]:
@@ -352,13 +342,10 @@ class _Run:
         return [SampleRow(one.settings, (one.energy + other.energy) / 2, (one.ged + other.ged) / 2)
                 for one, other in zip(rows, further, strict=True)]
 
-    def _masks(self, chosen: SamplingSettings) -> tuple[list[MaskRow], np.ndarray | None]:
-        """Rows of every mask, and how far the samples' volumes are off."""
+    def _masks(self, chosen: SamplingSettings) -> list[MaskRow]:
         candidates = masks_to_try(chosen, len(self._mirrorings))
-        scores, errors = zip(*(case.masks(candidates) for case in self._each()), strict=True)
-        values = np.array(scores)
-        rows = [MaskRow(s, values[:, i, 0], values[:, i, 1]) for i, s in enumerate(candidates)]
-        return rows, np.stack(errors) if chosen.samples > 1 else None
+        values = np.array([case.masks(candidates) for case in self._each()])
+        return [MaskRow(s, values[:, i, 0], values[:, i, 1]) for i, s in enumerate(candidates)]
 
 
 def masks_to_try(chosen: SamplingSettings, num_mirrorings: int) -> list[SamplingSettings]:

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.labels import label_channels
+from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure_volumes, open_for_calibration
+from nnunet_pdddpm.tuning.calibration import lines as lines_of_volumes
 from nnunet_pdddpm.tuning.cases import ValidationCases
-from nnunet_pdddpm.tuning.choice import TuningError, choose_mask
-from nnunet_pdddpm.tuning.intervals import FARTHEST, FEWEST_CASES, FEWEST_ERRORS, conformal_widths
-from nnunet_pdddpm.tuning.report import Choice, lines, write
-from nnunet_pdddpm.tuning.stored import store
+from nnunet_pdddpm.tuning.choice import TuningError, choose_measured
+from nnunet_pdddpm.tuning.plain import plain_dice
+from nnunet_pdddpm.tuning.report import lines, write
+from nnunet_pdddpm.tuning.stored import CHECKPOINTS, store, store_calibration
 from nnunet_pdddpm.tuning.sweep import sweep
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
 
 
 def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
-         progress: bool = False, log: Callable[[str], None] = print) -> Choice:
+         progress: bool = False, log: Callable[[str], None] = print) -> SamplingSettings:
     """Find the sampling settings of a trained fold on its validation cases, report them and put them into the model.
 
     Args:
@@ -55,18 +59,34 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
         EvaluationError: if the raters' masks cannot be used.
         OSError: if the results cannot be written.
     """
-    measured = sweep(predictor, ValidationCases(trainer, raters), seconds, progress=progress)
-    settings = choose_mask(measured.masks).settings  # with the chosen samples
-    widths = conformal_widths(measured.volume_errors)
-    choice = Choice(settings, (0.0,) * (predictor.refiner.num_channels - len(widths)) + widths)
+    cases = ValidationCases(trainer, raters)
+    measured = sweep(predictor, cases, seconds, progress=progress)
+    settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
-    files = [*store(folder, choice.settings, choice.interval_sd), *write(folder, measured, choice)]
-    for line in lines(measured, choice):
+    files = [*store(folder, settings), *write(folder, measured, settings, plain)]
+    for line in lines(measured, settings, plain):
         log(line)
-    if not any(choice.interval_sd):
-        log(f'Intervals of volumes are not calibrated. That takes several samples, {FEWEST_CASES} validation cases '
-            f'without ignored voxels, {FEWEST_ERRORS} volumes in them, and true volumes that are within {FARTHEST} '
-            f'standard deviations of the samples in all but 5 % of them.')
     log('Written: ' + ', '.join(map(str, files)))
-    return choice
+    return settings
+
+
+def calibrate_fold(trainer: PDDDPMTrainer, device: torch.device, log: Callable[[str], None] = print) -> None:
+    """Calibrate the intervals of volumes of a trained fold on its validation cases, and put that into the model.
+
+    Args:
+        trainer: of the fold; it need not be initialised.
+        device: to predict on.
+        log: told what came of it.
+
+    Raises:
+        TuningError: if there are no validation cases. The model is as before.
+        OSError: if the model cannot be written.
+    """
+    cases = ValidationCases(trainer)
+    folder = Path(trainer.output_folder)
+    predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
+    scores = measure_volumes(predictor, cases, cases_to_calibrate(cases.names))
+    store_calibration(folder / CHECKPOINTS[0], scores)
+    for line in lines_of_volumes(scores, label_channels(trainer.dataset_json, trainer.plans_manager)):
+        log(line)

@@ -1,0 +1,170 @@
+"""Intervals of volumes: how many true volumes they hold, and how wide they are, by the ways to make them.
+
+Needs the trained models of `hippocampus.py` and `phantom.py`, in their work folders.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import phantom
+import torch
+from hippocampus import HERE, NUM_FOLDS, PDDDPM_TRAINER, fold_folder, nnunet_environment, volume_row
+from phantom_data import Phantom
+from phantom_data import phantom as draw_phantom
+from scale import commit, machine, results
+
+from nnunet_pdddpm.inference.counting import VoxelCounter
+from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, errors_by
+from nnunet_pdddpm.network.refiner import CALIBRATION
+from nnunet_pdddpm.network.settings import SamplingSettings
+
+SAMPLES = 8
+PHANTOMS, PHANTOM_SEED = 80, 600_000
+"""Images of each number of objects, of which random halves calibrate and test."""
+SPLITS = 40
+Rows = list[dict[str, list[float]]]
+"""Of cases: the `FIELDS` of a label, and the volumes of the samples."""
+Ends = tuple[float, float]
+WAYS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
+        '2.5 to 97.5 % quantiles of 8 samples')
+
+
+def features(case: dict[str, list[float]]) -> Features:
+    """Of a row."""
+    return Features(*(np.array([value]) for value in case['fields'][1:6]))
+
+
+@torch.inference_mode()
+def of_phantoms(work: Path, fold: int, objects: int) -> Rows:
+    """Blind mask, and samples by a chain of one step, object by object; without mirroring."""
+    from phantom_samplers import open_model, opened, temperatures
+    predictor = open_model(phantom.folder(work, phantom.DENOISER), fold)
+    validation = [draw_phantom(phantom.VALIDATION_SEED + i) for i in range(phantom.NUM_VALIDATION)]
+    settings = replace(temperatures(predictor, validation), start=0.6, steps=1, dependence=0.0, samples=SAMPLES)
+    return [_of_phantom(predictor, settings, draw_phantom(PHANTOM_SEED + i, *phantom.GRIDS[objects]), i, opened)
+            for i in range(PHANTOMS)]
+
+
+def _of_phantom(predictor, settings: SamplingSettings, case: Phantom, number: int, opened: Callable
+                ) -> dict[str, list[float]]:
+    volume, settings = opened(predictor, case), settings.for_case(str(number))
+    counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
+    for sample in range(SAMPLES):
+        p, parts = volume.sample(settings, sample, SAMPLES), volume.parts(settings)
+        shifts = predictor.refiner.end_shifts(settings, sample, SAMPLES, parts.number)
+        counter.add_sample(sample, p, shifts, parts, volume.objects(settings.temperature))
+    counter.add_mask(volume.blind())
+    return volume_row(float(case.truth.sum()), counter.features(np.ones(1))[0],
+                      counter.sample_sizes()[:, 0].astype(float))
+
+
+def of_hippocampus(work: Path, fold: int) -> dict[str, tuple[Rows, Rows]]:
+    """Label -> rows of the fold's validation cases, as its checkpoint has them, and of the test cases."""
+    checkpoint = fold_folder(work, PDDDPM_TRAINER, fold) / 'checkpoint_final.pth'
+    scores = torch.load(checkpoint, map_location='cpu', weights_only=False)['network_weights'][CALIBRATION]
+    test = json.loads((work / 'measured' / f'tuned__{fold}.json').read_text())
+    return {label: ([{'fields': case.tolist(), 'samples': []} for case in scores[:, 1 + i].double() if case[-1] > 0],
+                    [case['volumes'][i] for case in test]) for i, label in enumerate(('Anterior', 'Posterior'))}
+
+
+def measure(hippocampus_work: Path | None, phantom_work: Path | None, into: Path) -> None:
+    """Rows of every data set and training as `DATA__FOLD.json`: lists of calibration and test rows; kept if there."""
+    into.mkdir(parents=True, exist_ok=True)
+    for fold in range(NUM_FOLDS):
+        if hippocampus_work is not None and not (into / f'Posterior__{fold}.json').is_file():
+            for label, both in of_hippocampus(hippocampus_work, fold).items():
+                (into / f'{label}__{fold}.json').write_text(json.dumps(both))
+        for objects in phantom.GRIDS:
+            file = into / f'{objects}_objects__{fold}.json'
+            if phantom_work is not None and not file.is_file():
+                os.environ.update({**nnunet_environment(phantom_work), **phantom.VARIABLES})
+                file.write_text(json.dumps([of_phantoms(phantom_work, fold, objects), []]))
+
+
+def splits(calibration: Rows, test: Rows) -> Iterator[tuple[Rows, Rows]]:
+    """Themselves; or random halves of the first, where nothing is held back."""
+    if test:
+        yield calibration, test
+        return
+    for seed in range(SPLITS):
+        order = np.random.default_rng(seed).permutation(len(calibration))
+        half = len(order) // 2
+        yield [calibration[i] for i in order[:half]], [calibration[i] for i in order[half:]]
+
+
+def ways(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends | None]]:
+    """Name -> what makes the interval of a test case."""
+    scores = np.array([case['fields'] for case in calibration])
+    true, of = scores[:, 0], Features(*scores[:, 1:6].T)
+    relative = Rule('volume')
+    errors = errors_by(relative, true, of)
+    assert errors is not None
+    made = [calibrate([scores], True), calibrate([scores], False),
+            Calibrated(relative, errors, np.zeros(len(errors), int))]
+
+    def calibrated(by: Calibrated | None) -> Callable[[dict[str, list[float]]], Ends | None]:
+        return lambda case: None if by is None else by.interval(features(case))
+    return dict(zip(WAYS, (*map(calibrated, made), lambda case: (min(case['samples']), max(case['samples'])),
+                           lambda case: tuple(np.quantile(case['samples'], [0.025, 0.975]))), strict=True))
+
+
+def table(into: Path, name: str) -> list[str]:
+    """Lines of a data set: coverage and mean width, mean and standard deviation over trainings."""
+    found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+    for file in sorted(into.glob(f'{name}__*.json')):
+        of_training: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+        for calibration, test in splits(*json.loads(file.read_text())):
+            for way, make in ways(calibration).items():
+                pairs = [(case['fields'][0], ends) for case in test if (ends := make(case)) is not None]
+                of_training[way] += [(float(low <= true <= high), high - low, true) for true, (low, high) in pairs]
+        for way, values in of_training.items():
+            inside, width, true = np.mean(values, 0)
+            found[way].append((inside, width / true, len(values)))
+    lines = []
+    for way, values in found.items():
+        inside, width, _ = np.array(values).T
+        spread = [f' ± {100 * of.std(ddof=1):.1f}' if len(of) > 1 else ' (one training)' for of in (inside, width)]
+        lines.append(f'| {way} | {100 * inside.mean():.1f}{spread[0]} % | {100 * width.mean():.1f}{spread[1]} % |')
+    return lines
+
+
+def write_page(into: Path, file: Path) -> None:
+    """Of what is measured."""
+    names = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, posterior',
+             **{f'{objects}_objects': f'Phantom, total of {objects} objects' for objects in phantom.GRIDS}}
+    text = ['# Intervals of volumes: coverage and width', '',
+            '    .venv/bin/python benchmarks/intervals.py -hippocampus WORK -phantom WORK -o WORK', '',
+            f'Commit {commit()}. Machine: {machine()}. Trainings: those of [hippocampus.md](hippocampus.md) and '
+            '[phantom.md](phantom.md), three of each. Hippocampus: calibrated on the 50 validation cases of the fold, '
+            f'tested on the 50 test cases. Phantom: of {PHANTOMS} images that nothing was trained or chosen on, a '
+            f'random half calibrates and the other is tested, {SPLITS} times; samples of one step from start 0.6, an '
+            'object at a time. ± is the standard deviation over trainings. Width: mean over the mean true volume.', '']
+    for name, title in names.items():
+        if list(into.glob(f'{name}__*.json')):
+            text += [f'## {title}', '', '| interval | holds the true volume | width |', '|---|---|---|',
+                     *table(into, name), '']
+    file.write_text('\n'.join(text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('-hippocampus', type=Path, help='work folder of hippocampus.py')
+    parser.add_argument('-phantom', type=Path, help='work folder of phantom.py')
+    parser.add_argument('-o', required=True, type=Path, help='folder of the measurements; those there are kept')
+    parser.add_argument('-table', type=Path, default=results() / 'intervals.md', help='the page to write')
+    args = parser.parse_args()
+    sys.path.append(str(HERE / 'trainers'))
+    torch.set_num_threads(1)
+    measure(args.hippocampus and args.hippocampus.resolve(), args.phantom and args.phantom.resolve(), args.o)
+    write_page(args.o, args.table)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,223 @@
+"""Intervals of volumes by conformal prediction: from the errors on validation cases to the ends for a new case.
+
+A model keeps a row of `FIELDS` for each validation case of its fold and each label. From these scores a rule is chosen
+(`choose_rule`), and with it an interval is made (`Calibrated.interval`). Volumes are in ml.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+FIELDS = ('true', 'mask', 'mean', 'sd', 'sum_of_squares', 'square_of_sum', 'samples')
+"""Of a case and a label: the true volume; the volume of the mask; mean and standard deviation of the samples' volumes;
+of the samples' standard deviations s_j in the single objects, sum s_j^2 and (sum s_j)^2; and the number of samples, 0
+where the row is empty."""
+LEVEL = 0.95
+FEWEST_SCORES = 9
+"""Validation cases below which there is no interval: with n of them the widest honest level is n / (n + 1)."""
+MANY_SCORES = 39
+"""Scores from which on the rule is chosen by them: chosen by fewer, intervals hold 2 to 4 % fewer true volumes than
+promised. From one more on each end can have a quantile of its own: 2.5 % of 40 is one."""
+
+
+class Features(NamedTuple):
+    """What is known of a label's volume before the truth is, each an array of the same shape (ml; the last two ml²)."""
+    mask: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+    sum_of_squares: np.ndarray
+    square_of_sum: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an error is measured: from which volume, in which unit, and whether of the volume or of its logarithm."""
+    scale: str
+    """One of `SCALES`."""
+    share: float = 0.0
+    """Weight of the first term of the scales that have two."""
+    typical: float = 1.0
+    """Volume at which the two terms of the scale by volume are equal, ml."""
+    logarithm: bool = False
+    own_tails: bool = False
+    """Whether the two ends have quantiles of their own; else both are as far from the middle."""
+
+    @property
+    def uses_samples(self) -> bool:
+        """Whether the interval depends on the samples: it then holds only for samples drawn alike."""
+        return self.scale in SAMPLE_SCALES
+
+    def centre(self, of: Features) -> np.ndarray:
+        """The volume that errors are measured from."""
+        return of.mean if self.uses_samples else of.mask
+
+    def unit(self, of: Features) -> np.ndarray:
+        """The unit of errors, ml."""
+        a, b = self.share, 1 - self.share
+        if self.scale == 'constant':
+            return np.ones_like(of.mask)
+        if self.scale == 'volume':
+            return np.sqrt(a * self.typical * of.mask + b * of.mask ** 2)
+        if self.scale == 'samples':
+            return of.sd
+        return np.sqrt(a * of.sum_of_squares + b * of.square_of_sum)
+
+    def words(self) -> str:
+        """For the summary and the log."""
+        words = {('constant', 0.0): 'constant', ('volume', 0.0): 'the volume', ('volume', 1.0): 'root of the volume',
+                 ('volume', 0.5): 'root of volume + volume²', ('samples', 0.0): "the samples' sd",
+                 ('objects', 0.0): "sum of the objects' sd", ('objects', 1.0): "root of the objects' summed variances",
+                 ('objects', 0.5): "both of the objects' sds"}[self.scale, self.share]
+        return words + (', of the logarithm' if self.logarithm else '')
+
+
+SAMPLE_SCALES = ('samples', 'objects')
+SCALES = ('constant', 'volume', *SAMPLE_SCALES)
+_UNITS = (('constant', 0.0), ('volume', 0.0), ('volume', 0.5), ('volume', 1.0), ('samples', 0.0), ('objects', 0.0),
+          ('objects', 0.5), ('objects', 1.0))
+RULES = tuple(Rule(scale, share, 1.0, logarithm, own_tails) for own_tails in (False, True)
+              for logarithm in (False, True) for scale, share in _UNITS)
+"""All of them, the simple ones first."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A rule, and the errors of validation cases by it."""
+    rule: Rule
+    errors: np.ndarray
+    """(n,) signed, in the rule's unit; infinite where the unit is 0 and the error is not."""
+    folds: np.ndarray
+    """(n,) number of the model, among those that predict together, whose validation case it is."""
+
+    @property
+    def level(self) -> float:
+        """What the interval promises: 95 %, or the n / (n + 1) that n errors can promise at most."""
+        return honest_level(len(self.errors))
+
+    def interval(self, of: Features) -> tuple[float, float] | None:
+        """Ends in ml for a new case.
+
+        Of one model it is a split conformal interval (Lei et al. 2018, arXiv 1604.04173): it holds the true volume
+        with a probability of at least `level`, over draws of the new case and the validation cases. Of several models
+        it is CV+ (Barber et al. 2021, arXiv 1905.02928, section 3): at least 2 level - 1 is proven, about `level` is
+        found. Neither counts in that the rule was chosen on the same errors.
+
+        Args:
+            of: of the new case, arrays (models,).
+
+        Returns:
+            None where the rule has no interval: of a logarithm, for an empty mask.
+        """
+        centre, unit = self.rule.centre(of)[self.folds], self.rule.unit(of)[self.folds]
+        if self.rule.logarithm and not (centre > 0).all():
+            return None
+        low, high = (self._end(centre, unit, sign) for sign in (-1, 1))
+        return max(low, 0.0), max(high, 0.0)
+
+    def _end(self, centre: np.ndarray, unit: np.ndarray, sign: int) -> float:
+        errors = self.errors if self.rule.own_tails else sign * np.abs(self.errors)
+        with np.errstate(invalid='ignore', over='ignore'):
+            steps = np.where(unit > 0, errors * unit, np.where(np.isinf(errors), errors, 0))
+            ends = centre * np.exp(steps / centre) if self.rule.logarithm else centre + steps
+        n = len(ends)
+        rank = rank_of(n, self.rule.own_tails)
+        return float(np.sort(ends)[n - rank if sign > 0 else rank - 1])
+
+
+def honest_level(number: int) -> float:
+    """LEVEL, or what so many errors can promise at most."""
+    return min(LEVEL, number / (number + 1))
+
+
+def rank_of(number: int, own_tails: bool) -> int:
+    """Which of the smallest (and which of the largest) of n ends is taken: floor(a (n + 1)), at least the first, where
+    a = 5 % are to be missed, or half of them at each end."""
+    share = (1 - LEVEL) / (2 if own_tails else 1)
+    return max(1, math.floor(share * (number + 1) + 1e-9))
+
+
+def errors_by(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray | None:
+    """Signed errors (n,) in the rule's unit; None if the rule cannot be used: a logarithm of 0."""
+    centre, unit = rule.centre(of), rule.unit(of)
+    if rule.logarithm and not ((centre > 0).all() and (true > 0).all()):
+        return None
+    difference = centre * np.log(true / centre) if rule.logarithm else true - centre
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.where(difference == 0, 0.0, difference / unit)
+
+
+def interval_scores(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray:
+    """Interval score (Gneiting and Raftery 2007, equation 43) of each case by the errors of the others, (n,) ml.
+
+    width + 2 / a (distance of the truth from the interval): a proper score, lower is better.
+
+    Args:
+        rule: one of `RULES`.
+        true: (n,) ml.
+        of: arrays (n,).
+
+    Returns:
+        Infinite where the rule cannot be used.
+    """
+    errors = errors_by(rule, true, of)
+    if errors is None:
+        return np.full(len(true), np.inf)
+    n, miss = len(true), 1 - honest_level(len(true) - 1)
+    ends = []
+    for sign in (-1, 1):
+        of_end = sign * errors if rule.own_tails else np.abs(errors)  # the far end is always the largest
+        order = np.sort(of_end)
+        position = n - 1 - rank_of(n - 1, rule.own_tails)  # among the n - 1 others, in ascending order
+        # without case i: what stands there, or one further where i stands at or before it
+        without = np.where(of_end <= order[position], order[position + 1], order[position])
+        ends.append(sign * without)
+    centre, unit = rule.centre(of), rule.unit(of)
+    with np.errstate(invalid='ignore', over='ignore'):
+        steps = [np.where(unit > 0, end * unit, np.where(np.isinf(end), end, 0)) for end in ends]
+        low, high = (np.maximum(centre * np.exp(step / centre) if rule.logarithm else centre + step, 0)
+                     for step in steps)
+        below, above = np.maximum(low - true, 0), np.maximum(true - high, 0)
+        return high - low + 2 / miss * (below + above)
+
+
+def choose_rule(true: np.ndarray, of: Features, with_samples: bool) -> Rule:
+    """The rule with the lowest mean interval score, each case by the errors of the others; of equal ones the simpler.
+
+    Of fewer than MANY_SCORES cases: errors relative to the volume, or constant ones where a mask is empty by mistake.
+
+    Args:
+        true: (n,) ml.
+        of: arrays (n,).
+        with_samples: whether rules that depend on the samples can be used.
+    """
+    typical = float(np.median(true[true > 0])) if (true > 0).any() else 1.0
+    usable = [replace(rule, typical=typical) for rule in RULES if (with_samples or not rule.uses_samples)
+              and (len(true) > MANY_SCORES or not rule.own_tails)]
+    if len(true) < MANY_SCORES:
+        constant, relative = usable[:2]
+        errors = errors_by(relative, true, of)
+        return relative if errors is not None and np.isfinite(errors).all() else constant
+    return min(usable, key=lambda rule: float(interval_scores(rule, true, of).mean()))
+
+
+def calibrate(scores: Sequence[np.ndarray], with_samples: bool) -> Calibrated | None:
+    """The rule and the errors of a label; None for fewer than FEWEST_SCORES.
+
+    Args:
+        scores: of each model that predicts, (cases, FIELDS); rows without samples are empty.
+        with_samples: whether samples are drawn as the scores' were. Several models do not draw as each alone.
+    """
+    known = [of[of[:, FIELDS.index('samples')] > 0] for of in scores]
+    rows = np.concatenate(known).astype(float)
+    if len(rows) < FEWEST_SCORES:
+        return None
+    true, of = rows[:, 0], Features(*rows[:, 1:6].T)
+    rule = choose_rule(true, of, with_samples)
+    errors = errors_by(rule, true, of)
+    if errors is None:  # the constant is always usable
+        raise AssertionError(rule)
+    return Calibrated(rule, errors, np.repeat(np.arange(len(known)), [len(of) for of in known]))
