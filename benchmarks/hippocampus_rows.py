@@ -136,16 +136,20 @@ def measure_refined(work: Path, trainer: str, folds: tuple[int, ...], rows: tupl
         file_of(work, row, folds).write_text(json.dumps(scores))
 
 
+def files_of(work: Path, row: str) -> list[Path]:
+    """Of a row, one a training."""
+    return sorted((work / 'measured').glob(f'{row.replace(" ", "_")}__*.json'))
+
+
 def read(work: Path, row: str) -> dict[str, np.ndarray]:
     """Metric -> (trainings, cases)."""
-    files = sorted((work / 'measured').glob(f'{row.replace(" ", "_")}__*.json'))
-    content = [json.loads(file.read_text()) for file in files]
+    content = [json.loads(file.read_text()) for file in files_of(work, row)]
     return {name: np.array([[case[name] for case in of] for of in content]) for name in ('dice', 'nll')}
 
 
 def write_table(work: Path, file: Path) -> None:
-    """The page."""
-    found = {row: read(work, row) for row in TITLES}
+    """The page, of the rows that are measured."""
+    found = {row: read(work, row) for row in TITLES if any(files_of(work, row))}
     lines = []
     for row, of in found.items():
         def against(metric: str, of: dict[str, np.ndarray] = of, row: str = row) -> str:

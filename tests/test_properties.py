@@ -24,9 +24,10 @@ from nnunet_pdddpm.diffusion.drawing import draw_shifts
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.diffusion.process import Ancestral
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
+from nnunet_pdddpm.evaluation.folders import Folders
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import volume
-from nnunet_pdddpm.inference.export import CaseExport, Outputs
+from nnunet_pdddpm.inference.export import CaseExport, Outputs, probability_maps
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import VolumePrediction
@@ -375,3 +376,43 @@ def test_so_is_one_with_any_bit_flipped_in_its_list_of_tensors(bit):
             return
         for name, value in load_checkpoint(file)['network_weights'].items():
             assert torch.equal(weights[name], value), name
+
+
+NAMES = st.text('ab_', min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases=st.sets(NAMES, min_size=1, max_size=5), raters=st.sets(NAMES, min_size=1, max_size=3))
+@example(cases={'A', 'A__b'}, raters={'r1'})
+def test_a_raters_mask_counts_for_one_case_the_longest_that_its_name_fits(cases, raters):
+    with tempfile.TemporaryDirectory() as folder:
+        references, masks = Path(folder, 'references'), Path(folder, 'raters')
+        references.mkdir()
+        masks.mkdir()
+        for case in cases:
+            (references / f'{case}.nii.gz').touch()
+            for rater in raters:
+                (masks / f'{case}__{rater}.nii.gz').touch()
+        folders = SimpleNamespace(references=references, raters=masks, ending='.nii.gz')
+        found = {case: Folders.rater_files(folders, case) for case in cases}
+        for file in masks.iterdir():
+            stem = file.name.removesuffix('.nii.gz')
+            fitting = [case for case in cases if stem.startswith(f'{case}__') and stem != f'{case}__']
+            owner = max(fitting, key=len)
+            for case in cases:
+                assert (file in found[case].values()) == (case == owner), (file.name, case)
+        for case, of in found.items():
+            assert all(file.name == f'{case}__{rater}.nii.gz' for rater, file in of.items())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text('aB_1 é病>µ', min_size=1, max_size=4), min_size=1, max_size=8, unique=True))
+@example(['病例', '器官', '_'])
+@example(['>3 µm', '<3 µm', '_3_m', '_3_m_1'])
+@example(['Liver', 'liver', 'LIVER'])
+def test_probability_maps_have_names_that_every_file_system_tells_apart(labels):
+    named = probability_maps(labels)
+    assert list(named) == labels
+    assert len({name.casefold() for name in named.values()}) == len(labels)
+    assert all(name.isascii() and not set(name) & set('<>:"/\\|?* ') for name in named.values())
+    assert probability_maps(['left-1.5', 'right']) == {of: f'probability_{of}' for of in ('left-1.5', 'right')}

@@ -27,6 +27,10 @@ class EvaluationError(ValueError):
     """The folders cannot be evaluated; the message says why and what to do."""
 
 
+RATER = '__'
+"""Between the name of a case and that of a rater in the name of a mask."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """A label map (z, y, x), its spacing in mm along these axes, and the properties that nnU-Net's reader gives."""
@@ -64,10 +68,20 @@ class Folders:
                       if file.name[:-len(self.ending)].rpartition('_s')[0] == case)
 
     def rater_files(self, case: str) -> dict[str, Path]:
-        """The case's masks by rater; empty without a folder of raters."""
-        files = sorted(self.raters.glob(f'*{self.ending}')) if self.raters is not None else []
-        return {file.name[len(case) + 2:-len(self.ending)]: file for file in files
-                if file.name.startswith(f'{case}__')}
+        """The case's masks by rater; empty without a folder of raters.
+
+        Where the names of several references fit, as A and A__b to A__b__1, the mask is one of the longest.
+        """
+        if self.raters is None:
+            return {}
+        starts = [file.name[:-len(self.ending)] + RATER for file in self.references.glob(f'*{self.ending}')]
+        found = {}
+        for file in sorted(self.raters.glob(f'*{self.ending}')):
+            stem = file.name[:-len(self.ending)]
+            fitting = [start for start in starts if stem.startswith(start) and len(stem) > len(start)]
+            if max(fitting, key=len, default=None) == case + RATER:
+                found[stem[len(case + RATER):]] = file
+        return found
 
     def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
         """A label map; raises EvaluationError if it is unreadable, not of `like`'s geometry, or has unknown labels."""

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class CaseExport:
         """What an earlier prediction has left of the case in the output folder, the mask first."""
         ending, case = self.dataset_json['file_ending'], self.case
         maps = ['uncertainty', 'mutual_information', 'variance', 'variance_between_folds',
-                *map(probability_map, self.labels())]
+                *probability_maps(self.labels()).values()]
         names = [f'{case}{ending}', f'{case}.npz', f'{case}.pkl', f'presegmentation/{case}{ending}',
                  *(f'uncertainty/{case}_{name}{ending}' for name in maps)]
         sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(ending))
@@ -164,8 +165,9 @@ class CaseExport:
 
     def _write_probability_maps(self, file: Path) -> None:
         probabilities = np.load(file)['probabilities']
+        maps = probability_maps(self.labels())
         for name, channel in label_channels(self.dataset_json, self.plans_manager).items():
-            self._write_map(probabilities[channel], probability_map(name))
+            self._write_map(probabilities[channel], maps[name])
         if not self.outputs.probabilities:
             file.unlink()
             file.with_suffix('.pkl').unlink()
@@ -199,9 +201,23 @@ def refuse_torn(file: Path) -> None:
         raise OSError(errno.EIO, f'What was written {wrong}', str(file))
 
 
-def probability_map(label: str) -> str:
-    """Name of a label's probability map, with nothing in it that a file's name could not hold."""
-    return f'probability_{re.sub("[^A-Za-z0-9.-]+", "_", label)}'
+def probability_maps(labels: Iterable[str]) -> dict[str, str]:
+    """Label -> name of its probability map, with nothing in it that a file's name could not hold.
+
+    Names that differ in such letters only, or in upper and lower case, which some file systems do not tell apart, get
+    numbers.
+    """
+    named: dict[str, str] = {}
+    plain = {label: re.sub('[^A-Za-z0-9.-]+', '_', label) for label in labels}
+    often = Counter(name.casefold() for name in plain.values())
+    taken = {name for name, number in often.items() if number == 1}
+    for label, name in plain.items():
+        unique, number = name, 1
+        while often[name.casefold()] > 1 and (unique == name or unique.casefold() in taken):
+            unique, number = f'{name}_{number}', number + 1
+        taken.add(unique.casefold())
+        named[label] = f'probability_{unique}'
+    return named
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
