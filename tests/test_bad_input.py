@@ -11,6 +11,8 @@ import weakref
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from nnunet_pdddpm.commands.predict import main
 from nnunet_pdddpm.demo.phantom import write_dataset
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export
+from nnunet_pdddpm.inference import preprocess as preprocess_module
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
@@ -148,6 +151,57 @@ def test_nan_and_inf_are_refused_where_the_reader_keeps_them_and_0_where_it_make
     np.testing.assert_array_equal(read('spoiled', 'SimpleITKIO')['data'], read('zero', 'SimpleITKIO')['data'])
 
 
+def preprocessor(refined: Workspace, reader: Any = None) -> CasePreprocessor:
+    """Of the trained model; `reader`: in the place of nnU-Net's."""
+    plans, description = (json.loads((refined.model(REFINED) / name).read_text())
+                          for name in ('plans.json', 'dataset.json'))
+    manager = PlansManager(plans)
+    if reader is not None:
+        manager = SimpleNamespace(image_reader_writer_class=lambda: reader, transpose_forward=[0, 1, 2])
+    configuration = PlansManager(plans).get_configuration('3d_fullres')
+    return CasePreprocessor(manager, configuration, description, False)
+
+
+@pytest.mark.parametrize(('error', 'said'), [
+    (SyntaxError('broken PNG file'), 'SyntaxError: broken PNG file'), (KeyError('spacing'), "KeyError: 'spacing'"),
+    (TypeError('bad operand type for abs()'), 'TypeError: bad operand type for abs()'),
+    (struct.error('unpack requires a buffer of 8 bytes'), 'error: unpack requires a buffer of 8 bytes'),
+    (IndexError('list index out of range'), 'IndexError: list index out of range'),
+    (AssertionError(), 'AssertionError in reading or preprocessing it'), (ValueError('first\nno tif'), 'no tif')])
+def test_whatever_a_reader_raises_for_a_case_fails_that_case_and_names_its_file(refined, error, said):
+    class Reader:
+        def read_images(self, files):
+            raise error
+    assert preprocessor(refined, Reader())(['there/a_0000.tif'], None, 'out/a') == FailedCase(
+        'out/a', f'a_0000.tif: {said}')
+
+
+def test_the_channel_that_cannot_be_read_is_named_and_channels_that_do_not_fit_all(refined):
+    class Reader:
+        def read_images(self, files):
+            if len(files) > 1 or 'a_0001' in files[0]:
+                raise RuntimeError('unreadable' if 'a_' in files[0] else 'shapes differ')
+    preprocess = preprocessor(refined, Reader())
+    assert preprocess(['a_0000.tif', 'a_0001.tif'], None, None).reason == 'a_0001.tif: unreadable'
+    assert preprocess(['b_0000.tif', 'b_0001.tif'], None, None).reason == 'b_0000.tif, b_0001.tif: shapes differ'
+
+
+def test_a_voxel_size_that_is_no_number_fails_its_case(refined):
+    class Reader:
+        def read_images(self, files):
+            return np.arange(8.0).reshape(1, 2, 2, 2), {'spacing': ['1 mm', '1 mm', '1 mm']}
+    failed = preprocessor(refined, Reader())(['a_0000.tif'], None, None)
+    assert failed.reason == "a_0000.tif: could not convert string to float: '1 mm'"
+
+
+def test_an_error_of_the_program_is_none_of_the_image(refined, source, monkeypatch):
+    def wrong(*args):
+        raise TypeError('of the program')
+    monkeypatch.setattr(preprocess_module, 'require_image', wrong)
+    with pytest.raises(TypeError, match='of the program'):
+        preprocessor(refined)([str(good_file(source))], None, None)
+
+
 def test_channels_of_different_shape_or_spacing_are_refused(refined, source):
     plans, description = (json.loads((refined.model(REFINED) / name).read_text())
                           for name in ('plans.json', 'dataset.json'))
@@ -157,7 +211,7 @@ def test_channels_of_different_shape_or_spacing_are_refused(refined, source):
     with_header(source, 'coarse', 80, 1.7)
     for other in ('small', 'coarse'):
         failed = preprocess([str(good_file(source)), str(source / f'{other}_0000.nii.gz')], None, None)
-        assert isinstance(failed, FailedCase) and f'{GOOD}_0000.nii.gz: RuntimeError' in failed.reason
+        assert failed.reason.startswith(f'{GOOD}_0000.nii.gz, {other}_0000.nii.gz: RuntimeError in reading')
 
 
 def test_channels_of_different_origin_or_direction_are_predicted_with_nnunets_warning(refined, source, capsys):
@@ -405,9 +459,9 @@ def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(re
     results = []
     _predict_volume = PDDDPMPredictor._predict_volume
 
-    def too_large(self, data, device, on_sample):
+    def too_large(self, data, device, on_sample, case):
         predictor.device = torch.device('cpu')
-        result = _predict_volume(self, data, torch.device('cpu'), on_sample)
+        result = _predict_volume(self, data, torch.device('cpu'), on_sample, case)
         if device.type == 'cuda':
             of_the_device()
         return result

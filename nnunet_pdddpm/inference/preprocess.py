@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -19,9 +19,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_pdddpm.image_files import damage
 
-# what SimpleITK, nibabel, tifffile, skimage and nnU-Net's readers and preprocessors raise for images they cannot take
-REFUSALS = (RuntimeError, ValueError, AssertionError, ArithmeticError, IndexError, OSError, EOFError, zlib.error,
-            MemoryError)
+SENTENCES = (RuntimeError, ValueError, ArithmeticError, OSError, EOFError)
+"""Errors of readers and preprocessors whose text can stand alone; that of others is a key or nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,31 @@ class FailedCase:
 
 
 class UnusableImage(ValueError):
-    """What was read is no image that a segmentation could be made of."""
+    """What was read is no image that a segmentation could be made of: the message names the file and says why."""
+
+
+@contextmanager
+def of_the_image(what: str) -> Iterator[None]:
+    """Within it whatever is raised lies in the image: readers and preprocessors raise anything for a damaged one.
+
+    Outside of it an error is one of the program.
+
+    Args:
+        what: names of the files.
+
+    Raises:
+        UnusableImage: for any exception.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise UnusableImage(f'{what}: not enough memory to preprocess it') from None
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [''])[-1]
+        kind = type(error).__name__
+        said = text if text and isinstance(error, SENTENCES) else f'{kind}: {text}' if text else \
+            f'{kind} in reading or preprocessing it'
+        raise UnusableImage(said if what in said else f'{what}: {said}') from error
 
 
 @dataclass(frozen=True)
@@ -54,28 +77,37 @@ class CasePreprocessor:
         """
         try:
             return self.preprocess(files, previous, output)
-        except REFUSALS as error:
-            lines = str(error).strip().splitlines() or [f'{type(error).__name__} in reading or preprocessing it, see '
-                                                        f'the lines above']
-            reason = 'not enough memory to preprocess it' if isinstance(error, MemoryError) else lines[-1]
-            named = isinstance(error, UnusableImage) or Path(files[0]).name in reason
-            return FailedCase(output, reason if named else f'{Path(files[0]).name}: {reason}')
+        except UnusableImage as error:
+            return FailedCase(output, str(error))
+        except MemoryError:
+            return FailedCase(output, f'{Path(files[0]).name}: not enough memory to preprocess it')
 
     def preprocess(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any]:
-        """As `__call__`; raises one of `REFUSALS`."""
+        """As `__call__`; raises UnusableImage."""
         for file in [*files, *([previous] if previous else [])]:
             if wrong := damage(Path(file)):
                 raise UnusableImage(f'{Path(file).name} {wrong}')
         reader = self.plans_manager.image_reader_writer_class()
-        image, properties = reader.read_images(files)
         names = [Path(file).name for file in files]
+        try:
+            with of_the_image(', '.join(names)):
+                image, properties = reader.read_images(files)
+        except UnusableImage:
+            for file in files if len(files) > 1 else ():  # is it one of the channels, or do they not fit together?
+                with of_the_image(Path(file).name):
+                    reader.read_images((file,))
+            raise
         require_image(image, properties, names)
         self.require_thickness(image.shape[1:], properties['spacing'], names)
-        mask = reader.read_seg(previous)[0] if previous else None
-        preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
-        data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
-                                                           self.configuration_manager, self.dataset_json)
+        mask = None
         if previous:
+            with of_the_image(Path(previous).name):
+                mask = reader.read_seg(previous)[0]
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
+        with of_the_image(', '.join(names)):
+            data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
+                                                               self.configuration_manager, self.dataset_json)
+        if previous and mask is not None:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
         return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output}
@@ -109,7 +141,8 @@ def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence
         raise UnusableImage(f'{what}: {bad} of {image.size} voxels are NaN or infinite')
     if all(channel.min() == channel.max() for channel in image):
         raise UnusableImage(f'{what}: all voxels have the value {image.flat[0]:g}, there is nothing to segment')
-    spacing = [float(value) for value in properties['spacing']]
+    with of_the_image(what):
+        spacing = [float(value) for value in properties['spacing']]
     if not all(np.isfinite(value) and value > 0 for value in spacing):
         raise UnusableImage(f'{what}: the voxel size is {" x ".join(f"{value:g}" for value in spacing)}')
 
