@@ -153,7 +153,12 @@ def volume_predictor(refiner: Refiner, patch: list[int], sampling: SamplingSetti
     predictor = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=mirrored)
     predictor.network, predictor.list_of_parameters = refiner, [refiner.state_dict()]
     predictor.configuration_manager = SimpleNamespace(patch_size=patch)
-    predictor.label_manager = SimpleNamespace(num_segmentation_heads=refiner.num_channels)
+    number, regions = refiner.num_channels, refiner.regions
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=number, has_regions=regions,
+                                              all_labels=list(range(number)),
+                                              regions_class_order=list(range(1, number + 1)))
+    names = {f'label {i}': i for i in range(1, number + regions)}
+    predictor.dataset_json = {'labels': {'background': 0, **names}}
     predictor.allowed_mirroring_axes = tuple(range(len(patch)))
     predictor.fold_settings, predictor.num_samples = [sampling], sampling.samples
     predictor.bfloat16 = False
@@ -192,6 +197,9 @@ def test_volumes_are_finite_and_sum_to_one_whatever_the_patch(shape, patch, chan
         expected = logits_to_probabilities(without[None].float(), regions)[0]
         torch.testing.assert_close(mean, expected, rtol=0.1 if sampling.temperature == 0.1 else 1e-2, atol=1e-2)
     assert samples.keys() == set(range(sampling.samples))
+    for number, sizes in enumerate(prediction.counts.sample_sizes().tolist()):
+        drawn = samples[number].argmax(0)
+        assert regions or sizes == [int((drawn == label).sum()) for label in range(1, channels)]
     assert all(logits.shape == (channels, *shape) and torch.isfinite(logits).all() for logits in samples.values())
 
 

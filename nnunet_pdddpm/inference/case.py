@@ -75,13 +75,19 @@ class ExportQueue:
 
 
 def clear_leftover(folder: Path) -> None:
-    """Take away the folder of a finished case that a run killed at the very end has left, unless one is at work."""
-    if not folder.is_dir():
+    """Take away folder and lock of a finished case that a run killed at its end has left, unless one is at work."""
+    if not folder.is_dir() and not lock_of(folder).is_file():
         return
     with suppress(Timeout):
         lock = locked(folder)
-        shutil.rmtree(folder)
+        if folder.is_dir():
+            shutil.rmtree(folder)
         unlock(lock)
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock of a case's folder."""
+    return folder.with_name(folder.name + LOCK)
 
 
 def locked(folder: Path) -> FileLock:
@@ -90,7 +96,7 @@ def locked(folder: Path) -> FileLock:
     Raises:
         Timeout: if another process has it.
     """
-    lock = FileLock(folder.with_name(folder.name + LOCK))
+    lock = FileLock(lock_of(folder))
     lock.acquire(timeout=0)
     return lock
 
