@@ -35,7 +35,7 @@ VOXEL_ML = 1e-3  # images and the network's grid have voxels of 1 mm
 TITLES = {
     'stock': 'stock', 'stock T': 'the same with one temperature', 'longer': 'control: stock trained longer',
     'longer T': 'the same with one temperature', 'second': 'second network, cross-entropy alone',
-    'blind': 'PDDDPM, blind mask', 'blind T': 'the same with one temperature', 'tuned': 'PDDDPM as tuned',
+    'blind': 'PDDDPM, blind mask', 'blind T': 'PDDDPM, blind mask with one temperature', 'tuned': 'PDDDPM as tuned',
     'ensemble': 'stock, ensemble of the 3 folds', 'ensemble tuned': 'PDDDPM as tuned, ensemble of the 3 folds'}
 
 
@@ -150,6 +150,7 @@ def read(work: Path, row: str) -> dict[str, np.ndarray]:
 def write_table(work: Path, file: Path) -> None:
     """The page, of the rows that are measured."""
     found = {row: read(work, row) for row in TITLES if any(files_of(work, row))}
+    missing = [title for row, title in TITLES.items() if row not in found]
     lines = []
     for row, of in found.items():
         def against(metric: str, of: dict[str, np.ndarray] = of, row: str = row) -> str:
@@ -175,5 +176,6 @@ def write_table(work: Path, file: Path) -> None:
         'validation cases of the fold. Tuned: by `nnUNetv2_pdddpm_tune` on these validation cases, in at most '
         f'{TUNING_MINUTES} minutes:', '', *tuned, '',
         '± is the standard deviation over trainings. Δ is the paired difference to the control with a 95 % interval by '
-        "Student's t over the trainings. Intervals of volumes are measured in [intervals.md](intervals.md).", '',
+        "Student's t over the trainings. Intervals of volumes are measured in [intervals.md](intervals.md)."
+        + (f' Not measured yet: {"; ".join(missing)}.' if missing else ''), '',
         '| | Dice | Δ to the control | NLL | Δ to the control |', '|---|---|---|---|---|', *lines, '']))
