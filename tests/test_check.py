@@ -19,7 +19,7 @@ import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import look_up
 from nnunet_pdddpm.diffusion.levels import even_table
-from nnunet_pdddpm.network.refiner import SETTING
+from nnunet_pdddpm.network.refiner import CALIBRATION, SETTING
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 
@@ -76,6 +76,7 @@ class Checker:
         if model.startswith('PDDDPM'):
             table = even_table(-11.0, 41)
             weights = {'level_log_snr': torch.tensor(table.log_snr), 'level_share': torch.tensor(table.share),
+                       CALIBRATION: torch.zeros(1, 3, 7),
                        **{SETTING + name: torch.tensor(value) for name, value in as_numbers(settings).items()}}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
