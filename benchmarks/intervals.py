@@ -145,7 +145,8 @@ def write_page(into: Path, file: Path) -> None:
             '[phantom.md](phantom.md), three of each. Hippocampus: calibrated on the 50 validation cases of the fold, '
             f'tested on the 50 test cases. Phantom: of {PHANTOMS} images that nothing was trained or chosen on, a '
             f'random half calibrates and the other is tested, {SPLITS} times; samples of one step from start 0.6, an '
-            'object at a time. ± is the standard deviation over trainings. Width: mean over the mean true volume.', '']
+            'object at a time. Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the '
+            'standard deviation over trainings. Width: mean over the mean true volume.', '']
     for name, title in names.items():
         if list(into.glob(f'{name}__*.json')):
             text += [f'## {title}', '', '| interval | holds the true volume | width |', '|---|---|---|',

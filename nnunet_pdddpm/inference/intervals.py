@@ -66,6 +66,13 @@ class Rule:
             return of.sd
         return np.sqrt(a * of.sum_of_squares + b * of.square_of_sum)
 
+    def ends(self, errors: np.ndarray, of: Features) -> np.ndarray:
+        """Volumes that are so many units off; an infinite error is so in a unit of 0, too."""
+        centre, unit = self.centre(of), self.unit(of)
+        with np.errstate(invalid='ignore', over='ignore'):
+            steps = np.where(unit > 0, errors * unit, np.where(np.isinf(errors), errors, 0))
+            return centre * np.exp(steps / centre) if self.logarithm else centre + steps
+
     def words(self) -> str:
         """For the summary and the log."""
         words = {('constant', 0.0): 'constant', ('volume', 0.0): 'the volume', ('volume', 1.0): 'root of the volume',
@@ -112,20 +119,13 @@ class Calibrated:
         Returns:
             None where the rule has no interval: of a logarithm, for an empty mask.
         """
-        centre, unit = self.rule.centre(of)[self.folds], self.rule.unit(of)[self.folds]
-        if self.rule.logarithm and not (centre > 0).all():
+        of_errors = Features(*(values[self.folds] for values in of))
+        if self.rule.logarithm and not (self.rule.centre(of_errors) > 0).all():
             return None
-        low, high = (self._end(centre, unit, sign) for sign in (-1, 1))
-        return max(low, 0.0), max(high, 0.0)
-
-    def _end(self, centre: np.ndarray, unit: np.ndarray, sign: int) -> float:
-        errors = self.errors if self.rule.own_tails else sign * np.abs(self.errors)
-        with np.errstate(invalid='ignore', over='ignore'):
-            steps = np.where(unit > 0, errors * unit, np.where(np.isinf(errors), errors, 0))
-            ends = centre * np.exp(steps / centre) if self.rule.logarithm else centre + steps
-        n = len(ends)
-        rank = rank_of(n, self.rule.own_tails)
-        return float(np.sort(ends)[n - rank if sign > 0 else rank - 1])
+        lows, highs = (np.sort(self.rule.ends(self.errors if self.rule.own_tails else sign * np.abs(self.errors),
+                                              of_errors)) for sign in (-1, 1))
+        rank = rank_of(len(self.errors), self.rule.own_tails)
+        return max(float(lows[rank - 1]), 0.0), max(float(highs[-rank]), 0.0)
 
 
 def honest_level(number: int) -> float:
@@ -175,11 +175,8 @@ def interval_scores(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray:
         # without case i: what stands there, or one further where i stands at or before it
         without = np.where(of_end <= order[position], order[position + 1], order[position])
         ends.append(sign * without)
-    centre, unit = rule.centre(of), rule.unit(of)
-    with np.errstate(invalid='ignore', over='ignore'):
-        steps = [np.where(unit > 0, end * unit, np.where(np.isinf(end), end, 0)) for end in ends]
-        low, high = (np.maximum(centre * np.exp(step / centre) if rule.logarithm else centre + step, 0)
-                     for step in steps)
+    low, high = (np.maximum(rule.ends(end, of), 0) for end in ends)
+    with np.errstate(invalid='ignore'):
         below, above = np.maximum(low - true, 0), np.maximum(true - high, 0)
         return high - low + 2 / miss * (below + above)
 

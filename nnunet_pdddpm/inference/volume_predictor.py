@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_pdddpm.cpu import cpu_has_bfloat16
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import drawn_logits
+from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
@@ -203,7 +204,9 @@ class VolumePredictor(nnUNetPredictor):
                 parts = volume.parts(settings)
                 shifts = self.refiner.end_shifts(settings, sample, self.num_samples, parts.number)
                 spread.add(p, shifts, parts)
-                counts.add_sample(sample, p, shifts, parts, volume.objects(settings.temperature))
+                # object by object for intervals, which several models do not make of the samples
+                objects = volume.objects(settings.temperature) if folds == 1 and self.num_samples > 1 else WHOLE
+                counts.add_sample(sample, p, shifts, parts, objects)
                 if mixed and weights['chain'] > 0:
                     of_fold.add_(p, alpha=weights['chain'] / len(samples))
                 if on_sample is not None:

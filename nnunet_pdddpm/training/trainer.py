@@ -36,16 +36,13 @@ from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
-from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure_volumes, open_for_calibration
-from nnunet_pdddpm.tuning.calibration import lines as lines_of_volumes
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
 from nnunet_pdddpm.tuning.cases import ValidationCases
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
-from nnunet_pdddpm.tuning.stored import store_calibration
+from nnunet_pdddpm.tuning.stored import CHECKPOINTS
 from nnunet_pdddpm.tuning.tune import open_model, tune
 from nnunet_pdddpm.versions import require_nnunet
-
-FINAL = 'checkpoint_final.pth'
 
 
 class PDDDPMTrainer(nnUNetTrainer):
@@ -86,7 +83,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._restored = False
         self._previous_stage_told = False
         self._average_in_network = False
-        self._checkpoint = FINAL  # whose weights are in the network when training has ended
+        self._checkpoint = CHECKPOINTS[0]  # whose weights are in the network when training has ended
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -294,7 +291,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """As nnU-Net's; then the sampling settings are tuned, with which nnU-Net goes on to validate."""
         super().on_train_end()
-        self._checkpoint = FINAL
+        self._checkpoint = CHECKPOINTS[0]
         choice = [self.tune_sampling() if self.local_rank == 0 else None]
         if self._gloo is not None:
             dist.broadcast_object_list(choice, 0, self._gloo)
@@ -386,10 +383,8 @@ class PDDDPMTrainer(nnUNetTrainer):
             reason = next(of for of in scores if isinstance(of, str))
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
         if self.local_rank == 0:
-            calibration = torch.cat(scores)
-            store_calibration(file, calibration)
-            for line in lines_of_volumes(calibration, label_channels(self.dataset_json, self.plans_manager)):
-                self.print_to_log_file(line)
+            keep(file, torch.cat(scores), label_channels(self.dataset_json, self.plans_manager),
+                 self.print_to_log_file)
 
     def _volumes_of_my_cases(self, file: Path) -> Tensor | str:
         """Scores of this process's share of the validation cases; or why there are none."""

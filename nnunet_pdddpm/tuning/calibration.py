@@ -1,7 +1,7 @@
 """What the volumes of validation cases are and what the model says of them: the scores that intervals are made of."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 from nnunet_pdddpm.network.refiner import CALIBRATION_CASES, stored_settings
 from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.stored import store_calibration
 
 
 def open_for_calibration(model_folder: Path, fold: int | str, device: torch.device, checkpoint: str
@@ -87,3 +88,10 @@ def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
     ends = [calibrated.interval(Features(*(of[i:i + 1] for i in range(1, 6)))) for of in known.astype(float)]
     widths = [high - low for low, high in (end for end in ends if end is not None)]
     return f'{np.mean(widths):.3g} ml wide for a volume of {known[:, 0].mean():.3g} ml, on average'
+
+
+def keep(file: Path, scores: Tensor, channels: dict[str, int], log: Callable[[str], None]) -> None:
+    """Put the scores (cases, C, fields) into a checkpoint, and say what intervals they give."""
+    store_calibration(file, scores)
+    for line in lines(scores, channels):
+        log(line)

@@ -11,13 +11,12 @@ import torch
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure_volumes, open_for_calibration
-from nnunet_pdddpm.tuning.calibration import lines as lines_of_volumes
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
 from nnunet_pdddpm.tuning.cases import ValidationCases
 from nnunet_pdddpm.tuning.choice import TuningError, choose_measured
 from nnunet_pdddpm.tuning.plain import plain_dice
 from nnunet_pdddpm.tuning.report import lines, write
-from nnunet_pdddpm.tuning.stored import CHECKPOINTS, store, store_calibration
+from nnunet_pdddpm.tuning.stored import CHECKPOINTS, store
 from nnunet_pdddpm.tuning.sweep import sweep
 
 if TYPE_CHECKING:
@@ -87,6 +86,4 @@ def calibrate_fold(trainer: PDDDPMTrainer, device: torch.device, log: Callable[[
     folder = Path(trainer.output_folder)
     predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
     scores = measure_volumes(predictor, cases, cases_to_calibrate(cases.names))
-    store_calibration(folder / CHECKPOINTS[0], scores)
-    for line in lines_of_volumes(scores, label_channels(trainer.dataset_json, trainer.plans_manager)):
-        log(line)
+    keep(folder / CHECKPOINTS[0], scores, label_channels(trainer.dataset_json, trainer.plans_manager), log)
