@@ -439,10 +439,10 @@ def test_a_case_too_large_for_the_memory_fails_alone(source, tmp_path, monkeypat
     write(source, 'huge', np.pad(array(source), 5, mode='reflect'))
     predict_volume = PDDDPMPredictor.predict_volume
 
-    def limited(self, data, *args):
+    def limited(self, data, *args, **kwargs):
         if data.numel() > 1.3 * array(source).size:
             allocate()
-        return predict_volume(self, data, *args)
+        return predict_volume(self, data, *args, **kwargs)
     monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', limited)
     said = refusal(source, tmp_path / 'out')
     assert '1 of 2 cases could not be predicted' in said and 'huge (not enough memory for it' in said
@@ -459,9 +459,9 @@ def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(re
     results = []
     _predict_volume = PDDDPMPredictor._predict_volume
 
-    def too_large(self, data, device, on_sample, case):
+    def too_large(self, data, device, *args):
         predictor.device = torch.device('cpu')
-        result = _predict_volume(self, data, torch.device('cpu'), on_sample, case)
+        result = _predict_volume(self, data, torch.device('cpu'), *args)
         if device.type == 'cuda':
             of_the_device()
         return result

@@ -187,7 +187,7 @@ def test_presegmentation_start_0_and_mask_stock_1_are_stock_nnunets_prediction_b
         predict(one_case, tmp_path / name, *flags, '-samples', '1', folds=folds)
         assert filecmp.cmp(stock / f'{CASES[1]}.nii.gz', tmp_path / name / f'{CASES[1]}.nii.gz', shallow=False), name
         row = rows(tmp_path / name)[CASES[1]]
-        assert all(values['volume_ml'] == values['volume_ml_stock'] for values in row['labels'].values())
+        assert all(values['volume_ml_stock'] is None for values in row['labels'].values())  # its mask is not written
 
 
 def opened(folds: tuple[int, ...] = (0,), **overrides) -> PDDDPMPredictor:
@@ -240,6 +240,23 @@ def test_a_chain_of_k_steps_makes_k_calls_of_the_denoiser_a_tile_and_sample(refi
     assert calls['denoiser'] == calls['stock'] * (3 * steps + 1)  # and one a tile for the mask
     without = opened(samples=3, steps=steps, mask_stock=1, mask_blind=0).predict_volume(phantom()).network_calls
     assert without['denoiser'] == without['stock'] * 3 * steps
+
+
+def test_what_is_only_the_start_of_chains_is_not_mirrored(refined, monkeypatch):
+    """Stock logits cost one call a tile, unless they are asked for, or mask or samples are made of them."""
+    predictor = opened(samples=8, steps=1)
+    predictor.use_mirroring = True
+    mirrored, single = (predictor.predict_volume(phantom(), stock=stock) for stock in (True, False))
+    assert mirrored.presegmentation is not None and single.presegmentation is None
+    assert mirrored.network_calls['stock'] == 8 * single.network_calls['stock'] > 8
+    assert mirrored.network_calls['denoiser'] == single.network_calls['denoiser'] == 16 * single.network_calls['stock']
+    assert torch.equal(mirrored.logits, single.logits)  # the blind mask
+    difference = (mirrored.spread.mean - single.spread.mean).abs()
+    assert 0 < difference.mean() < 0.1  # of the samples
+    for settings in ({'mask_stock': 0.5, 'mask_blind': 0.5}, {'samples_from': 'stock'}, {'start': 0.0}):
+        needed = opened(samples=1, **settings)
+        needed.use_mirroring = True
+        assert needed.predict_volume(phantom(), stock=False).network_calls['stock'] == mirrored.network_calls['stock']
 
 
 # files and their geometry

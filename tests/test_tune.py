@@ -708,9 +708,9 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
     predictor, cases, now = open_model(tuned, 0, CPU), KnownCases([shapes(nested=True)[0]] * 3), [0.0]
 
     class Clocked(sweep_module.SweepVolume):
-        def start_fold(self):
-            now[0] += 8
-            return super().start_fold()
+        def presegment(self, mirrored):
+            now[0] += 8 if mirrored else 0
+            return super().presegment(mirrored)
 
         def _of_tiles(self, x, level, mirrored):
             now[0] += len(mirrored)

@@ -165,8 +165,9 @@ class CaseUnderWay:
                     'refined_tiles': round(prediction.refined_tiles, 4), 'seconds': round(prediction.seconds, 3),
                     'versions': versions()}
         maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
+        stock = prediction.presegmentation if self.export.outputs.presegmentation else None
         self.rest = self.queue.submit(self.export.rest, as_numpy(prediction.logits),
-                                      as_numpy(prediction.presegmentation),
+                                      None if stock is None else as_numpy(stock),
                                       {name: as_numpy(values) for name, values in maps.items()})
 
     def done(self) -> bool:
@@ -189,13 +190,14 @@ class CaseUnderWay:
         (self.output / FAILED / f'{self.export.case}.json').unlink(missing_ok=True)
         self.discard()
 
-    def _volumes(self, counted: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+    def _volumes(self, counted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Label -> its part of the summary; `counted`: in the original image, see `CaseExport.rest`."""
         ml = self.export.voxel_volume_ml()
         voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]), self.voxel_ml)
         sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
         return {name: {'volume_ml': counted[name]['voxels'] * ml, **interval(self.calibrated[name], features[i]),
-                       **sample_volumes(sizes[:, i], self.folds), 'volume_ml_stock': counted[name]['voxels_stock'] * ml,
+                       **sample_volumes(sizes[:, i], self.folds),
+                       'volume_ml_stock': None if (of_stock := counted[name]['voxels_stock']) is None else of_stock * ml,
                        'components': counted[name]['components'], **of}
                 for i, (name, of) in enumerate(self.labels.items())}
 

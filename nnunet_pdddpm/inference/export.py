@@ -78,31 +78,31 @@ class CaseExport:
         with writing(self.folder):
             self._write_labels(self.segmentation(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
 
-    def rest(self, logits: np.ndarray, stock_logits: np.ndarray, maps: Mapping[str, np.ndarray]
-             ) -> dict[str, dict[str, int]]:
+    def rest(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
+             ) -> dict[str, dict[str, int | None]]:
         """Mask, and what else is to be written but for the samples.
 
         Args:
             logits: of the mask (C, Z, Y, X).
-            stock_logits: of the stock model.
+            stock_logits: of the stock model; None if its mask is not to be written.
             maps: name -> (Z, Y, X) in [0, 1].
 
         Returns:
-            label -> voxels of the mask (`voxels`), of the stock model's mask (`voxels_stock`), and the mask's connected
-            `components` (26-connected in 3D, 8-connected in 2D).
+            label -> voxels of the mask (`voxels`), of the stock model's mask (`voxels_stock`) if it was written, else
+            None, and the mask's connected `components` (26-connected in 3D, 8-connected in 2D).
 
         Raises:
             OSError: if a file cannot be written, or is not whole afterwards.
         """
         with writing(self.folder):
             mask, stock = self._write(logits, stock_logits, maps)
-        of_mask, of_stock = self.sizes(mask), self.sizes(stock)
-        return {name: {'voxels': of_mask[name], 'voxels_stock': of_stock[name],
+        of_mask, of_stock = self.sizes(mask), None if stock is None else self.sizes(stock)
+        return {name: {'voxels': of_mask[name], 'voxels_stock': None if of_stock is None else of_stock[name],
                        'components': int(ndimage.label(np.isin(mask, labels), np.ones((3, 3, 3)))[1])}
                 for name, labels in self.labels().items()}
 
-    def _write(self, logits: np.ndarray, stock_logits: np.ndarray, maps: Mapping[str, np.ndarray]
-               ) -> tuple[np.ndarray, np.ndarray]:
+    def _write(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
+               ) -> tuple[np.ndarray, np.ndarray | None]:
         """The files of `rest`; the mask as it was read back, and the stock model's."""
         file = self.folder / self.case
         all_maps = self.outputs.uncertainty == 'all'
@@ -110,8 +110,8 @@ class CaseExport:
                                       self.dataset_json, str(file), self.outputs.probabilities or all_maps)
         refuse_torn(Path(str(file) + self.dataset_json['file_ending']))
         mask = self._reader().read_seg(str(file) + self.dataset_json['file_ending'])[0][0]
-        stock = self.segmentation(stock_logits)
-        if self.outputs.presegmentation:
+        stock = None if stock_logits is None else self.segmentation(stock_logits)
+        if stock is not None:
             self._write_labels(stock, self.folder / 'presegmentation' / self.case)
         if self.outputs.uncertainty != 'none':
             names = list(maps) if all_maps else ['uncertainty']

@@ -227,7 +227,7 @@ class PDDDPMPredictor(VolumePredictor):
                                 self.calibrated, queue)
             with self._fails_alone(case, outputs):
                 prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None,
-                                                 Path(file).name)
+                                                 Path(file).name, self.outputs.presegmentation)
                 require_finite(prediction)
                 case.add_rest(prediction)
                 del prediction  # its arrays, as large as the volume, shall not be there beside the next case's
@@ -281,7 +281,7 @@ def require_finite(prediction: VolumePrediction) -> None:
     of_all = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
               'probabilities of the samples': prediction.spread.mean}
     for what, values in of_all.items():
-        if not bool(torch.isfinite(values).all()):
+        if values is not None and not bool(torch.isfinite(values).all()):
             raise UnusableLogits(what)
 
 

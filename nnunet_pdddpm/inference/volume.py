@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @dataclass
 class VolumePrediction:
     """What is known of one preprocessed image, in its own grid (before resampling to the original image)."""
-    presegmentation: Tensor
-    """Stock logits (C, Z, Y, X) float16, mean over folds: what stock nnU-Net predicts."""
+    presegmentation: Tensor | None
+    """Stock logits (C, Z, Y, X) float16, mean over folds: what stock nnU-Net predicts; None if not asked for."""
     logits: Tensor
     """Logits (C, Z, Y, X) of the mask, on the CPU."""
     spread: Spread
@@ -66,11 +66,12 @@ class Volume:
         self.tiles: list[Tile] = []  # that are refined
         self.refined_tiles: list[float] = []  # their share, by fold
 
-    def start_fold(self) -> Tensor:
-        """Pre-segment by the model that has just been loaded; its stock logits (C, Z, Y, X) float16 on the CPU."""
-        with self.predictor.presegmenting():
-            self.stock_logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
-        self.network_calls['stock'] += len(self.all_tiles) * len(self.mirrorings)
+    def start_fold(self, mirrored: bool = True) -> Tensor:
+        """Pre-segment by the model that has just been loaded; its stock logits (C, Z, Y, X) float16 on the CPU.
+
+        `mirrored`: as stock nnU-Net predicts. What a chain starts from need not be.
+        """
+        self.stock_logits = self.start_logits = self.presegment(mirrored)
         self.refiner.to(self.predictor.device).eval()
         self._blind: dict[float, Tensor] = {}  # temperature -> logits
         self.temperature = 1.0  # of the sample that is being drawn
@@ -78,6 +79,13 @@ class Volume:
         self._parts: dict[float, Parts] = {}
         self._choose_tiles()
         return self.stock_logits.cpu()
+
+    def presegment(self, mirrored: bool) -> Tensor:
+        """Stock logits (C, Z, Y, X) float16."""
+        with self.predictor.presegmenting(mirrored):
+            logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
+        self.network_calls['stock'] += len(self.all_tiles) * (len(self.mirrorings) if mirrored else 1)
+        return logits
 
     def _choose_tiles(self) -> None:
         unsure = unsure_voxels(self.stock_logits, self.refiner.regions, self.predictor.sure)
@@ -153,7 +161,7 @@ class Volume:
             lambda x, level: self.denoise(x, level, mirrored),
             lambda z: whole if parts.index is None else self.refiner.chain(settings, sample, samples, parts.at(z),
                                                                            parts.number),
-            lambda z: self.refiner.start_mask(self.stock_logits[:, z], settings, shifts, parts.at(z)),
+            lambda z: self.refiner.start_mask(self.start_logits[:, z], settings, shifts, parts.at(z)),
             self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
         for z in range(self.shape[1]):
             x[:, z] = self.refiner.probabilities(x[None, :, z])[0]

@@ -148,35 +148,39 @@ class VolumePredictor(nnUNetPredictor):
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the mask, as nnUNetPredictor's."""
-        return self.predict_volume(data).logits
+        return self.predict_volume(data, stock=False).logits
 
     @torch.inference_mode()
-    def predict_volume(self, data: Tensor, on_sample: OnSample | None = None, case: str = '') -> VolumePrediction:
+    def predict_volume(self, data: Tensor, on_sample: OnSample | None = None, case: str = '', stock: bool = True
+                       ) -> VolumePrediction:
         """Mask, uncertainty and samples of one preprocessed image.
 
         Args:
             data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
             on_sample: told every sample when it is drawn; the samples are not kept.
             case: name, of which with the settings' seed the noise and the draws are made.
+            stock: whether the stock model's own result is wanted. If it is not, nor is anything made of it but the
+                start of chains, it is predicted without mirroring.
         """
+        stock = stock or self.sure < 1 or any(settings.needs_stock for settings in self.fold_settings)
         threads = torch.get_num_threads()
         torch.set_num_threads(min(threads, default_num_processes))  # as nnU-Net: the stock result depends on it
         on_device = self.perform_everything_on_device
         try:
             if on_device and self.device.type == 'cuda':
                 try:
-                    return self._predict_volume(data, self.device, on_sample, case)
+                    return self._predict_volume(data, self.device, on_sample, case, stock)
                 except torch.OutOfMemoryError:
                     print('The volume does not fit on the device: its arrays are kept in main memory.')
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
-            return self._predict_volume(data, torch.device('cpu'), on_sample, case)
+            return self._predict_volume(data, torch.device('cpu'), on_sample, case, stock)
         finally:
             self.perform_everything_on_device = on_device
             torch.set_num_threads(threads)
 
-    def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None, case: str
-                        ) -> VolumePrediction:
+    def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None, case: str,
+                        mirrored_stock: bool) -> VolumePrediction:
         """`predict_volume` with the volume's arrays on `device`."""
         start = time.perf_counter()
         image, unpad = pad_nd_image(data, self.configuration_manager.patch_size, 'constant', {'value': 0}, True, None)
@@ -193,7 +197,7 @@ class VolumePredictor(nnUNetPredictor):
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)
             self.refiner.load_state_dict(parameters)
-            stock_logits.add(volume.start_fold())
+            stock_logits.add(volume.start_fold(mirrored_stock))
             samples = range(fold, self.num_samples, folds)
             volume.expect(settings, samples, self.num_samples)
             weights = {'stock': 1.0, 'blind': 0.0, 'chain': 0.0} if settings.is_stock else \
@@ -237,7 +241,7 @@ class VolumePredictor(nnUNetPredictor):
         else:
             logits = probabilities_to_logits(mask[unpad], regions).cpu()
         counts.set_consensus(logits)
-        return VolumePrediction(stock, logits, spread, volume.network_calls,
+        return VolumePrediction(stock if mirrored_stock else None, logits, spread, volume.network_calls,
                                 sum(volume.refined_tiles) / folds, time.perf_counter() - start, counts)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -249,10 +253,14 @@ class VolumePredictor(nnUNetPredictor):
         return nullcontext()
 
     @contextmanager
-    def presegmenting(self) -> Iterator[None]:
+    def presegmenting(self, mirrored: bool = True) -> Iterator[None]:
         """Within it the stock network is the network: nnU-Net's code then predicts as for the stock model."""
-        with self._as_network(self.refiner.presegmenter):
-            yield
+        before, self.use_mirroring = self.use_mirroring, self.use_mirroring and mirrored
+        try:
+            with self._as_network(self.refiner.presegmenter):
+                yield
+        finally:
+            self.use_mirroring = before
 
     @contextmanager
     def blind(self, temperature: float) -> Iterator[None]:

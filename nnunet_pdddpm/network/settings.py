@@ -81,6 +81,11 @@ class SamplingSettings:
         return not self.is_stock and self.mask_chain > 0
 
     @property
+    def needs_stock(self) -> bool:
+        """True if the mask or the samples are made of the stock model's own result, which is more than a start."""
+        return self.is_stock or self.mask_stock > 0 or self.samples_from == 'stock'
+
+    @property
     def drawing(self) -> dict[str, Value]:
         """What a sample is drawn by, but for its noise."""
         names = ('start', 'steps', 'samples_from', 'start_mask', 'redraw', 'dependence', 'temperature',

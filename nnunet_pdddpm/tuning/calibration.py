@@ -55,7 +55,8 @@ def measure_volumes(predictor: VolumePredictor, cases: ValidationCases, names: S
         if true is None:
             continue
         case = cases.load(name)
-        prediction, labels = predictor.predict_volume(case.image, case=name), foreground_labels(predictor.dataset_json)
+        labels = foreground_labels(predictor.dataset_json)
+        prediction = predictor.predict_volume(case.image, case=name, stock=False)
         mask = convert_predicted_logits_to_segmentation_with_correct_shape(
             as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
             predictor.label_manager, case.properties)

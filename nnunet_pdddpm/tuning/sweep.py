@@ -101,6 +101,7 @@ class _CaseSweep:
         self.volume = SweepVolume(self.predictor, image, self.device)
         self.volume.network_calls = self.network_calls
         self.volume.start_fold()
+        self.volume.start_logits = self.volume.presegment(False)  # as in prediction
         self.volume.blind()
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
@@ -109,7 +110,7 @@ class _CaseSweep:
     def bytes(self) -> int:
         """That are kept: logits of stock and blind mask, images, and of each voxel its label, and two parts."""
         volume = self.volume
-        return volume.stock_logits.numel() * 4 + (volume.image.numel() + self.case.image.numel()) * 4 \
+        return volume.stock_logits.numel() * 6 + (volume.image.numel() + self.case.image.numel()) * 4 \
             + self.case.labels.size * (6 + len(self.case.raters))
 
     def new_passes(self) -> float:
