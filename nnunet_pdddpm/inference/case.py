@@ -197,7 +197,7 @@ class CaseUnderWay:
         sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
         return {name: {'volume_ml': counted[name]['voxels'] * ml, **interval(self.calibrated[name], features[i]),
                        **sample_volumes(sizes[:, i], self.folds),
-                       'volume_ml_stock': None if (of_stock := counted[name]['voxels_stock']) is None else of_stock * ml,
+                       'volume_ml_stock': None if (stock := counted[name]['voxels_stock']) is None else stock * ml,
                        'components': counted[name]['components'], **of}
                 for i, (name, of) in enumerate(self.labels.items())}
 
