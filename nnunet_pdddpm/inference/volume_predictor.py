@@ -66,6 +66,7 @@ class VolumePredictor(nnUNetPredictor):
 
     network: Any
     perform_everything_on_device: bool
+    use_mirroring: bool
 
     def __init__(self, *args: Any, overrides: Mapping[str, Value] | None = None,
                  slice_correlation: float = 0.9, sure: float = 1.0, **kwargs: Any) -> None:
