@@ -20,10 +20,10 @@ from skimage import io
 
 from nnunet_pdddpm.commands.evaluate import main
 from nnunet_pdddpm.demo.phantom import make_case, oblique_direction
-from nnunet_pdddpm.evaluation.calibration import normalised_entropy
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.raters import ged_squared
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
+from nnunet_pdddpm.evaluation.voxelwise import of_classes
 
 SHAPE, SPACING = (14, 18, 16), (2.5, 1.0, 0.8)
 LABELS = {'background': 0, 'organ': 1, 'lesion': 2}
@@ -244,8 +244,8 @@ def test_an_uncertainty_map_takes_the_place_of_the_entropy(data):
     probabilities = data.add_probabilities()
     from_entropy = data.evaluate()['voxelwise']['all']
     for case, array in probabilities.items():
-        flat = array.reshape(3, -1).astype(np.float32)
-        write(data.pred / 'uncertainty' / f'{case}_uncertainty.nii.gz', 1 - normalised_entropy(flat).reshape(SHAPE))
+        entropy = of_classes(array.astype(np.float32), np.zeros(SHAPE, int)).entropy
+        write(data.pred / 'uncertainty' / f'{case}_uncertainty.nii.gz', 1 - entropy)
     from_map = data.evaluate()['voxelwise']['all']
     assert from_map['auroc'] == pytest.approx(1 - from_entropy['auroc'], abs=1e-6)
     assert from_map['aurc'] > from_entropy['aurc']

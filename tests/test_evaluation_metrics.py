@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,16 +16,13 @@ from nnunet_pdddpm.evaluation.calibration import (
     adaptive_calibration_error,
     area_under_risk_coverage,
     area_under_roc,
-    brier,
     correlation,
-    negative_log_likelihood,
-    normalised_entropy,
     reliability,
-    two_class,
 )
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
 from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice, surface_points
+from nnunet_pdddpm.evaluation.voxelwise import of_classes, of_regions, stored_channels, stored_shape
 
 MASKS = arrays(bool, (3, 4, 5))
 
@@ -157,28 +155,54 @@ def test_empty_masks_have_no_surface_and_never_score_well():
 
 def test_likelihood_and_brier_score_of_hand_worked_voxels():
     probabilities = np.array([[0.7, 0.2, 0.0], [0.2, 0.5, 0.0], [0.1, 0.3, 1.0]])
-    truth = np.array([0, 1, 0])
+    found = of_classes(probabilities, np.array([0, 1, 0]))
     expected = -(math.log(0.7) + math.log(0.5) + math.log(1e-6)) / 3
-    assert negative_log_likelihood(probabilities, truth) == pytest.approx(expected)
-    assert brier(probabilities, truth) == pytest.approx(((0.09 + 0.04 + 0.01) + (0.04 + 0.25 + 0.09) + 2) / 3)
+    assert found.negative_log_likelihood == pytest.approx(expected)
+    assert found.brier == pytest.approx(((0.09 + 0.04 + 0.01) + (0.04 + 0.25 + 0.09) + 2) / 3)
+    assert found.confidence == pytest.approx([0.7, 0.5, 1.0])
+    assert found.correct.tolist() == [True, True, False]
 
 
 @given(st.integers(2, 6))
 def test_uniform_probabilities_have_the_closed_forms(classes):
     uniform, truth = np.full((classes, 50), 1 / classes, np.float32), np.arange(50) % classes
-    assert negative_log_likelihood(uniform, truth) == pytest.approx(math.log(classes), rel=1e-5)
-    assert brier(uniform, truth) == pytest.approx(1 - 1 / classes, rel=1e-5)
-    assert normalised_entropy(uniform) == pytest.approx(np.ones(50), rel=1e-5)
+    found = of_classes(uniform, truth)
+    assert found.negative_log_likelihood == pytest.approx(math.log(classes), rel=1e-5)
+    assert found.brier == pytest.approx(1 - 1 / classes, rel=1e-5)
+    assert found.entropy == pytest.approx(np.ones(50), rel=1e-5)
 
 
 def test_entropy_of_certain_voxels_is_zero():
-    assert normalised_entropy(np.array([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx(np.zeros(2), abs=1e-4)
+    entropy = of_classes(np.array([[1.0, 0.0], [0.0, 1.0]]), np.zeros(2, int)).entropy
+    assert entropy == pytest.approx(np.zeros(2), abs=1e-4)
 
 
-def test_regions_become_one_two_class_problem():
-    probabilities, truth = two_class(np.array([[0.9, 0.2], [0.6, 0.0]]), np.array([[1, 0], [0, 0]], bool))
-    assert probabilities.tolist() == [pytest.approx([0.1, 0.8, 0.4, 1.0]), [0.9, 0.2, 0.6, 0.0]]
-    assert truth.tolist() == [1, 0, 0, 0]
+def test_regions_are_two_class_problems_of_their_own():
+    found = of_regions(np.array([[0.9, 0.2], [0.6, 0.0]]), np.array([[1, 0], [0, 0]], bool))
+    np.testing.assert_allclose(found.of_truth, [[0.9, 0.8], [0.4, 1.0]], rtol=1e-6)
+    assert found.correct.tolist() == [[True, True], [False, True]]
+    second = found.inside(np.array([False, True]))
+    assert second.confidence == pytest.approx([0.8, 1.0])
+    assert second.negative_log_likelihood == pytest.approx(-math.log(0.8) / 2)
+    assert second.entropy == pytest.approx([-(0.2 * math.log2(0.2) + 0.8 * math.log2(0.8)) / 2], abs=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32])
+def test_memory_for_probabilities_does_not_grow_with_the_number_of_classes(tmp_path, dtype):
+    shape, peaks = (20, 40, 50), {}
+    truth = np.random.default_rng(0).integers(0, 3, shape).astype(np.uint8)
+    for classes in (3, 60):
+        p = np.random.default_rng(1).dirichlet(np.ones(classes), shape).transpose(3, 0, 1, 2).astype(dtype, order='C')
+        np.savez_compressed(tmp_path / f'{classes}.npz', probabilities=p)
+        assert stored_shape(tmp_path / f'{classes}.npz') == p.shape
+        tracemalloc.start()
+        found = of_classes(stored_channels(tmp_path / f'{classes}.npz'), truth)
+        peaks[classes] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        p = p.astype(np.float32)
+        np.testing.assert_array_equal(found.of_truth, np.take_along_axis(p, truth[None].astype(int), 0)[0])
+        np.testing.assert_array_equal(found.correct, p.argmax(0) == truth)
+    assert peaks[60] < 1.1 * peaks[3] + 2 ** 16
 
 
 def test_expected_calibration_error_of_hand_worked_bins():

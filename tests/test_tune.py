@@ -25,11 +25,11 @@ from nnunet_pdddpm.commands.tune import main
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.levels import LevelTable
 from nnunet_pdddpm.diffusion.process import evidence, noise_scale, signal
-from nnunet_pdddpm.evaluation.calibration import negative_log_likelihood
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
+from nnunet_pdddpm.evaluation.voxelwise import of_classes
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -165,7 +165,7 @@ def test_dice_is_over_labels_that_are_there_and_the_ignore_label_counts_nowhere(
                               [0, 0, 0.1, 0, 0.1, 0, 0, 0]], np.float32)
     scored = Truth(truth, Labels(ignore=3), CPU).score(torch.from_numpy(probabilities)[:, None, None])
     valid = [0, 1, 2, 3, 4, 7]
-    nll = negative_log_likelihood(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0]))
+    nll = of_classes(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0])).negative_log_likelihood
     assert scored == pytest.approx((2 * 2 / (2 + 3), nll), rel=1e-5)  # label 2 is nowhere: left out
     nothing = Truth(np.zeros((1, 1, 8)), Labels(), CPU)
     assert np.isnan(nothing.score(torch.eye(3)[0].reshape(3, 1, 1, 1).expand(3, 1, 1, 8))[0])
@@ -587,7 +587,7 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
                 for c in (1, 2) if ((hard == c) | (labels == c)).any()]
         exact_for = s.is_stock or s.mask_blind == 1  # a blend of logits that are means over tiles is not one of p
         assert row['per_case']['dice'][1] == pytest.approx(np.mean(dice), abs=1e-3 if exact_for else 0.05), s
-        nll = negative_log_likelihood(p.flatten(1).numpy(), labels.flatten())
+        nll = of_classes(p.numpy(), labels).negative_log_likelihood
         assert row['per_case']['nll'][1] == pytest.approx(nll, rel=1e-3 if exact_for else 0.05), s
     truth = Truth(case.labels, trainer.label_manager, CPU)
     for s, row in rows_of(content, 'samples, first rounds').items():

@@ -1,7 +1,6 @@
 """Do probabilities mean what they say, and is the uncertainty high where the mask is wrong?
 
-All functions take voxels as one axis. A region-based model gives one independent probability per region:
-`two_class` makes of it the two-class problem "in the region or not", so that one set of definitions serves both.
+All functions take voxels as one axis.
 """
 from __future__ import annotations
 
@@ -12,40 +11,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 NUM_BINS = 15
-SMALLEST_PROBABILITY = 1e-6
-"""Probabilities are clipped to this before the logarithm: float16 files hold exact zeros."""
-
-
-def two_class(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Region probabilities as one two-class problem over all voxels of all regions.
-
-    Args:
-        probabilities: (R, N) of each region.
-        truth: (R, N) bool, whether a voxel is in the region.
-
-    Returns:
-        Probabilities (2, R * N) and true class (R * N,) of 0 and 1.
-    """
-    inside = probabilities.reshape(-1)
-    return np.stack([1 - inside, inside]), truth.reshape(-1).astype(np.uint8)
-
-
-def negative_log_likelihood(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of -log p(true class) in nats.
-
-    Args:
-        probabilities: (C, N) in [0, 1].
-        truth: (N,) integers below C.
-    """
-    of_truth = probabilities[truth, np.arange(len(truth))]
-    return float(-np.log(np.clip(of_truth, SMALLEST_PROBABILITY, 1)).mean(dtype=np.float64))
-
-
-def brier(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Brier score, mean over voxels of the squared error summed over classes, in [0, 2]; arguments as above."""
-    of_truth = probabilities[truth, np.arange(len(truth))]
-    squares = np.einsum('cn,cn->n', probabilities, probabilities)
-    return float((squares - 2 * of_truth + 1).mean(dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -122,12 +87,6 @@ def area_under_roc(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
     if wrong.all() or not wrong.any():
         return float('nan')
     return float(roc_auc_score(wrong, uncertainty))
-
-
-def normalised_entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy of (C, N) class probabilities in [0, 1]: 0 certain, 1 all classes equally likely; (N,) float32."""
-    clipped = np.clip(probabilities, SMALLEST_PROBABILITY, 1)
-    return -np.einsum('cn,cn->n', clipped, np.log(clipped)) / np.float32(np.log(len(probabilities)))
 
 
 def correlation(estimated: np.ndarray, true: np.ndarray) -> dict[str, float]:

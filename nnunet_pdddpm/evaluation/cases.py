@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,7 @@ from nnunet_pdddpm.evaluation.calibration import (
     adaptive_calibration_error,
     area_under_risk_coverage,
     area_under_roc,
-    brier,
-    negative_log_likelihood,
-    normalised_entropy,
     reliability,
-    two_class,
 )
 from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
 from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
@@ -24,6 +21,7 @@ from nnunet_pdddpm.evaluation.parts import Figures, measure
 from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
+from nnunet_pdddpm.evaluation.voxelwise import Voxelwise, of_classes, of_regions
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""
@@ -113,7 +111,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
     folders = data.folders
     npz = folders.predictions / f'{data.name}.npz'
     map_file = folders.predictions / 'uncertainty' / f'{data.name}_uncertainty{folders.ending}'
-    probabilities = folders.read_probabilities(npz, data.reference) if npz.is_file() else None
+    of_voxels = _of_voxels(data, npz) if npz.is_file() else None
     uncertainty = folders.read_map(map_file, data.reference) if map_file.is_file() else None
     foreground = data.valid & (data.reference.array > 0)
     wrong = np.zeros(data.valid.shape, bool)
@@ -122,10 +120,10 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
     for name, voxels in (('all', data.valid), ('near', data.valid & _box_around(foreground, data.reference.spacing))):
         metrics: dict[str, float] = {}
         here = None if uncertainty is None else uncertainty[voxels]
-        if probabilities is not None and voxels.any():
-            inside = probabilities[:, voxels]
-            metrics, result.bins[name] = _calibration(data, inside, data.reference.array[voxels])
-            here = _entropy(inside, folders.has_regions) if here is None else here
+        if of_voxels is not None and voxels.any():
+            inside = of_voxels.inside(voxels)
+            metrics, result.bins[name] = _calibration(inside)
+            here = inside.entropy if here is None else here
         if here is not None and voxels.any():
             metrics |= {'aurc': area_under_risk_coverage(here, wrong[voxels]),
                         'auroc': area_under_roc(here, wrong[voxels])}
@@ -133,23 +131,20 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
             result.voxelwise[name] = {'voxels': int(np.count_nonzero(voxels)), **metrics}
 
 
-def _calibration(data: _Case, probabilities: np.ndarray, truth: np.ndarray) -> tuple[dict[str, float], Reliability]:
-    """Metrics and bins of probabilities (C, N) against reference labels (N,)."""
-    if data.folders.has_regions:
-        regions = [region_or_label_to_mask(truth, label) for label in data.folders.labels.values()]
-        probabilities, truth = two_class(probabilities, np.stack(regions))
-    confidence, correct = probabilities.max(0), probabilities.argmax(0) == truth
-    bins = reliability(confidence, correct)
-    return {'nll': negative_log_likelihood(probabilities, truth), 'brier': brier(probabilities, truth),
-            'ece': bins.expected_calibration_error,
-            'adaptive_ece': adaptive_calibration_error(confidence, correct)}, bins
+def _of_voxels(data: _Case, npz: Path) -> Voxelwise:
+    """What the probabilities in a file say against the reference."""
+    channels = data.folders.read_probabilities(npz, data.reference)
+    if not data.folders.has_regions:
+        return of_classes(channels, data.reference.array)
+    return of_regions(channels, (region_or_label_to_mask(data.reference.array, label)
+                                 for label in data.folders.labels.values()))
 
 
-def _entropy(probabilities: np.ndarray, of_regions: bool) -> np.ndarray:
-    """Uncertainty (N,) in [0, 1] of probabilities (C, N); that of regions is the mean over them."""
-    if of_regions:
-        return np.mean([normalised_entropy(np.stack([1 - p, p])) for p in probabilities], 0)
-    return normalised_entropy(probabilities)
+def _calibration(inside: Voxelwise) -> tuple[dict[str, float], Reliability]:
+    """Metrics and bins of some voxels."""
+    bins = reliability(inside.confidence, inside.correct)
+    return {'nll': inside.negative_log_likelihood, 'brier': inside.brier, 'ece': bins.expected_calibration_error,
+            'adaptive_ece': adaptive_calibration_error(inside.confidence, inside.correct)}, bins
 
 
 def _box_around(foreground: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -15,6 +16,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
 from nnunet_pdddpm.image_files import damage
 
 Label = Union[int, tuple[int, ...]]
@@ -110,21 +112,27 @@ class Folders:
             _require_same_geometry(file, array[0], properties, like)
         return array[0], properties
 
-    def read_probabilities(self, file: Path, like: Mask) -> np.ndarray:
-        """Probabilities (C, z, y, x) float32 as --save_probabilities writes them; raises EvaluationError if not."""
+    def read_probabilities(self, file: Path, like: Mask) -> Iterator[np.ndarray]:
+        """Probabilities (z, y, x) float32 of each channel as --save_probabilities writes them.
+
+        Raises:
+            EvaluationError: if the file is not what that writes.
+        """
+        needed = (len(self.labels) if self.has_regions else 1 + max(self.known_values), *like.array.shape)
         try:
-            with np.load(file) as content:
-                array = content['probabilities'].astype(np.float32)
+            shape = stored_shape(file)
+            if shape != needed:
+                raise EvaluationError(f'{file} holds an array of shape {shape}, but dataset.json and {like.file} '
+                                      f'need {needed}: predict the case again.')
+            for channel in stored_channels(file):
+                if not (channel.min() >= 0 and channel.max() <= 1):  # so written, nan fails as well
+                    raise EvaluationError(f'{file} has values outside of 0 to 1: predict the case again.')
+                yield channel
+        except EvaluationError:
+            raise
         except (*UNREADABLE, KeyError, zipfile.BadZipFile) as error:
             raise EvaluationError(f'{file} is not what --save_probabilities writes ({_in_one_line(error)}): predict '
                                   f'the case again.') from error
-        shape = (len(self.labels) if self.has_regions else 1 + max(self.known_values), *like.array.shape)
-        if array.shape != shape:
-            raise EvaluationError(f'{file} holds an array of shape {array.shape}, but dataset.json and {like.file} '
-                                  f'need {shape}: predict the case again.')
-        if not (array.min() >= 0 and array.max() <= 1):  # so written, nan fails as well
-            raise EvaluationError(f'{file} has values outside of 0 to 1: predict the case again.')
-        return array
 
 
 def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, Any], like: Mask) -> None:

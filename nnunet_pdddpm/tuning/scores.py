@@ -11,10 +11,10 @@ from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import regions_to_channels
 from nnunet_pdddpm.diffusion.drawing import drawn_logits
-from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY
 from nnunet_pdddpm.evaluation.parts import octants
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
+from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
 from nnunet_pdddpm.inference.components import POSSIBLE
 
 OCTANTS = 8

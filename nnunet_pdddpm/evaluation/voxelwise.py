@@ -1,0 +1,110 @@
+"""What probabilities say voxel by voxel, made of one channel after the other: a hundred classes take no more memory."""
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMALLEST_PROBABILITY = 1e-6
+"""Probabilities are clipped to this before the logarithm: float16 files hold exact zeros."""
+
+
+@dataclass(frozen=True)
+class Voxelwise:
+    """Of every voxel; a region-based model poses one two-class problem a region, in the region or not.
+
+    The first four are (z, y, x), of regions (R, z, y, x).
+    """
+    confidence: np.ndarray
+    """Probability of the most likely class."""
+    correct: np.ndarray
+    """Whether that class is true."""
+    of_truth: np.ndarray
+    """Probability of the true class."""
+    squares: np.ndarray
+    """Squared probabilities, summed over the classes."""
+    entropy: np.ndarray
+    """(z, y, x) in [0, 1]: 0 certain, 1 all classes equally likely; the mean over regions."""
+
+    def inside(self, voxels: np.ndarray) -> Voxelwise:
+        """Of the voxels of a mask (z, y, x), each field as one axis."""
+        return Voxelwise(*(of[..., voxels].reshape(-1) for of in (
+            self.confidence, self.correct, self.of_truth, self.squares, self.entropy)))
+
+    @property
+    def negative_log_likelihood(self) -> float:
+        """Mean of -log p(true class) in nats."""
+        return float(-np.log(np.clip(self.of_truth, SMALLEST_PROBABILITY, 1)).mean(dtype=np.float64))
+
+    @property
+    def brier(self) -> float:
+        """Brier score, mean over voxels of the squared error summed over classes, in [0, 2]."""
+        return float((self.squares - 2 * self.of_truth + 1).mean(dtype=np.float64))
+
+
+def of_classes(channels: Iterable[np.ndarray], truth: np.ndarray) -> Voxelwise:
+    """Of class probabilities.
+
+    Args:
+        channels: (z, y, x) probabilities in [0, 1] of each class, at least two.
+        truth: (z, y, x) integers; voxels with no class have the probability 0 of the true one.
+    """
+    confidence, of_truth, squares, entropy = (np.zeros(truth.shape, np.float32) for _ in range(4))
+    likeliest = np.zeros(truth.shape, np.uint16)
+    classes = 0
+    for label, p in enumerate(channels):
+        likeliest[p > confidence] = label
+        np.maximum(confidence, p, out=confidence)
+        np.copyto(of_truth, p, where=truth == label)
+        squares += p * p
+        entropy += _entropy_term(p)
+        classes += 1
+    return Voxelwise(confidence, likeliest == truth, of_truth, squares, entropy / np.float32(np.log(classes)))
+
+
+def of_regions(channels: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> Voxelwise:
+    """Of the probabilities (z, y, x) of each region, and the voxels (z, y, x) bool in each region."""
+    problems = [of_classes((1 - p, p), inside.astype(np.uint8)) for p, inside in zip(channels, truths, strict=True)]
+    return Voxelwise(np.stack([of.confidence for of in problems]), np.stack([of.correct for of in problems]),
+                     np.stack([of.of_truth for of in problems]), np.stack([of.squares for of in problems]),
+                     np.mean([of.entropy for of in problems], 0))
+
+
+def _entropy_term(p: np.ndarray) -> np.ndarray:
+    clipped = np.clip(p, SMALLEST_PROBABILITY, 1)
+    return -clipped * np.log(clipped)
+
+
+def stored_shape(file: Path) -> tuple[int, ...]:
+    """Of the array `probabilities` in an npz; raises KeyError, ValueError or zipfile.BadZipFile if it is none."""
+    with zipfile.ZipFile(file) as archive, archive.open('probabilities.npy') as stream:
+        return _header(stream)[0]
+
+
+def stored_channels(file: Path) -> Iterator[np.ndarray]:
+    """The array `probabilities` (C, z, y, x) in an npz, float32, one channel after the other.
+
+    Raises:
+        ValueError: if the file ends early.
+    """
+    with zipfile.ZipFile(file) as archive, archive.open('probabilities.npy') as stream:
+        shape, fortran, dtype = _header(stream)
+        if fortran:  # nnU-Net never writes it
+            with np.load(file) as content:
+                yield from content['probabilities'].astype(np.float32)
+            return
+        for _ in range(shape[0]):
+            content_of_one = stream.read(int(np.prod(shape[1:])) * dtype.itemsize)
+            yield np.frombuffer(content_of_one, dtype).reshape(shape[1:]).astype(np.float32)
+
+
+def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in read:
+        raise ValueError(f'a format of arrays {version} that is not known')
+    return read[version](stream)
