@@ -85,7 +85,7 @@ class Checker:
 @pytest.fixture
 def checker(tmp_path, monkeypatch, capsys) -> Checker:
     """A data set with two configurations, of which 3d_fullres is preprocessed, and no trained model."""
-    for name in [*FOLDERS, *(v for v in os.environ if v.startswith('nnUNet_pdddpm_'))]:
+    for name in [*FOLDERS, *(v for v in os.environ if v.lower().startswith('nnunet_pdddpm_'))]:
         monkeypatch.delenv(name, raising=False)
     for name in FOLDERS:
         (tmp_path / name / DATASET).mkdir(parents=True)
@@ -151,6 +151,7 @@ def test_nnunet_raw_is_not_needed(checker, monkeypatch):
     ('nnUNet_pdddpm_steps', 'many', 'must be a whole number, got "many"'),
     ('nnUNet_pdddpm_start', '1.5', 'must lie in 0 to 1'),
     ('nnUNet_pdddpm_samples_from', 'noise', 'must be one of chain, stock, blind'),
+    ('NNUNET_PDDDPM_STEPS', 'many', 'must be a whole number, got "many"'),  # as Windows gives it
     ('nnUNet_pdddpm_t_start', '500', 'nnUNet_pdddpm_t_start is unknown')])
 def test_wrong_environment_variables_are_shown_and_reported(checker, monkeypatch, variable, value, says):
     monkeypatch.setenv(variable, value)

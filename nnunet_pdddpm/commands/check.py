@@ -18,7 +18,7 @@ import torch
 
 import nnunet_pdddpm
 from nnunet_pdddpm.commands.check_dataset import TRAINER, check_dataset, environment_problem, row
-from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX
+from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, own_variables
 from nnunet_pdddpm.versions import require_nnunet
 
 SHIM = Path('nnunetv2', 'training', 'nnUNetTrainer', 'variants', 'pdddpm')
@@ -155,7 +155,7 @@ def print_devices() -> None:
 
 def check_environment(problems: list[str]) -> None:
     """The variables of this package; values that no model accepts are a problem."""
-    variables = sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX))
+    variables = sorted(own_variables())
     print('Environment variables' if variables else f'Environment variables {ENVIRONMENT_PREFIX}*: none')
     for variable in variables:
         row(variable, os.environ[variable])

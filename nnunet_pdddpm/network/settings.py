@@ -131,6 +131,15 @@ def from_numbers(numbers: Mapping[str, Any]) -> SamplingSettings:
     return SamplingSettings(**values)
 
 
+def own_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Environment variables of this package -> what follows the prefix, in lower case.
+
+    They are compared without case, since Windows gives names in upper case. NNUNET_PDDDPM_DATA is the benchmarks'.
+    """
+    names = {variable: variable.lower().removeprefix(ENVIRONMENT_PREFIX.lower()) for variable in environment}
+    return {variable: name for variable, name in names.items() if name not in (variable.lower(), 'data')}
+
+
 def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[str, Value]:
     """Sampling settings given by environment variables: `nnUNet_pdddpm_start` and so on, one for each setting.
 
@@ -138,10 +147,9 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
         ValueError: if a value is no number of the right kind, or a variable with the prefix is none of the known.
     """
     overrides: dict[str, Value] = {}
-    for variable, text in environment.items():
-        # compared without case, since Windows gives names in upper case; NNUNET_PDDDPM_DATA is the benchmarks'
-        name = variable.lower().removeprefix(ENVIRONMENT_PREFIX.lower())
-        if name == variable.lower() or name in ('presegmenter', 'data') or not text:
+    for variable, name in own_variables(environment).items():
+        text = environment[variable]
+        if name == 'presegmenter' or not text:
             continue
         if name not in KINDS:
             known = ', '.join([*(ENVIRONMENT_PREFIX + n for n in KINDS), PRESEGMENTER_VARIABLE])
