@@ -63,7 +63,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.weight_decay = 1e-2
         # share of the patches that show the denoiser no mask at all and ask for the best one, with nnU-Net's own loss;
         # the others show the noised truth and ask for its distribution
-        self.blind_share = 0.25
+        self.blind_share = 0.5
         # sampling settings that go into the model until they are tuned
         self.sampling = SamplingSettings()
         # start from the stock model's weights, or from nnU-Net's initialisation
