@@ -20,6 +20,7 @@ from phantom_data import Phantom
 from phantom_data import phantom as draw_phantom
 from scale import commit, machine, results
 
+from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, errors_by
 from nnunet_pdddpm.network.refiner import CALIBRATION
@@ -57,10 +58,12 @@ def _of_phantom(predictor, settings: SamplingSettings, case: Phantom, number: in
     volume, settings = opened(predictor, case), settings.for_case(str(number))
     counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
     for sample in range(SAMPLES):
-        p, parts = volume.sample(settings, sample, SAMPLES), volume.parts(settings)
+        p, parts = volume.whole_sample(settings, sample, SAMPLES), volume.parts(settings)
         shifts = predictor.refiner.end_shifts(settings, sample, SAMPLES, parts.number)
-        counter.add_sample(sample, p, shifts, parts, volume.objects(settings.temperature))
-    counter.add_mask(volume.blind())
+        objects = volume.objects(settings.temperature)
+        mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
+        counter.add(sample, slice(0, volume.shape[1]), mask, objects.index, objects.number)
+    counter.add_mask([(slice(0, volume.shape[1]), volume.blind())])
     return volume_row(float(case.truth.sum()), counter.features(np.ones(1))[0],
                       counter.sample_sizes()[:, 0].astype(float))
 

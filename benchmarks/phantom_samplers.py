@@ -76,7 +76,7 @@ def draw(volume: Volume, settings: SamplingSettings) -> tuple[np.ndarray, np.nda
     """SAMPLES masks (n, Y, X) bool, and their mean probability (Y, X)."""
     refiner, masks, mean = volume.refiner, [], 0
     for sample in range(SAMPLES):
-        p = volume.sample(settings, sample, SAMPLES)
+        p = volume.whole_sample(settings, sample, SAMPLES)
         parts = volume.parts(settings)
         shifts = refiner.end_shifts(settings, sample, SAMPLES, parts.number)
         masks.append(drawn_mask(p[:, 0], refiner.regions, shifts, parts.at(0))[1].numpy() > 0)

@@ -26,7 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_pdddpm.commands.predict import main
 from nnunet_pdddpm.demo.phantom import write_dataset
 from nnunet_pdddpm.image_files import damage
-from nnunet_pdddpm.inference import export
+from nnunet_pdddpm.inference import export, volume_predictor
 from nnunet_pdddpm.inference import preprocess as preprocess_module
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
 from nnunet_pdddpm.inference.export import Outputs
@@ -465,6 +465,8 @@ def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(re
         if device.type == 'cuda':
             of_the_device()
         return result
+    monkeypatch.setattr(PDDDPMPredictor, 'fits', lambda self, shape: True)  # as it seems before
+    monkeypatch.setattr(volume_predictor, 'all_cpus', lambda: 1)
     for device in ('cpu', 'cuda'):
         monkeypatch.setattr(PDDDPMPredictor, '_predict_volume', too_large)
         predictor.device, predictor.perform_everything_on_device = torch.device(device), device == 'cuda'

@@ -13,11 +13,10 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding
-from nnunet_pdddpm.diffusion.drawing import drawn_mask
+from nnunet_pdddpm.diffusion.drawing import drawn_logits, drawn_mask, hard_mask
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.diffusion.process import Ancestral, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
-from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_case, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -37,7 +36,7 @@ PROCESSES = pytest.mark.parametrize('process', [Ancestral(), Redrawing(lambda x0
 
 def field(shape, seed=0, sample=0, correlation=0.0):
     """The first noise field (C, Z, Y, X) of a sample."""
-    return torch.stack(list(volume_noise(shape, seed, sample, CPU, correlation)()), 1)
+    return volume_noise(shape, seed, sample, CPU, correlation)()(shape[1])
 
 
 @pytest.mark.parametrize('correlation', [0.0, 0.9, 1.0])
@@ -63,13 +62,23 @@ def test_noise_repeats_for_the_same_arguments_only():
         assert torch.equal(one, other) == (i == j)
     assert torch.equal(field(shape, 1, 1, 0.5), draws[3])
     source = volume_noise(shape, 0, 0, CPU)
-    first, second = (torch.stack(list(source()), 1) for _ in range(2))
+    first, second = (source()(shape[1]) for _ in range(2))
     assert torch.equal(first, field(shape)) and not torch.equal(first, second)
 
 
 def local_denoiser(x):
     """Smoothing over 3 x 3 x 3 voxels of (C, Z, Y, X), and bounded like a mask: an estimate of x0 that looks nearby."""
     return torch.tanh(2 * torch.nn.functional.avg_pool3d(x[None], 3, 1, 1)[0])
+
+
+def at_once(denoise):
+    """A function of a volume as one that gives its slices."""
+    return lambda x, level: [(slice(0, x.shape[1]), denoise(x, level))]
+
+
+def fused(*args):
+    """All that `fuse_tiles` gives, (C, Z, Y, X)."""
+    return torch.cat([values.clone() for _, values in fuse_tiles(*args)], 1)
 
 
 @PROCESSES
@@ -85,9 +94,9 @@ def test_a_volume_is_refined_as_the_whole_tensor_would_be(process, start, steps)
         return local_denoiser(x) * math.cos(level / 10)
     source = volume_noise(shape, 5, 2, CPU)
     expected = refine(lambda x, level: denoise(x[0], level)[None], process, mask[None], levels,
-                      lambda: torch.stack(list(source()), 1)[None])[0]
+                      lambda: source()(shape[1])[None])[0]
     asked_of_the_whole, asked = asked, []
-    result = refine_volume(denoise, lambda z: process, lambda z: mask[:, z], shape, CPU, levels,
+    result = refine_volume(at_once(denoise), lambda z: process, lambda z: mask[:, z], shape, CPU, levels,
                            volume_noise(shape, 5, 2, CPU))
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
     assert asked == asked_of_the_whole == levels[:-1]  # one call a step, none where nothing is left to do
@@ -113,24 +122,25 @@ def test_fused_tiles_are_the_weighted_mean_in_any_order():
         weights[tile[1:]] += weight.double().numpy()
 
     def fuse(order):
-        return fuse_tiles(((tiles[i], torch.from_numpy(values[i]).float()) for i in order), shape, weight, CPU)
+        return fused(((tiles[i], torch.from_numpy(values[i]).float()) for i in order), shape, weight, CPU)
     forwards, shuffled = fuse(range(len(tiles))), fuse(rng.permutation(len(tiles)).tolist())
     np.testing.assert_allclose(forwards.numpy(), total / weights, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(forwards, shuffled, rtol=1e-5, atol=1e-5)
     slices = [(slice(None), z, *tile[2:]) for z in range(9) for tile in tiles[:6]]  # 2d: tiles of single slices
-    in_2d = fuse_tiles(((tile, torch.full((2, *weight.shape[1:]), float(tile[1]))) for tile in slices), shape,
-                       weight[3], CPU)
+    in_2d = fused(((tile, torch.full((2, *weight.shape[1:]), float(tile[1]))) for tile in slices), shape, weight[3],
+                  CPU)
     np.testing.assert_allclose(in_2d[0, :, 0, 0].numpy(), range(9), rtol=1e-6)
 
 
 def test_where_no_tile_is_other_values_stand():
     shape = (2, 3, 8, 8)
     tile = (slice(None), slice(0, 2), slice(2, 6), slice(0, 4))
-    fused = fuse_tiles([(tile, torch.full((2, 2, 4, 4), 5.0))], shape, torch.rand(2, 4, 4) + 0.1, CPU,
-                       lambda z: torch.full((2, 8, 8), -float(z)))
-    expected = -torch.arange(3.0).reshape(1, 3, 1, 1).expand(shape).clone()
+    values = -torch.arange(3.0).reshape(1, 3, 1, 1).expand(shape)
+    result = fused([(tile, torch.full((2, 2, 4, 4), 5.0))], shape, torch.rand(2, 4, 4) + 0.1, CPU,
+                   lambda z: values[:, z])
+    expected = values.clone()
     expected[tile] = 5
-    torch.testing.assert_close(fused, expected)
+    torch.testing.assert_close(result, expected)
 
 
 TILE, VOLUME = (8, 8, 16), (8, 8, 72)
@@ -152,8 +162,8 @@ def sample_of_every_tile_for_itself(process, mask, levels, sample):
     """What a sliding window makes of a network that draws its noise anew for every tile."""
     tiles, weight = tiles_of(VOLUME, TILE)
     number = itertools.count(1000 * sample)
-    return fuse_tiles(((tile, refined(lambda x, level: local_denoiser(x), process, mask[tile], levels, 0, next(number)))
-                       for tile in tiles), mask.shape, weight, CPU)
+    return fused(((tile, refined(at_once(lambda x, level: local_denoiser(x)), process, mask[tile], levels, 0,
+                                 next(number))) for tile in tiles), mask.shape, weight, CPU)
 
 
 @PROCESSES
@@ -206,8 +216,9 @@ def spread_of(p, regions, folds=1):
     spread = Spread(p.shape[1:], len(p), folds, regions, CPU)
     for fold in range(folds):
         for sample in range(fold, len(p), folds):
-            spread.add(torch.as_tensor(p[sample], dtype=torch.float32), torch.zeros(p.shape[1], 1))
-        spread.end_of_fold()
+            values = torch.as_tensor(p[sample], dtype=torch.float32)
+            spread.add(sample, slice(0, p.shape[2]), values, hard_mask(values.logit() if regions else values, regions))
+        spread.end_of_fold(len(range(fold, len(p), folds)))
     return spread
 
 
@@ -260,22 +271,25 @@ def test_running_sums_say_what_stacked_samples_do(regions, samples, folds):
         np.testing.assert_allclose(spread.maps()[name].numpy(), values[box], atol=3e-6, err_msg=name)
 
 
+@pytest.mark.parametrize('samples', [2, 4])  # fewer and more than channels
 @pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
-def test_masks_are_counted_as_drawn_with_the_thresholds_of_their_part(regions):
+def test_masks_are_counted_as_drawn_with_the_thresholds_of_their_part(regions, samples):
     rng = np.random.default_rng(2)
     p = torch.from_numpy(probabilities_like(rng, 1, regions)[0]).float()
     index = torch.from_numpy(rng.integers(0, 3, p.shape[1:]).astype(np.int32))
     shifts = torch.from_numpy(rng.normal(0, 2, (3, 3))).float()
-    spread = Spread(p.shape, 2, 1, regions, CPU)
-    for _ in range(2):
-        spread.add(p, shifts, Parts(index, 3))
+    spread = Spread(p.shape, samples, 1, regions, CPU)
+    mask = hard_mask(drawn_logits(p, regions, shifts, index), regions)
+    for number, z in itertools.product(range(samples), (slice(0, 1), slice(1, 4))):
+        spread.add(number, z, p[:, z], mask[:, z] if regions else mask[z])
+    counts = torch.cat([spread.count_at(z) for z in (slice(0, 3), slice(3, 4))], 1)
     logits = p.logit() if regions else p.log()
     for part in range(3):
         shifted = logits + shifts[:, part, None, None, None]
         expected = shifted > 0 if regions else shifted == shifted.amax(0)
-        assert torch.equal(spread.counts[:, index == part], 2 * expected[:, index == part].to(spread.counts.dtype))
+        assert torch.equal(counts[:, index == part], samples * expected[:, index == part].to(counts.dtype))
     whole = drawn_mask(p, regions, shifts[:, :1])
-    assert (spread.counts != 2 * whole).any()
+    assert (counts != samples * whole).any()
     torch.testing.assert_close(spread.mean, p)  # which the draws leave alone
 
 
@@ -355,7 +369,7 @@ def test_a_region_on_which_all_agree_hides_no_disagreement_on_another(samples):
     for i in range(samples):
         p = torch.ones(2, 1, 1, 2)
         p[1, ..., 0] = float(i % 2)
-        spread.add(p, torch.zeros(2, 1))
+        spread.add(i, slice(0, 1), p, p > 0.5)
     maps = spread.maps()
     share = (samples // 2) / samples
     expected = -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 2  # mean over the two regions
@@ -390,9 +404,9 @@ def test_memory_does_not_grow_with_the_number_of_samples(folds):
     def bytes_a_voxel(samples):
         spread = spread_of(np.full((samples, *shape), 0.25), False, folds)
         return sum(t.nbytes for t in vars(spread).values() if isinstance(t, torch.Tensor)) / voxels
-    documented = 4 * 4 + 4 + 12 + (4 * 4 if folds > 1 else 0)
-    assert bytes_a_voxel(3) == bytes_a_voxel(255) == documented
-    assert bytes_a_voxel(256) == documented + 4
+    documented = 4 * 4 + 12 + (4 * 4 if folds > 1 else 0)
+    assert [bytes_a_voxel(n) for n in (3, 4, 255)] == [documented + 3, documented + 4, documented + 4]
+    assert bytes_a_voxel(256) == documented + 8
 
 
 def test_volumes_of_samples_by_hand():

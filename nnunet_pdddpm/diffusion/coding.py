@@ -55,8 +55,30 @@ def harden(logits: Tensor, regions: bool) -> Tensor:
     """
     if regions:
         return (logits > 0).float()
-    largest = logits == logits.amax(1, keepdim=True)  # argmax over channels is a dozen times slower on a CPU
-    return (largest & (largest.cumsum(1, dtype=torch.int16) == 1)).float()
+    places = _places(logits.shape[1], logits)
+    return (places == _first_largest(logits, places)).float()
+
+
+def class_map(logits: Tensor) -> Tensor:
+    """Logits (B, C, ...) to the classes (B, ...) of `harden`'s mask, uint8 (int16 from 256 classes on).
+
+    C where the logits are NaN, which are no mask.
+    """
+    return logits.shape[1] - _first_largest(logits, _places(logits.shape[1], logits))[:, 0]
+
+
+def _places(channels: int, like: Tensor) -> Tensor:
+    """(1, C, 1, ...): C for the first channel, down to 1 for the last."""
+    dtype = torch.uint8 if channels < 256 else torch.int16
+    return torch.arange(channels, 0, -1, dtype=dtype, device=like.device).reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def _first_largest(logits: Tensor, places: Tensor) -> Tensor:
+    """(B, 1, ...) place of the channel with the largest logit, the first of several; 0 where they are NaN.
+
+    argmax over channels is a dozen times slower on a CPU.
+    """
+    return ((logits == logits.amax(1, keepdim=True)) * places).amax(1, keepdim=True)
 
 
 def logits_to_probabilities(logits: Tensor, regions: bool) -> Tensor:

@@ -7,13 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.coding import harden, probabilities_to_logits
+from nnunet_pdddpm.diffusion.coding import class_map, harden, probabilities_to_logits
 
 END = 0
 """Stage of a draw that gives the sample's mask; the draws before it count from 1, the start, on."""
 
 
-@lru_cache(maxsize=64)  # a volume comes slice by slice, and asks for the same ones at each
+@lru_cache(maxsize=64)  # a volume comes chunk by chunk, and asks for the same ones at each
 def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int, stage: int = END,
                 parts: int = 1, dependence: float = 1.0) -> Tensor:
     """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.
@@ -85,7 +85,13 @@ def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Te
     shifts = shifts.to(logits.device)
     if parts is None or shifts.shape[1] == 1:
         return logits.add_(shifts[:, 0].reshape(-1, *[1] * (logits.ndim - 1)))
-    return logits.add_(shifts[:, parts.long()])
+    return logits.add_(shifts.index_select(1, parts.flatten()).reshape(logits.shape))
+
+
+def hard_mask(logits: Tensor, regions: bool) -> Tensor:
+    """The mask that logits (C, ...) stand for, small: classes (...) as `coding.class_map` has them, bool of regions
+    (C, ...)."""
+    return logits > 0 if regions else class_map(logits[None])[0]
 
 
 def drawn_mask(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Tensor | None = None) -> Tensor:

@@ -38,13 +38,20 @@ class ForwardProcess(Protocol):
 
 
 def signal(level: Level) -> Tensor:
-    """sqrt(abar) at a log SNR, float64 on the CPU: what the mask is multiplied with."""
-    return torch.sigmoid(torch.as_tensor(level, dtype=torch.float64, device='cpu')).sqrt()
+    """sqrt(abar) at a log SNR, float64: what the mask is multiplied with."""
+    return torch.sigmoid(_double(level)).sqrt()
 
 
 def noise_scale(level: Level) -> Tensor:
-    """sqrt(1 - abar) at a log SNR, float64 on the CPU: what the noise is multiplied with."""
-    return torch.sigmoid(-torch.as_tensor(level, dtype=torch.float64, device='cpu')).sqrt()
+    """sqrt(1 - abar) at a log SNR, float64: what the noise is multiplied with."""
+    return torch.sigmoid(-_double(level)).sqrt()
+
+
+def _double(level: Level) -> Tensor:
+    """In float64: a number on the CPU; a tensor where it is, or a GPU would be waited for, but on mps, which has none.
+    """
+    stays = isinstance(level, Tensor) and level.device.type != 'mps'
+    return torch.as_tensor(level, dtype=torch.float64, device=None if stays else 'cpu')
 
 
 def per_item(values: Tensor, like: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ class Parts:
     """(Z, Y, X) int32; None if there is one part."""
     number: int
 
-    def at(self, z: int) -> Tensor | None:
-        """(Y, X) of a slice."""
+    def at(self, z: int | slice) -> Tensor | None:
+        """(Y, X) of a slice, (slices, Y, X) of several."""
         return None if self.index is None else self.index[z]
 
 

@@ -1,7 +1,7 @@
 """Voxels of each label in masks and samples, counted in the network's grid."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.drawing import drawn_logits
-from nnunet_pdddpm.inference.components import Parts
+from nnunet_pdddpm.diffusion.drawing import hard_mask
+from nnunet_pdddpm.inference.chunks import in_chunks, inside
 from nnunet_pdddpm.inference.intervals import Features
 
 
@@ -28,55 +28,67 @@ class VoxelCounter:
         self.manager, self.labels, self.box = label_manager, labels, box
         self.masks: list[np.ndarray] = []
         """Of each model: voxels of each label, (labels,)."""
-        self.samples: dict[int, np.ndarray] = {}
-        """Number of a sample -> voxels of each label in each object, (labels, objects)."""
-        self.consensus = np.zeros(len(labels), int)
-        """Of the mask that all models make together."""
+        self.highest = max(max(of) for of in labels.values())
+        self.tables: dict[int, Tensor] = {}
+        self._consensus: np.ndarray | None = None
 
-    def add_mask(self, logits: Tensor) -> None:
-        """The mask of one model, by its logits (C, Z, Y, X), padded."""
-        self.masks.append(self._in_mask(logits[:, self.box[0], self.box[1], self.box[2]]))
+    def add_mask(self, logits: Iterable[tuple[slice, Tensor]]) -> None:
+        """The mask of one model, by slices and its logits (C, slices, Y, X) in them, padded."""
+        table = torch.zeros(0)
+        for z, values in logits:
+            table = self._add(table, hard_mask(values, self.manager.has_regions), z, None, 1)
+        self.masks.append(self._of_labels(table)[:, 0])
 
     def set_consensus(self, logits: Tensor) -> None:
-        """The mask that all models make together, by its logits (C, Z, Y, X) without padding."""
-        self.consensus = self._in_mask(logits)
+        """The mask that several models make together, by its logits (C, Z, Y, X) without padding."""
+        padded, self.box = self.box, tuple(slice(0, n) for n in logits.shape[1:])
+        self.add_mask(in_chunks(logits))
+        self.box, self._consensus = padded, self.masks.pop()
 
-    def _in_mask(self, logits: Tensor) -> np.ndarray:
-        counts = np.zeros(len(self.labels), int)
-        for z in range(logits.shape[1]):
-            counts += self._count(logits[:, z], None, 1)[:, 0]
-        return counts
+    @property
+    def consensus(self) -> np.ndarray:
+        """Voxels of each label in the mask that all models make together, (labels,)."""
+        return self.masks[0] if self._consensus is None else self._consensus
 
-    def add_sample(self, number: int, probabilities: Tensor, shifts: Tensor, parts: Parts, objects: Parts) -> None:
-        """A sample, by its probabilities (C, Z, Y, X), padded, and what draws its mask: see `drawing.drawn_logits`.
+    def add(self, number: int, z: slice, mask: Tensor, index: Tensor | None, objects: int) -> None:
+        """Some slices of a sample.
 
-        `objects`: those that are counted one by one.
+        Args:
+            number: of the sample.
+            z: which slices of the padded volume.
+            mask: their mask, see `drawing.hard_mask`.
+            index: (slices, Y, X) object of each voxel, of so many `objects` that are counted one by one; None for one.
         """
-        regions, (_, y, x) = self.manager.has_regions, self.box
-        counts = np.zeros((len(self.labels), objects.number), int)
-        for z in range(*self.box[0].indices(probabilities.shape[1])):
-            part, index = parts.at(z), objects.at(z)
-            logits = drawn_logits(probabilities[:, z, y, x], regions, shifts,
-                                  None if part is None else part[y, x])
-            counts += self._count(logits, None if index is None else index[y, x], objects.number)
-        self.samples[number] = counts
+        self.tables[number] = self._add(self.tables.get(number, torch.zeros(0)), mask, z, index, objects)
 
-    def _count(self, logits: Tensor, index: Tensor | None, number: int) -> np.ndarray:
-        """(labels, number) voxels of each label, by nnU-Net's own rule, in each of the parts that `index` names."""
-        values = self._label_map(logits).flatten().long()
-        index = torch.zeros_like(values) if index is None else index.flatten().long()
-        highest = max(max(of) for of in self.labels.values())
-        together = torch.bincount((values * number + index)[values <= highest], minlength=(highest + 1) * number)
-        table = together.reshape(-1, number).cpu().numpy()
-        return np.stack([table[list(of)].sum(0) for of in self.labels.values()])
+    @property
+    def samples(self) -> dict[int, np.ndarray]:
+        """Number of a sample -> voxels of each label in each object, (labels, objects)."""
+        return {number: self._of_labels(table) for number, table in self.tables.items()}
 
-    def _label_map(self, logits: Tensor) -> Tensor:
-        """As nnU-Net's `convert_logits_to_segmentation`: argmax, or regions one over the other."""
+    def _add(self, table: Tensor, mask: Tensor, z: slice, index: Tensor | None, number: int) -> Tensor:
+        """Add to a table (values, number) the voxels of slices in the box that have a value, by nnU-Net's own rule, in
+        each of the parts that `index` names. It stays where the mask is: a GPU is not waited for."""
+        here, (_, y, x) = inside(z, self.box[0])[0], self.box
+        values = self._label_map(mask[..., here, y, x]).flatten()
+        if index is not None:
+            values = values * number + index[here, y, x].flatten()
+        counted = torch.bincount(values, minlength=(1 + self.highest) * number)[:(1 + self.highest) * number]
+        return counted.reshape(-1, number) if not len(table) else table + counted.reshape(-1, number)
+
+    def _of_labels(self, table: Tensor) -> np.ndarray:
+        """(values, number) -> (labels, number)"""
+        of_values = table.cpu().numpy()
+        return np.stack([of_values[list(of)].sum(0) for of in self.labels.values()])
+
+    def _label_map(self, mask: Tensor) -> Tensor:
+        """As nnU-Net's `convert_logits_to_segmentation`: the classes' labels, or regions one over the other; int64."""
         if not self.manager.has_regions:
-            return torch.tensor(self.manager.all_labels, device=logits.device)[logits.argmax(0)]
-        values = torch.zeros(logits.shape[1:], dtype=torch.int64, device=logits.device)
+            no_mask = [0]  # of NaN
+            return torch.tensor([*self.manager.all_labels, *no_mask], device=mask.device)[mask.long()]
+        values = torch.zeros(mask.shape[1:], dtype=torch.int64, device=mask.device)
         for channel, label in enumerate(self.manager.regions_class_order):
-            values[logits[channel] > 0] = label
+            values.masked_fill_(mask[channel], label)
         return values
 
     def voxel_ml(self, mask_ml: np.ndarray, grid_voxel_ml: float) -> np.ndarray:
@@ -94,7 +106,8 @@ class VoxelCounter:
 
     def sample_sizes(self) -> np.ndarray:
         """(samples, labels) voxels, in the order of the samples' numbers."""
-        return np.stack([self.samples[number].sum(1) for number in sorted(self.samples)])
+        samples = self.samples
+        return np.stack([samples[number].sum(1) for number in sorted(samples)])
 
     def features(self, voxel_ml: np.ndarray) -> list[Features]:
         """What intervals are made of, for each label: arrays (models,). What is of the samples is known of one model.
@@ -103,9 +116,10 @@ class VoxelCounter:
         """
         masks = np.stack(self.masks) * voxel_ml
         nothing = np.zeros(len(masks))
-        if len(masks) > 1 or len(self.samples) < 2:
+        if len(masks) > 1 or len(self.tables) < 2:
             return [Features(of, nothing, nothing, nothing, nothing) for of in masks.T]
-        counts = np.stack([self.samples[number] for number in sorted(self.samples)]) * voxel_ml[:, None]
+        samples = self.samples
+        counts = np.stack([samples[number] for number in sorted(samples)]) * voxel_ml[:, None]
         total, sd = counts.sum(2), counts.std(0, ddof=1)
         return [Features(masks[:, i], total[:, i].mean(keepdims=True), total[:, i].std(ddof=1, keepdims=True),
                          (sd[i] ** 2).sum(keepdims=True), sd[i].sum(keepdims=True) ** 2)

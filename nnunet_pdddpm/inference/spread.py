@@ -1,15 +1,16 @@
-"""What several samples of one volume say together: running sums, whose memory does not grow with their number."""
+"""What several samples of one volume say together: running sums, and masks if they are few."""
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import harden
-from nnunet_pdddpm.diffusion.drawing import drawn_mask
-from nnunet_pdddpm.inference.components import WHOLE, Parts
+from nnunet_pdddpm.inference.chunks import chunks
 
 UNSURE = (0.1, 0.9)
 """A label is unsure at a voxel where its mean probability lies between these."""
@@ -18,8 +19,9 @@ UNSURE = (0.1, 0.9)
 class Spread:
     """Mean and spread of sampled probabilities of one volume, by fold where there are several.
 
-    Memory on `device`, in bytes a voxel: 4 C for the mean, 1 C (2 C from 256 samples on) for the counts, 12 for entropy
-    and squares; 4 C more for several folds. It does not depend on the number of samples.
+    Memory on `device`, in bytes a voxel: 4 C for the mean, 12 for entropy and squares, and to compare the samples 1 C
+    (2 C from 256 samples on), or of fewer samples than classes their masks, 1 a sample (2 from 256 classes on); 4 C
+    more for several folds.
     """
 
     def __init__(self, shape: Sequence[int], samples: int, folds: int, regions: bool, device: torch.device) -> None:
@@ -32,42 +34,75 @@ class Spread:
             device: where the sums are kept.
         """
         self.samples, self.folds, self.regions = samples, folds, regions
-        self.mean = torch.zeros(tuple(shape), device=device)
-        self.counts = torch.zeros(tuple(shape), device=device, dtype=torch.uint8 if samples < 256 else torch.int16)
-        self.entropy = torch.zeros(tuple(shape[1:]), device=device)
-        self.squares = torch.zeros(tuple(shape[1:]), device=device)
+        self.shape = tuple(shape)
+        self.mean = torch.zeros(self.shape, device=device)
+        self.counts, self.masks = None, None
+        if regions or samples >= shape[0]:
+            self.counts = torch.zeros(self.shape, device=device, dtype=torch.uint8 if samples < 256 else torch.int16)
+        else:
+            self.masks = torch.zeros((samples, *self.shape[1:]), device=device,
+                                     dtype=torch.uint8 if shape[0] < 256 else torch.int16)
+        self.entropy = torch.zeros(self.shape[1:], device=device)
+        self.squares = torch.zeros(self.shape[1:], device=device)
         self.fold_mean = torch.zeros_like(self.mean) if folds > 1 else None
         self.fold_squares = torch.zeros_like(self.entropy)
-        self.of_fold = 0
 
-    def add(self, probabilities: Tensor, shifts: Tensor, parts: Parts = WHOLE) -> None:
-        """Add the probabilities (C, Z, Y, X) of one sample; `shifts` (C, J) draw its mask, see
-        `drawing.draw_shifts`."""
-        for z in range(probabilities.shape[1]):
-            p = probabilities[:, z]
-            self.mean[:, z] += p / self.samples
-            self.counts[:, z] += drawn_mask(p, self.regions, shifts, parts.at(z)).to(self.counts.dtype)
-            self.entropy[z] += self._entropy(p) / self.samples
-            self.squares[z] += self._over_channels(p ** 2) / self.samples
-            if self.fold_mean is not None:
-                self.fold_mean[:, z] += p
-        self.of_fold += 1
+    def add(self, number: int, z: slice, probabilities: Tensor, mask: Tensor) -> None:
+        """Add some slices of a sample.
 
-    def end_of_fold(self) -> None:
-        """All samples of one model have been added."""
-        if self.fold_mean is not None and self.of_fold:
-            for z in range(self.mean.shape[1]):
-                square = self._over_channels((self.fold_mean[:, z] / self.of_fold) ** 2)
-                self.fold_squares[z] += self.of_fold / self.samples * square
+        Args:
+            number: of the sample.
+            z: which slices.
+            probabilities: theirs, (C, slices, Y, X).
+            mask: that was drawn from them, see `drawing.hard_mask`.
+        """
+        p = probabilities
+        self.mean[:, z] += p / self.samples
+        self.entropy[z] += self._entropy(p) / self.samples
+        self.squares[z] += self._over_channels(p ** 2) / self.samples
+        if self.fold_mean is not None:
+            self.fold_mean[:, z] += p
+        if self.masks is not None:
+            self.masks[number, z] = mask
+        elif self.counts is not None:
+            self.counts[:, z] += mask if self.regions else self._one_hot(mask)
+
+    def mean_of_fold(self, z: slice, samples: int) -> Tensor:
+        """Mean probabilities (C, slices, Y, X) of the model whose samples are being added: so many, all there."""
+        return self.mean[:, z] if self.fold_mean is None else self.fold_mean[:, z] / samples
+
+    def end_of_fold(self, samples: int) -> None:
+        """All samples of one model, so many, have been added."""
+        if self.fold_mean is not None and samples:
+            for z in chunks(self.shape):
+                square = self._over_channels((self.fold_mean[:, z] / samples) ** 2)
+                self.fold_squares[z] += samples / self.samples * square
             self.fold_mean.zero_()
-        self.of_fold = 0
 
     def crop(self, box: tuple[slice, ...]) -> None:
         """Leave out what lies outside the box (of Z, Y, X), as padding does. Nothing can be added afterwards."""
         z, y, x = box
-        self.mean, self.counts = self.mean[:, z, y, x], self.counts[:, z, y, x]
+        self.__dict__.pop('_count_sums', None)
+        self.mean = self.mean[:, z, y, x]
+        self.shape, self.fold_mean = tuple(self.mean.shape), None if self.fold_mean is None else torch.empty(0)
+        self.counts = None if self.counts is None else self.counts[:, z, y, x]
+        self.masks = None if self.masks is None else self.masks[:, z, y, x]
         self.entropy, self.squares, self.fold_squares = (
             sums[z, y, x] for sums in (self.entropy, self.squares, self.fold_squares))
+
+    def count_at(self, z: slice) -> Tensor:
+        """In how many samples each channel is there, (C, slices, Y, X)."""
+        if self.counts is not None:
+            return self.counts[:, z]
+        masks = cast(Tensor, self.masks)[:, z]
+        counts = torch.zeros((self.shape[0], *masks.shape[1:]), dtype=torch.int16, device=masks.device)
+        for mask in masks:
+            counts += self._one_hot(mask)
+        return counts
+
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        """(slices, Y, X) -> (C, slices, Y, X) bool."""
+        return classes == torch.arange(self.shape[0], device=classes.device, dtype=classes.dtype)[:, None, None, None]
 
     def maps(self) -> dict[str, Tensor]:
         """Maps (Z, Y, X) of the uncertainty, float32.
@@ -79,16 +114,18 @@ class Spread:
         variance: of the probabilities over the samples, summed over the classes (mean over regions).
         variance_between_folds, with several models: the part of it that lies between the means of the models.
         """
-        uncertainty, variance, between = (torch.empty_like(self.entropy) for _ in range(3))
-        for z in range(self.mean.shape[1]):
+        folds = ['variance_between_folds'] if self.fold_mean is not None else []
+        maps = {name: torch.empty_like(self.entropy)
+                for name in ('uncertainty', 'variance', 'mutual_information', *folds)}
+        for z in chunks(self.shape):
             m = self.mean[:, z]
-            uncertainty[z] = self._entropy(m)
-            square = self._over_channels(m ** 2)
-            variance[z] = self.squares[z] - square
-            between[z] = self.fold_squares[z] - square
-        maps = {'uncertainty': uncertainty.clamp(0, 1), 'variance': variance.clamp(min=0),
-                'mutual_information': (uncertainty - self.entropy).clamp(0, 1)}
-        return {**maps, 'variance_between_folds': between.clamp(min=0)} if self.fold_mean is not None else maps
+            uncertainty, square = self._entropy(m), self._over_channels(m ** 2)
+            maps['uncertainty'][z] = uncertainty.clamp(0, 1)
+            maps['variance'][z] = (self.squares[z] - square).clamp(min=0)
+            maps['mutual_information'][z] = (uncertainty - self.entropy[z]).clamp(0, 1)
+            for name in folds:
+                maps[name][z] = (self.fold_squares[z] - square).clamp(min=0)
+        return maps
 
     def pairwise_dice(self, channel: int) -> float | None:
         """Dice between the samples' masks of a channel, intersections and sizes summed over all pairs.
@@ -96,11 +133,19 @@ class Spread:
         With c(v) samples that have the channel at voxel v: sum c (c - 1) / ((n - 1) sum c). It is the mean pairwise
         Dice when all masks have the same size. None with one sample, or if no sample has the channel anywhere.
         """
-        histogram = torch.bincount(self.counts[channel].flatten().long(), minlength=2).tolist()
-        total = sum(c * voxels for c, voxels in enumerate(histogram))
-        if self.samples < 2 or total == 0:
-            return None
-        return sum(c * (c - 1) * voxels for c, voxels in enumerate(histogram)) / ((self.samples - 1) * total)
+        total, pairs = self._count_sums[channel]
+        return None if self.samples < 2 or total == 0 else pairs / ((self.samples - 1) * total)
+
+    @cached_property
+    def _count_sums(self) -> list[list[int]]:
+        """Of each channel sum c and sum c (c - 1), once all samples have been added."""
+        sums = torch.zeros((self.shape[0], 2), dtype=torch.int64, device=self.mean.device)
+        for z in chunks(self.shape):
+            c = self.count_at(z).to(torch.int32)
+            sums[:, 0] += c.sum((1, 2, 3))
+            sums[:, 1] += c.mul_(c - 1).sum((1, 2, 3))
+        found: list[list[int]] = sums.tolist()
+        return found
 
     def estimated_dice(self, logits: Tensor) -> list[float | None]:
         """Dice of a mask, given by its logits (C, Z, Y, X), with a truth of which the mean probabilities p are right.
@@ -109,25 +154,26 @@ class Spread:
         It is too high where p is too sure, and where voxels are right or wrong together. 0 if the mask is empty, None
         if neither the mask nor any sample has the channel.
         """
-        overlaps, sizes, masks = torch.zeros((3, len(logits)), dtype=torch.float64, device=self.mean.device)
-        for z in range(logits.shape[1]):
+        sums = torch.zeros((3, *self.shape[:2]), dtype=torch.float64, device=self.mean.device)
+        for z in chunks(self.shape):
             p = self.mean[:, z]
             hard = harden(logits[None, :, z].to(p.device), self.regions)[0]
-            overlaps += (hard * p).sum((1, 2))
-            masks += hard.sum((1, 2))
-            sizes += p.sum((1, 2))
-        there = [bool(mask > 0) or bool(counts.any()) for mask, counts in zip(masks, self.counts, strict=True)]
+            for total, values in zip(sums, (hard * p, hard, p), strict=True):
+                total[:, z] = values.sum((2, 3), dtype=torch.float64)  # of slices: chunks of any size make the same sum
+        overlaps, masks, sizes = sums.sum(2).cpu()
+        there = [bool(mask > 0) or total > 0 for mask, (total, _) in zip(masks, self._count_sums, strict=True)]
         dice = 2 * overlaps / (masks + sizes)
         return [float(d) if known else None for d, known in zip(dice, there, strict=True)]
 
     def unsure_share(self, channels: Sequence[int]) -> float:
         """Share of unsure voxels among those that may belong to one of the channels (mean probability over 10 %)."""
-        unsure = possible = 0
-        for z in range(self.mean.shape[1]):
+        sums = torch.zeros(2, dtype=torch.int64, device=self.mean.device)
+        for z in chunks((len(channels), *self.shape[1:])):
             p = self.mean[list(channels), z]
-            possible += int((p > UNSURE[0]).any(0).sum())
-            unsure += int(((p > UNSURE[0]) & (p < UNSURE[1])).any(0).sum())
-        return unsure / possible if possible else 0.0
+            possible = p > UNSURE[0]
+            sums += torch.stack([(possible & (p < UNSURE[1])).any(0).sum(), possible.any(0).sum()])
+        unsure, possible_ = sums.tolist()
+        return unsure / possible_ if possible_ else 0.0
 
     def _over_channels(self, values: Tensor) -> Tensor:
         return values.mean(0) if self.regions else values.sum(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.inference.chunks import chunks
 
 Tile = tuple[slice | int, ...]
 """Index into a volume (C, Z, Y, X), as nnU-Net's sliding window makes it."""
@@ -23,7 +24,7 @@ def unsure_voxels(stock_logits: Tensor, regions: bool, sure: float) -> Tensor:
     """
     unsure = torch.ones(stock_logits.shape[1:], dtype=torch.bool, device=stock_logits.device)
     if sure < 1:
-        for z in range(len(unsure)):
+        for z in chunks(stock_logits.shape):
             p = logits_to_probabilities(stock_logits[None, :, z], regions)[0]
             unsure[z] = torch.maximum(p, 1 - p).amin(0) < sure if regions else p.amax(0) < sure
     return unsure
@@ -60,7 +61,8 @@ def tiles_around(unsure: Tensor, patch_size: Sequence[int], tile: Callable[[tupl
         shape.append(high - low)
     moved = [(one[0], *(_moved(index, start) for index, start in zip(one[1:], starts, strict=True)))
              for one in tile(tuple(shape))]
-    return [one for one in moved if unsure[one[1:]].any()]
+    holds = torch.stack([unsure[one[1:]].any() for one in moved]).tolist()  # one wait for a GPU, not one a tile
+    return [one for one, any_ in zip(moved, holds, strict=True) if any_]
 
 
 def _moved(index: slice | int, by: int) -> slice | int:

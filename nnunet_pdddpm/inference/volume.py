@@ -11,11 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_around
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.tiling import Tile, tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_sampling import (
+    Finished,
     fuse_tiles,
     mirrorings,
     mirrorings_of_sample,
@@ -66,19 +68,19 @@ class Volume:
         self.tiles: list[Tile] = []  # that are refined
         self.refined_tiles: list[float] = []  # their share, by fold
 
-    def start_fold(self, mirrored: bool = True) -> Tensor:
-        """Pre-segment by the model that has just been loaded; its stock logits (C, Z, Y, X) float16 on the CPU.
+    def start_fold(self, mirrored: bool = True) -> None:
+        """Pre-segment by the model that has just been loaded.
 
         `mirrored`: as stock nnU-Net predicts. What a chain starts from need not be.
         """
+        self.stock_logits = self.start_logits = torch.empty(0)  # that of the model before need not stay
+        self._blind: dict[float, Tensor] = {}  # temperature -> logits
         self.stock_logits = self.start_logits = self.presegment(mirrored)
         self.refiner.to(self.predictor.device).eval()
-        self._blind: dict[float, Tensor] = {}  # temperature -> logits
         self.temperature = 1.0  # of the sample that is being drawn
         self._objects: dict[float, Parts] = {}  # by temperature
         self._parts: dict[float, Parts] = {}
         self._choose_tiles()
-        return self.stock_logits.cpu()
 
     def presegment(self, mirrored: bool) -> Tensor:
         """Stock logits (C, Z, Y, X) float16."""
@@ -128,8 +130,8 @@ class Volume:
         """The objects that there may be, by the stock model's probabilities under a temperature."""
         if temperature not in self._objects:
             foreground = torch.empty(self.shape[1:], device=self.device)
-            for z in range(self.shape[1]):
-                p = self._stock_probabilities(z, temperature)
+            for z in chunks(self.shape):
+                p = self.probabilities_at(self.stock_logits, z, temperature)
                 foreground[z] = p.amax(0) if self.refiner.regions else 1 - p[0]
             self._objects[temperature] = objects_in(foreground)
         return self._objects[temperature]
@@ -143,41 +145,46 @@ class Volume:
             self._parts[temperature] = parts_around(self.objects(temperature))
         return self._parts[temperature]
 
-    def sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
-        """Probabilities (C, Z, Y, X) float32 that sample number `sample` of `samples` (None: one that depends on no
-        other, under one mirroring) is drawn from."""
+    def sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Callable[[slice], Tensor]:
+        """What sample number `sample` of `samples` (None: one that depends on no other, under one mirroring) is drawn
+        from: slices -> probabilities (C, slices, Y, X) float32."""
         if settings.samples_from == 'blind':
-            return self.add_probabilities(torch.zeros(self.shape, device=self.device),
-                                          self.blind(settings.blind_temperature), 1.0)
+            blind = self.blind(settings.blind_temperature)
+            return lambda z: self.probabilities_at(blind, z)
         if settings.samples_from == 'stock' or settings.start == 0 or not self.tiles:
-            return self.add_probabilities(torch.zeros(self.shape, device=self.device), self.stock_logits, 1.0,
-                                          settings.temperature)
+            return lambda z: self.probabilities_at(self.stock_logits, z, settings.temperature)
         mirrored = self.mirrorings_of(sample, samples)
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
         parts, self.temperature = self.parts(settings), settings.temperature
         shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
-        whole = self.refiner.chain(settings, sample, samples, None, parts.number)
         x = refine_volume(
             lambda x, level: self.denoise(x, level, mirrored),
-            lambda z: whole if parts.index is None else self.refiner.chain(settings, sample, samples, parts.at(z),
-                                                                           parts.number),
+            lambda z: self.refiner.chain(settings, sample, samples, parts.at(z), parts.number),
             lambda z: self.refiner.start_mask(self.start_logits[:, z], settings, shifts, parts.at(z)),
             self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
-        for z in range(self.shape[1]):
-            x[:, z] = self.refiner.probabilities(x[None, :, z])[0]
-        return x
+        return lambda z: self.refiner.probabilities(x[None, :, z])[0]
 
-    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
-        """Estimate of the clean coded mask (C, Z, Y, X), fused over tiles and mirrorings; outside them the stock's."""
+    def whole_sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
+        """`sample` of all slices, (C, Z, Y, X) float32."""
+        at = self.sample(settings, sample, samples)
+        p = torch.empty(self.shape, device=self.device)
+        for z in chunks(self.shape):
+            p[:, z] = at(z)
+        return p
+
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[Finished]:
+        """Estimate of the clean coded mask, fused over tiles and mirrorings; outside them the stock's. See
+        `fuse_tiles`."""
         return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device,
                           None if self.covered else self._coded_stock)
 
-    def _coded_stock(self, z: int) -> Tensor:
-        """(C, Y, X), what stands where no tile is refined."""
-        return self.refiner.design.coding.encode(self._stock_probabilities(z, self.temperature))
+    def _coded_stock(self, z: slice) -> Tensor:
+        """(C, slices, Y, X), what stands where no tile is refined."""
+        return self.refiner.design.coding.encode(self.probabilities_at(self.stock_logits, z, self.temperature))
 
-    def _stock_probabilities(self, z: int, temperature: float) -> Tensor:
-        return logits_to_probabilities(self.stock_logits[None, :, z].float() / temperature, self.refiner.regions)[0]
+    def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
+        """Of logits (C, Z, Y, X) over a temperature, in some slices: (C, slices, Y, X) float32."""
+        return logits_to_probabilities(logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
     def _of_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles, and the estimate (C, ...) in them, under each mirroring, as many at a time as memory allows."""
@@ -208,10 +215,3 @@ class Volume:
         self.progress.update(len(batch))
         return [estimate.flip([axis + 1 for axis in axes])
                 for estimate, (_, axes) in zip(estimates, batch, strict=True)]
-
-    def add_probabilities(self, total: Tensor, logits: Tensor, weight: float, temperature: float = 1.0) -> Tensor:
-        """Add the probabilities of logits (C, Z, Y, X) with a weight to `total`, in place."""
-        for z in range(self.shape[1]):
-            total[:, z] += weight * logits_to_probabilities(logits[None, :, z].float() / temperature,
-                                                            self.refiner.regions)[0]
-        return total

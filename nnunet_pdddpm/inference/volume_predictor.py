@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +16,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
-from nnunet_pdddpm.cpu import cpu_has_bfloat16
+from nnunet_pdddpm.cpu import all_cpus, cpu_has_bfloat16, threads
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
-from nnunet_pdddpm.diffusion.drawing import drawn_logits
+from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
+from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
+from nnunet_pdddpm.inference.room import OF_NETWORKS, free_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.labels import foreground_labels
@@ -35,7 +37,9 @@ from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, refuse_earlier,
 from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
-"""Told the number of a sample and logits (C, Z, Y, X), whose argmax (regions: sign) is its mask, once it is drawn."""
+"""Told the number of a sample and logits (C, Z, Y, X) float16 in main memory, once it is drawn: their argmax (regions:
+sign) is its mask, but where two labels are alike in half precision."""
+DOES_NOT_FIT = 'The volume does not fit on the device: its arrays are kept in main memory'
 
 
 class PredictionError(ValueError):
@@ -164,21 +168,36 @@ class VolumePredictor(nnUNetPredictor):
                 start of chains, it is predicted without mirroring.
         """
         stock = stock or self.sure < 1 or any(settings.needs_stock for settings in self.fold_settings)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(min(threads, default_num_processes))  # as nnU-Net: the stock result depends on it
         on_device = self.perform_everything_on_device
+        number = min(torch.get_num_threads(), default_num_processes)  # as nnU-Net: the stock result depends on it
         try:
-            if on_device and self.device.type == 'cuda':
+            if on_device and self.device.type == 'cuda' and self.fits(data.shape):
                 try:
-                    return self._predict_volume(data, self.device, on_sample, case, stock)
+                    with threads(number):
+                        return self._predict_volume(data, self.device, on_sample, case, stock)
                 except torch.OutOfMemoryError:
-                    print('The volume does not fit on the device: its arrays are kept in main memory.')
+                    print(f'{DOES_NOT_FIT}.')
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
-            return self._predict_volume(data, torch.device('cpu'), on_sample, case, stock)
+            with threads(number if self.device.type == 'cpu' else all_cpus()):  # for a GPU nnU-Net sets one
+                return self._predict_volume(data, torch.device('cpu'), on_sample, case, stock)
         finally:
             self.perform_everything_on_device = on_device
-            torch.set_num_threads(threads)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the arrays of an image (image channels, Z, Y, X) fit on the GPU beside the networks; says if not."""
+        needed, free = self.bytes_needed(shape) + OF_NETWORKS, free_bytes(self.device)
+        if needed > free:
+            print(f'{DOES_NOT_FIT} (it takes about {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free).')
+        return needed <= free
+
+    def bytes_needed(self, shape: Sequence[int]) -> int:
+        """Bytes of the volume's arrays for an image (image channels, Z, Y, X), about: see docs/uncertainty.md."""
+        patch = self.configuration_manager.patch_size
+        _, *padded = (max(n, of_tile) for n, of_tile in zip(shape, [1] * (4 - len(patch)) + list(patch), strict=True))
+        return volume_bytes(shape[0], (self.label_manager.num_segmentation_heads, *padded),
+                            patch[0] if len(patch) == 3 else 1, self.num_samples, len(self.fold_settings),
+                            self.label_manager.has_regions)
 
     def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None, case: str,
                         mirrored_stock: bool) -> VolumePrediction:
@@ -186,64 +205,103 @@ class VolumePredictor(nnUNetPredictor):
         start = time.perf_counter()
         image, unpad = pad_nd_image(data, self.configuration_manager.patch_size, 'constant', {'value': 0}, True, None)
         unpad = (slice(None), *unpad[1:])
-        folds, regions = len(self.fold_settings), self.refiner.regions
+        folds = len(self.fold_settings)
         volume = Volume(self, image, device)
-        spread = Spread(volume.shape, self.num_samples, folds, regions, device)
+        del image
+        spread = Spread(volume.shape, self.num_samples, folds, self.refiner.regions, device)
         counts = VoxelCounter(self.label_manager, foreground_labels(self.dataset_json), unpad[1:])
-        all_stock = all(settings.is_stock for settings in self.fold_settings)
-        all_blind = all(not settings.is_stock and settings.mask_blind == 1 for settings in self.fold_settings)
-        mixed = not all_stock and not all_blind
-        mask = torch.zeros(volume.shape, device=device) if mixed else torch.empty(0)  # mean probabilities
-        stock_logits, blind_logits = _Sum(), _Sum()  # over the folds
+        stock, mask = _Sum(), _Sum()  # over the folds
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)
             self.refiner.load_state_dict(parameters)
-            stock_logits.add(volume.start_fold(mirrored_stock))
+            volume.start_fold(mirrored_stock)
+            if mirrored_stock:
+                stock.add(volume.stock_logits.cpu())
             samples = range(fold, self.num_samples, folds)
             volume.expect(settings, samples, self.num_samples)
-            weights = {'stock': 1.0, 'blind': 0.0, 'chain': 0.0} if settings.is_stock else \
-                {'stock': settings.mask_stock, 'blind': settings.mask_blind, 'chain': settings.mask_chain}
-            of_fold = torch.zeros_like(mask) if folds > 1 else mask
             for sample in samples:
-                p = volume.sample(settings, sample, self.num_samples)
-                parts = volume.parts(settings)
-                shifts = self.refiner.end_shifts(settings, sample, self.num_samples, parts.number)
-                spread.add(p, shifts, parts)
-                # object by object for intervals, which several models do not make of the samples
-                objects = volume.objects(settings.temperature) if folds == 1 and self.num_samples > 1 else WHOLE
-                counts.add_sample(sample, p, shifts, parts, objects)
-                if mixed and weights['chain'] > 0:
-                    of_fold.add_(p, alpha=weights['chain'] / len(samples))
-                if on_sample is not None:
-                    in_box = None if parts.index is None else parts.index[unpad[1:]]
-                    on_sample(sample, drawn_logits(p[unpad], regions, shifts, in_box).cpu())
-                del p
-            spread.end_of_fold()
-            if weights['blind'] > 0:
-                of_blind = volume.blind(settings.blind_temperature)
-                blind_logits.add(of_blind.cpu())
-                if mixed:
-                    volume.add_probabilities(of_fold, of_blind, weights['blind'])
-            if mixed and weights['stock'] > 0:
-                temperature = 1.0 if settings.is_stock else settings.temperature
-                volume.add_probabilities(of_fold, volume.stock_logits, weights['stock'], temperature)
-            counts.add_mask(volume.stock_logits if all_stock else of_blind if all_blind else
-                            probabilities_to_logits(of_fold[None], regions)[0])
-            if mixed and folds > 1:
-                mask.add_(of_fold, alpha=1 / folds)
-            del of_fold
+                self._draw(volume, settings, sample, spread, counts, on_sample)
+            self._add_mask(volume, settings, spread, len(samples), counts, mask)
+            spread.end_of_fold(len(samples))
         volume.progress.close()
-        stock = stock_logits.total[unpad] / folds
         spread.crop(unpad[1:])
-        if all_stock:
-            logits = stock
-        elif all_blind:
-            logits = blind_logits.total[unpad] / folds  # as plain nnUNetv2_predict has it
+        if self._mask_of() == 'stock':
+            mask = stock
+        logits = mask.mean(folds)[unpad]
+        if self._mask_of() == 'mixed':
+            for z in chunks(logits.shape):
+                logits[:, z] = probabilities_to_logits(logits[None, :, z], self.refiner.regions)[0]
+        if folds > 1:
+            counts.set_consensus(logits)
+        of_stock = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
+        return VolumePrediction(of_stock, logits, spread, volume.network_calls, sum(volume.refined_tiles) / folds,
+                                time.perf_counter() - start, counts)
+
+    def _draw(self, volume: Volume, settings: SamplingSettings, sample: int, spread: Spread, counts: VoxelCounter,
+              on_sample: OnSample | None) -> None:
+        """One sample: its mask is drawn once, and added to all that is made of the samples."""
+        parts, regions = volume.parts(settings), self.refiner.regions
+        shifts = self.refiner.end_shifts(settings, sample, self.num_samples, parts.number)
+        # object by object for intervals, which several models do not make of the samples
+        objects = volume.objects(settings.temperature) if len(self.fold_settings) == 1 < self.num_samples else WHOLE
+        probabilities, (box, y, x) = volume.sample(settings, sample, self.num_samples), counts.box
+        told = None if on_sample is None else torch.empty(
+            (volume.shape[0], *(len(range(n)[of]) for n, of in zip(volume.shape[1:], counts.box, strict=True))),
+            dtype=torch.half)
+        for z in chunks(volume.shape):
+            p = probabilities(z)
+            logits = drawn_logits(p, regions, shifts, parts.at(z))
+            mask = hard_mask(logits, regions)
+            spread.add(sample, z, p, mask)
+            counts.add(sample, z, mask, objects.at(z), objects.number)
+            if told is not None:
+                here, there = inside(z, box)
+                told[:, there] = logits[:, here, y, x].half().cpu()
+        if on_sample is not None and told is not None:
+            del probabilities, p, logits, mask
+            on_sample(sample, told)
+
+    def _mask_of(self) -> str:
+        """What the mask is made of: 'stock' or 'blind' logits, or a 'mixed' mean of probabilities."""
+        if all(settings.is_stock for settings in self.fold_settings):
+            return 'stock'
+        blind = all(not settings.is_stock and settings.mask_blind == 1 for settings in self.fold_settings)
+        return 'blind' if blind else 'mixed'
+
+    def _add_mask(self, volume: Volume, settings: SamplingSettings, spread: Spread, samples: int, counts: VoxelCounter,
+                  mask: _Sum) -> None:
+        """The mask of the model whose samples have been drawn: counted, and added to the sum (C, Z, Y, X) on the CPU of
+        logits of the blind mask, or of mixed probabilities."""
+        of = self._mask_of()
+        blind = volume.blind(settings.blind_temperature) if settings.mask_blind > 0 and not settings.is_stock else None
+        if of == 'stock':
+            counts.add_mask(in_chunks(volume.stock_logits))
+        elif of == 'blind' and blind is not None:
+            mask.add(blind.cpu())
+            counts.add_mask(in_chunks(blind))
         else:
-            logits = probabilities_to_logits(mask[unpad], regions).cpu()
-        counts.set_consensus(logits)
-        return VolumePrediction(stock if mirrored_stock else None, logits, spread, volume.network_calls,
-                                sum(volume.refined_tiles) / folds, time.perf_counter() - start, counts)
+            if not mask.started:
+                mask.add(torch.zeros(volume.shape))
+            counts.add_mask(self._mixed(volume, settings, blind, lambda z: spread.mean_of_fold(z, samples), mask.total))
+
+    def _mixed(self, volume: Volume, settings: SamplingSettings, blind: Tensor | None,
+               of_samples: Callable[[slice], Tensor], total: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Slices, and logits (C, slices, Y, X) of the weighted mean of probabilities, which are added to `total`.
+
+        `of_samples`: slices -> their mean.
+        """
+        stock, chain = (1.0, 0.0) if settings.is_stock else (settings.mask_stock, settings.mask_chain)
+        for z in chunks(volume.shape):
+            p = torch.zeros_like(of_samples(z))
+            if chain > 0:
+                p.add_(of_samples(z), alpha=chain)
+            if blind is not None:
+                p.add_(volume.probabilities_at(blind, z), alpha=settings.mask_blind)
+            if stock > 0:
+                temperature = 1.0 if settings.is_stock else settings.temperature
+                p.add_(volume.probabilities_at(volume.stock_logits, z, temperature), alpha=stock)
+            total[:, z] += p.cpu()
+            yield z, probabilities_to_logits(p[None], self.refiner.regions)[0]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """For the denoiser: as nnU-Net's on CUDA; bfloat16 on a CPU with instructions for it, which halves the time."""
@@ -279,10 +337,19 @@ class VolumePredictor(nnUNetPredictor):
 
 
 class _Sum:
-    """Of tensors, one after the other."""
+    """Of tensors, one after the other, into the first."""
 
     total: Tensor
 
+    @property
+    def started(self) -> bool:
+        """Whether there is one."""
+        return hasattr(self, 'total')
+
     def add(self, values: Tensor) -> None:
         """Another one."""
-        self.total = self.total + values if hasattr(self, 'total') else values
+        self.total = self.total.add_(values) if self.started else values
+
+    def mean(self, number: int) -> Tensor:
+        """Of so many."""
+        return self.total if number == 1 else self.total.div_(number)

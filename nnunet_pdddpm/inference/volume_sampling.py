@@ -1,29 +1,39 @@
 """Truncated diffusion on a whole volume: one noise field, x0 fused over tiles at every step, one update per step.
 
 Volumes are (C, Z, Y, X); a configuration that segments slices (2d) tiles every slice of the volume. Noise and updates
-go through the volume slice by slice, so that nothing but the state itself is as large as the volume.
+go through the volume in chunks of slices, and an estimate takes the place of the state as soon as no tile needs that
+any more: nothing but the state itself is as large as the volume.
 """
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from nnunet_pdddpm.cpu import all_cpus
 from nnunet_pdddpm.diffusion.levels import CLEAN
 from nnunet_pdddpm.diffusion.process import ForwardProcess
-from nnunet_pdddpm.diffusion.sampling import seeded_noise
+from nnunet_pdddpm.inference.chunks import chunks, slices_in_chunk
 from nnunet_pdddpm.inference.tiling import Tile
+
+Field = Callable[[int], Tensor]
+"""A noise field that comes in order: the next so many slices of it, (C, slices, Y, X)."""
+Finished = tuple[slice, Tensor]
+"""Slices of a volume, and values (C, slices, Y, X) in them."""
 
 
 def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.device,
-                 correlation: float = 0.0) -> Callable[[], Iterator[Tensor]]:
-    """Source of standard normal noise fields for one sample of a volume; a field comes slice by slice.
+                 correlation: float = 0.0) -> Callable[[], Field]:
+    """Source of standard normal noise fields for one sample of a volume; a field comes in chunks of slices.
 
-    The same arguments give the same fields, whatever the tiles, the device and the number of processes: they are drawn
-    on the CPU. Neighbouring slices of a field have the given correlation (an autoregressive chain of order one):
+    The same arguments give the same fields, whatever the chunks, the tiles, the device and the number of threads: they
+    are drawn on the CPU, every slice by a generator of its own, so several at a time. Neighbouring slices of a field
+    have the given correlation (an autoregressive chain of order one):
 
         eps_z = rho eps_(z-1) + sqrt(1 - rho^2) xi_z,      xi_z ~ N(0, I)
 
@@ -37,28 +47,53 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
         correlation: rho in [0, 1]; 1 is one noise for all slices.
 
     Returns:
-        A function that starts the next field: an iterator over its Z slices (C, Y, X).
+        A function that starts the next field.
     """
-    draw = seeded_noise((shape[0], *shape[2:]), seed, sample, device)
+    numbers = itertools.count()
+    threads = torch.get_num_threads() if device.type == 'cpu' else all_cpus()  # nnU-Net sets one for a GPU
 
-    def field() -> Iterator[Tensor]:
-        eps = draw()
-        yield eps
-        for _ in range(shape[1] - 1):
-            eps = draw() if correlation == 0 else correlation * eps + math.sqrt(1 - correlation ** 2) * draw()
-            yield eps
-    return field
+    def start() -> Field:
+        number, z = next(numbers), itertools.count()
+        before: list[Tensor] = []  # the last slice
+
+        def field(count: int) -> Tensor:
+            xi = torch.empty((count, shape[0], *shape[2:]))
+            seeds = [_seed_of_slice(seed, sample, number, next(z)) for _ in range(count)]
+            if min(threads, count) > 1:
+                with ThreadPoolExecutor(min(threads, count)) as pool:
+                    list(pool.map(_draw, xi, seeds))
+            else:
+                list(map(_draw, xi, seeds))
+            if correlation > 0:
+                for eps in xi:
+                    if before:
+                        eps.copy_(correlation * before[0] + math.sqrt(1 - correlation ** 2) * eps)
+                    before[:] = [eps]
+                before[:] = [before[0].clone()]  # not the whole chunk
+            return xi.to(device).movedim(0, 1)
+        return field
+    return start
 
 
-def refine_volume(denoise: Callable[[Tensor, float], Tensor], process_at: Callable[[int], ForwardProcess],
-                  mask_at: Callable[[int], Tensor], shape: Sequence[int], device: torch.device, levels: Sequence[float],
-                  noise: Callable[[], Iterator[Tensor]]) -> Tensor:
-    """One sample of a volume: `diffusion.sampling.refine`, in the same order of draws, slice by slice.
+def _seed_of_slice(*numbers: int) -> int:
+    return int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), 'big')
+
+
+@torch.inference_mode()  # which a thread does not have from the one that starts it
+def _draw(noise: Tensor, seed: int) -> None:
+    noise.normal_(generator=torch.Generator().manual_seed(seed))
+
+
+def refine_volume(denoise: Callable[[Tensor, float], Iterable[Finished]], process_at: Callable[[slice], ForwardProcess],
+                  mask_at: Callable[[slice], Tensor], shape: Sequence[int], device: torch.device,
+                  levels: Sequence[float], noise: Callable[[], Field]) -> Tensor:
+    """One sample of a volume: `diffusion.sampling.refine`, chunk by chunk.
 
     Args:
-        denoise: (x_t, log SNR) -> estimate of the clean coded mask x0 of the whole volume.
-        process_at: z -> the forward process whose chain is reversed in that slice.
-        mask_at: z -> the coded mask (C, Y, X) of that slice that is noised first.
+        denoise: (x_t, log SNR) -> estimate of the clean coded mask x0, in order of slices. Slices of x_t change as soon
+            as the estimate has reached them.
+        process_at: slices -> the forward process whose chain is reversed in them.
+        mask_at: slices -> the coded mask (C, slices, Y, X) that is noised first.
         shape: (C, Z, Y, X).
         device: of the volume.
         levels: log SNRs from the start to `CLEAN`, see `LevelTable.chain`.
@@ -67,39 +102,79 @@ def refine_volume(denoise: Callable[[Tensor, float], Tensor], process_at: Callab
     Returns:
         The last estimate of the coded mask, (C, Z, Y, X) float32.
     """
-    x = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    for z, eps in enumerate(noise()):
-        x[:, z] = process_at(z).start(mask_at(z)[None], levels[0], eps)[0]
+    x, eps = torch.empty(tuple(shape), dtype=torch.float32, device=device), noise()
+    for z in chunks(shape):
+        x[:, z] = process_at(z).start(mask_at(z)[None], levels[0], eps(z.stop - z.start))[0]
     for level, lower in zip(levels[:-1], levels[1:], strict=True):
-        x0_hat = denoise(x, level)
-        if lower == CLEAN:
-            return x0_hat
-        for z, eps in enumerate(noise()):
-            x[:, z] = process_at(z).step(x[None, :, z], x0_hat[None, :, z], level, lower, eps)[0]
+        eps = noise()
+        for z, x0_hat in denoise(x, level):
+            x[:, z] = x0_hat if lower == CLEAN else process_at(z).step(
+                x[None, :, z], x0_hat[None], level, lower, eps(z.stop - z.start))[0]
     return x
 
 
 def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], weight: Tensor, device: torch.device,
-               elsewhere: Callable[[int], Tensor] | None = None) -> Tensor:
-    """Weighted mean over overlapping tiles, (C, Z, Y, X) float32 on `device`.
+               elsewhere: Callable[[slice], Tensor] | None = None) -> Iterator[Finished]:
+    """Weighted mean over overlapping tiles, float32 on `device`: slices in order, once no tile is to come in them.
+
+    What is kept is as many slices as a tile and a chunk have: slice z lies at place z modulo their number.
 
     Args:
-        estimates: tile, as nnU-Net's sliding window makes it, and values (C, ...) in it; a tile may come several times.
+        estimates: tile, as nnU-Net's sliding window makes it, and values (C, ...) in it; a tile may come several times,
+            and none begins at a slice before that of an earlier one.
         shape: (C, Z, Y, X).
         weight: of the voxels of a tile, positive: nnU-Net's Gaussian, or 1.
         device: of the volume.
-        elsewhere: z -> values (C, Y, X) of that slice, which stand where no tile is; None if tiles cover the volume.
+        elsewhere: slices -> values (C, slices, Y, X), which stand where no tile is; None if tiles cover the volume.
+
+    Yields:
+        Slices, and their values; these are overwritten when the next ones are asked for.
     """
-    total = torch.zeros(tuple(shape), device=device)
-    total_weight = torch.zeros(tuple(shape[1:]), device=device)
-    for tile, values in estimates:
-        total[tile] += weight * values.to(device)
-        total_weight[tile[1:]] += weight
-    if elsewhere is None:
-        return total.div_(total_weight)
-    for z in range(shape[1]):
-        total[:, z] = torch.where(total_weight[z] > 0, total[:, z] / total_weight[z], elsewhere(z))
-    return total
+    places = kept_slices(shape, weight.shape[0] if weight.ndim == 3 else 1)
+    total = torch.zeros((shape[0], places, *shape[2:]), device=device)
+    total_weight = torch.zeros((places, *shape[2:]), device=device)
+
+    def finish(first: int, end: int) -> Iterator[Finished]:
+        for whole in chunks(shape, first, end):
+            for z, place in _in_ring(whole.start, whole.stop, places):
+                values, weights = total[:, place], total_weight[place]
+                values.div_(weights)
+                if elsewhere is not None:
+                    values.copy_(torch.where(weights > 0, values, elsewhere(z)))
+                yield z, values
+                values.zero_()
+                weights.zero_()
+
+    first = 0  # the first slice that is not finished
+    for (_, of_z, y, x), values in estimates:
+        of_tile = weight
+        if isinstance(of_z, int):  # 2d
+            of_z, values, of_tile = slice(of_z, of_z + 1), values[:, None], weight[None]
+        if of_z.start < first:
+            raise ValueError(f'A tile begins at slice {of_z.start}, where an earlier one began at {first} or behind.')
+        ready = of_z.start - (of_z.start - first) % slices_in_chunk(shape)  # whole chunks
+        yield from finish(first, ready)
+        first = ready
+        weighted = of_tile * values.to(device)
+        for z, place in _in_ring(of_z.start, of_z.stop, places):
+            of_slices = slice(z.start - of_z.start, z.stop - of_z.start)
+            total[:, place, y, x] += weighted[:, of_slices]
+            total_weight[place, y, x] += of_tile[of_slices]
+    yield from finish(first, shape[1])
+
+
+def kept_slices(shape: Sequence[int], of_tile: int) -> int:
+    """Slices of a volume (C, Z, Y, X) that `fuse_tiles` keeps, for tiles of so many."""
+    return min(shape[1], of_tile + slices_in_chunk(shape) - 1)
+
+
+def _in_ring(first: int, end: int, places: int) -> Iterator[tuple[slice, slice]]:
+    """The slices `first` to `end` in pieces that lie together in a ring, and where: slice z is at z modulo `places`."""
+    while first < end:
+        place = first % places
+        stop = min(end, first + places - place)
+        yield slice(first, stop), slice(place, place + stop - first)
+        first = stop
 
 
 def mirrorings(axes: Sequence[int] | None) -> list[tuple[int, ...]]:

@@ -9,12 +9,13 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.coding import regions_to_channels
-from nnunet_pdddpm.diffusion.drawing import drawn_logits
+from nnunet_pdddpm.diffusion.coding import class_map, regions_to_channels
+from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.evaluation.parts import octants
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
 from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
+from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import POSSIBLE
 
 OCTANTS = 8
@@ -57,14 +58,15 @@ class Truth:
         """The mask of a sample, of its probabilities (C, Z, Y, X), what draws it (C, J), and the parts (Z, Y, X) of the
         volume, see `draw_shifts`: (N,) classes, (R, N) bool of regions."""
         regions, masks = self.regions is not None, []
-        for z in range(probabilities.shape[1]):  # a volume of logits would take as much memory again
+        for z in chunks(probabilities.shape):  # a volume of logits would take as much memory again
             logits = drawn_logits(probabilities[:, z], regions, shifts, None if parts is None else parts[z])
-            masks.append(logits > 0 if regions else self._compact(logits.argmax(0))[None])
-        mask = self._voxels(torch.stack(masks, 1))
+            mask = hard_mask(logits, regions)
+            masks.append(mask if regions else self._compact(mask)[None])
+        mask = self._voxels(torch.cat(masks, 1))
         return mask if regions else mask[0]
 
     def _harden(self, probabilities: Tensor) -> Tensor:
-        return probabilities > 0.5 if self.regions is not None else self._compact(probabilities.argmax(0))
+        return probabilities > 0.5 if self.regions is not None else self._compact(class_map(probabilities[None])[0])
 
     def _compact(self, classes: Tensor) -> Tensor:
         return classes.to(torch.uint8 if self.num_classes <= 256 else torch.int16)

@@ -14,10 +14,12 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_pdddpm.cpu import all_cpus, threads
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.inference.volume_sampling import mirrorings
+from nnunet_pdddpm.inference.volume_sampling import Finished, mirrorings
 from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.budget import FEWEST_CASES, cases_in
@@ -82,10 +84,12 @@ class _CaseSweep:
 
     def _where_there_is_memory(self, do: Callable[[], T]) -> T:
         """What it returns, the volume's arrays being on the device, or else in main memory."""
+        in_main_memory = self.device.type == 'cpu' and self.predictor.device.type != 'cpu'
         try:
-            if self.opened_on != self.device:
-                self._open()
-            return do()
+            with threads(all_cpus() if in_main_memory else torch.get_num_threads()):  # for a GPU nnU-Net sets one
+                if self.opened_on != self.device:
+                    self._open()
+                return do()
         except torch.OutOfMemoryError:
             if self.device.type == 'cpu':
                 raise
@@ -129,7 +133,7 @@ class _CaseSweep:
     def draw(self, settings: SamplingSettings, sample: int) -> Tensor:
         """The mask, as `Truth.drawn` gives it, of a draw with this number that depends on no other."""
         settings = settings.for_case(self.case.name)
-        p = self.volume.sample(settings, sample, None)
+        p = self.volume.whole_sample(settings, sample, None)
         parts = self.volume.parts(settings)
         shifts = self.predictor.refiner.end_shifts(settings, sample, None, parts.number)
         index = None if parts.index is None else parts.index[self.box[1:]]
@@ -168,7 +172,7 @@ class _CaseSweep:
         settings = candidates[0].for_case(self.case.name)
         chain = torch.zeros_like(self.probabilities('stock'))
         for sample in range(settings.samples):
-            chain += self.volume.sample(settings, sample, settings.samples)[self.box] / settings.samples
+            chain += self.volume.whole_sample(settings, sample, settings.samples)[self.box] / settings.samples
             self.volume.forget()
         stock = self.probabilities('stock', settings.temperature)
         blind = self.probabilities('blind', settings.blind_temperature)
@@ -186,13 +190,16 @@ class SweepVolume(Volume):
         """Another start level or sample is to come."""
         self.kept = None
 
-    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[Finished]:
         """As `Volume.denoise`, but not computed twice from the same mask."""
         if self.kept is None:
-            self.kept = (x.clone(), level, mirrored, super().denoise(x, level, mirrored))
+            noisy, estimate = x.clone(), torch.empty_like(x)
+            for z, values in super().denoise(x, level, mirrored):
+                estimate[:, z] = values
+            self.kept = (noisy, level, mirrored, estimate)
         elif not (level == self.kept[1] and mirrored == self.kept[2] and torch.equal(x, self.kept[0])):
             return super().denoise(x, level, mirrored)
-        return self.kept[3].clone()  # which becomes probabilities in place
+        return in_chunks(self.kept[3])
 
 
 def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | None = None,

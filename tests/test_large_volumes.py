@@ -1,0 +1,265 @@
+"""What only shows on large volumes and GPUs, shown on small ones without: memory, calls, devices, and no difference."""
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_network import EPS, X0, make_refiner, noisy_batch, patch
+from test_properties import pointwise_refiner, volume_predictor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits, hard_mask
+from nnunet_pdddpm.inference import chunks as chunks_module
+from nnunet_pdddpm.inference import volume_predictor as predictor_module
+from nnunet_pdddpm.inference.chunks import chunks
+from nnunet_pdddpm.inference.components import Parts
+from nnunet_pdddpm.inference.room import OF_NETWORKS, volume_bytes
+from nnunet_pdddpm.inference.spread import Spread
+from nnunet_pdddpm.inference.volume import Volume
+from nnunet_pdddpm.inference.volume_sampling import volume_noise
+from nnunet_pdddpm.network.settings import SamplingSettings
+
+CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+CHAIN = SamplingSettings(samples=2, steps=2, dependence=0.5, mask_stock=0.25, mask_blind=0.25)
+SLICE = 1  # bytes of a chunk: as few as can be
+
+
+def predictor_of(channels, patch_size, sampling, regions=False, scale=4.0, step=0.5):
+    predictor = volume_predictor(pointwise_refiner(channels, scale, regions, sampling), patch_size, sampling, False)
+    predictor.tile_step_size = step
+    return predictor
+
+
+def image_of(*shape):
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
+
+
+# chunks
+
+@pytest.mark.parametrize('correlation', [0.0, 0.9])
+def test_noise_is_the_same_in_chunks_of_any_size_and_with_any_number_of_threads(correlation):
+    shape, fields = (2, 7, 3, 5), []
+    for threads, sizes in ((1, [7]), (1, [1] * 7), (3, [7]), (2, [4, 3])):
+        torch.set_num_threads(threads)
+        start = volume_noise(shape, 3, 1, CPU, correlation)
+        fields.append([torch.cat([field(n) for n in sizes], 1) for field in (start(), start())])
+    for first, second in fields[1:]:
+        assert torch.equal(first, fields[0][0]) and torch.equal(second, fields[0][1])
+
+
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+@pytest.mark.parametrize(('patch_size', 'redraw'), [([4, 6, 6], 1), ([4, 6, 6], 0), ([6, 6], 1)])
+def test_a_prediction_is_the_same_in_chunks_of_any_size(monkeypatch, patch_size, redraw, regions):
+    sampling = SamplingSettings(samples=2, steps=3, dependence=0.5, redraw=redraw, mask_stock=0.25, mask_blind=0.25)
+    found = []
+    for chunk in (chunks_module.CHUNK_BYTES, 4 * 3 * 8 * 10 * 2, SLICE):
+        monkeypatch.setattr(chunks_module, 'CHUNK_BYTES', chunk)
+        samples = {}
+        prediction = predictor_of(3, patch_size, sampling, regions).predict_volume(image_of(11, 8, 10),
+                                                                                   samples.__setitem__)
+        found.append((prediction, samples))
+    (whole, of_whole), *others = found
+    for prediction, samples in others:
+        for number, logits in of_whole.items():
+            torch.testing.assert_close(samples[number], logits, rtol=2e-3, atol=2e-3)
+            assert torch.equal(hard_mask(samples[number], regions), hard_mask(logits, regions))
+        torch.testing.assert_close(prediction.logits, whole.logits, rtol=1e-6, atol=1e-6)
+        assert (prediction.counts.sample_sizes() == whole.counts.sample_sizes()).all()
+        assert (prediction.counts.consensus == whole.counts.consensus).all()
+        for name, values in whole.spread.maps().items():
+            torch.testing.assert_close(prediction.spread.maps()[name], values, rtol=1e-6, atol=1e-6)
+        for channel in range(3):
+            assert prediction.spread.pairwise_dice(channel) == whole.spread.pairwise_dice(channel)
+        assert prediction.spread.estimated_dice(whole.logits) == pytest.approx(
+            whole.spread.estimated_dice(whole.logits), abs=1e-6)
+
+
+# memory
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors that are made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key, nbytes):
+        self.known.discard(key)
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize('channels', [3, 25, 117])
+def test_the_peak_of_memory_is_what_the_formula_says(monkeypatch, channels):
+    """With samples for export, which are in main memory, too: 2 C bytes a voxel; and with all maps."""
+    monkeypatch.setattr(chunks_module, 'CHUNK_BYTES', SLICE)
+    slices, voxels = 240, 240 * 12 * 12
+    predictor = predictor_of(channels, [4, 12, 12], CHAIN, step=1.0)
+    expected = volume_bytes(1, (channels, slices, 12, 12), 4, 2, 1, False) + 2 * channels * voxels
+    data = image_of(slices, 12, 12)
+    with LiveBytes() as memory:
+        memory._see(data.untyped_storage())
+        prediction = predictor.predict_volume(data, lambda number, logits: None)
+        prediction.spread.maps()
+    assert memory.peak == pytest.approx(expected, rel=0.1)
+    documented = 12 * channels + 2 + 4 + 20  # docs/uncertainty.md, of two samples, one image channel
+    assert memory.peak / voxels == pytest.approx(documented, rel=0.15)
+
+
+# calls
+
+def operators(do):
+    """How many operators torch calls for it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        do()
+    return sum(of.count for of in profile.key_averages() if of.key.startswith('aten::'))
+
+
+def test_the_number_of_operators_depends_on_chunks_and_not_on_slices(monkeypatch):
+    monkeypatch.setattr('nnunet_pdddpm.inference.volume.volume_noise',  # a CPU draws it slice by slice
+                        lambda shape, *args: lambda: lambda count: torch.zeros(shape[0], count, *shape[2:]))
+
+    def count(slices, steps):
+        sampling = SamplingSettings(samples=2, steps=steps, mask_blind=0)
+        predictor, data = predictor_of(3, [slices, 6, 6], sampling), image_of(slices, 6, 6)
+        draw_shifts.cache_clear()
+        return operators(lambda: predictor.predict_volume(data, lambda number, logits: None))
+    few, many = count(6, 2), count(48, 2)
+    assert abs(many - few) <= 0.02 * few
+    of_a_step = (count(48, 3) - many) / 2  # of one of two samples
+    assert 0 < of_a_step < 250  # with the denoiser's and the tile's
+    monkeypatch.setattr(chunks_module, 'CHUNK_BYTES', 4 * 3 * 6 * 6 * 6)  # six slices
+    assert count(48, 3) - count(48, 2) < 2 * (of_a_step + 8 * 120)
+
+
+# the choice of a device
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A predictor whose device is a GPU with so many free bytes; where it predicts, and with how many threads."""
+    def made(free):
+        predictor, where = predictor_of(3, [4, 6, 6], CHAIN), []
+        predictor.device, predictor.perform_everything_on_device = CUDA, True
+        monkeypatch.setattr(predictor_module, 'free_bytes', lambda device: free)
+        monkeypatch.setattr(predictor_module, 'all_cpus', lambda: 3)
+        monkeypatch.setattr(predictor, '_predict_volume', lambda data, device, *args: where.append(
+            (device.type, torch.get_num_threads(), predictor.perform_everything_on_device)))
+        return predictor, where
+    return made
+
+
+def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, capsys):
+    data = image_of(11, 8, 10)
+    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + OF_NETWORKS
+    predictor, where = on_gpu(needed)
+    capsys.readouterr()  # nnU-Net's
+    predictor.predict_volume(data)
+    assert where == [('cuda', 1, True)] and capsys.readouterr().out == ''
+    predictor, where = on_gpu(needed - 1)
+    capsys.readouterr()
+    predictor.predict_volume(data)
+    assert where == [('cpu', 3, False)] and torch.get_num_threads() == 1
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and 'its arrays are kept in main memory (it takes about 2.1 GB' in said
+    assert predictor.perform_everything_on_device
+
+
+# a GPU without one
+
+class HostCopies(TorchDispatchMode):
+    """Notes what is copied from the GPU to main memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        kinds = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.device.type == 'cpu' and 'cuda' in kinds:
+            self.seen.append(str(function))
+        return result
+
+
+@contextmanager
+def fake_gpu():
+    """Within it no tensor holds numbers, all operators check that devices agree, and `item` raises."""
+    draw_shifts.cache_clear()  # which keeps tensors
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), HostCopies() as copies:
+        yield copies
+    draw_shifts.cache_clear()
+
+
+def to_fake_gpu(module):
+    """Parameters and buffers of the module, replaced."""
+    for part in module.modules():
+        for name, value in list(part._parameters.items()):
+            if value is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty_like(value, device=CUDA), requires_grad=False)
+        for name, value in list(part._buffers.items()):
+            if value is not None:
+                part._buffers[name] = torch.empty_like(value, device=CUDA)
+    return module
+
+
+WAYS = [SamplingSettings(), SamplingSettings(mask_stock=1), SamplingSettings(mask_blind=0.5, mask_stock=0.25, steps=3),
+        SamplingSettings(mask_blind=0, steps=2, redraw=0, start_mask='hard', mask_samples=2)]
+
+
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+@pytest.mark.parametrize(('design', 'way'), [*((X0, way) for way in range(len(WAYS))), (EPS, 3)])
+def test_a_patch_on_a_gpu_stays_there(design, way, regions):
+    refiner = make_refiner(design=design, regions=regions)
+    image, batch = patch(('PlainConvUNet', 2, True)), noisy_batch()
+    with fake_gpu() as copies:
+        to_fake_gpu(refiner)
+        logits = refiner.sample(torch.empty_like(image, device=CUDA), WAYS[way])
+        output = refiner(type(batch)(*(torch.empty_like(part, device=CUDA) for part in batch)))
+        assert logits.device.type == output.device.type == 'cuda' and copies.seen == []
+
+
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+@pytest.mark.parametrize('sampling', [CHAIN, SamplingSettings(redraw=0, steps=2),
+                                      SamplingSettings(samples_from='stock')], ids=['redraw', 'DDPM', 'stock'])
+def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
+    predictor = predictor_of(3, [4, 6, 6], sampling, regions)
+    monkeypatch.setattr(predictor_module, 'all_cpus', lambda: 1)
+    monkeypatch.setattr('nnunet_pdddpm.inference.volume_sampling.all_cpus', lambda: 1)
+    monkeypatch.setattr('nnunet_pdddpm.inference.volume.compute_gaussian',
+                        lambda size, device, **kwargs: torch.ones(tuple(size), device=device))
+    monkeypatch.setattr(Volume, '_choose_tiles', lambda self: vars(self).update(tiles=self.all_tiles, covered=False))
+    with fake_gpu() as copies:
+        to_fake_gpu(predictor.refiner)
+        predictor.device = CUDA
+        predictor.predict_sliding_window_return_logits = lambda image: torch.empty((3, 11, 8, 10), device=CUDA).half()
+        volume = Volume(predictor, torch.empty(1, 11, 8, 10), CUDA)
+        parts = Parts(torch.zeros((11, 8, 10), dtype=torch.int32, device=CUDA), 3)
+        monkeypatch.setattr(volume, 'parts', lambda settings: parts)
+        volume.start_fold()
+        spread = Spread(volume.shape, 2, 1, regions, CUDA)
+        at = volume.sample(sampling, 0, 2)
+        shifts = predictor.refiner.end_shifts(sampling, 0, 2, parts.number)
+        for z in chunks(volume.shape):
+            p = at(z)
+            logits = drawn_logits(p, regions, shifts, parts.at(z))
+            spread.add(0, z, p, hard_mask(logits, regions))
+        spread.end_of_fold(1)
+        assert {values.device.type for values in spread.maps().values()} == {'cuda'}
+        assert copies.seen == []
