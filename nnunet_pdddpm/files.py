@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,26 @@ def write_atomically(folder: Path, contents: Mapping[str, bytes | str]) -> list[
         for file in beside.values():
             file.unlink(missing_ok=True)
     return [folder / name for name in contents]
+
+
+def identity(file: Path) -> dict[str, Any]:
+    """What tells a file from another one of the same name: its `file` name, size in `bytes` and CRC-32."""
+    size, crc = 0, 0
+    with file.open('rb') as content:
+        while chunk := content.read(1 << 20):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return {'file': file.name, 'bytes': size, 'crc32': f'{crc:08x}'}
+
+
+def is_that_file(folder: Path, known: Any) -> bool:
+    """Whether the file in a folder that an `identity` was taken of is there, and still the same."""
+    if not isinstance(known, Mapping) or not isinstance(known.get('file'), str):
+        return False
+    file = folder / known['file']
+    try:
+        return file.stat().st_size == known.get('bytes') and identity(file) == known
+    except FileNotFoundError:
+        return False
 
 
 def without_nan(value: Any) -> Any:

@@ -24,6 +24,7 @@ from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.raters import ged_squared
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 from nnunet_pdddpm.evaluation.voxelwise import of_classes
+from nnunet_pdddpm.files import identity
 
 SHAPE, SPACING = (14, 18, 16), (2.5, 1.0, 0.8)
 LABELS = {'background': 0, 'organ': 1, 'lesion': 2}
@@ -312,7 +313,8 @@ def summary_of(data: Data, estimated: Callable[[int], float]) -> list[dict[str, 
             labels[name] = {'volume_ml': volume, 'volume_ml_mean': volume, 'volume_ml_sd': 0.1, 'volume_ml_low': low,
                             'volume_ml_high': low + 0.2 * volume, 'samples_low_ml': 0, 'samples_high_ml': volume,
                             'estimated_dice': estimated(i), 'components': 1}
-        entries.append({'case': case, 'labels': labels, 'estimated_dice': estimated(i), 'seconds': 2.5})
+        entries.append({'case': case, 'labels': labels, 'estimated_dice': estimated(i), 'seconds': 2.5,
+                        'mask': identity(data.pred / f'{case}.nii.gz')})
     return entries
 
 
@@ -344,6 +346,39 @@ def test_a_summary_without_a_case_or_a_value_leaves_it_undefined(data):
     assert results['cases'][1]['estimated_dice'] is None
     assert results['estimated_dice']['case']['n'] == 3
     assert any('estimated Dice' in line and '(1 of 5 cases lack it)' in line for line in results['not_computed'])
+
+
+def test_what_is_known_of_a_mask_is_not_used_for_another_one(data):
+    """One was corrected by hand, one is of stock nnU-Net, two were exchanged, and one row is of an earlier version."""
+    entries = summary_of(data, lambda i: 0.5 + 0.1 * i)
+    data.add_samples()
+    data.add_probabilities()
+    before = data.evaluate()
+    write(data.pred / 'case_0.nii.gz', data.references['case_0'])
+    entries = [entry for entry in entries if entry['case'] != 'case_1']
+    del entries[1]['mask']
+    for one, other in ((3, 4), (4, 3)):
+        write(data.pred / f'case_{one}.nii.gz', data.predictions[f'case_{other}'])
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({'cases': entries}))
+    results = data.evaluate()
+    assert 'aurc' in before['cases'][0]['voxelwise']['all'] and 'estimated_dice' in before['cases'][0]
+    for case, earlier in zip(results['cases'], before['cases'], strict=True):
+        assert 'estimated_dice' not in case and 'volume_low_ml' not in case['labels']['organ']
+        assert case['voxelwise']['all'] == {key: value for key, value in earlier['voxelwise']['all'].items()
+                                            if key not in ('aurc', 'auroc')}  # calibration is that of the probabilities
+        assert case['labels']['organ']['crps_volume_ml'] == earlier['labels']['organ']['crps_volume_ml']
+    assert results['cases'][0]['dice'] == 1
+    line, = (line for line in results['not_computed'] if 'the mask that is there' in line)
+    assert 'of case_0, case_1, case_2, case_3, case_4: ' in line
+
+
+def test_a_corrected_mask_leaves_the_others_their_estimates(data):
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({'cases': summary_of(data, lambda i: 0.5)}))
+    write(data.pred / 'case_3.nii.gz', data.references['case_3'])
+    results = data.evaluate()
+    assert [case.get('estimated_dice') for case in results['cases']] == [0.5, 0.5, 0.5, None, 0.5]
+    assert all(('samples_low_ml' in case['labels']['organ']) == (case['case'] != 'case_3') for case in results['cases'])
+    assert any('of case_3: the mask' in line for line in results['not_computed'])
 
 
 def test_samples_alone_give_estimates_their_range_and_diversity(data):

@@ -19,7 +19,8 @@ from PIL import Image
 from skimage import io as image_io
 
 from nnunet_pdddpm.demo.phantom import LABELS, make_case, write_image
-from nnunet_pdddpm.report import write_report
+from nnunet_pdddpm.files import identity
+from nnunet_pdddpm.report import NothingToShow, write_report
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, grey_layer, outline, uncertainty_layer
 from nnunet_pdddpm.report.page import REPORT
 from nnunet_pdddpm.report.summary import histogram
@@ -50,7 +51,8 @@ def describe(folder: Path, entries: list[dict[str, Any]], reader: str = 'SimpleI
     folder.mkdir(parents=True, exist_ok=True)
     dataset = {'labels': labels, 'channel_names': {'0': 'phantom'}, 'file_ending': ending}
     plans = {'image_reader_writer': reader, 'dataset_name': 'Dataset701_Phantom'}
-    summary = {'cases': [{'versions': {'nnunet-pdddpm': '0.1'}, **entry} for entry in entries]}
+    summary = {'cases': [{'versions': {'nnunet-pdddpm': '0.1'}, 'mask': identity(folder / f'{entry["case"]}{ending}'),
+                          **entry} for entry in entries]}
     for name, content in (('dataset', dataset), ('plans', plans), ('pdddpm_summary', summary)):
         (folder / f'{name}.json').write_text(json.dumps(content))
 
@@ -267,7 +269,6 @@ def test_slices_beyond_the_budget_are_left_out_evenly_and_the_page_says_so(predi
 def test_regions_and_two_dimensional_images_with_colours(tmp_path):
     folder = tmp_path / 'out'
     labels = {'background': 0, 'cell': [1, 2], '</svg><b>nucleus': 2, 'ignore': 3}
-    describe(folder, [{'case': 'im', 'estimated_dice': None}], 'NaturalImage2DIO', '.png', labels)
     mask = np.zeros((30, 40), np.uint8)
     mask[5:20, 5:20] = 1
     mask[8:12, 8:12] = 2
@@ -275,8 +276,9 @@ def test_regions_and_two_dimensional_images_with_colours(tmp_path):
     uncertainty[18:22, 5:20] = 65535
     for name, array in (('im', mask), ('presegmentation/im', mask), ('uncertainty/im_uncertainty', uncertainty),
                         ('im_0000', np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))):
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image_io.imsave(folder / f'{name}.png', array, check_contrast=False)
+    describe(folder, [{'case': 'im', 'estimated_dice': None}], 'NaturalImage2DIO', '.png', labels)
     page = write_report(folder, {'im': [folder / 'im_0000.png']}).read_text(encoding='utf-8')
     assert 'type="range"' not in page and page.count('class="frame"') == 1
     assert 'where the planes cut' not in page and 'class="volumes"' not in page
@@ -291,13 +293,13 @@ def test_regions_and_two_dimensional_images_with_colours(tmp_path):
 
 def test_volumes_without_geometry_are_shown_as_stored(tmp_path):
     folder = tmp_path / 'out'
-    describe(folder, [entry('vol', 0.5)], 'Tiff3DIO', '.tif')
     image, labels = make_case(SHAPE, 0)
     for name, array in (('vol', labels), ('presegmentation/vol', labels), ('vol_0000', image),
                         ('uncertainty/vol_uncertainty', (uncertainty_map(labels) * 65535).astype(np.uint16))):
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(folder / f'{name}.tif', array)
         (folder / f'{name}.json').write_text('{"spacing": [2.0, 1.0, 1.0]}')
+    describe(folder, [entry('vol', 0.5)], 'Tiff3DIO', '.tif')
     page = write_report(folder, {'vol': [folder / 'vol_0000.tif']}).read_text(encoding='utf-8')
     assert 'Section along x' in page and 'Axial' not in page and 'class="edge' not in page
     assert 'viewBox="0 0 34 28"' in page  # the slices are twice as thick as a pixel is wide
@@ -315,11 +317,9 @@ def damaged(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize('name, message', [
     ('pdddpm_summary.json', 'pdddpm_summary.json, which is not there'),
-    ('uncertainty/poor_uncertainty.nii.gz', 'poor_uncertainty.nii.gz, which is not there; predict again with --report'),
-    ('presegmentation/poor.nii.gz', r'presegmentation.poor.nii.gz, which is not there'),
     ('dataset.json', 'dataset.json, which is not there'),
 ])
-def test_what_is_missing_is_named_and_an_earlier_report_stays(prediction, tmp_path, name, message):
+def test_without_what_every_case_needs_an_earlier_report_stays(prediction, tmp_path, name, message):
     folder = tmp_path / 'out'
     shutil.copytree(prediction[0], folder)
     (folder / name).unlink()
@@ -329,25 +329,60 @@ def test_what_is_missing_is_named_and_an_earlier_report_stays(prediction, tmp_pa
     assert (folder / REPORT).read_text() == 'earlier' and not list(folder.glob('.*'))
 
 
-def test_what_does_not_fit_is_refused(prediction, tmp_path):
+def corrected(folder: Path) -> None:
+    write_image(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / 'poor.nii.gz'))) * 0, folder / 'poor.nii.gz')
+
+
+@pytest.mark.parametrize('spoil, why', [
+    (lambda folder: (folder / 'uncertainty' / 'poor_uncertainty.nii.gz').unlink(), 'poor_uncertainty.nii.gz, which is'),
+    (lambda folder: (folder / 'presegmentation' / 'poor.nii.gz').unlink(), 'poor.nii.gz, which is not there'),
+    (lambda folder: (folder / 'poor.nii.gz').unlink(), 'poor.nii.gz is not there'),
+    (lambda folder: (folder.parent / 'images' / 'poor_0000.nii.gz').write_bytes(b''), 'poor_0000.nii.gz'),
+    (lambda folder: damaged(folder, 'uncertainty/poor_uncertainty.nii.gz'), 'holds values outside [0, 1]'),
+    (lambda folder: write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz'),
+     'the stock mask has shape'),
+    (corrected, 'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
+    (lambda folder: describe(folder, [entry(case, 0.5) for case in QUALITY if case != 'poor']),
+     'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
+], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'corrected', 'foreign'])
+def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(prediction, tmp_path, capsys, spoil, why):
+    folder = tmp_path / 'out'
+    shutil.copytree(prediction[0].parent, tmp_path, dirs_exist_ok=True)
+    images = {case: [tmp_path / 'images' / files[0].name] for case, files in prediction[1].items()}
+    spoil(folder)
+    page = write_report(folder, images).read_text(encoding='utf-8')
+    assert sorted(cases_of(page)) == sorted(case for case in ORDER if case != 'poor')
+    assert 'Not shown: poor (' in text_of(page) and why in text_of(page)
+    said = capsys.readouterr().out
+    assert 'Not in the report: poor (' in said and why in said
+
+
+def test_cases_that_are_not_there_yet_or_failed_are_named_once(prediction, tmp_path, capsys):
     folder, images = tmp_path / 'out', prediction[1]
     shutil.copytree(prediction[0], folder)
-    with pytest.raises(ValueError, match="no entry for case 'other'"):
-        write_report(folder, {**images, 'other': images['poor']})
-    with pytest.raises(ValueError, match='No cases'):
-        write_report(folder, {})
-    damaged(folder, 'uncertainty/poor_uncertainty.nii.gz')
-    with pytest.raises(ValueError, match=r'poor_uncertainty.nii.gz holds values outside \[0, 1\]'):
-        write_report(folder, images)
-    write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz')
-    with pytest.raises(ValueError, match="'poor': the stock mask has shape"):
-        write_report(folder, images)
+    summary = json.loads((folder / 'pdddpm_summary.json').read_text())
+    summary['cases'] = [of for of in summary['cases'] if of['case'] != 'good']
+    summary['failed'] = [{'case': 'good', 'error': 'is empty'}]
+    (folder / 'pdddpm_summary.json').write_text(json.dumps(summary))
+    page = text_of(write_report(folder, {**images, 'other': images['poor']}).read_text(encoding='utf-8'))
+    assert 'Not predicted: good (is empty)' in page and 'Not shown: other (it is not predicted yet)' in page
+    assert capsys.readouterr().out == 'Not in the report: other (it is not predicted yet)\n'
+
+
+def test_with_nothing_to_show_or_a_summary_that_is_none_an_earlier_report_stays(prediction, tmp_path):
+    folder, images = tmp_path / 'out', prediction[1]
+    shutil.copytree(prediction[0], folder)
+    earlier = (folder / REPORT).read_bytes()
+    for given in ({}, {'other': images['poor']}):
+        with pytest.raises(NothingToShow):
+            write_report(folder, given)
     damaged(folder, 'pdddpm_summary.json')
     with pytest.raises(ValueError, match='pdddpm_summary.json is no valid JSON'):
         write_report(folder, images)
     (folder / 'pdddpm_summary.json').write_text('{"cases": [{"estimated_dice": 1}]}')
     with pytest.raises(ValueError, match='has no list "cases"'):
         write_report(folder, images)
+    assert (folder / REPORT).read_bytes() == earlier
 
 
 def test_cases_whose_images_are_not_given_are_counted(prediction, tmp_path):

@@ -17,6 +17,7 @@ from nnunet_pdddpm.diffusion.drawing import drawn_logits, drawn_mask, hard_mask
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.diffusion.process import Ancestral, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
+from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_case, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -432,18 +433,20 @@ def test_a_mean_is_over_the_labels_that_are_there():
     assert mean_of_known([]) is None
 
 
-def a_row(number, folds=1):
+def a_row(folder, number, folds=1):
+    mask = folder / f'case_{number:03d}.nii.gz'
+    mask.write_bytes(b'a mask')
     settings = [{'start': 0.6, 'steps': 1 + fold, 'samples_from': 'chain', 'slice_correlation': 0.9}
                 for fold in range(folds)]
     return {'case': f'case_{number:03d}', 'estimated_dice': None, 'uncertain_share': 0.25, 'num_samples': 2,
             'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number}, 'refined_tiles': 1.0,
-            'seconds': 1.5, 'versions': {'torch': '2'},
+            'seconds': 1.5, 'versions': {'torch': '2'}, 'mask': identity(mask),
             'labels': {name: {'volume_ml': number + 0.5, 'pairwise_dice': None} for name in ('organ', 'a, b')}}
 
 
 def write_some(folder, start):
     for number in range(start, 40, 4):
-        write_case(folder / 'pdddpm_cases', a_row(number))
+        write_case(folder / 'pdddpm_cases', a_row(folder, number))
         write_summary(folder)
 
 
@@ -455,10 +458,11 @@ def test_four_processes_share_one_summary(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ['pdddpm_cases', 'pdddpm_summary.csv',
-                                                                'pdddpm_summary.json']
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != '.gz') == [
+        'pdddpm_cases', 'pdddpm_summary.csv', 'pdddpm_summary.json']
     assert len(list((tmp_path / 'pdddpm_cases').iterdir())) == 40
-    assert json.loads((tmp_path / 'pdddpm_summary.json').read_text()) == {'cases': [a_row(i) for i in range(40)]}
+    assert json.loads((tmp_path / 'pdddpm_summary.json').read_text()) == {
+        'cases': [a_row(tmp_path, i) for i in range(40)]}
     lines = list(csv.DictReader((tmp_path / 'pdddpm_summary.csv').open(newline='')))
     assert [(line['case'], line['label']) for line in lines] == [(f'case_{i:03d}', name) for i in range(40)
                                                                  for name in ('organ', 'a, b')]
@@ -467,7 +471,7 @@ def test_four_processes_share_one_summary(tmp_path):
 
 
 def test_settings_that_differ_between_folds_are_both_told(tmp_path):
-    write_case(tmp_path / 'pdddpm_cases', a_row(0, folds=2))
+    write_case(tmp_path / 'pdddpm_cases', a_row(tmp_path, 0, folds=2))
     write_summary(tmp_path)
     line = next(csv.DictReader((tmp_path / 'pdddpm_summary.csv').open(newline='')))
     assert (line['start'], line['steps'], line['samples_from']) == ('0.6', '1/2', 'chain')

@@ -12,13 +12,14 @@ import torch
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
+from nnunet_pdddpm.inference.continuing import others_in, refresh_summary
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
-from nnunet_pdddpm.inference.summary import read_case, write_failure
+from nnunet_pdddpm.inference.summary import write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.settings import CHOICES, KINDS, RANGES, Value
-from nnunet_pdddpm.report import write_report
+from nnunet_pdddpm.report import NothingToShow, write_report
 
 SETTINGS = {
     'samples': 'number of samples',
@@ -124,7 +125,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     overrides = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     try:
         predictor, images, unusable = prepare(args, overrides)
-        failed = predict_and_report(args, predictor, images, unusable)
+        failed, no_report = predict_and_report(args, predictor, images, unusable)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
     except MEMORY_ERRORS as error:
@@ -136,16 +137,17 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         place = f' ({error.filename})' if error.filename else ''
         sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '
                  f'go on with --continue_prediction.')
-    if failed:
-        sys.exit(f'Error: {failures(failed, len(images) + len(unusable))}')
+    of_part = len(images[args.part_id::args.num_parts]) + len(unusable)
+    if failed or no_report:
+        sys.exit('Error: ' + ' '.join([failures(failed, of_part) + '.'] * bool(failed) + [no_report] * bool(no_report)))
 
 
 def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, images: list[list[str]],
-                       unusable: dict[str, str]) -> dict[str, str]:
-    """Predict all cases that can be, and report on them; the others: case -> why not."""
+                       unusable: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Predict all cases that can be, and report on them; the others, case -> why not; and why there is no report."""
     output = Path(args.o)
     for case, reason in unusable.items():
-        write_failure(output, case, reason)
+        write_failure(output, case, reason, files_like(args.i, case))
     try:
         predictor.predict_from_files(
             images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
@@ -155,13 +157,24 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     except PredictionError:
         if not predictor.failed:
             raise
-    failed = {**unusable, **predictor.failed}
-    if args.report:  # other parts may still be at work
+    if not images[args.part_id::args.num_parts]:  # a part without cases
+        refresh_summary(output)
+    no_report = ''
+    if args.report:
         cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
-        finished = {case: files for case, files in cases.items() if read_case(output, case) is not None}
-        if finished or not failed:
-            print(f'Report: {write_report(output, finished)}')
-    return failed
+        try:
+            print(f'Report: {write_report(output, cases)}')
+        except NothingToShow as error:  # other parts may still be at work
+            print(f'No report is written: {error}')
+        except (ValueError, OSError) as error:  # it shall not hide what has failed before
+            no_report = f'The report was not written: {error}'
+    return {**unusable, **predictor.failed}, no_report
+
+
+def files_like(folder: str, case: str) -> list[str]:
+    """The files in a folder that are named as those of an image of a case, with or without a channel number."""
+    named = re.compile(re.escape(case) + r'(_\d{4})?(\.[a-zA-Z.]+)')
+    return [str(file) for file in sorted(Path(folder).iterdir()) if named.fullmatch(file.name)]
 
 
 def prepare(args: argparse.Namespace, overrides: dict[str, Value]
@@ -191,10 +204,13 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
             if not file.is_file():
                 raise PredictionError(f'The prediction of {previous} {file} is missing: predict it first, or correct '
                                       f'-prev_stage_predictions.')
+    cases = [case_name(files, predictor) for files in images]
     if args.continue_prediction:
-        for files in images:
-            predictor.refuse_other_settings(Path(args.o, case_name(files, predictor)))
-    return predictor, images, unusable
+        for case in cases[args.part_id::args.num_parts]:  # no other part is at work on these
+            predictor.refuse_others(Path(args.o, case))
+    if others := others_in(Path(args.o), cases, predictor.settings_for_summary()):
+        print(f'{args.o} also holds masks of another model or of other settings, which stay: {", ".join(others)}.')
+    return predictor, images, unusable if args.part_id == 0 else {}
 
 
 def model_folder(args: argparse.Namespace) -> str:

@@ -124,7 +124,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
             inside = of_voxels.inside(voxels)
             metrics, result.bins[name] = _calibration(inside)
             here = inside.entropy if here is None else here
-        if here is not None and voxels.any():
+        if here is not None and voxels.any() and data.name not in folders.other_masks:
             metrics |= {'aurc': area_under_risk_coverage(here, wrong[voxels]),
                         'auroc': area_under_roc(here, wrong[voxels])}
         if metrics:
@@ -163,7 +163,8 @@ def _box_around(foreground: np.ndarray, spacing: tuple[float, ...]) -> np.ndarra
 def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None:
     """The model's estimate of Dice, its calibrated interval of the volume and the range of the samples' volumes.
 
-    They come from the summary; without one, estimate and range from the samples.
+    They come from the summary; without one, estimate and range from the samples. A mask that is not the summary's has
+    none.
     """
     entry = data.folders.summary.get(data.name)
     if entry is not None:
@@ -175,7 +176,7 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
                     'samples_low_ml': 'samples_low_ml', 'samples_high_ml': 'samples_high_ml'}
             of |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
             of['estimated_dice'] = _number(given.get('estimated_dice'))
-    elif len(samples) > 1:
+    elif len(samples) > 1 and data.name not in data.folders.other_masks:
         for name, label in data.folders.labels.items():
             masks = np.stack([data.mask(sample, label) for sample in samples])
             volumes = np.count_nonzero(masks.reshape(len(masks), -1), 1) * data.voxel_ml

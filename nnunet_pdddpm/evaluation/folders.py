@@ -17,6 +17,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
+from nnunet_pdddpm.files import is_that_file
 from nnunet_pdddpm.image_files import damage
 
 Label = Union[int, tuple[int, ...]]
@@ -50,7 +51,8 @@ class Folders:
         labels: name to label value or, for a region-based data set, to the label values of the region, in the order of
             the model's channels; background and ignore label left out.
         known_values: every label value that a mask may hold, the ignore label excepted.
-        summary: the entries of `pdddpm_summary.json` by case; empty if there is none.
+        summary: the entries of `pdddpm_summary.json` by case, of the masks that they were made of.
+        other_masks: the cases whose mask is another one than that of the summary, or is not in it; empty without one.
     """
     predictions: Path
     references: Path
@@ -63,6 +65,7 @@ class Folders:
     ignore_label: int | None
     reader: BaseReaderWriter
     summary: dict[str, dict[str, Any]]
+    other_masks: frozenset[str] = frozenset()
 
     def sample_files(self, case: str) -> list[Path]:
         """The case's samples in order; empty if they were not saved."""
@@ -153,7 +156,7 @@ def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, 
 
 def open_folders(predictions: Path, references: Path, raters: Path | None = None, dataset_json: Path | None = None,
                  plans: Path | None = None, chill: bool = False) -> Folders:
-    """Look into the folders; reads no image.
+    """Look into the folders; of images only the checksums are looked at.
 
     Args:
         predictions: output folder of nnUNetv2_predict or nnUNetv2_pdddpm_predict.
@@ -182,9 +185,13 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
     labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
                                 else int(np.ravel(value)[0]) for name, value in values.items()}
     cases = _cases(predictions, references, ending, chill)
+    entries = _read_summary(predictions / SUMMARY)
+    summary = {case: entries[case] for case in cases
+               if case in entries and is_that_file(predictions, entries[case].get('mask'))}
+    others = frozenset(cases) - summary.keys() if (predictions / SUMMARY).is_file() else frozenset()
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
-                      _reader(dataset, references / f'{cases[0]}{ending}'), _read_summary(predictions / SUMMARY))
+                      _reader(dataset, references / f'{cases[0]}{ending}'), summary, frozenset(others))
     if raters is not None and not any(folders.rater_files(case) for case in cases):
         raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
                               f'{cases[0]}__1{ending}.')

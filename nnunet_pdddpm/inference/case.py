@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy
 from nnunet_pdddpm.inference.intervals import Calibrated
@@ -111,8 +112,8 @@ class CaseUnderWay:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
-                 settings: list[dict[str, Any]], calibrated: Mapping[str, Calibrated | str], queue: ExportQueue
-                 ) -> None:
+                 settings: list[dict[str, Any]], calibrated: Mapping[str, Calibrated | str], queue: ExportQueue,
+                 image: list[dict[str, Any]] | None = None) -> None:
         """
         Args:
             export: writes into its folder, a new one is made.
@@ -122,12 +123,13 @@ class CaseUnderWay:
             settings: of the models, for the summary.
             calibrated: label -> what its intervals are made of, or why there are none.
             queue: where exports run.
+            image: `identity` of its files, for the summary; None if not known.
 
         Raises:
             OutputInUse: if another process is at the same case.
         """
         self.export, self.output, self.queue, self.settings = export, output, queue, settings
-        self.calibrated = calibrated
+        self.calibrated, self.image = calibrated, image
         self.folds = [i % num_folds for i in range(num_samples)]
         self.samples: dict[int, Future[None]] = {}
         export.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +182,7 @@ class CaseUnderWay:
             future.result()
         labels = self._volumes(self.rest.result())
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
-        write_case(folder / CASES, {**self.row, 'labels': labels})
+        write_case(folder / CASES, {**self.row, 'image': self.image, 'mask': identity(folder / mask), 'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
         files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]

@@ -20,14 +20,22 @@ from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse, clear_leftover
+from nnunet_pdddpm.inference.continuing import (
+    image_identity,
+    not_put_there,
+    refresh_summary,
+    refuse_other_mask,
+    refuse_other_settings,
+)
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FEWEST_SCORES, FIELDS, Calibrated, calibrate
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
-from nnunet_pdddpm.inference.summary import read_case, write_failure, write_summary
+from nnunet_pdddpm.inference.summary import has_failed, read_case, write_failure
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
+from nnunet_pdddpm.network.checkpoint import checksum
 from nnunet_pdddpm.network.refiner import CALIBRATION, stored_settings
 
 INFINITE = 'Encountered inf in predicted array'
@@ -66,11 +74,16 @@ class PDDDPMPredictor(VolumePredictor):
         self.failed: dict[str, str] = {}  # case -> why it could not be predicted, in the last prediction
         self.calibrated: dict[str, Calibrated | str] = {}
         """Label -> what the intervals of its volumes are made of, or why there are none."""
+        self.weights: list[str] = []
+        """Identity of each model: checksum of all that it holds, both networks, levels, calibration and settings."""
+        self._files: dict[Path, tuple[list[str], str | None]] = {}
+        """Path of a mask without its ending -> image files of the case, and mask of its previous stage."""
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """As VolumePredictor's; says which volumes have no calibrated interval, and why."""
         super().initialize_from_trained_model_folder(*args, **kwargs)
         self.calibrated = self._calibrated()
+        self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
         reasons = dict.fromkeys(of for of in self.calibrated.values() if isinstance(of, str))
         for reason in reasons:
             names = [name for name, of in self.calibrated.items() if of == reason]
@@ -106,8 +119,8 @@ class PDDDPMPredictor(VolumePredictor):
         """What each model is sampled with."""
         of_all = {'slice_correlation': self.slice_correlation, 'sure': self.sure, 'step_size': self.tile_step_size,
                   'mirroring': self.use_mirroring}
-        return [{'model': self.model, 'fold': fold, **asdict(settings), **of_all}
-                for fold, settings in zip(self.folds, self.fold_settings, strict=True)]
+        return [{'model': self.model, 'fold': fold, 'weights': weights, **asdict(settings), **of_all}
+                for fold, weights, settings in zip(self.folds, self.weights, self.fold_settings, strict=True)]
 
     def _manage_input_and_output_lists(self, list_of_lists_or_source_folder: Any,
                                        output_folder_or_list_of_truncated_output_files: Any,
@@ -117,33 +130,50 @@ class PDDDPMPredictor(VolumePredictor):
         """As nnUNetPredictor's; a case is left out only if all that is asked for is there.
 
         Raises:
-            PredictionError: if finished cases were predicted with other settings.
+            PredictionError: if finished cases were predicted with another model or settings, or a mask is none that
+                was put there with its row.
         """
         inputs, outputs, previous = super()._manage_input_and_output_lists(
             list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files,
             folder_with_segs_from_prev_stage, True, part_id, num_parts, save_probabilities)
-        if not overwrite and outputs:
+        self._files = {Path(file): (files, of_case) for file, files, of_case in
+                       zip(outputs or [], inputs, previous, strict=False)}
+        if overwrite:
+            for file in map(self._mask, self._files):
+                if how := not_put_there(file, file.name[:-len(self.dataset_json['file_ending'])]):
+                    print(f'{file} {how}. It will be overwritten.')
+        elif outputs:
             todo = [i for i, file in enumerate(outputs) if not self._is_done(Path(file), save_probabilities)]
             print(f'{len(outputs) - len(todo)} cases are done, {len(todo)} are left.')
             if not todo:
-                write_summary(Path(outputs[0]).parent)  # a run killed after its last mask has not done so
+                refresh_summary(Path(outputs[0]).parent)  # a run killed after its last mask has not done so
             inputs, outputs, previous = ([values[i] for i in todo] for values in (inputs, outputs, previous))
         self._num_cases = len(inputs)
         return inputs, outputs, previous
 
-    def refuse_other_settings(self, truncated: Path) -> None:
-        """Raise PredictionError if a case (by its path without ending) was predicted with another model or settings."""
-        row = read_case(truncated.parent, truncated.name)
-        if row is not None and row['settings'] != self.settings_for_summary():
-            raise PredictionError(f'{truncated.parent} holds {truncated.name} predicted with another model or other '
-                                  f'sampling settings: name another output folder, or predict all of it again without '
-                                  f'--continue_prediction.')
+    def refuse_others(self, truncated: Path) -> None:
+        """Raise PredictionError if what is there of a case cannot be gone on with.
+
+        It was predicted with another model or other settings, or its mask is not the file that was put there.
+
+        Args:
+            truncated: path of the mask without its ending.
+        """
+        refuse_other_settings(truncated.parent, truncated.name, self.settings_for_summary())
+        refuse_other_mask(self._mask(truncated), truncated.name)
+
+    def _mask(self, truncated: Path) -> Path:
+        return Path(str(truncated) + self.dataset_json['file_ending'])
 
     def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
-        self.refuse_other_settings(truncated)
+        self.refuse_others(truncated)
         row = read_case(truncated.parent, truncated.name)
         export = self._export(truncated, {}, save_probabilities)
-        done = row is not None and all((truncated.parent / file).is_file() for file in export.files(self.num_samples))
+        done = row is not None and not has_failed(truncated.parent, truncated.name) and all(
+            (truncated.parent / file).is_file() for file in export.files(self.num_samples))
+        if done and row is not None and row['image'] not in (None, image_identity(*self._files[truncated])):
+            print(f'The image of {truncated.name} is not the one that was predicted: it is predicted again.')
+            done = False
         if done:
             clear_leftover(export.folder)
         return done
@@ -192,7 +222,7 @@ class PDDDPMPredictor(VolumePredictor):
         finally:
             for output in outputs:
                 if output.is_dir():
-                    write_summary(output)
+                    refresh_summary(output)
             compute_gaussian.cache_clear()
             empty_cache(self.device)
         if self.failed:
@@ -224,7 +254,7 @@ class PDDDPMPredictor(VolumePredictor):
             print(f'\nPredicting {Path(file).name}:')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
-                                self.calibrated, queue)
+                                self.calibrated, queue, self._image_of(Path(file)))
             with self._fails_alone(case, outputs):
                 prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None,
                                                  Path(file).name, self.outputs.presegmentation)
@@ -241,6 +271,9 @@ class PDDDPMPredictor(VolumePredictor):
             if not mask.is_file():
                 raise PredictionError(f'{mask} was written and is not there any more, nor may others be: something '
                                       f'else deletes files in {mask.parent}. Predict again with --continue_prediction.')
+
+    def _image_of(self, truncated: Path) -> list[dict[str, Any]] | None:
+        return image_identity(*self._files[truncated]) if truncated in self._files else None
 
     def _finish(self, case: CaseUnderWay, outputs: set[Path], finished: list[Path]) -> None:
         with self._fails_alone(case, outputs):
@@ -273,7 +306,8 @@ class PDDDPMPredictor(VolumePredictor):
         outputs.add(output.parent)
         print(f'\n{output.name} is not predicted: {failed.reason}')
         self.failed[output.name] = failed.reason
-        write_failure(output.parent, output.name, failed.reason)
+        files = self._files.get(output)
+        write_failure(output.parent, output.name, failed.reason, None if files is None else files[0])
 
 
 def require_finite(prediction: VolumePrediction) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
-from nnunet_pdddpm.files import write_atomically
+from nnunet_pdddpm.files import is_that_file, write_atomically
 from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
 
@@ -88,27 +89,64 @@ def read_case(output: Path, case: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def write_failure(output: Path, case: str, reason: str) -> None:
-    """Note that a case could not be predicted, and why."""
+def describes_mask(output: Path, row: Mapping[str, Any]) -> bool:
+    """Whether a case's mask in an output folder is the file that its row was made of."""
+    return is_that_file(output, row.get('mask'))
+
+
+def write_failure(output: Path, case: str, reason: str, files: Sequence[str] | None = None) -> None:
+    """Note that a case could not be predicted, and why.
+
+    `files`: of its image. Once none of them is there any more, it is no failure any more. None: they are not known.
+    """
     (output / FAILED).mkdir(parents=True, exist_ok=True)
-    write_atomically(output / FAILED, {f'{case}.json': json.dumps({'case': case, 'error': reason})})
+    row = {'case': case, 'error': reason, 'files': None if files is None else [os.path.abspath(f) for f in files]}
+    write_atomically(output / FAILED, {f'{case}.json': json.dumps(row)})
 
 
-def write_summary(output: Path) -> None:
-    """Collect the rows of all cases in an output folder. Several processes may do so at the same time."""
-    written: list[Path] | None = None
-    while (files := [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
-           ) != written:
-        rows = []
-        for file in files:
+def has_failed(output: Path, case: str) -> bool:
+    """Whether a case could not be predicted when that was last tried."""
+    return (output / FAILED / f'{case}.json').is_file()
+
+
+def write_summary(output: Path) -> list[str]:
+    """Collect the rows of an output folder: of the masks that are there, and of images that could not be predicted.
+
+    Several processes may do so at the same time.
+
+    Returns:
+        Cases of which a mask is there that is not the file which their row was made of. These rows are left out.
+    """
+    written: tuple[list[Path], list[str]] | None = None
+    changed: list[str] = []
+    while (there := _what_is_there(output)) != written:
+        found = []
+        for file in there[0]:
             with suppress(FileNotFoundError):  # a failure that another process has just taken back
-                rows.append(json.loads(file.read_text()))
-        failed = [row for row in rows if 'error' in row]
-        rows = [row for row in rows if 'error' not in row]
+                found.append(json.loads(file.read_text()))
+        failed = [{'case': row['case'], 'error': row['error']} for row in found if 'error' in row and _is_there(row)]
+        without = {row['case'] for row in failed}  # what an earlier prediction left of them is of another image
+        done = [row for row in found if 'error' not in row and row['case'] not in without]
+        rows = [row for row in done if describes_mask(output, row)]
+        changed = [row['case'] for row in done if row not in rows and (
+            'mask' not in row or row['mask']['file'] in there[1])]
         content = {'cases': rows, **({'failed': failed} if failed else {})}
         write_atomically(output, {f'{SUMMARY}.json': json.dumps(content, indent=2),
                                   f'{SUMMARY}.csv': _table(rows, failed)})
-        written = files  # a case that another process has finished meanwhile: once more
+        written = there  # a case that another process has finished meanwhile: once more
+    return changed
+
+
+def _what_is_there(output: Path) -> tuple[list[Path], list[str]]:
+    """Files of the rows, and names of the files in the folder that are in place and not made of them."""
+    rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
+    return rows, sorted(file.name for file in output.iterdir() if not file.name.startswith(('.', SUMMARY)))
+
+
+def _is_there(failure: Mapping[str, Any]) -> bool:
+    """Whether a file of the image is there: a link to nothing is."""
+    files = failure.get('files')
+    return files is None or any(os.path.lexists(file) for file in files)
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing
 from nnunet_pdddpm.diffusion.sampling import KeptNoise, refine
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, note_checksum
 from nnunet_pdddpm.network.denoiser import Denoiser
+from nnunet_pdddpm.network.seen import Seen, note_seen, stored_seen
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, effective_settings, from_numbers
 
 _refine = torch.compiler.disable(refine, recursive=False)
@@ -95,8 +96,10 @@ class Refiner(nn.Module):
             dtype = torch.float32 if isinstance(value, float) else None  # there is no float64 on mps
             self.register_buffer(SETTING + name, torch.tensor(value, dtype=dtype))
         self.presegmenter_checksum: int | None = None  # see `check_weights`
+        self.seen = Seen()
         self._noise = KeptNoise()
         self.register_state_dict_post_hook(note_checksum)
+        self.register_state_dict_post_hook(note_seen)
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
         self.store_levels(design.first_table())
 
@@ -139,6 +142,7 @@ class Refiner(nn.Module):
         """
         refuse_earlier(state_dict, 'The model')
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
+        self.seen = stored_seen(state_dict)
         before = self.settings
         result = super().load_state_dict(state_dict, strict, assign)
         self.use_stored_settings()

@@ -3,21 +3,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.files import write_atomically
+from nnunet_pdddpm.inference.preprocess import UnusableImage, of_the_image
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.report import summary as text
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR
 from nnunet_pdddpm.report.views import make_view
-from nnunet_pdddpm.report.volumes import read_case
+from nnunet_pdddpm.report.volumes import existing, read_case
 
 REPORT = 'report.html'
 SLICE_BYTES = 22_000_000
 """Bytes that the axial slices of all cases may take together."""
 SLICE_BYTES_PER_CASE = 4_000_000
+
+
+class NothingToShow(ValueError):
+    """No case can be shown: the message says why of each."""
 
 
 def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> Path:
@@ -29,34 +35,59 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
 
     Args:
         output_folder: holds the masks, presegmentation/, uncertainty/, pdddpm_summary.json, dataset.json, plans.json.
-        images: for each case to show its image files, channel 0 first; only the first is read.
+        images: for each case to show its image files, channel 0 first; only the first is read. Cases of which something
+            is missing are named on the page and the console, with the reason.
 
     Returns:
         The report's file; an earlier one of that name is replaced when the new one is complete.
 
     Raises:
-        ValueError: a file is missing or is not what it should be; an earlier report stays as it is.
+        NothingToShow: there is no case of which everything is there; an earlier report stays as it is.
+        ValueError: the summary, dataset.json or plans.json is not what it should be; so does it then.
     """
     folder = Path(output_folder)
-    if not images:
-        raise ValueError(f'No cases to report on in {folder}')
-    summary, entries = text.read_summary(folder, images)
+    shown = b''
+    while (now := existing(folder / text.SUMMARY).read_bytes()) != shown:  # another part has finished: once more
+        shown = now
+        page, missing = _page(folder, images, text.read_summary(folder))
+        written = write_atomically(folder, {REPORT: page})[0]
+    if missing:
+        print(f'Not in the report: {_with_reasons(missing)}')
+    return written
+
+
+def _page(folder: Path, images: Mapping[str, Sequence[Path]], summary: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The page, and the cases that are not on it and why, but for those that failed; raises as `write_report`."""
     dataset, plans = (text.read_json(folder / name) for name in ('dataset.json', 'plans.json'))
     reader, ending = PlansManager(plans).image_reader_writer_class(), dataset['file_ending']
+    entries, missing = text.choose_entries(folder, summary, images, ending)
     regions = foreground_labels(dataset)
-    budget = min(SLICE_BYTES // len(entries), SLICE_BYTES_PER_CASE)
+    budget = min(SLICE_BYTES // max(len(entries), 1), SLICE_BYTES_PER_CASE)
 
     cases = []
     for entry in entries:
-        case = read_case(folder, entry['case'], images[entry['case']], ending, reader)
+        try:
+            with of_the_image(entry['case']):
+                case = read_case(folder, entry['case'], images[entry['case']], ending, reader)
+        except UnusableImage as error:
+            missing[entry['case']] = str(error).removeprefix(f'{entry["case"]}: ')
+            continue
         cases.append({'entry': entry, 'view': make_view(case, list(regions.values()), budget)})
+    if not cases:
+        raise NothingToShow(_with_reasons(missing) or f'no case of {folder} could be predicted')
+    entries = [entry for entry in entries if entry['case'] not in missing]
     qualities = [text.finite(entry.get('estimated_dice')) for entry in entries]
     page = _template().render(
         cases=cases, outlines=list(regions), labels=text.label_names(entries), versions=entries[0].get('versions', {}),
-        dataset=plans.get('dataset_name', folder.name), not_shown=len(summary['cases']) - len(entries),
+        dataset=plans.get('dataset_name', folder.name), missing=_with_reasons(missing),
+        not_shown=sum(entry['case'] not in images for entry in summary['cases']),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
         failed=summary.get('failed', []), uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
-    return write_atomically(folder, {REPORT: page})[0]
+    return page, missing
+
+
+def _with_reasons(missing: Mapping[str, str]) -> str:
+    return '; '.join(f'{case} ({why})' for case, why in missing.items())
 
 
 def _template() -> jinja2.Template:

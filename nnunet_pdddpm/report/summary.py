@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_pdddpm.files import is_that_file
 from nnunet_pdddpm.report.volumes import existing
 
 SUMMARY = 'pdddpm_summary.json'
@@ -31,26 +32,37 @@ def read_json(file: Path) -> Any:
         raise ValueError(f'{file} is no valid JSON ({error}); predict again with --report') from None
 
 
-def read_summary(folder: Path, cases: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary of a prediction, and its entries of `cases` in the order of review: worst estimated quality first.
-
-    A case without an estimate comes before all others, for nothing vouches for it; of equal ones, the one with more
-    uncertain voxels comes first.
-
-    Raises:
-        ValueError: no summary, or none of this form, or a case is not in it.
-    """
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a prediction; raises ValueError if there is none, or none of this form."""
     file = folder / SUMMARY
     summary = read_json(file)
     entries = summary.get('cases') if isinstance(summary, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get('case'), str)
                                                 for e in entries):
         raise ValueError(f'{file} has no list "cases" with an entry for each case; predict again with --report')
-    by_name = {entry['case']: entry for entry in entries}
-    absent = [case for case in cases if case not in by_name]
-    if absent:
-        raise ValueError(f'{file} has no entry for case {absent[0]!r}; predict it again without --continue_prediction')
-    return summary, sorted((by_name[case] for case in cases), key=review_order)
+    return summary
+
+
+def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str], ending: str
+                   ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The entries of cases in the order of review, worst estimated quality first; and which have none, and why.
+
+    A case without an estimate comes before all others, for nothing vouches for it; of equal ones, the one with more
+    uncertain voxels comes first. What the summary lists as failed is in neither.
+    """
+    by_name = {entry['case']: entry for entry in summary['cases']}
+    failed = {entry['case'] for entry in summary.get('failed', [])}
+    chosen: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for case in cases:
+        entry, mask = by_name.get(case), folder / f'{case}{ending}'
+        if entry is not None and is_that_file(folder, entry.get('mask')):
+            chosen.append(entry)
+        elif mask.is_file() and case not in failed:
+            missing[case] = f'{mask.name} is not the mask that {SUMMARY} was made of'
+        elif case not in failed:
+            missing[case] = f'{mask.name} is not there' if entry else 'it is not predicted yet'
+    return sorted(chosen, key=review_order), missing
 
 
 def review_order(entry: Mapping[str, Any]) -> tuple[float, float, str]:

@@ -29,15 +29,17 @@ from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, refuse_earlier
+from nnunet_pdddpm.network.seen import Seen, stored_seen
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
+from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.cases import ValidationCases, require_unseen
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
 from nnunet_pdddpm.tuning.stored import CHECKPOINTS
@@ -164,12 +166,30 @@ class PDDDPMTrainer(nnUNetTrainer):
         elif not self._restored:
             self._embed_stock_model()
         self._stock_checkpoint = None
+        self._note_cases()
         self._first_epoch = self.current_epoch
         if self.is_ddp:
             # At the end ranks wait for hours, if need be, which NCCL does not allow; gloo does. It is made now: where
             # it cannot be, for want of a host name, training ends before it has begun.
             self._gloo = dist.new_group(backend='gloo', timeout=timedelta(days=30))
         super().on_train_start()
+
+    def _note_cases(self) -> None:
+        """Note what the model is trained on; raises CheckpointError if it or its stock model has seen the validation
+        cases."""
+        training, validation = self.do_split()
+        if not self._restored:
+            stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
+            self.refiner.seen = Seen.of([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
+        if self.fold != 'all':
+            if leak := self.refiner.seen.leaks(validation):
+                raise CheckpointError(f'By the present splits_final.json {leak}. Put back the one that was trained '
+                                      f'with, or train the stock model again with this one, and then this model from '
+                                      f'its beginning (without --c).')
+            if unknown := self.refiner.seen.unknown():
+                self.print_to_log_file(f'{unknown} If splits_final.json was changed since, what is measured on the '
+                                       f'validation cases is wrong.')
+        self.refiner.seen = self.refiner.seen.trained_on_too(training)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         """As nnU-Net's, but mirroring as the stock model was trained: it sees the same patches."""
@@ -362,6 +382,9 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As nnU-Net's, with the averaged weights; then the intervals of volumes are calibrated on the same cases."""
+        if self.fold != 'all' and (leak := self.refiner.seen.leaks(self.do_split()[1])):
+            self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of this validation is '
+                                   f'none of held-out cases.')
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
@@ -391,6 +414,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         try:
             cases = ValidationCases(self)
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
+            require_unseen(cases.names, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
             return measure_volumes(predictor, cases, names[self.local_rank::dist.get_world_size()]
                                    if self.is_ddp else names)
@@ -434,15 +458,16 @@ class PDDDPMTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As nnU-Net's. The pre-segmenter comes from the checkpoint: no stock model need be there."""
         self._restored = True
-        stored = None
+        stored, seen = None, Seen()
         if isinstance(filename_or_checkpoint, str):
             self._checkpoint = Path(filename_or_checkpoint).name
             weights = load_checkpoint(Path(filename_or_checkpoint), 'checkpoint')['network_weights']
             refuse_earlier(weights, f'The checkpoint {filename_or_checkpoint}')
             stored = check_weights(weights, f'The checkpoint {filename_or_checkpoint}')
+            seen = stored_seen(weights)
             del weights
         super().load_checkpoint(filename_or_checkpoint)
-        self.refiner.presegmenter_checksum = stored  # nnU-Net's loading drops it
+        self.refiner.presegmenter_checksum, self.refiner.seen = stored, seen  # nnU-Net's loading drops them
         self.refiner.use_stored_settings()  # overrides are for prediction
         if not self.design.paper_levels:
             self.meter.restore(*(getattr(self.refiner, name) for name in LEVELS[2:]))

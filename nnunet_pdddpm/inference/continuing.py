@@ -1,0 +1,83 @@
+"""What lies in an output folder already: is it of this model, of these images, and is the mask the one put there?"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_pdddpm.files import identity
+from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_case, write_summary
+from nnunet_pdddpm.inference.volume_predictor import PredictionError
+
+Settings = Sequence[Mapping[str, Any]]
+NOT_COMPARED = 'model'
+"""Path of a model in the settings of a row. The model itself is its weights, wherever they lie."""
+
+
+def image_identity(files: Sequence[str], previous: str | None = None) -> list[dict[str, Any]] | None:
+    """`identity` of what a case is predicted from; None if a file cannot be read.
+
+    Args:
+        files: the image's channels; the json beside them that holds the spacing of a tif belongs to them.
+        previous: mask of the previous stage of a cascade.
+    """
+    images = [*files, *([previous] if previous else [])]
+    beside = dict.fromkeys(re.sub(r'(_\d{4})?\.[^.]+$', '.json', file) for file in images)
+    try:
+        return [identity(Path(file)) for file in [*images, *(file for file in beside if os.path.isfile(file))]]
+    except OSError:
+        return None
+
+
+def difference(then: Settings, now: Settings) -> str:
+    """In what a row was predicted with something else than what is to be used now; empty if in nothing."""
+    if any('weights' not in of for of in then):
+        return 'by a version of nnunet-pdddpm that did not note the weights of its model'
+    if [of['weights'] for of in then] != [of['weights'] for of in now]:
+        return f'with another model: its weights are not those of {now[0]["model"]}'
+    names = dict.fromkeys(name for a, b in zip(then, now, strict=True) for name in {**a, **b}
+                          if name != NOT_COMPARED and a.get(name) != b.get(name))
+    return f'with other sampling settings ({", ".join(names)})' if names else ''
+
+
+def refuse_other_settings(output: Path, case: str, settings: Settings) -> None:
+    """Raise PredictionError if a case in the folder was predicted with another model or other settings."""
+    row = read_case(output, case)
+    if row is not None and (how := difference(row['settings'], settings)):
+        raise PredictionError(f'{output} holds {case} predicted {how}. Name another output folder, or predict all of '
+                              f'it again without --continue_prediction.')
+
+
+def refuse_other_mask(mask: Path, case: str) -> None:
+    """Raise PredictionError if the mask of a case is there and not the file that was put there with its row."""
+    if how := not_put_there(mask, case):
+        raise PredictionError(f'{mask} {how}. Move it elsewhere and the case is predicted again, or name another '
+                              f'output folder; without --continue_prediction it is overwritten.')
+
+
+def not_put_there(mask: Path, case: str) -> str:
+    """Why the mask of a case is none that a prediction put there; empty if it is one, or is not there."""
+    if not mask.is_file():
+        return ''
+    row = read_case(mask.parent, case)
+    if row is None:
+        return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
+    if 'mask' not in row:
+        return 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
+    return '' if describes_mask(mask.parent, row) else 'was changed or replaced after nnUNetv2_pdddpm_predict wrote it'
+
+
+def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[str]:
+    """Finished cases of a folder that are not among `cases` and were predicted with another model or settings."""
+    rows = {file.stem: read_case(output, file.stem) for file in sorted((output / CASES).glob('*.json'))
+            if file.stem not in cases}
+    return [case for case, row in rows.items() if row is not None and difference(row['settings'], settings)]
+
+
+def refresh_summary(output: Path) -> None:
+    """`write_summary`, and a line about the masks that it leaves out."""
+    if changed := write_summary(output):
+        print(f'{os.path.join(output, "pdddpm_summary.json")} leaves out {", ".join(changed)}: the mask that is there '
+              f'is not the one that was predicted.')

@@ -1,0 +1,72 @@
+"""What a model has seen: the cases that it was trained on, and those that its stock model was not, noted in it."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TRAINED_ON, STOCK_HELD_OUT = 'trained_on', 'stock_held_out'
+"""Keys in the metadata of a refiner's state dict. Models without them are older; what they have seen is not known."""
+
+
+def case_hash(name: str) -> str:
+    """Stands for a case: names of patients do not leave with a model."""
+    return hashlib.blake2s(name.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Hashes of cases; None for what is not known."""
+    trained_on: frozenset[str] | None = None
+    """Those that the denoiser was trained on."""
+    stock_held_out: frozenset[str] | None = None
+    """Those that the stock model was validated on when it was trained; it was trained on others."""
+
+    @classmethod
+    def of(cls, trained_on: Iterable[str], stock_held_out: Iterable[str] | None) -> Seen:
+        """From names of cases."""
+        return cls(frozenset(map(case_hash, trained_on)),
+                   None if stock_held_out is None else frozenset(map(case_hash, stock_held_out)))
+
+    def trained_on_too(self, names: Iterable[str]) -> Seen:
+        """With further cases that the denoiser is trained on; what is not known stays so."""
+        known = None if self.trained_on is None else self.trained_on | frozenset(map(case_hash, names))
+        return Seen(known, self.stock_held_out)
+
+    def leaks(self, validation: Iterable[str]) -> str:
+        """What is wrong with cases as validation cases, a clause; empty if nothing is known to be."""
+        names = sorted(validation)
+        own = [name for name in names if self.trained_on is not None and case_hash(name) in self.trained_on]
+        stock = [name for name in names if self.stock_held_out is not None
+                 and case_hash(name) not in self.stock_held_out]
+        if own:
+            return f'the model was trained on {_listed(own, names)}'
+        return (f'{_listed(stock, names)} are not among the cases that its stock model held out, so that was trained '
+                f'on them, unless they were added since') if stock else ''
+
+    def unknown(self) -> str:
+        """What is not known, a sentence; empty if all is."""
+        if self.trained_on is None:
+            return 'It is not known which cases this model was trained on: it is of an earlier version.'
+        if self.stock_held_out is None:
+            return ('It is not known which cases the stock model was trained on: it has left no complete validation '
+                    '(nnUNetv2_train does one at its end).')
+        return ''
+
+
+def _listed(names: list[str], of: list[str]) -> str:
+    return f'{len(names)} of {len(of)} validation cases ({", ".join(names[:3])}{", …" if len(names) > 3 else ""})'
+
+
+def stored_seen(weights: Mapping[str, Any]) -> Seen:
+    """What is noted in a refiner's state dict."""
+    noted = getattr(weights, '_metadata', {}).get('', {})
+    return Seen(*(None if noted.get(key) is None else frozenset(noted[key]) for key in (TRAINED_ON, STOCK_HELD_OUT)))
+
+
+def note_seen(module: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Hook of the refiner's `state_dict`."""
+    for key, cases in ((TRAINED_ON, module.seen.trained_on), (STOCK_HELD_OUT, module.seen.stock_held_out)):
+        if cases is not None:
+            metadata[key] = sorted(cases)

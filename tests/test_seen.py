@@ -1,0 +1,184 @@
+"""What a model was trained on is compared with the split in force: what the stock model left, and its own note."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BRIEF, DATASET, DATASET_ID, PLANS, Workspace, make_trainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_pdddpm.commands.tune import main as tune
+from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
+from nnunet_pdddpm.network.seen import Seen, stored_seen
+from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.training.held_out import held_out_cases
+from nnunet_pdddpm.tuning.stored import store
+
+ENDING = '.nii.gz'
+VALIDATION = ['phantom_000', 'phantom_003', 'phantom_006']  # of fold 0
+
+
+def write_log(fold: Path, day: str, cases: list[str], *, size: int | None = None, trained: bool = True) -> None:
+    """A log as nnU-Net writes it, of a training and the validation after it, or of a validation alone."""
+    said = ['Epoch 0', 'train_loss 0.5', 'Training done.'] if trained else []
+    said += [f'This split has 6 training and {len(cases) if size is None else size} validation cases.']
+    said += [line for case in cases for line in (f'predicting {case}', f'{case}, shape torch.Size([1, 20, 26, 22])')]
+    fold.mkdir(parents=True, exist_ok=True)
+    (fold / f'training_log_{day}_11_09_01.txt').write_text(''.join(f'2026-11-29 11:09:01.7366: {of} \n' for of in said))
+
+
+def write_summary(fold: Path, cases: list[str]) -> None:
+    """validation/summary.json as nnU-Net writes it."""
+    (fold / 'validation').mkdir(parents=True, exist_ok=True)
+    rows = [{'metrics': {}, 'prediction_file': f'/there/{case}{ENDING}'} for case in cases]
+    (fold / 'validation' / 'summary.json').write_text(json.dumps({'metric_per_case': rows}))
+
+
+# what the stock model left ------------------------------------------------------------------------------------------
+
+
+def test_a_training_held_out_what_it_validated_on_at_its_end(tmp_path):
+    assert held_out_cases(tmp_path, ENDING) is None
+    write_log(tmp_path, '2026_9_30', ['a', 'b b'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b b'}
+    write_log(tmp_path, '2026_10_1', ['c'])  # trained again, by another split; months have one digit or two
+    assert held_out_cases(tmp_path, ENDING) == {'c'}
+
+
+def test_a_later_validation_by_another_split_does_not_change_what_was_held_out(tmp_path):
+    write_log(tmp_path, '2026_10_1', ['a', 'b'])
+    write_log(tmp_path, '2026_10_2', ['c', 'd'], trained=False)
+    write_summary(tmp_path, ['a', 'b', 'c', 'd'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
+def test_without_a_log_the_summary_of_the_validation_tells_it(tmp_path):
+    write_summary(tmp_path, ['a', 'b'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+    write_log(tmp_path, '2026_10_1', ['a'], size=2)  # several GPUs: the log is of one of them
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
+@pytest.mark.parametrize('summary', ['{', '{}', '[]', '{"metric_per_case": [{}]}', '{"metric_per_case": []}'])
+def test_what_tells_nothing_is_not_known(tmp_path, summary):
+    (tmp_path / 'validation').mkdir()
+    (tmp_path / 'validation' / 'summary.json').write_text(summary)
+    assert held_out_cases(tmp_path, ENDING) is None
+    write_summary(tmp_path, ['a', 'b', 'c'])
+    write_log(tmp_path, '2026_10_1', ['a'], size=2)  # the folder holds masks of an earlier split, too
+    assert held_out_cases(tmp_path, ENDING) is None
+
+
+def test_cases_that_were_trained_on_are_counted_and_named():
+    seen = Seen.of(['a', 'b'], ['x', 'y', 'z'])
+    assert seen.leaks(['x', 'y']) == '' and seen.unknown() == ''
+    assert seen.leaks(['x', 'a']) == 'the model was trained on 1 of 2 validation cases (a)'
+    assert '4 of 5 validation cases (l, m, n, …) are not among' in seen.leaks(['m', 'x', 'l', 'n', 'o'])
+    assert 'trained on 1 of' in seen.trained_on_too(['x']).leaks(['x', 'y'])
+    assert Seen().leaks(['a']) == '' and 'earlier version' in Seen().unknown()
+    assert 'no complete validation' in Seen.of(['a'], None).unknown()
+    assert 'patient' not in str(Seen.of(['patient'], ['patient']))  # no name leaves with a model
+
+
+# training, validation and tuning ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fold(scratch_results: Path) -> Path:
+    """Folder of fold 0 of the model that is to be trained; the stock models are there."""
+    return scratch_results / DATASET / f'{BRIEF}__{PLANS}__3d_fullres' / 'fold_0'
+
+
+@pytest.fixture
+def stock_fold(stock: Workspace, scratch_results: Path) -> Path:
+    """Folder of fold 0 of the stock model, with what its validation leaves."""
+    folder, = scratch_results.glob(f'{DATASET}/nnUNetTrainer*/fold_0')
+    write_summary(folder, VALIDATION)
+    return folder
+
+
+@pytest.fixture
+def split(stock: Workspace, tmp_path: Path) -> Iterator[Path]:
+    """The file of the split, put back afterwards."""
+    file = stock.preprocessed / 'splits_final.json'
+    shutil.copy(file, tmp_path / 'split')
+    yield file
+    shutil.copy(tmp_path / 'split', file)
+
+
+def exchange_folds(split: Path) -> None:
+    """What was fold 1 is fold 0 now."""
+    folds = json.loads(split.read_text())
+    split.write_text(json.dumps([folds[1], folds[0], folds[2]]))
+
+
+def log_of(fold: Path) -> str:
+    return ''.join(file.read_text() for file in sorted(fold.glob('training_log*')))
+
+
+def refused(*flags: str) -> str:
+    """What `nnUNetv2_pdddpm_tune` says when it refuses."""
+    with pytest.raises(SystemExit) as exit_:
+        tune([str(DATASET_ID), '3d_fullres', '0', '-tr', BRIEF, '-p', PLANS, '-device', 'cpu', *flags])
+    assert str(exit_.value).startswith('Error: ') and '\n' not in str(exit_.value)
+    return str(exit_.value)
+
+
+def test_a_stock_model_that_was_trained_on_the_validation_cases_is_refused(stock_fold, fold, split):
+    exchange_folds(split)
+    with pytest.raises(CheckpointError, match=r'3 of 3 validation cases \(phantom_001, .* are not among') as error:
+        make_trainer(BRIEF, 0).run_training()
+    assert 'Put back' in str(error.value) and '\n' not in str(error.value)
+    assert not list(fold.glob('checkpoint*'))
+
+
+def test_a_stock_model_whose_validation_lacks_is_told_in_words(scratch_results, fold):
+    make_trainer(BRIEF, 0).run_training()
+    assert 'It is not known which cases the stock model was trained on' in log_of(fold)
+    seen = stored_seen(load_checkpoint(fold / 'checkpoint_final.pth')['network_weights'])
+    assert seen.stock_held_out is None and seen.leaks(['phantom_001']).startswith('the model was trained on')
+
+
+def test_what_was_trained_on_is_noted_and_a_changed_split_refused_ever_after(stock_fold, fold, split, monkeypatch):
+    make_trainer(BRIEF, 0).run_training()
+    assert 'It is not known' not in log_of(fold)
+    training = json.loads(split.read_text())[0]['train']
+    final = fold / 'checkpoint_final.pth'
+    seen = Seen.of(training, VALIDATION)
+    assert stored_seen(load_checkpoint(final)['network_weights']) == seen
+    store(fold, SamplingSettings(steps=2))  # tuned
+    assert stored_seen(load_checkpoint(final)['network_weights']) == seen
+
+    exchange_folds(split)
+    before = final.read_bytes()
+    said = refused()
+    assert 'By the present splits_final.json the model was trained on 3 of 3 validation cases (phantom_001' in said
+    assert 'Put back the splits_final.json' in said and final.read_bytes() == before
+
+    trainer = make_trainer(BRIEF, 0)  # --c
+    trainer.load_checkpoint(str(final))
+    assert trainer.refiner.seen == seen
+    with pytest.raises(CheckpointError, match='the model was trained on 3 of 3'):
+        trainer.on_train_start()
+
+    monkeypatch.setattr(nnUNetTrainer, 'perform_actual_validation', lambda self, save_probabilities=False: None)
+    trainer.perform_actual_validation()  # --val
+    said = log_of(fold)
+    assert 'WARNING: by the present splits_final.json the model was trained on 3 of 3' in said
+    assert 'The intervals of volumes are not calibrated: By the present splits_final.json the model' in said
+    assert final.read_bytes() == before
+
+
+def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(stock_fold, fold):
+    make_trainer(BRIEF, 0).run_training()
+    final = fold / 'checkpoint_final.pth'
+    checkpoint = torch.load(final, weights_only=False)
+    for key in ('trained_on', 'stock_held_out'):
+        del checkpoint['network_weights']._metadata[''][key]
+    torch.save(checkpoint, final)
+    assert 'too short to tune' in refused('-budget', '0.0001')
+    assert 'It is not known which cases this model was trained on' in log_of(fold)
