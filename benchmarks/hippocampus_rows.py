@@ -35,7 +35,9 @@ VOXEL_ML = 1e-3  # images and the network's grid have voxels of 1 mm
 TITLES = {
     'stock': 'stock', 'stock T': 'the same with one temperature', 'longer': 'control: stock trained longer',
     'longer T': 'the same with one temperature', 'second': 'second network, cross-entropy alone',
-    'blind': 'PDDDPM, blind mask', 'blind T': 'PDDDPM, blind mask with one temperature', 'tuned': 'PDDDPM as tuned',
+    'blind': 'PDDDPM, blind mask', 'blind T': 'PDDDPM, blind mask with one temperature',
+    'samples': 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)',
+    'samples mirrored': 'the same, from a mirrored pre-segmentation', 'tuned': 'PDDDPM as tuned',
     'ensemble': 'stock, ensemble of the 3 folds', 'ensemble tuned': 'PDDDPM as tuned, ensemble of the 3 folds'}
 
 
@@ -77,7 +79,7 @@ def measure(work: Path) -> None:
         measure_plain(work, STOCK_TRAINER, (fold,), {'stock': False, 'stock T': True})
         measure_plain(work, CONTROL_TRAINER, (fold,), {'longer': False, 'longer T': True})
         measure_refined(work, SECOND_TRAINER, (fold,), ('second',))
-        measure_refined(work, PDDDPM_TRAINER, (fold,), ('blind', 'blind T', 'tuned'))
+        measure_refined(work, PDDDPM_TRAINER, (fold,), ('blind', 'blind T', 'samples', 'samples mirrored', 'tuned'))
     every = tuple(range(NUM_FOLDS))
     measure_plain(work, STOCK_TRAINER, every, {'ensemble': False})
     measure_refined(work, PDDDPM_TRAINER, every, ('ensemble tuned',))
@@ -117,17 +119,19 @@ def measure_refined(work: Path, trainer: str, folds: tuple[int, ...], rows: tupl
     """Rows of a PDDDPM model: of its blind mask with its temperature or without, and as its settings say."""
     if all(file_of(work, row, folds).is_file() for row in rows):
         return
-    changes: dict[str, dict[str, Any]] = {'second': {'mask_stock': 0.0, 'mask_blind': 1.0, 'blind_temperature': 1.0},
-                                          'blind': {'mask_stock': 0.0, 'mask_blind': 1.0, 'blind_temperature': 1.0},
-                                          'blind T': {'mask_stock': 0.0, 'mask_blind': 1.0}}
+    samples = {'mask_stock': 0.0, 'mask_blind': 0.0, 'samples_from': 'chain', 'start': 0.8, 'steps': 2, 'samples': 8}
+    blind = {'mask_stock': 0.0, 'mask_blind': 1.0}
+    changes: dict[str, dict[str, Any]] = {
+        'second': {**blind, 'blind_temperature': 1.0}, 'blind': {**blind, 'blind_temperature': 1.0}, 'blind T': blind,
+        'samples': samples, 'samples mirrored': samples}
     for row in rows:
         predictor = open_model(lambda row=row, **kwargs: VolumePredictor(overrides=changes.get(row), **kwargs), work,
                                trainer, folds)
-        if row in changes:
+        if 'samples' not in changes.get(row, {'samples': 8}):
             predictor.num_samples = len(folds)
         scores = []
         for name, image, truth in cases(predictor, work, 'Ts', names_of(work, None)):
-            prediction = predictor.predict_volume(image, case=name)
+            prediction = predictor.predict_volume(image, case=name, stock=row == 'samples mirrored')
             true = np.bincount(truth.truth.cpu(), minlength=3)[1:] * VOXEL_ML
             sizes = prediction.counts.sample_sizes() * VOXEL_ML
             scores.append({**score(truth, prediction.logits), 'volumes': [
