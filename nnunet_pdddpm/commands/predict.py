@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
+from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
+from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import read_case, write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
@@ -34,7 +35,6 @@ SETTINGS = {
     'mask_blind': "weight of the denoiser's that is shown no mask; the rest is the samples' mean",
     'seed': 'of noise and draws'}
 """Sampling settings that have a flag of the same name: what each is. `mask_samples` is for plain `nnUNetv2_predict`."""
-IMAGE_ENDINGS = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -230,9 +230,10 @@ def find_images(folder: str, predictor: PDDDPMPredictor) -> tuple[list[list[str]
     """
     ending = predictor.dataset_json['file_ending']
     if not Path(folder).is_dir():
-        raise PredictionError(f'The input folder {folder} does not exist.')
+        wrong = 'is a file: name the folder that it lies in' if Path(folder).exists() else 'does not exist'
+        raise PredictionError(f'The input folder {folder} {wrong}.')
     named = re.compile(r'(.+)_\d{4}' + re.escape(ending))
-    names = sorted(file.name for file in Path(folder).iterdir() if file.is_file() or file.is_symlink())
+    names = [file.name for file in images_in(Path(folder), '')]
     channels: dict[str, list[str]] = {}
     unusable: dict[str, str] = {}
     for name in names:
@@ -245,11 +246,12 @@ def find_images(folder: str, predictor: PDDDPMPredictor) -> tuple[list[list[str]
                 unusable[match[1]] = f'{name} ends in {match[2]}, this model reads {ending}'
     if not channels:
         raise PredictionError(f'{folder} holds no images named CASE_0000{ending}, which this model reads.')
-    needed = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
+    needed = num_channels(predictor.dataset_json)
     right = [f'_{channel:04d}{ending}' for channel in range(needed)]
+    numbers = files_per_case(channels.values(), needed, predictor.plans_manager.image_reader_writer_class())
     images = []
     for case, files in sorted(channels.items()):
-        if [Path(file).name[len(case):] for file in files] == right:
+        if len(files) in numbers and [Path(file).name[len(case):] for file in files] == right[:len(files)]:
             images.append(files)
             unusable.pop(case, None)
         else:
