@@ -143,15 +143,14 @@ def _tif_is_cut(file: Path) -> bool:
 def _damage_of_nifti(file: Path) -> str:
     """What is wrong with a .nii or .nii.gz; empty if nothing."""
     try:
-        compressed = file.name.endswith('.gz')
-        with (gzip.open(file) if compressed else file.open('rb')) as stream:
+        with opened(file) as stream:
             start = stream.read(HEADER)
             if not start:
                 return 'is empty'
             header = read_header(start)
             if header is None:
                 return 'is no NIfTI image'
-            size = len(start) + _rest(stream) if compressed else file.stat().st_size
+            size = len(start) + _rest(stream) if file.name.endswith('.gz') else file.stat().st_size
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             return f'cannot be read ({error.strerror or error})'
@@ -197,6 +196,11 @@ def non_finite(file: Path) -> int:
     if image.get_data_dtype().kind != 'f':
         return 0
     return int(np.count_nonzero(~np.isfinite(np.asanyarray(image.dataobj))))
+
+
+def opened(file: Path) -> Any:
+    """A file's content as a stream of bytes, of a .gz what is compressed in it."""
+    return gzip.open(file) if file.name.endswith('.gz') else file.open('rb')
 
 
 def read_header(start: bytes) -> Any:

@@ -18,6 +18,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, spacing_damage
+from nnunet_pdddpm.inference.remarks import geometry_remarks, intensity_remarks
 
 EXAMPLES = 5
 """Cases that are read to find out whether a file holds several channels."""
@@ -41,6 +42,8 @@ class CasePreprocessor:
 
     def __call__(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any] | FailedCase:
         """The item that nnU-Net's predictor takes, with a numpy array as `data`; or why there is none.
+
+        Beside what nnU-Net's items have, it has `remarks`: what is odd about the image, a sentence each.
 
         Args:
             files: the image's channels.
@@ -76,10 +79,24 @@ class CasePreprocessor:
         with of_the_image(', '.join(names), 'cannot be preprocessed'):
             data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
                                                                self.configuration_manager, self.dataset_json)
+        with of_the_image(', '.join(names)):
+            remarks = geometry_remarks(reader, files, properties)
+        try:
+            remarks += self.intensity_remarks(data)
+        except UnusableImage as error:
+            raise UnusableImage(f'{", ".join(names)}: {error}') from None
         if previous and mask is not None:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
-        return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output}
+        return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output,
+                'remarks': remarks}
+
+    def intensity_remarks(self, data: np.ndarray) -> list[str]:
+        """Of the normalised image (channels, Z, Y, X), see the function of that name."""
+        channels = self.dataset_json.get('channel_names') or self.dataset_json['modality']
+        return intensity_remarks(data, self.configuration_manager.normalization_schemes,
+                                 self.plans_manager.foreground_intensity_properties_per_channel,
+                                 list(channels.values()))
 
     def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
         """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
