@@ -1,4 +1,4 @@
-"""Whether an image file is whole and says how large its voxels are: the readers do not ask.
+"""Image files in folders: which of them are images, and what is wrong with one: the readers do not ask.
 
 SimpleITK reads a truncated .nii.gz without complaint and fills up with zeros, and writes one when the disk is full; and
 a voxel size of 0 becomes 1 mm in it and in nibabel. Both would end in a wrong mask that nobody notices.
@@ -6,37 +6,151 @@ a voxel size of 0 becomes 1 mm in it and in nibabel. Both would end in a wrong m
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 CHUNK = 1 << 20
+IMAGE_ENDINGS = tuple({ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings})
+APPLE_DOUBLE = b'\x00\x05\x16\x07'
+"""First bytes of what macOS writes beside each file of a foreign disk, as `._NAME`."""
+SENTENCES = (RuntimeError, ValueError, ArithmeticError, AssertionError, OSError, EOFError)
+"""Errors of readers and preprocessors whose text can stand alone; that of others is a key or nothing."""
 HEADER = 540
 """Bytes of the longer header, NIfTI-2's."""
 
 
-def damage(file: Path) -> str:
-    """What is wrong with a .nii or .nii.gz: truncated, its checksum or its voxel size wrong. Empty for all others.
+def full_scale(ending: str) -> int:
+    """Integer that stands for 1 in a map of values in [0, 1], in files that hold no others: bmp has 8 bits.
+
+    nnU-Net's writers take 8 bits for what is below 255, and 16 bits else.
+    """
+    return 254 if ending == '.bmp' else 65535
+
+
+class UnusableImage(ValueError):
+    """What was read is no image that a mask could be made of or compared with: the message names the file and why."""
+
+
+@contextmanager
+def of_the_image(what: str, how: str = 'cannot be read') -> Iterator[None]:
+    """Within it whatever is raised lies in the image: readers and preprocessors raise anything for a damaged one.
+
+    Outside of it an error is one of the program.
 
     Args:
-        file: an image; the whole of a compressed one is read.
+        what: names of the files.
+        how: what is then wrong with them.
+
+    Raises:
+        UnusableImage: for any exception.
     """
-    if not file.name.endswith(('.nii', '.nii.gz')):
-        return ''
     try:
-        compressed = file.name.endswith('.gz')
-        with (gzip.open(file) if compressed else file.open('rb')) as stream:
+        yield
+    except UnusableImage:
+        raise
+    except MemoryError:
+        raise UnusableImage(f'{what} {how}: there is not enough memory') from None
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [''])[-1]
+        kind = type(error).__name__
+        said = text if text and isinstance(error, SENTENCES) else \
+            f'it is damaged, or not what its name says ({kind}{f": {text}" if text else ""})'
+        raise UnusableImage(f'{what} {how}: {said}') from error
+
+
+def images_in(folder: Path, ending: str) -> list[Path]:
+    """Files of a folder with an ending, links to nothing included, in order; without what macOS writes beside them."""
+    return sorted(file for file in folder.glob(f'*{ending}')
+                  if (file.is_file() or file.is_symlink()) and not is_apple_double(file))
+
+
+def other_images(folder: Path, ending: str) -> list[str]:
+    """Names of a folder's files that nnU-Net has a reader for and that do not end as they should."""
+    return [file.name for file in images_in(folder, '')
+            if file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.endswith(ending)]
+
+
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first of some names, for a sentence."""
+    return ', '.join(names[:shown]) + (', ...' if len(names) > shown else '')
+
+
+def is_apple_double(file: Path) -> bool:
+    """Whether a file is no image but what macOS has written beside one: `._NAME`."""
+    if not file.name.startswith('._') or not file.is_file():
+        return False
+    with file.open('rb') as stream:
+        return stream.read(4) == APPLE_DOUBLE
+
+
+def damage(file: Path) -> str:
+    """What is wrong with a file that its reader would take for whole; empty if nothing, or if the reader finds it.
+
+    A .nii or .nii.gz that is truncated, its checksum or its voxel size wrong; a truncated .gipl, or .tif of several
+    pages.
+
+    Args:
+        file: an image; the whole of a compressed .nii.gz is read.
+    """
+    if file.name.endswith(('.nii', '.nii.gz')):
+        return _damage_of_nifti(file)
+    cut = {'.gipl': _gipl_is_cut, '.tif': _tif_is_cut, '.tiff': _tif_is_cut}.get(file.suffix)
+    try:
+        return 'is truncated' if cut is not None and cut(file) else ''
+    except OSError as error:
+        return f'cannot be read ({error.strerror or error})'
+    except struct.error:
+        return 'is empty' if file.stat().st_size == 0 else 'is truncated'
+
+
+def _gipl_is_cut(file: Path) -> bool:
+    """Whether a .gipl has fewer bytes than its header says; SimpleITK fills up."""
+    with file.open('rb') as stream:
+        *shape, kind = struct.unpack('>5H', stream.read(10))
+    bytes_ = {15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}.get(kind, 1)
+    return file.stat().st_size < 256 + bytes_ * int(np.prod([max(1, n) for n in shape], dtype=np.int64))
+
+
+def _tif_is_cut(file: Path) -> bool:
+    """Whether a page of a .tif lies beyond the file's end; tifffile gives the pages before it. False if it is none."""
+    size = file.stat().st_size
+    with file.open('rb') as stream:
+        start = stream.read(16)
+        if start[:4] not in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
+            return False  # the reader says so
+        order, big = ('<' if start[:2] == b'II' else '>'), 43 in start[2:4]
+        number, entry, link = ('Q', 20, 'Q') if big else ('H', 12, 'I')
+        offset, = struct.unpack(order + link, start[8:16] if big else start[4:8])
+        while 0 < offset < size:
+            stream.seek(offset)
+            entries, = struct.unpack(order + number, stream.read(struct.calcsize(number)))
+            stream.seek(entries * entry, 1)
+            offset, = struct.unpack(order + link, stream.read(struct.calcsize(link)))
+    return offset != 0
+
+
+def _damage_of_nifti(file: Path) -> str:
+    """What is wrong with a .nii or .nii.gz; empty if nothing."""
+    try:
+        with opened(file) as stream:
             start = stream.read(HEADER)
             if not start:
                 return 'is empty'
             header = read_header(start)
             if header is None:
                 return 'is no NIfTI image'
-            size = len(start) + _rest(stream) if compressed else file.stat().st_size
+            size = len(start) + _rest(stream) if file.name.endswith('.gz') else file.stat().st_size
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             return f'cannot be read ({error.strerror or error})'
@@ -49,6 +163,44 @@ def damage(file: Path) -> str:
     if not all(np.isfinite(value) and value > 0 for value in sizes):
         return f'gives a voxel size of {" x ".join(f"{value:g}" for value in sizes)} mm: correct its pixdim'
     return ''
+
+
+def spacing_damage(reader: Any, file: Path, channel: bool) -> str:
+    """What is wrong with the file that gives a 3D tif its voxel size; empty if there is none, or nothing is wrong.
+
+    Args:
+        reader: nnU-Net's, of which only that of 3D tif looks for such a file.
+        file: the tif.
+        channel: whether its name ends in a channel's number, which that of the file beside has not.
+    """
+    beside = file.with_name(f'{file.name[:-len(file.suffix) - (5 if channel else 0)]}.json')
+    if not isinstance(reader, Tiff3DIO) or not beside.is_file():
+        return ''
+    whose = f'{beside.name}, which gives the voxel size of {file.name},'
+    try:
+        content = json.loads(beside.read_text())
+    except (OSError, ValueError) as error:
+        return f'{whose} is empty' if beside.stat().st_size == 0 else f'{whose} cannot be read ({error})'
+    spacing = content.get('spacing') if isinstance(content, dict) else None
+    if not (isinstance(spacing, list) and len(spacing) == 3
+            and all(type(value) in (int, float) and np.isfinite(value) and value > 0 for value in spacing)):
+        return f'{whose} needs "spacing": three numbers above 0, in mm, and has {json.dumps(spacing)}'
+    return ''
+
+
+def non_finite(file: Path) -> int:
+    """Voxels of a .nii or .nii.gz that are NaN or infinite, which SimpleITK reads as 0; 0 for all other files."""
+    if not file.name.endswith(('.nii', '.nii.gz')):
+        return 0
+    image: Any = nibabel.load(file)
+    if image.get_data_dtype().kind != 'f':
+        return 0
+    return int(np.count_nonzero(~np.isfinite(np.asanyarray(image.dataobj))))
+
+
+def opened(file: Path) -> Any:
+    """A file's content as a stream of bytes, of a .gz what is compressed in it."""
+    return gzip.open(file) if file.name.endswith('.gz') else file.open('rb')
 
 
 def read_header(start: bytes) -> Any:

@@ -163,17 +163,20 @@ def preprocessor(refined: Workspace, reader: Any = None) -> CasePreprocessor:
 
 
 @pytest.mark.parametrize(('error', 'said'), [
-    (SyntaxError('broken PNG file'), 'SyntaxError: broken PNG file'), (KeyError('spacing'), "KeyError: 'spacing'"),
-    (TypeError('bad operand type for abs()'), 'TypeError: bad operand type for abs()'),
-    (struct.error('unpack requires a buffer of 8 bytes'), 'error: unpack requires a buffer of 8 bytes'),
-    (IndexError('list index out of range'), 'IndexError: list index out of range'),
-    (AssertionError(), 'AssertionError in reading or preprocessing it'), (ValueError('first\nno tif'), 'no tif')])
-def test_whatever_a_reader_raises_for_a_case_fails_that_case_and_names_its_file(refined, error, said):
+    (SyntaxError('broken PNG file'), '(SyntaxError: broken PNG file)'), (KeyError('spacing'), "(KeyError: 'spacing')"),
+    (TypeError('bad operand type for abs()'), '(TypeError: bad operand type for abs())'),
+    (struct.error('unpack requires a buffer of 8 bytes'), '(error: unpack requires a buffer of 8 bytes)'),
+    (IndexError('list index out of range'), '(IndexError: list index out of range)'),
+    (AssertionError(), '(AssertionError)'), (AssertionError('only 3d images'), 'only 3d images'),
+    (ValueError('first\nno tif'), 'no tif')])
+def test_whatever_a_reader_raises_for_a_case_fails_that_case_and_names_its_file(refined, tmp_path, error,
+                                                                                      said):
     class Reader:
         def read_images(self, files):
             raise error
-    assert preprocessor(refined, Reader())(['there/a_0000.tif'], None, 'out/a') == FailedCase(
-        'out/a', f'a_0000.tif: {said}')
+    said = f'it is damaged, or not what its name says {said}' if said.startswith('(') else said
+    assert preprocessor(refined, Reader())([str(tmp_path / 'a_0000.mha')], None, 'out/a') == FailedCase(
+        'out/a', f'a_0000.mha cannot be read: {said}')
 
 
 def test_the_channel_that_cannot_be_read_is_named_and_channels_that_do_not_fit_all(refined):
@@ -181,17 +184,19 @@ def test_the_channel_that_cannot_be_read_is_named_and_channels_that_do_not_fit_a
         def read_images(self, files):
             if len(files) > 1 or 'a_0001' in files[0]:
                 raise RuntimeError('unreadable' if 'a_' in files[0] else 'shapes differ')
+            return np.zeros((1, 2, 2, 2)), {'spacing': (1, 1, 1)}
     preprocess = preprocessor(refined, Reader())
-    assert preprocess(['a_0000.tif', 'a_0001.tif'], None, None).reason == 'a_0001.tif: unreadable'
-    assert preprocess(['b_0000.tif', 'b_0001.tif'], None, None).reason == 'b_0000.tif, b_0001.tif: shapes differ'
+    assert preprocess(['a_0000.mha', 'a_0001.mha'], None, None).reason == 'a_0001.mha cannot be read: unreadable'
+    assert preprocess(['b_0000.mha', 'b_0001.mha'], None, None).reason == (
+        'b_0000.mha, b_0001.mha cannot be read: shapes differ')
 
 
 def test_a_voxel_size_that_is_no_number_fails_its_case(refined):
     class Reader:
         def read_images(self, files):
             return np.arange(8.0).reshape(1, 2, 2, 2), {'spacing': ['1 mm', '1 mm', '1 mm']}
-    failed = preprocessor(refined, Reader())(['a_0000.tif'], None, None)
-    assert failed.reason == "a_0000.tif: could not convert string to float: '1 mm'"
+    failed = preprocessor(refined, Reader())(['a_0000.mha'], None, None)
+    assert failed.reason == "a_0000.mha cannot be read: could not convert string to float: '1 mm'"
 
 
 def test_an_error_of_the_program_is_none_of_the_image(refined, source, monkeypatch):
@@ -209,9 +214,11 @@ def test_channels_of_different_shape_or_spacing_are_refused(refined, source):
     preprocess = CasePreprocessor(manager, manager.get_configuration('3d_fullres'), description, False)
     write(source, 'small', array(source)[1:])
     with_header(source, 'coarse', 80, 1.7)
-    for other in ('small', 'coarse'):
+    z, y, x = array(source).shape
+    for other, said in (('small', f'shape (z, y, x): {GOOD}_0000.nii.gz has [{z}, {y}, {x}], small_0000.nii.gz has '
+                                  f'[{z - 1}, {y}, {x}]'), ('coarse', 'voxel size (z, y, x): ')):
         failed = preprocess([str(good_file(source)), str(source / f'{other}_0000.nii.gz')], None, None)
-        assert failed.reason.startswith(f'{GOOD}_0000.nii.gz, {other}_0000.nii.gz: RuntimeError in reading')
+        assert failed.reason.startswith(f'the channels differ in {said}')
 
 
 def test_channels_of_different_origin_or_direction_are_predicted_with_nnunets_warning(refined, source, capsys):
@@ -221,6 +228,7 @@ def test_channels_of_different_origin_or_direction_are_predicted_with_nnunets_wa
         plans['configurations']['3d_fullres'][name] *= 2
     intensities = plans['foreground_intensity_properties_per_channel']
     intensities['1'] = intensities['0']
+    description['channel_names'] = {'0': 'T1', '1': 'T2'}
     manager = PlansManager(plans)
     image = sitk.ReadImage(str(good_file(source)))
     image.SetOrigin((1, 2, 3))

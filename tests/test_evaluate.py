@@ -629,6 +629,18 @@ def fractional_label(data: Data) -> None:
     write(data.pred / 'case_0.nii.gz', data.predictions['case_0'] * np.float32(0.5))
 
 
+def almost_a_label(data: Data) -> None:
+    write(data.ref / 'case_0.nii.gz', data.references['case_0'] * np.float32(0.9999999))
+
+
+def not_finite(which: str, value: float) -> Callable[[Data], None]:
+    def spoil(data: Data) -> None:
+        mask = data.references['case_0'].astype(np.float32)
+        mask[1, 2, 3:5] = value
+        write(data.root / which / 'case_0.nii.gz', mask)
+    return spoil
+
+
 def damaged(name: str) -> Callable[[Data], None]:
     return lambda data: (data.pred / name).write_bytes(b'damaged') and None
 
@@ -648,6 +660,10 @@ def rater_of_another_case(data: Data) -> None:
 @pytest.mark.parametrize(('damage', 'words'), [
     (unknown_label, ['ref/case_0.nii.gz', 'label values such as 4', '(0, 1, 2)', '-djfile']),
     (fractional_label, ['pred/case_0.nii.gz', 'label values such as 0.5']),
+    (almost_a_label, ['ref/case_0.nii.gz', 'label values such as 0.9999999 that']),
+    (not_finite('ref', np.nan), ['ref/case_0.nii.gz: 2 of 4032 voxels are NaN or infinite']),
+    (not_finite('ref', np.inf), ['ref/case_0.nii.gz: 2 of 4032 voxels are NaN or infinite']),
+    (not_finite('pred', np.nan), ['pred/case_0.nii.gz: 2 of 4032 voxels are NaN or infinite']),
     (damaged('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read']),
     (truncated('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read: it is truncated']),
     (damaged('case_0.npz'), ['pred/case_0.npz is not what --save_probabilities writes']),
@@ -666,6 +682,30 @@ def test_unusable_input_is_refused_in_one_sentence(data, damage, words):
     damage(data)
     message = data.fails()
     assert all(word in message for word in words), message
+
+
+APPLE = bytes([0, 5, 22, 7, 0, 2, 0, 0]) + b'Mac OS X        '
+
+
+def test_masks_that_are_not_compared_are_named_and_what_macos_writes_beside_files_is_none(data, capsys):
+    of_all = data.evaluate()['mean']
+    for folder in (data.ref, data.pred):
+        (folder / '._case_0.nii.gz').write_bytes(APPLE)
+    for name in ('case_0.nii', 'case_1.NII.GZ', 'case_9.nrrd'):
+        write(data.root / name.lower(), data.references['case_0'])
+        (data.root / name.lower()).rename(data.ref / name)
+    write(data.pred / 'other.nii.gz', data.references['case_0'])
+    write(data.raters / 'case_0__1.nii.gz', data.references['case_0'])
+    write(data.raters / 'case0__1.nii.gz', data.references['case_0'])
+    capsys.readouterr()
+    results = data.evaluate(raters=True)
+    said = [f'3 files in {data.ref} do not end in .nii.gz: case_0.nii, case_1.NII.GZ, case_9.nrrd',
+            f'1 masks in {data.raters} belong to no reference: case0__1.nii.gz',
+            f'1 masks in {data.pred} have no reference: other.nii.gz']
+    assert results['left_out'] == said
+    assert [line for line in capsys.readouterr().out.splitlines() if 'Not compared' in line] == [
+        f'Not compared: {line}' for line in said]
+    assert results['num_cases'] == 5 and results['mean']['organ']['dice'] == of_all['organ']['dice']
 
 
 def test_unusable_folders_are_refused_in_one_sentence(data):

@@ -754,7 +754,7 @@ def test_what_cannot_be_predicted_is_refused_in_one_sentence_and_nothing_is_writ
         f'{tmp_path / "empty"} holds no images': refusal(predict, tmp_path / 'empty', out),
         f'{tmp_path / "none"} does not exist': refusal(predict, tmp_path / 'none', out),
         'case in ': refusal(predict, tmp_path / 'two_channels', out),
-        'could not find a dataset with the ID 799': refusal(predict, one_case, out, '-d', '799').lower(),
+        'There is no data set with the id 799': refusal(predict, one_case, out, '-d', '799'),
     }
     assert 'has 2 channel files, the model needs 1' in refusals['case in ']
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

@@ -1025,8 +1025,9 @@ def test_what_cannot_be_tuned_is_refused_in_one_sentence(scratch, stock, tmp_pat
         assert message.startswith('Error: ') and '\n' not in message and final.read_bytes() == before
         return message
 
-    assert 'There is no trained model' in refused(trainer='PDDDPMTrainer_5epochs')
-    assert 'fold_2/checkpoint_final.pth does not exist' in refused(fold='2')
+    for said in (refused(trainer='PDDDPMTrainer_5epochs'), refused(fold='2')):
+        assert 'checkpoint_final.pth does not exist: train this fold' in said
+        assert said.endswith('or correct DATASET, CONFIG, FOLD, -tr and -p.')  # -f and -chk are other commands'
     assert 'trained by nnUNetTrainerTiny, which is no PDDDPM' in refused(trainer=STOCK)
     assert 'too short to tune' in refused('-budget', '0.0001')
     (scratch / 'fold_0').rename(scratch / 'fold_all')

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Train stock nnU-Net and PDDDPMTrainer on a phantom data set and '
                                                  'compare them. About 15 minutes on two CPU cores, no download.')
     parser.add_argument('-o', default='demo', help='folder for everything the demo writes (default: demo)')
-    parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='as in nnUNetv2_train')
+    parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='default: %(default)s')
     args = parser.parse_args()
     demo = Demo(Path(args.o).resolve(), args.device)
     demo.prepare()

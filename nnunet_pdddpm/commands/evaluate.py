@@ -39,17 +39,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-pred', type=Path, required=True,
                         help='output folder of nnUNetv2_pdddpm_predict or nnUNetv2_predict')
     parser.add_argument('-ref', type=Path, required=True, help='folder with the reference masks')
-    parser.add_argument('-raters', type=Path, help="folder with several raters' masks, CASE__RATER.nii.gz")
+    parser.add_argument('-raters', type=Path,
+                        help="folder with several raters' masks, CASE__RATER.nii.gz (default: none)")
     parser.add_argument('-djfile', type=Path, help='dataset.json (default: the one in -pred)')
     parser.add_argument('-pfile', type=Path, help='plans.json (default: the one in -pred)')
     parser.add_argument('-o', type=Path, help='folder for the results (default: -pred)')
     parser.add_argument('-nsd_tolerance', type=float, default=1.0,
-                        help='mm within which a surface counts as found (default: %(default)s)')
+                        help='mm within which a surface counts as found, from 0 (default: %(default)s)')
     parser.add_argument('-np', type=int, default=default_num_processes,
-                        help='number of processes (default: %(default)s)')
+                        help='number of processes, from 1 (default: %(default)s)')
     parser.add_argument('--chill', action='store_true',
-                        help='evaluate what is there if the predictions of some references are missing')
-    parser.add_argument('--disable_progress_bar', action='store_true', help='as in nnUNetv2_predict')
+                        help='evaluate what is there if predictions of some references are missing (default: refuse)')
+    parser.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     return parser
 
 

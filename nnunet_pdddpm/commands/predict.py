@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
+from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
 from nnunet_pdddpm.inference.continuing import others_in, refresh_summary
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
+from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
-from nnunet_pdddpm.network.settings import CHOICES, KINDS, RANGES, Value
+from nnunet_pdddpm.network.settings import CHOICES, ENVIRONMENT_PREFIX, KINDS, RANGES, Value
 from nnunet_pdddpm.report import NothingToShow, write_report
 
 SETTINGS = {
@@ -35,7 +37,6 @@ SETTINGS = {
     'mask_blind': "weight of the denoiser's that is shown no mask; the rest is the samples' mean",
     'seed': 'of noise and draws'}
 """Sampling settings that have a flag of the same name: what each is. `mask_samples` is for plain `nnUNetv2_predict`."""
-IMAGE_ENDINGS = {ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('-c', required=True, help='configuration, such as 3d_fullres')
     parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
-    parser.add_argument('-num_parts', type=int, default=1, help='number of calls that share the work (default: 1)')
-    parser.add_argument('-part_id', type=int, default=0, help='which of them this is, from 0')
+    parser.add_argument('-num_parts', type=int, default=1,
+                        help='number of calls that share the work, from 1 (default: %(default)s)')
+    parser.add_argument('-part_id', type=int, default=0,
+                        help='which of them this is, 0 to num_parts - 1 (default: %(default)s)')
     add_flags(parser)
     run(parser, parser.parse_args(arguments))
 
@@ -71,43 +74,54 @@ def add_input_and_output(parser: argparse.ArgumentParser) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What both commands have: the flags of their stock namesakes with the same meaning, then those of sampling."""
     stock = parser.add_argument_group('as in nnUNetv2_predict')
-    stock.add_argument('-f', nargs='+', type=fold, default=[0, 1, 2, 3, 4], help='folds (default: 0 1 2 3 4)')
+    stock.add_argument('-f', nargs='+', type=fold, default=[0, 1, 2, 3, 4],
+                       help='folds, numbers from 0 or all (default: 0 1 2 3 4)')
     stock.add_argument('-chk', default='checkpoint_final.pth', help='checkpoint (default: %(default)s)')
-    stock.add_argument('-step_size', type=float, default=0.5, help='of the sliding window, of a tile (default: 0.5)')
-    stock.add_argument('--disable_tta', action='store_true', help='no mirroring')
-    stock.add_argument('--save_probabilities', action='store_true', help='CASE.npz and .pkl, for nnUNetv2_ensemble')
-    stock.add_argument('--continue_prediction', '--c', action='store_true', help='leave out cases that are complete')
+    stock.add_argument('-step_size', type=float, default=0.5,
+                       help='of the sliding window, of a tile; above 0, not above 1 (default: %(default)s)')
+    stock.add_argument('--disable_tta', action='store_true', help='no mirroring (default: as in training)')
+    stock.add_argument('--save_probabilities', action='store_true',
+                       help='CASE.npz and .pkl, for nnUNetv2_ensemble (default: not)')
+    stock.add_argument('--continue_prediction', '--c', action='store_true',
+                       help='leave out cases that are complete (default: predict all)')
     for flag, variable, what in (('-npp', 'nnUNet_npp', 'preprocessing'), ('-nps', 'nnUNet_nps', 'export')):
+        if not (text := os.environ.get(variable) or '3').isdecimal():
+            parser.error(f'the environment variable {variable} must be a whole number from 0 on, got "{text}"')
         stock.add_argument(flag, type=int, default=os.environ.get(variable) or 3,
                            help=f'processes for {what}, 0 for none (default: {variable}, else 3)')
-    stock.add_argument('-prev_stage_predictions', help='folder with the masks of the previous stage, for a cascade')
+    stock.add_argument('-prev_stage_predictions',
+                       help='folder with the masks of the previous stage (default: none; a cascade needs it)')
     stock.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
-    stock.add_argument('--not_on_device', action='store_true', help='volumes in main memory, for little GPU memory')
-    stock.add_argument('--disable_progress_bar', action='store_true')
-    stock.add_argument('--verbose', action='store_true')
+    stock.add_argument('--not_on_device', action='store_true',
+                       help='volumes in main memory, for little GPU memory (default: on the device)')
+    stock.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
+    stock.add_argument('--verbose', action='store_true', help='more lines (default: not)')
 
     sampling = parser.add_argument_group(
-        'sampling', 'In the place of what is stored in the model.')
+        'sampling', f'Default: what is stored in the model, or an environment variable {ENVIRONMENT_PREFIX}NAME.')
     for name, what in SETTINGS.items():
         if name in CHOICES:
-            sampling.add_argument(f'-{name}', choices=CHOICES[name], help=what)
+            sampling.add_argument(f'-{name}', choices=CHOICES[name], help=f"{what} (default: the model's)")
         else:
             low, high = RANGES[name]
-            sampling.add_argument(f'-{name}', type=KINDS[name], help=f'{what}; {low:g} to {high:g}')
+            sampling.add_argument(f'-{name}', type=KINDS[name],
+                                  help=f"{what}; {low:g} to {high:.10g} (default: the model's)")
     sampling.add_argument('-slice_correlation', type=float, default=0.9,
-                          help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: 0.9)')
+                          help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s)')
     sampling.add_argument('-sure', type=float, default=1.0,
                           help="tiles in which the stock model's probability of every voxel's label is this or more "
-                               'keep its result; 1 refines all (default: %(default)s)')
+                               'keep its result; above 0.5, 1 refines all (default: %(default)s)')
 
     outputs = parser.add_argument_group('further outputs')
     outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',
                          help='uncertainty/CASE_uncertainty: entropy in 0 to 1; all: also mutual information, variance '
-                              'and a probability map for each label')
-    outputs.add_argument('--save_samples', action='store_true', help='samples/CASE_s00 and so on')
-    outputs.add_argument('--save_presegmentation', action='store_true', help="presegmentation/CASE: the stock model's")
+                              'and a probability map for each label (default: none; without a value: entropy)')
+    outputs.add_argument('--save_samples', action='store_true', help='samples/CASE_s00 and so on (default: not)')
+    outputs.add_argument('--save_presegmentation', action='store_true',
+                         help="presegmentation/CASE: the stock model's (default: not)")
     outputs.add_argument('--report', action='store_true',
-                         help='report.html, worst cases first; with --uncertainty and --save_presegmentation')
+                         help='report.html, worst cases first; with --uncertainty and --save_presegmentation '
+                              '(default: not)')
 
 
 def fold(text: str) -> int | str:
@@ -120,6 +134,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not 0 <= args.part_id < args.num_parts:
         parser.error(f'-part_id is {args.part_id}: with -num_parts {args.num_parts} it must lie in 0 to '
                      f'{args.num_parts - 1}')
+    for flag in ('npp', 'nps'):
+        if getattr(args, flag) < 0:
+            parser.error(f'-{flag} is {getattr(args, flag)}: it must be 0 or more')
     if not 0 < args.step_size <= 1:
         parser.error(f'-step_size is {args.step_size}: it must be above 0 and not above 1')
     overrides = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
@@ -213,13 +230,15 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
     return predictor, images, unusable if args.part_id == 0 else {}
 
 
-def model_folder(args: argparse.Namespace) -> str:
-    """Folder of the model that -d, -c, -tr and -p name."""
+def model_folder(args: argparse.Namespace, dataset: str = '-d') -> str:
+    """Folder of the model that -d, -c, -tr and -p name; `dataset`: what the first of them is called."""
     try:
         return str(get_output_folder(args.d, args.tr, args.p, args.c))
     except RuntimeError as error:
-        raise PredictionError(f'{str(error).splitlines()[0]} Correct -d, or the variables nnUNet_results, nnUNet_raw '
-                              f'and nnUNet_preprocessed.') from error
+        named = [str(name) for name in find_candidate_datasets(int(args.d))]
+        what = f'{len(named)} data sets have the id {args.d} ({", ".join(named)}): name one of them in {dataset}, or' \
+            if named else f'There is no data set with the id {args.d}: correct {dataset}, or'
+        raise PredictionError(f'{what} the variables nnUNet_results, nnUNet_raw and nnUNet_preprocessed.') from error
 
 
 def prepare_device(name: str) -> torch.device:
@@ -246,9 +265,10 @@ def find_images(folder: str, predictor: PDDDPMPredictor) -> tuple[list[list[str]
     """
     ending = predictor.dataset_json['file_ending']
     if not Path(folder).is_dir():
-        raise PredictionError(f'The input folder {folder} does not exist.')
+        wrong = 'is a file: name the folder that it lies in' if Path(folder).exists() else 'does not exist'
+        raise PredictionError(f'The input folder {folder} {wrong}.')
     named = re.compile(r'(.+)_\d{4}' + re.escape(ending))
-    names = sorted(file.name for file in Path(folder).iterdir() if file.is_file() or file.is_symlink())
+    names = [file.name for file in images_in(Path(folder), '')]
     channels: dict[str, list[str]] = {}
     unusable: dict[str, str] = {}
     for name in names:
@@ -261,11 +281,12 @@ def find_images(folder: str, predictor: PDDDPMPredictor) -> tuple[list[list[str]
                 unusable[match[1]] = f'{name} ends in {match[2]}, this model reads {ending}'
     if not channels:
         raise PredictionError(f'{folder} holds no images named CASE_0000{ending}, which this model reads.')
-    needed = len(predictor.dataset_json.get('channel_names') or predictor.dataset_json['modality'])
+    needed = num_channels(predictor.dataset_json)
     right = [f'_{channel:04d}{ending}' for channel in range(needed)]
+    numbers = files_per_case(channels.values(), needed, predictor.plans_manager.image_reader_writer_class())
     images = []
     for case, files in sorted(channels.items()):
-        if [Path(file).name[len(case):] for file in files] == right:
+        if len(files) in numbers and [Path(file).name[len(case):] for file in files] == right[:len(files)]:
             images.append(files)
             unusable.pop(case, None)
         else:

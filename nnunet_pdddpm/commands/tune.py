@@ -16,6 +16,7 @@ from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.stored import CHECKPOINTS
 from nnunet_pdddpm.tuning.tune import calibrate_fold, open_model, tune
 
 
@@ -37,7 +38,11 @@ def run(args: argparse.Namespace) -> None:
     """As `main`; memory may not be enough."""
     try:
         device = prepare_device(args.device)
-        predictor = open_model(Path(model_folder(args)), args.f, device)
+        folder = Path(model_folder(args, 'DATASET'))
+        if not (file := folder / f'fold_{args.f}' / CHECKPOINTS[0]).is_file():
+            raise TuningError(f'{file} does not exist: train this fold with nnUNetv2_train -tr {args.tr}, or correct '
+                              f'DATASET, CONFIG, FOLD, -tr and -p.')
+        predictor = open_model(folder, args.f, device)
         trainer = make_trainer(args, device)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
@@ -57,7 +62,7 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTraine
     Raises:
         TuningError: if the data set is not preprocessed with its plans.
     """
-    dataset = Path(model_folder(args)).parent.name
+    dataset = Path(model_folder(args, 'DATASET')).parent.name
     plans = Path(str(nnUNet_preprocessed)) / dataset / f'{args.p}.json'
     if not plans.is_file():
         raise TuningError(f'{plans} is missing: the validation cases have to be preprocessed with these plans '
@@ -72,17 +77,17 @@ def _parser() -> argparse.ArgumentParser:
                     'end; this repeats it, with more time or with raters.')
     parser.add_argument('d', metavar='DATASET', help='id or name')
     parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
-    parser.add_argument('f', metavar='FOLD', type=fold, help='fold')
+    parser.add_argument('f', metavar='FOLD', type=fold, help='fold, a number from 0')
     parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     parser.add_argument('-budget', type=float, metavar='MINUTES',
-                        help='leave out cases and chains of five steps, to find the settings in this time (default: '
-                             'none); calibration comes on top')
+                        help='leave out cases and chains of five steps, to find the settings in this time, above 0 '
+                             '(default: no limit); calibration comes on top')
     parser.add_argument('-raters', type=Path,
                         help="folder with several people's masks, CASE__RATER.nii.gz: the samples are chosen by their "
-                             'distance to them')
-    parser.add_argument('--disable_progress_bar', action='store_true')
+                             'distance to them (default: to the truth)')
+    parser.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     return parser
 
 

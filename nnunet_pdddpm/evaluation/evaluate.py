@@ -76,6 +76,7 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float)
                           for name in folders.labels if any(name in r.figures for r in results)},
         'samples': sorted({int(result.values['samples']) for result in results}),
         'raters': sorted({int(result.values['raters']) for result in results}),
+        'left_out': folders.left_out,
         'not_computed': list(_not_computed(folders, results)),
         'cases': [{'case': r.case, **r.values, 'labels': r.labels, 'voxelwise': r.voxelwise,
                    'best_dice_per_rater': r.best_dice_per_rater} for r in results],

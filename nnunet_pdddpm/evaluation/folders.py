@@ -4,10 +4,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -18,12 +16,20 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
 from nnunet_pdddpm.files import is_that_file
-from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.image_files import (
+    UnusableImage,
+    damage,
+    images_in,
+    listed,
+    non_finite,
+    of_the_image,
+    other_images,
+    spacing_damage,
+)
 
 Label = Union[int, tuple[int, ...]]
 SUMMARY = 'pdddpm_summary.json'
-UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, zlib.error)
-"""What nnU-Net's readers raise at a damaged file."""
+DIAGRAM = 'evaluation_reliability.png'
 
 
 class EvaluationError(ValueError):
@@ -53,6 +59,7 @@ class Folders:
         known_values: every label value that a mask may hold, the ignore label excepted.
         summary: the entries of `pdddpm_summary.json` by case, of the masks that they were made of.
         other_masks: the cases whose mask is another one than that of the summary, or is not in it; empty without one.
+        left_out: a sentence for each kind of files that are not compared.
     """
     predictions: Path
     references: Path
@@ -66,10 +73,11 @@ class Folders:
     reader: BaseReaderWriter
     summary: dict[str, dict[str, Any]]
     other_masks: frozenset[str] = frozenset()
+    left_out: list[str] = field(default_factory=list)
 
     def sample_files(self, case: str) -> list[Path]:
         """The case's samples in order; empty if they were not saved."""
-        return sorted(file for file in (self.predictions / 'samples').glob(f'*{self.ending}')
+        return sorted(file for file in images_in(self.predictions / 'samples', self.ending)
                       if file.name[:-len(self.ending)].rpartition('_s')[0] == case)
 
     def rater_files(self, case: str) -> dict[str, Path]:
@@ -77,26 +85,39 @@ class Folders:
 
         Where the names of several references fit, as A and A__b to A__b__1, the mask is one of the longest.
         """
-        if self.raters is None:
-            return {}
-        starts = [file.name[:-len(self.ending)] + RATER for file in self.references.glob(f'*{self.ending}')]
-        found = {}
-        for file in sorted(self.raters.glob(f'*{self.ending}')):
+        return {rater: file for of, rater, file in self._rater_masks() if of == case}
+
+    def _rater_masks(self) -> Iterator[tuple[str | None, str, Path]]:
+        """Of each of the raters' masks its case, None if it belongs to none, its rater and the file."""
+        starts = [file.name[:-len(self.ending)] + RATER for file in images_in(self.references, self.ending)]
+        for file in images_in(self.raters, self.ending) if self.raters is not None else ():
             stem = file.name[:-len(self.ending)]
             fitting = [start for start in starts if stem.startswith(start) and len(stem) > len(start)]
-            if max(fitting, key=len, default=None) == case + RATER:
-                found[stem[len(case + RATER):]] = file
-        return found
+            start = max(fitting, key=len, default=None)
+            yield (None, '', file) if start is None else (start[:-len(RATER)], stem[len(start):], file)
+
+    def not_compared(self) -> Iterator[str]:
+        """A sentence for each kind of masks that lie in the folders and are not compared with anything."""
+        for folder in filter(None, (self.references, self.raters)):
+            if others := other_images(folder, self.ending):
+                yield f'{len(others)} files in {folder} do not end in {self.ending}: {listed(others)}'
+        if foreign := [file.name for case, _, file in self._rater_masks() if case is None]:
+            yield f'{len(foreign)} masks in {self.raters} belong to no reference: {listed(foreign)}'
+        references = {file.name for file in images_in(self.references, self.ending)}
+        alone = [file.name for file in images_in(self.predictions, self.ending)
+                 if file.name not in {*references, DIAGRAM}]
+        if alone:
+            yield f'{len(alone)} masks in {self.predictions} have no reference: {listed(alone)}'
 
     def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
         """A label map; raises EvaluationError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
         values, properties = self._read(file, like)
         known = self.known_values + ([] if self.ignore_label is None else [self.ignore_label])
         unknown = values[~np.isin(values, known)]
-        if unknown.size:
-            raise EvaluationError(f'{file} has label values such as {unknown[0]:g} that dataset.json does not know '
-                                  f'({", ".join(map(str, known))}): correct the mask, or name its data set with '
-                                  '-djfile.')
+        if unknown.size:  # written out: 0.9999999 is not 1
+            raise EvaluationError(f'{file} has label values such as {np.format_float_positional(unknown[0], trim="-")} '
+                                  f'that dataset.json does not know ({", ".join(map(str, known))}): correct the mask, '
+                                  'or name its data set with -djfile.')
         array = values.astype(np.uint8 if max(known) < 256 else np.uint16)
         return Mask(file, array, tuple(map(float, properties['spacing'])), properties)
 
@@ -105,12 +126,18 @@ class Folders:
         return self._read(file, like)[0]
 
     def _read(self, file: Path, like: Mask | None) -> tuple[np.ndarray, dict[str, Any]]:
-        if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
-            raise EvaluationError(f'{file} cannot be read: it {wrong}.')
         try:
-            array, properties = self.reader.read_seg(str(file))
-        except UNREADABLE as error:
-            raise EvaluationError(f'{file} cannot be read ({_in_one_line(error)}).') from error
+            if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
+                raise UnusableImage(f'{file} cannot be read: it {wrong}')
+            if wrong := spacing_damage(self.reader, file, False):
+                raise UnusableImage(f'{file.parent}: {wrong}')
+            with of_the_image(str(file)):
+                array, properties = self.reader.read_seg(str(file))
+                bad = non_finite(file) or int(np.count_nonzero(~np.isfinite(array)))
+        except UnusableImage as error:
+            raise EvaluationError(f'{error}.') from error
+        if bad:  # SimpleITK reads them as 0
+            raise EvaluationError(f'{file}: {bad} of {array.size} voxels are NaN or infinite: correct it.')
         if like is not None:
             _require_same_geometry(file, array[0], properties, like)
         return array[0], properties
@@ -123,19 +150,20 @@ class Folders:
         """
         needed = (len(self.labels) if self.has_regions else 1 + max(self.known_values), *like.array.shape)
         try:
-            shape = stored_shape(file)
+            with of_the_image(str(file), 'is not what --save_probabilities writes'):
+                shape = stored_shape(file)
             if shape != needed:
                 raise EvaluationError(f'{file} holds an array of shape {shape}, but dataset.json and {like.file} '
                                       f'need {needed}: predict the case again.')
-            for channel in stored_channels(file):
+            channels = stored_channels(file)
+            for _ in range(shape[0]):
+                with of_the_image(str(file), 'is not what --save_probabilities writes'):
+                    channel = next(channels)
                 if not (channel.min() >= 0 and channel.max() <= 1):  # so written, nan fails as well
                     raise EvaluationError(f'{file} has values outside of 0 to 1: predict the case again.')
                 yield channel
-        except EvaluationError:
-            raise
-        except (*UNREADABLE, KeyError, zipfile.BadZipFile) as error:
-            raise EvaluationError(f'{file} is not what --save_probabilities writes ({_in_one_line(error)}): predict '
-                                  f'the case again.') from error
+        except UnusableImage as error:
+            raise EvaluationError(f'{error}: predict the case again.') from error
 
 
 def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, Any], like: Mask) -> None:
@@ -195,19 +223,19 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
     if raters is not None and not any(folders.rater_files(case) for case in cases):
         raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
                               f'{cases[0]}__1{ending}.')
+    folders.left_out.extend(folders.not_compared())
     return folders
 
 
 def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> list[str]:
-    cases = sorted(file.name[:-len(ending)] for file in references.glob(f'*{ending}'))
+    cases = [file.name[:-len(ending)] for file in images_in(references, ending)]
     predicted = [case for case in cases if (predictions / f'{case}{ending}').is_file()]
     if not predicted:
         raise EvaluationError(f'{predictions} and {references} have no *{ending} files of the same name.')
     missing = sorted(set(cases) - set(predicted))
     if missing and not chill:
-        named = ', '.join(missing[:3]) + (', ...' if len(missing) > 3 else '')
         raise EvaluationError(f'{predictions} lacks the prediction of {len(missing)} of {len(cases)} references '
-                              f'({named}): predict them, or evaluate the others with --chill.')
+                              f'({listed(missing)}): predict them, or evaluate the others with --chill.')
     return predicted
 
 

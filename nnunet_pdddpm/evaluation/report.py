@@ -14,9 +14,10 @@ import numpy as np
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
+from nnunet_pdddpm.evaluation.folders import DIAGRAM  # noqa: E402
 from nnunet_pdddpm.files import without_nan, write_atomically  # noqa: E402
 
-JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', 'evaluation_reliability.png'
+JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', DIAGRAM
 SCORES = ('ged_squared_fair', 'crps_volume_ml', 'crps_components', 'energy_octants_ml', 'energy_components_ml')
 COLUMNS = ('dice', 'iou', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_ml', 'reference_volume_ml',
            'volume_difference_ml', 'estimated_dice', 'volume_low_ml', 'volume_high_ml', 'reference_in_interval',
@@ -129,6 +130,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield "Spread of the samples over the truth's distance from their mean: 1 is right; correlation of the octants"
         yield from _table(summary['sample_spread'], ('sd_ratio', 'sd_ratio_components', 'sd_ratio_parts',
                                                      'correlation_parts', 'correlation_parts_reference'))
+    for line in summary['left_out']:
+        yield f'Not compared: {line}'
     for line in summary['not_computed']:
         yield f'Not computed: {line}'
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing import get_context
@@ -113,7 +113,8 @@ class CaseUnderWay:
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
                  settings: list[dict[str, Any]], calibrated: Mapping[str, Calibrated | str], queue: ExportQueue,
-                 image: list[dict[str, Any]] | None = None) -> None:
+                 image: list[dict[str, Any]] | None = None,
+                 remarks: Sequence[str] = ()) -> None:
         """
         Args:
             export: writes into its folder, a new one is made.
@@ -124,12 +125,13 @@ class CaseUnderWay:
             calibrated: label -> what its intervals are made of, or why there are none.
             queue: where exports run.
             image: `identity` of its files, for the summary; None if not known.
+            remarks: what is odd about the image, for the summary.
 
         Raises:
             OutputInUse: if another process is at the same case.
         """
         self.export, self.output, self.queue, self.settings = export, output, queue, settings
-        self.calibrated, self.image = calibrated, image
+        self.calibrated, self.image, self.remarks = calibrated, image, list(remarks)
         self.folds = [i % num_folds for i in range(num_samples)]
         self.samples: dict[int, Future[None]] = {}
         export.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,7 @@ class CaseUnderWay:
         self.labels = {name: {'estimated_dice': estimated[channel], 'pairwise_dice': spread.pairwise_dice(channel),
                               'uncertain_share': spread.unsure_share([channel])}
                        for name, channel in self.channels.items()}
-        self.row = {'case': self.export.case,
+        self.row = {'case': self.export.case, 'remarks': self.remarks,
                     'estimated_dice': mean_of_known([of['estimated_dice'] for of in self.labels.values()]),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,

@@ -14,6 +14,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
     export_prediction_from_logits,
@@ -23,11 +24,8 @@ from scipy import ndimage
 
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.image_files import damage, full_scale
 from nnunet_pdddpm.labels import foreground_labels, label_channels
-
-FULL_SCALE = 65535
-"""Integer that stands for 1.0 while a map goes through the data set's own writer, which writes label maps."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,9 @@ class CaseExport:
                  *(f'uncertainty/{case}_{name}{ending}' for name in maps)]
         sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(ending))
         samples = [file for file in (output / 'samples').glob(f'*{ending}') if sample.fullmatch(file.name)]
-        return [file for file in (output / name for name in names) if file.is_file()] + samples
+        files = [file for file in (output / name for name in names) if file.is_file()] + samples
+        beside = [file.with_suffix('.json') for file in files if file.name.endswith(ending)]  # the voxel size of a tif
+        return files + [file for file in beside if isinstance(self._reader(), Tiff3DIO) and file.is_file()]
 
     def sample(self, logits: np.ndarray, number: int) -> None:
         """The mask of one sample, logits (C, Z, Y, X), as a file."""
@@ -177,21 +177,22 @@ class CaseExport:
 
         The map goes through the data set's own writer as integers, so that whatever that does about axes and affines
         holds for it too, and is then rewritten as float32. Endings that hold no float (png) keep the integers, of which
-        65535 is 1 (nnU-Net writes them as 8-bit if all are below 255).
+        `full_scale` is 1 (nnU-Net writes them as 8-bit if all are below 255).
         """
         (self.folder / 'uncertainty').mkdir(exist_ok=True)
         ending = self.dataset_json['file_ending']
         file = str(self.folder / 'uncertainty' / f'{self.case}_{name}{ending}')
-        integers = np.round(np.clip(values, 0, 1) * FULL_SCALE).astype(np.uint16)
+        scale = full_scale(ending)
+        integers = np.round(np.clip(values, 0, 1) * scale).astype(np.uint16)
         self._reader().write_seg(integers, file, self.properties)
         refuse_torn(Path(file))
         if ending in ('.nii', '.nii.gz'):
             written: Any = nibabel.load(file)
-            image = nibabel.Nifti1Image(np.asarray(written.dataobj, np.float32) / FULL_SCALE, None, written.header)
+            image = nibabel.Nifti1Image(np.asarray(written.dataobj, np.float32) / scale, None, written.header)
             image.set_data_dtype(np.float32)
             nibabel.save(image, file)
         elif ending in ('.nrrd', '.mha', '.gipl'):
-            sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), sitk.sitkFloat32) / FULL_SCALE, file, True)
+            sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), sitk.sitkFloat32) / scale, file, True)
         refuse_torn(Path(file))
 
 

@@ -1,6 +1,7 @@
 """PDDDPMPredictor: nnU-Net's predictor with whole-volume samples, from files to files."""
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -81,6 +82,9 @@ class PDDDPMPredictor(VolumePredictor):
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """As VolumePredictor's; says which volumes have no calibrated interval, and why."""
+        folder = Path(args[0] if args else kwargs['model_training_output_dir'])
+        for file in (folder / 'plans.json', folder / 'dataset.json'):
+            require_json(file)
         super().initialize_from_trained_model_folder(*args, **kwargs)
         self.calibrated = self._calibrated()
         self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
@@ -252,9 +256,11 @@ class PDDDPMPredictor(VolumePredictor):
             results.append(None)
             outputs.add(Path(file).parent)
             print(f'\nPredicting {Path(file).name}:')
+            for remark in item.get('remarks', ()):
+                print(f'Look at {Path(file).name}: {remark}.')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
-                                self.calibrated, queue, self._image_of(Path(file)))
+                                self.calibrated, queue, self._image_of(Path(file)), item.get('remarks', ()))
             with self._fails_alone(case, outputs):
                 prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None,
                                                  Path(file).name, self.outputs.presegmentation)
@@ -308,6 +314,16 @@ class PDDDPMPredictor(VolumePredictor):
         self.failed[output.name] = failed.reason
         files = self._files.get(output)
         write_failure(output.parent, output.name, failed.reason, None if files is None else files[0])
+
+
+def require_json(file: Path) -> None:
+    """Raise `PredictionError` if a file of a model is there and is none of nnU-Net's."""
+    try:
+        wrong = file.is_file() and not isinstance(json.loads(file.read_text()), dict)
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise PredictionError(f'{file} is empty or damaged: copy it again from where the model was trained.')
 
 
 def require_finite(prediction: VolumePrediction) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -17,10 +17,11 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, spacing_damage
+from nnunet_pdddpm.inference.remarks import geometry_remarks, intensity_remarks
 
-SENTENCES = (RuntimeError, ValueError, ArithmeticError, OSError, EOFError)
-"""Errors of readers and preprocessors whose text can stand alone; that of others is a key or nothing."""
+EXAMPLES = 5
+"""Cases that are read to find out whether a file holds several channels."""
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,6 @@ class FailedCase:
     output: str | None
     """Path of its mask without the ending, if it was to be a file."""
     reason: str
-
-
-class UnusableImage(ValueError):
-    """What was read is no image that a segmentation could be made of: the message names the file and says why."""
-
-
-@contextmanager
-def of_the_image(what: str) -> Iterator[None]:
-    """Within it whatever is raised lies in the image: readers and preprocessors raise anything for a damaged one.
-
-    Outside of it an error is one of the program.
-
-    Args:
-        what: names of the files.
-
-    Raises:
-        UnusableImage: for any exception.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise UnusableImage(f'{what}: not enough memory to preprocess it') from None
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [''])[-1]
-        kind = type(error).__name__
-        said = text if text and isinstance(error, SENTENCES) else f'{kind}: {text}' if text else \
-            f'{kind} in reading or preprocessing it'
-        raise UnusableImage(said if what in said else f'{what}: {said}') from error
 
 
 @dataclass(frozen=True)
@@ -69,6 +42,8 @@ class CasePreprocessor:
 
     def __call__(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any] | FailedCase:
         """The item that nnU-Net's predictor takes, with a numpy array as `data`; or why there is none.
+
+        Beside what nnU-Net's items have, it has `remarks`: what is odd about the image, a sentence each.
 
         Args:
             files: the image's channels.
@@ -84,19 +59,16 @@ class CasePreprocessor:
 
     def preprocess(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any]:
         """As `__call__`; raises UnusableImage."""
+        reader = self.plans_manager.image_reader_writer_class()
+        names = [Path(file).name for file in files]
         for file in [*files, *([previous] if previous else [])]:
             if wrong := damage(Path(file)):
                 raise UnusableImage(f'{Path(file).name} {wrong}')
-        reader = self.plans_manager.image_reader_writer_class()
-        names = [Path(file).name for file in files]
-        try:
-            with of_the_image(', '.join(names)):
-                image, properties = reader.read_images(files)
-        except UnusableImage:
-            for file in files if len(files) > 1 else ():  # is it one of the channels, or do they not fit together?
-                with of_the_image(Path(file).name):
-                    reader.read_images((file,))
-            raise
+        if wrong := spacing_damage(reader, Path(files[0]), True) or (
+                spacing_damage(reader, Path(previous), False) if previous else ''):
+            raise UnusableImage(wrong)
+        image, properties = read_channels(reader, files)
+        require_channels(len(image), num_channels(self.dataset_json), names)
         require_image(image, properties, names)
         self.require_thickness(image.shape[1:], properties['spacing'], names)
         mask = None
@@ -104,13 +76,27 @@ class CasePreprocessor:
             with of_the_image(Path(previous).name):
                 mask = reader.read_seg(previous)[0]
         preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
-        with of_the_image(', '.join(names)):
+        with of_the_image(', '.join(names), 'cannot be preprocessed'):
             data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
                                                                self.configuration_manager, self.dataset_json)
+        with of_the_image(', '.join(names)):
+            remarks = geometry_remarks(reader, files, properties)
+        try:
+            remarks += self.intensity_remarks(data)
+        except UnusableImage as error:
+            raise UnusableImage(f'{", ".join(names)}: {error}') from None
         if previous and mask is not None:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
-        return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output}
+        return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output,
+                'remarks': remarks}
+
+    def intensity_remarks(self, data: np.ndarray) -> list[str]:
+        """Of the normalised image (channels, Z, Y, X), see the function of that name."""
+        channels = self.dataset_json.get('channel_names') or self.dataset_json['modality']
+        return intensity_remarks(data, self.configuration_manager.normalization_schemes,
+                                 self.plans_manager.foreground_intensity_properties_per_channel,
+                                 list(channels.values()))
 
     def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
         """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
@@ -120,6 +106,71 @@ class CasePreprocessor:
             if round(thickness / of_model) < 1:
                 raise UnusableImage(f'{", ".join(names)}: the image is {thickness:g} mm thick along an axis, which is '
                                     f'thinner than half a voxel of the model ({of_model:g} mm)')
+
+
+def read_channels(reader: Any, files: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """An image (channels, Z, Y, X) with its properties, as nnU-Net's reader gives them.
+
+    Raises:
+        UnusableImage: names the channel that cannot be read, or how the channels differ.
+    """
+    names = ', '.join(Path(file).name for file in files)
+    try:
+        with of_the_image(names):
+            image, properties = reader.read_images(files)
+            dimensions = len(properties.get('sitk_stuff', {}).get('spacing', ()))
+        if dimensions > 3:
+            raise UnusableImage(f'{names} has {dimensions} dimensions, which no mask is written with: save every '
+                                f'volume in it as a file of its own')
+        return image, properties
+    except UnusableImage:
+        if len(files) == 1:
+            raise
+        seen = {}
+        for file in files:  # is it one of the channels, or do they not fit together?
+            with of_the_image(Path(file).name):
+                image, properties = reader.read_images((file,))
+                seen[file] = {'shape': list(image.shape[1:]), 'voxel size': [float(n) for n in properties['spacing']]}
+        for of in ('shape', 'voxel size'):
+            values = [f'{Path(file).name} has {what[of]}' for file, what in seen.items()]
+            if len({str(what[of]) for what in seen.values()}) > 1:
+                raise UnusableImage(f'the channels differ in {of} (z, y, x): {", ".join(values)}') from None
+        raise
+
+
+def num_channels(dataset_json: Mapping[str, Any]) -> int:
+    """Channels of an image that a model takes."""
+    return len(dataset_json.get('channel_names') or dataset_json['modality'])
+
+
+def require_channels(found: int, needed: int, names: Sequence[str]) -> None:
+    """Refuse an image with another number of channels than the model's: files may hold several, as pictures do."""
+    if found != needed:
+        kind = {1: 'grey', 3: 'colour', 4: 'colour and transparency'}.get(found, '') if len(names) == 1 else ''
+        raise UnusableImage(f'{", ".join(names)}: {found} channels{f" ({kind})" if kind else ""}, the model needs '
+                            f'{needed}')
+
+
+def files_per_case(cases: Iterable[Sequence[str]], needed: int, reader: Any) -> set[int]:
+    """How many files a case may have: one for each channel, or fewer that hold several, as colour pictures do.
+
+    Args:
+        cases: the files of each; of those with fewer files than channels some are read.
+        needed: channels of the model.
+        reader: nnU-Net's.
+    """
+    found, unclear = {needed}, [files for files in cases if len(files) < needed]
+    for number in {len(files) for files in unclear}:
+        read = 0
+        for files in [files for files in unclear if len(files) == number]:
+            with suppress(UnusableImage):
+                image, _ = read_channels(reader, files)
+                read += 1
+                if len(image) == needed:
+                    found.add(number)
+            if number in found or read == EXAMPLES:
+                break
+    return found
 
 
 def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence[str]) -> None:

@@ -86,7 +86,19 @@ def write_case(folder: Path, row: Mapping[str, Any]) -> None:
 def read_case(output: Path, case: str) -> dict[str, Any] | None:
     """Row of a finished case in an output folder, if there is one."""
     file = output / CASES / f'{case}.json'
-    return json.loads(file.read_text()) if file.is_file() else None
+    return _read_row(file) if file.is_file() else None
+
+
+def _read_row(file: Path) -> dict[str, Any] | None:
+    """What the file of a case holds; None, which is said, if that is nothing, as after a loss of power."""
+    try:
+        row = json.loads(file.read_text())
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        print(f'{file} is empty or damaged: {file.stem} does not count as predicted, predict it again.')
+        return None
+    return row
 
 
 def describes_mask(output: Path, row: Mapping[str, Any]) -> bool:
@@ -123,7 +135,8 @@ def write_summary(output: Path) -> list[str]:
         found = []
         for file in there[0]:
             with suppress(FileNotFoundError):  # a failure that another process has just taken back
-                found.append(json.loads(file.read_text()))
+                if (row := _read_row(file)) is not None:
+                    found.append(row)
         failed = [{'case': row['case'], 'error': row['error']} for row in found if 'error' in row and _is_there(row)]
         without = {row['case'] for row in failed}  # what an earlier prediction left of them is of another image
         done = [row for row in found if 'error' not in row and row['case'] not in without]
@@ -157,7 +170,7 @@ def versions() -> dict[str, str]:
 
 def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]] = ()) -> str:
     """One line for every case and label, and one for every case that could not be predicted."""
-    lines = [{'case': row['case'], 'label': name, **values,
+    lines = [{'case': row['case'], 'label': name, **values, 'case_remarks': '; '.join(row.get('remarks', ())),
               **{f'case_{key}': row.get(key)
                  for key in ('estimated_dice', 'uncertain_share', 'refined_tiles', 'seconds')},
               **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},

@@ -47,14 +47,9 @@ class SamplingSettings:
         Raises:
             ValueError: with a sentence that names the setting, its value and its range.
         """
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f'{name}={value} in {source} is out of range: it must lie in {low} to {high}.')
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name}={getattr(self, name)} in {source} is unknown: it must be one of '
-                                 f'{", ".join(choices)}.')
+        for name, value in asdict(self).items():
+            if wrong := out_of_range(name, value):
+                raise ValueError(f'{name}={value} in {source} {wrong}.')
         if self.mask_stock + self.mask_blind > 1 + 1e-6:
             raise ValueError(f'mask_stock={self.mask_stock:g} and mask_blind={self.mask_blind:g} in {source} are '
                              f'weights of which the sum cannot be above 1: lower one of them.')
@@ -114,6 +109,14 @@ KINDS: dict[str, type] = {field.name: {'int': int, 'float': float, 'str': str}[s
 PRESEGMENTER_VARIABLE = f'{ENVIRONMENT_PREFIX}presegmenter'
 
 
+def out_of_range(name: str, value: Value) -> str:
+    """What is wrong with a setting's value, with the values that it may have; empty if nothing."""
+    if name in CHOICES:
+        return '' if value in CHOICES[name] else f'is unknown: it must be one of {", ".join(CHOICES[name])}'
+    low, high = RANGES[name]
+    return '' if low <= float(value) <= high else f'is out of range: it must lie in {low} to {high}'
+
+
 def as_numbers(settings: SamplingSettings) -> dict[str, Union[float, int]]:
     """The settings as a model's buffers hold them: a choice by its position in `CHOICES`."""
     return {name: CHOICES[name].index(value) if name in CHOICES else value for name, value in asdict(settings).items()}
@@ -144,7 +147,8 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
     """Sampling settings given by environment variables: `nnUNet_pdddpm_start` and so on, one for each setting.
 
     Raises:
-        ValueError: if a value is no number of the right kind, or a variable with the prefix is none of the known.
+        ValueError: if a value is no number of the right kind or out of range, or a variable with the prefix is none of
+            the known. The message names the variable.
     """
     overrides: dict[str, Value] = {}
     for variable, name in own_variables(environment).items():
@@ -160,6 +164,8 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
         except ValueError:
             what = 'a whole number' if kind is int else 'a number'
             raise ValueError(f'The environment variable {variable} must be {what}, got "{text}".') from None
+        if wrong := out_of_range(name, overrides[name]):
+            raise ValueError(f'{variable}={overrides[name]} in the environment variables {wrong}.')
     return overrides
 
 

@@ -11,8 +11,7 @@ from nibabel.orientations import io_orientation
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-FULL_SCALE = 65535
-"""What stands for an uncertainty of 1 in the 16-bit maps of file formats without geometry."""
+from nnunet_pdddpm.image_files import full_scale
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,11 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     consensus, properties = reader.read_seg(str(existing(folder / f'{case}{ending}')))
     stock, _ = reader.read_seg(str(existing(folder / 'presegmentation' / f'{case}{ending}')))
     map_file = existing(folder / 'uncertainty' / f'{case}_uncertainty{ending}')
-    uncertainty, _ = reader.read_images((str(map_file),))
+    uncertainty, _ = reader.read_seg(str(map_file))
     image, _ = reader.read_images((str(existing(Path(images[0]))),))
     image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
     if isinstance(reader, NaturalImage2DIO | Tiff3DIO):
-        uncertainty = uncertainty / FULL_SCALE
+        uncertainty = uncertainty / full_scale(ending)
     for name, array in (('stock mask', stock[0]), ('uncertainty map', uncertainty[0]), ('image', image)):
         if array.shape != consensus[0].shape:
             raise ValueError(f'Case {case!r}: the {name} has shape {array.shape}, the mask {consensus[0].shape}; '

@@ -94,6 +94,8 @@ class ValidationCases:
     def _open_raters(self, trainer: PDDDPMTrainer, raters: Path) -> Folders:
         model = Path(trainer.output_folder_base)
         folders = open_folders(self.truth, self.truth, raters, model / 'dataset.json', model / 'plans.json')
+        for line in folders.left_out:
+            trainer.print_to_log_file(f'Not compared: {line}')
         if not any(folders.rater_files(name) for name in self.names):
             raise TuningError(f'{raters} has no mask of any validation case of fold {trainer.fold}: name them '
                               f'CASE__RATER{folders.ending}, such as {self.names[0]}__1{folders.ending}.')

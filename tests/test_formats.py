@@ -1,0 +1,196 @@
+"""Every format that nnU-Net reads goes through every command, with a good image and with a damaged one beside it."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
+from skimage import io
+from tiny_model import plans, write_model
+
+from nnunet_pdddpm.commands import evaluate
+from nnunet_pdddpm.commands import predict as command
+
+LABELS = {'background': 0, 'cell': 1, 'nucleus': 2}
+REGIONS = {'labels': {'background': 0, 'whole': [1, 2], 'nucleus': [2]}, 'regions_class_order': [1, 2]}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of image files.
+
+    Attributes:
+        ending: of the files.
+        shape: of an image (z, y, x), or (y, x) for a picture.
+        channels: of an image.
+        together: whether one file holds all channels.
+        regions: whether the model segments regions.
+        beside: whether a file beside gives a tif its voxel size.
+    """
+    ending: str
+    shape: tuple[int, ...] = (6, 18, 20)
+    channels: int = 1
+    together: bool = False
+    regions: bool = False
+    beside: bool = False
+
+    def description(self) -> dict:
+        return {'channel_names': {str(i): name for i, name in enumerate('RGB'[:self.channels])}, 'labels': LABELS,
+                'numTraining': 1, 'file_ending': self.ending, **(REGIONS if self.regions else {})}
+
+    def files(self, folder: Path, case: str) -> list[Path]:
+        return [folder / f'{case}_{i:04d}{self.ending}' for i in range(1 if self.together else self.channels)]
+
+
+PICTURE = (18, 20)
+FORMATS = {
+    'grey png': Format('.png', PICTURE), 'colour png': Format('.png', PICTURE, 3, together=True),
+    'grey png, regions': Format('.png', PICTURE, regions=True),
+    'colour png, regions': Format('.png', PICTURE, 3, together=True, regions=True),
+    'channels of a png': Format('.png', PICTURE, 3), 'colour bmp': Format('.bmp', PICTURE, 3, together=True),
+    '2D tif': Format('.tif', PICTURE), '2D colour tif': Format('.tif', PICTURE, 3, together=True),
+    '3D tif': Format('.tif', beside=True), '3D tif without voxel size': Format('.tif'),
+    '3D tiff, regions': Format('.tiff', channels=2, regions=True, beside=True), 'nii': Format('.nii'),
+    'nii.gz': Format('.nii.gz'), 'nii.gz, regions': Format('.nii.gz', channels=2, regions=True),
+    'nrrd': Format('.nrrd'), 'mha': Format('.mha'), 'gipl': Format('.gipl')}
+
+
+def save(array: np.ndarray, file: Path, kind: Format, case: str) -> None:
+    """Write (z, y, x), (y, x), or in colour (y, x, 3); the spacing beside a tif."""
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=array.shape[-1] == 3), str(file))
+    if kind.beside:
+        (file.parent / f'{case}.json').write_text(json.dumps({'spacing': [2.0, 1.0, 1.0]}))
+
+
+def read(file: Path) -> np.ndarray:
+    return io.imread(file) if file.suffix in ('.png', '.bmp') else sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def write_image(folder: Path, case: str, kind: Format, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(0, 255, (kind.channels, *kind.shape)).astype(np.uint8)
+    files = kind.files(folder, case)
+    if kind.together:
+        save(np.moveaxis(noise, 0, -1), files[0], kind, case)
+    else:
+        for channel, file in zip(noise, files, strict=True):
+            save(channel, file, kind, case)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, images and references."""
+    kind: Format
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        return self.root / 'images'
+
+    @property
+    def references(self) -> Path:
+        return self.root / 'references'
+
+    def predict(self, name: str, *flags: str) -> Path:
+        """`nnUNetv2_pdddpm_predict_from_modelfolder` in this process."""
+        command.main_modelfolder(['-m', str(self.model()), '-i', str(self.images), '-o', str(self.root / name),
+                                  *COMMON, *flags])
+        return self.root / name
+
+    def model(self) -> Path:
+        return next((self.root / 'results').glob('*/*'))
+
+
+COMMON = ('-f', '0', '-device', 'cpu', '-npp', '0', '-nps', '0', '--disable_progress_bar', '--disable_tta')
+
+
+@pytest.fixture(params=FORMATS)
+def setting(request, tmp_path, monkeypatch) -> Setting:
+    """Two good images and their references."""
+    kind = FORMATS[request.param]
+    for folder in ('images', 'references', 'results'):
+        (tmp_path / folder).mkdir()
+    for i, case in enumerate('ab'):
+        write_image(tmp_path / 'images', case, kind, i)
+        truth = np.zeros(kind.shape, np.uint8)
+        truth[..., 4:14, 5:12], truth[..., 6:9, 6:9] = 1, 2
+        save(truth, tmp_path / 'references' / f'{case}{kind.ending}', kind, case)
+    example = kind.files(tmp_path / 'images', 'a')[0]
+    reader = determine_reader_writer_from_file_ending(kind.ending, str(example), verbose=False)
+    dims = len(kind.shape)
+    configuration = '2d' if dims == 2 else '3d_fullres'
+    monkeypatch.setenv('nnUNet_results', str(tmp_path / 'results'))
+    write_model(tmp_path / 'results' / 'Dataset730_Formats' / f'PDDDPMTrainer__nnUNetPlans__{configuration}',
+                plans(reader.__name__, dims, kind.channels), kind.description())
+    return Setting(kind, tmp_path)
+
+
+def test_every_format_goes_through_every_command(setting, capsys):
+    ending = setting.kind.ending
+    out = setting.predict('out', '--report', '--save_samples', '--uncertainty', 'all')
+    command.main(['-d', 'Dataset730_Formats', '-c', setting.model().name.rpartition('__')[2], '-i', str(setting.images),
+                  '-o', str(setting.root / 'named'), *COMMON])
+    masks = {}
+    for case in 'ab':
+        masks[case] = read(out / f'{case}{ending}')
+        assert masks[case].shape == setting.kind.shape and masks[case].max() <= 2
+        assert (out / f'{case}{ending}').read_bytes() == (setting.root / 'named' / f'{case}{ending}').read_bytes()
+        assert len(list((out / 'samples').glob(f'{case}_s0?{ending}'))) == 2
+    page = (out / 'report.html').read_text()
+    assert all(f'>{case}</h2>' in page for case in 'ab')
+
+    evaluate.main(['-pred', str(out), '-ref', str(setting.references), '-np', '1', '--disable_progress_bar'])
+    values = json.loads((out / 'evaluation.json').read_text())
+    for row in values['cases']:
+        mask = masks[row['case']]
+        truth = read(setting.references / f'{row["case"]}{ending}')
+        overlap = 2 * ((mask == 2) & (truth == 2)).sum() / ((mask == 2).sum() + (truth == 2).sum())
+        assert row['labels']['nucleus']['dice'] == pytest.approx(overlap)
+        assert row['labels']['nucleus']['volume_ml'] == pytest.approx(
+            (mask == 2).sum() * (2 if setting.kind.beside else 1) / 1000)
+    assert 'Traceback' not in capsys.readouterr().out
+
+
+def damaged(setting: Setting) -> dict[str, str]:
+    """Damaged images beside the good ones: case -> what is said of it, which is one of these."""
+    kind, bad = setting.kind, {}
+
+    def write(case: str, content: bytes, said: str) -> None:
+        write_image(setting.images, case, kind, 9)
+        kind.files(setting.images, case)[-1].write_bytes(content)
+        bad[case] = said
+    content = kind.files(setting.images, 'a')[-1].read_bytes()
+    name = kind.files(Path(), 'bad')[-1].name[3:]
+    write('cut', content[:len(content) // 3], f'cut{name}')
+    write('short', content[:2 * len(content) // 3], f'short{name}')
+    write('empty', b'', f'empty{name}')
+    write('text', b'no image', f'text{name}')
+    if kind.together and kind.ending == '.png':  # a picture with another number of channels than the model
+        for case, channels in (('grey', 1), ('transparent', 4)):
+            image = np.random.default_rng(0).integers(0, 255, (*kind.shape, channels)).astype(np.uint8)
+            io.imsave(kind.files(setting.images, case)[0], image.squeeze(), check_contrast=False)
+            bad[case] = f'{channels} channels'
+    for case, beside, said in (('no_json', '', 'is empty'), ('torn_json', '{"spac', 'cannot be read'),
+                               ('without', '{}', 'needs "spacing"'), ('list', '[1]', 'needs "spacing"'),
+                               ('words', '{"spacing": ["1 mm", 1, 1]}', 'and has ["1 mm", 1, 1]'),
+                               ('zero', '{"spacing": [0, 1, 1]}', 'three numbers above 0')) if kind.beside else ():
+        write_image(setting.images, case, kind, 9)
+        (setting.images / f'{case}.json').write_text(beside)
+        bad[case] = f'{case}.json, which gives the voxel size of {case}_0000{kind.ending}, {said}' if case in (
+            'no_json', 'torn_json') else said
+    return bad
+
+
+def test_damaged_files_of_every_format_are_named_and_the_good_ones_are_done(setting):
+    bad = damaged(setting)
+    (setting.images / f'._a_0000{setting.kind.ending}').write_bytes(bytes([0, 5, 22, 7, 0, 2, 0, 0]) + b'Mac OS X')
+    with pytest.raises(SystemExit) as ended:
+        setting.predict('out')
+    assert str(ended.value.code).startswith(f'Error: {len(bad)} of {len(bad) + 2} cases could not be predicted, ')
+    summary = json.loads((setting.root / 'out' / 'pdddpm_summary.json').read_text())
+    reasons = {row['case']: row['error'] for row in summary['failed']}
+    assert reasons.keys() == bad.keys() and all(said in reasons[case] for case, said in bad.items()), reasons
+    assert [row['case'] for row in summary['cases']] == ['a', 'b']

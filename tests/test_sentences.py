@@ -1,0 +1,149 @@
+"""Sentences that name the fault and its remedy as the command at hand knows them; and help that gives every default."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from tiny_model import plans, write_model
+
+from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
+from nnunet_pdddpm.network.settings import RANGES
+
+DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
+               'labels': {'background': 0, 'cell': 1}}
+FLAGS = ('-f', '0', '-device', 'cpu', '-npp', '0', '-nps', '0', '--disable_progress_bar', '--disable_tta')
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A model and two images."""
+    write_model(tmp_path / 'model', plans('SimpleITKIO', 3, 1), DESCRIPTION)
+    (tmp_path / 'images').mkdir()
+    for case in 'ab':
+        array = np.random.default_rng(ord(case)).normal(100, 40, (8, 20, 22)).astype(np.float32)
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / 'images' / f'{case}_0000.nii.gz'))
+    return tmp_path
+
+
+def run(root: Path, *flags: str, images: str = 'images') -> Path:
+    predict.main_modelfolder(['-m', str(root / 'model'), '-i', str(root / images), '-o', str(root / 'out'), *FLAGS,
+                              *flags])
+    return root / 'out'
+
+
+def refused(call, *args, **kwargs) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call(*args, **kwargs)
+    message = str(stop.value.code)
+    assert message.startswith('Error: ') and '\n' not in message
+    return message
+
+
+def test_a_file_given_as_the_input_folder_is_called_one(root):
+    assert refused(run, root, images='images/a_0000.nii.gz').endswith(
+        'a_0000.nii.gz is a file: name the folder that it lies in.')
+    assert refused(run, root, images='nowhere').endswith('nowhere does not exist.')
+
+
+def test_an_image_of_four_dimensions_is_named_and_the_others_are_done(root):
+    volumes = [sitk.GetImageFromArray(np.random.default_rng(i).normal(size=(8, 20, 22))) for i in range(2)]
+    sitk.WriteImage(sitk.JoinSeries(volumes), str(root / 'images' / 'two_0000.nii.gz'))
+    said = refused(run, root)
+    assert said.startswith('Error: 1 of 3 cases')
+    assert 'two_0000.nii.gz has 4 dimensions, which no mask is written with: save every volume in it' in said
+    assert {file.name for file in (root / 'out').glob('*.nii.gz')} == {'a.nii.gz', 'b.nii.gz'}
+
+
+@pytest.mark.parametrize('content', ['', '{"case": "a", "lab', 'null'])
+def test_a_case_whose_file_is_empty_or_torn_after_a_loss_of_power_is_predicted_again(root, capsys, content):
+    out = run(root)
+    before = {file.name: file.read_bytes() for file in out.glob('*.nii.gz')}
+    (out / 'pdddpm_cases' / 'a.json').write_text(content)
+    capsys.readouterr()
+    run(root, '--continue_prediction')
+    said = capsys.readouterr().out
+    assert f'{out / "pdddpm_cases" / "a.json"} is empty or damaged: a does not count as predicted' in said
+    assert '1 cases are done, 1 are left.' in said
+    rows = json.loads((out / 'pdddpm_summary.json').read_text())['cases']
+    assert [row['case'] for row in rows] == ['a', 'b']
+    assert {file.name: file.read_bytes() for file in out.glob('*.nii.gz')} == before
+
+
+@pytest.mark.parametrize('name', ['plans.json', 'dataset.json'])
+def test_an_empty_file_of_a_model_is_named(root, name):
+    (root / 'model' / name).write_text('')
+    assert refused(run, root) == (f'Error: {root / "model" / name} is empty or damaged: copy it again from where the '
+                                  f'model was trained.')
+
+
+@pytest.mark.parametrize(('variable', 'value', 'said'), [
+    ('nnUNet_pdddpm_start', '1.5', 'nnUNet_pdddpm_start=1.5 in the environment variables is out of range: it must lie '
+                                   'in 0 to 1.'),
+    ('nnUNet_pdddpm_temperature', 'nan', 'nnUNet_pdddpm_temperature=nan in the environment'),
+    ('nnUNet_pdddpm_start_mask', 'soft', 'nnUNet_pdddpm_start_mask=soft in the environment variables is unknown: it '
+                                         'must be one of drawn, hard.')])
+def test_an_environment_variable_is_refused_by_its_own_name(root, monkeypatch, variable, value, said):
+    monkeypatch.setenv(variable, value)
+    assert refused(run, root).startswith(f'Error: {said}')
+
+
+@pytest.mark.parametrize('value', ['many', '-1', '1.5'])
+def test_a_wrong_number_of_processes_is_refused_by_the_name_of_its_variable_or_flag(root, monkeypatch, capsys, value):
+    with pytest.raises(SystemExit):
+        run(root, '-nps', value)
+    assert 'nps' in capsys.readouterr().err
+    monkeypatch.setenv('nnUNet_npp', value)
+    with pytest.raises(SystemExit) as stop:
+        run(root)
+    assert stop.value.code == 2
+    assert f'the environment variable nnUNet_npp must be a whole number from 0 on, got "{value}"' in \
+        capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('command', 'arguments', 'flag'), [
+    (predict.main, ['-d', '731', '-c', '2d', '-i', 'x', '-o', 'y', *FLAGS], '-d'),
+    (tune.main, ['731', '2d', '0', '-device', 'cpu'], 'DATASET')])
+def test_an_id_of_no_or_of_two_data_sets_is_refused_with_their_names(tmp_path, monkeypatch, command, arguments, flag):
+    for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results'):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    rest = 'the variables nnUNet_results, nnUNet_raw and nnUNet_preprocessed.'
+    assert refused(command, arguments) == f'Error: There is no data set with the id 731: correct {flag}, or {rest}'
+    for name in ('Dataset731_One', 'Dataset731_Other'):
+        (tmp_path / 'nnUNet_raw' / name).mkdir()
+    assert refused(command, arguments) == (f'Error: 2 data sets have the id 731 (Dataset731_One, Dataset731_Other): '
+                                           f'name one of them in {flag}, or {rest}')
+
+
+# help
+
+class Captured(Exception):
+    """Carries a parser out of a command."""
+
+
+@pytest.mark.parametrize('command', [predict.main, predict.main_modelfolder, check.main, evaluate.main, tune.main,
+                                     demo.main])
+def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(monkeypatch, command):
+    def parse_args(self, *_):
+        raise Captured(self)
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+    monkeypatch.setattr(sys, 'argv', ['command'])
+    with pytest.raises(Captured) as captured:
+        command()
+    parser: argparse.ArgumentParser = captured.value.args[0]
+    text = ' '.join(parser.format_help().split())
+    for action in parser._actions:
+        if action.required or isinstance(action, argparse._HelpAction):
+            assert action.help
+            continue
+        assert 'default' in (action.help or ''), action.dest
+        if action.type in (int, float) and action.dest not in ('npp', 'nps'):
+            assert any(word in action.help for word in (' to ', 'above', 'from')), action.dest
+        if action.dest in RANGES:
+            low, high = RANGES[action.dest]
+            assert f'{low:g} to {high}' in text
