@@ -342,6 +342,10 @@ def test_what_does_not_fit_is_refused(prediction, tmp_path):
     write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz')
     with pytest.raises(ValueError, match="'poor': the stock mask has shape"):
         write_report(folder, images)
+    for name, said in (('presegmentation/poor.nii.gz', 'poor.nii.gz is truncated'), ('poor.nii.gz', 'is truncated')):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-30])
+        with pytest.raises(ValueError, match=said):
+            write_report(folder, images)
     damaged(folder, 'pdddpm_summary.json')
     with pytest.raises(ValueError, match='pdddpm_summary.json is no valid JSON'):
         write_report(folder, images)
