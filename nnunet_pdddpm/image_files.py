@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
@@ -192,10 +191,17 @@ def non_finite(file: Path) -> int:
     """Voxels of a .nii or .nii.gz that are NaN or infinite, which SimpleITK reads as 0; 0 for all other files."""
     if not file.name.endswith(('.nii', '.nii.gz')):
         return 0
-    image: Any = nibabel.load(file)
-    if image.get_data_dtype().kind != 'f':
-        return 0
-    return int(np.count_nonzero(~np.isfinite(np.asanyarray(image.dataobj))))
+    with opened(file) as stream:
+        header = read_header(stream.read(HEADER))
+        size = 0 if header is None else {16: 4, 64: 8}.get(int(header['datatype']), 0)
+        if size == 0:
+            return 0
+        stream.seek(int(header['vox_offset']))
+        bad, left = 0, size * int(np.prod(header['dim'][1:1 + int(header['dim'][0])], dtype=np.int64))
+        while block := stream.read(min(CHUNK, left)):
+            values = np.frombuffer(block, f'{header.endianness}f{size}')
+            bad, left = bad + int(np.count_nonzero(~np.isfinite(values))), left - len(block)
+    return bad
 
 
 def opened(file: Path) -> Any:

@@ -194,3 +194,12 @@ def test_damaged_files_of_every_format_are_named_and_the_good_ones_are_done(sett
     reasons = {row['case']: row['error'] for row in summary['failed']}
     assert reasons.keys() == bad.keys() and all(said in reasons[case] for case, said in bad.items()), reasons
     assert [row['case'] for row in summary['cases']] == ['a', 'b']
+
+
+@pytest.mark.parametrize('setting', [name for name, kind in FORMATS.items() if '3D' in name], indirect=True)
+def test_no_voxel_size_of_an_earlier_tif_is_left_alone(setting):
+    setting.predict('out', '--save_samples', '--uncertainty', 'all', '-samples', '3')
+    out = setting.predict('out', '--save_samples', '-samples', '2')
+    beside = {file.with_suffix('') for file in out.rglob('*.json') if file.stem[:2] in ('a', 'b', 'a_', 'b_')
+              and file.parent.name != 'pdddpm_cases'}
+    assert beside == {file.with_suffix('') for file in out.rglob(f'*{setting.kind.ending}')} and len(beside) == 2 + 4

@@ -166,9 +166,10 @@ def test_a_missing_origin_is_told(tmp_path, ending, line):
         f'a_0000{ending}: it does not say where it lies: its origin counts as 0, a viewer may show the mask elsewhere']
 
 
-def test_voxels_that_simpleitk_reads_as_0_are_told(tmp_path):
-    array = image()
-    array[1, 2, 3:6] = np.nan
+@pytest.mark.parametrize('kind', [np.float32, np.float64])
+def test_voxels_that_simpleitk_reads_as_0_are_told(tmp_path, kind):
+    array = image().astype(kind)[:, :19, :21]
+    array[1, 2, 3:5], array[-1, -1, -1] = np.nan, np.inf
     assert preprocess([write(tmp_path, array)]) == ['a_0000.nii.gz: 3 voxels are NaN or infinite: they are read as 0']
 
 

@@ -376,6 +376,20 @@ def test_with_nothing_to_show_or_a_summary_that_is_none_an_earlier_report_stays(
     for given in ({}, {'other': images['poor']}):
         with pytest.raises(NothingToShow):
             write_report(folder, given)
+    with pytest.raises(ValueError, match="no entry for case 'other'"):
+        write_report(folder, {**images, 'other': images['poor']})
+    with pytest.raises(ValueError, match='No cases'):
+        write_report(folder, {})
+    damaged(folder, 'uncertainty/poor_uncertainty.nii.gz')
+    with pytest.raises(ValueError, match=r'poor_uncertainty.nii.gz holds values outside \[0, 1\]'):
+        write_report(folder, images)
+    write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz')
+    with pytest.raises(ValueError, match="'poor': the stock mask has shape"):
+        write_report(folder, images)
+    for name, said in (('presegmentation/poor.nii.gz', 'poor.nii.gz is truncated'), ('poor.nii.gz', 'is truncated')):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-30])
+        with pytest.raises(ValueError, match=said):
+            write_report(folder, images)
     damaged(folder, 'pdddpm_summary.json')
     with pytest.raises(ValueError, match='pdddpm_summary.json is no valid JSON'):
         write_report(folder, images)

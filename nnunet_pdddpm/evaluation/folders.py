@@ -133,10 +133,9 @@ class Folders:
                 raise UnusableImage(f'{file.parent}: {wrong}')
             with of_the_image(str(file)):
                 array, properties = self.reader.read_seg(str(file))
-                bad = non_finite(file) or int(np.count_nonzero(~np.isfinite(array)))
         except UnusableImage as error:
             raise EvaluationError(f'{error}.') from error
-        if bad:  # SimpleITK reads them as 0
+        if bad := non_finite(file) or int(np.count_nonzero(~np.isfinite(array))):  # SimpleITK reads them as 0
             raise EvaluationError(f'{file}: {bad} of {array.size} voxels are NaN or infinite: correct it.')
         if like is not None:
             _require_same_geometry(file, array[0], properties, like)

@@ -76,12 +76,18 @@ def _far(channel: np.ndarray, scheme: str, training: Mapping[str, float]) -> str
         ratio, least = _ratio(np.ptp(channel), high - low), 2 * SQUEEZED
         usual = (training['max'] - training['min']) / width if width > 0 else 1.0
     else:
-        ratio, least = _ratio(channel.std(dtype=np.float64), bulk.std()), SQUEEZED
+        ratio, least = _ratio(_deviation(channel), bulk.std()), SQUEEZED
         usual = training['std'] * NORMAL_WIDTH / width if width > 0 else 1.0
     if ratio > least * max(1.0, usual):
         return (f'a few extreme voxels squeeze all others to 1/{ratio:.3g} of their contrast, which no training case '
                 f'prepares for: look at its intensities')
     return ''
+
+
+def _deviation(channel: np.ndarray) -> float:
+    """Standard deviation, slice by slice: in double precision a whole volume would take twice its memory."""
+    mean = channel.mean(dtype=np.float64)
+    return float(np.sqrt(sum(np.square(plane - mean, dtype=np.float64).sum() for plane in channel) / channel.size))
 
 
 def _as_normalised(scheme: str, training: Mapping[str, float]) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from nibabel.orientations import io_orientation
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_pdddpm.image_files import full_scale
+from nnunet_pdddpm.image_files import UnusableImage, damage, full_scale, of_the_image
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,17 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
         reader: instance of the plans' reader and writer class.
 
     Raises:
-        ValueError: a file is missing, the shapes differ, or the map is not within [0, 1].
+        ValueError: a file is missing or unreadable, the shapes differ, or the map is not within [0, 1].
     """
     if not images:
         raise ValueError(f'The report needs an image of case {case!r}, and none was given')
-    consensus, properties = reader.read_seg(str(existing(folder / f'{case}{ending}')))
-    stock, _ = reader.read_seg(str(existing(folder / 'presegmentation' / f'{case}{ending}')))
-    map_file = existing(folder / 'uncertainty' / f'{case}_uncertainty{ending}')
-    uncertainty, _ = reader.read_seg(str(map_file))
-    image, _ = reader.read_images((str(existing(Path(images[0]))),))
+    map_file = folder / 'uncertainty' / f'{case}_uncertainty{ending}'
+    consensus, properties = _read(reader, folder / f'{case}{ending}')
+    stock, _ = _read(reader, folder / 'presegmentation' / f'{case}{ending}')
+    uncertainty, _ = _read(reader, map_file)
+    first = str(existing(Path(images[0])))
+    with of_the_image(first):
+        image, _ = reader.read_images((first,))
     image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
     if isinstance(reader, NaturalImage2DIO | Tiff3DIO):
         uncertainty = uncertainty / full_scale(ending)
@@ -114,6 +116,14 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     spacing = [float(properties['spacing'][axis]) for axis in axes.order]
     return CaseVolumes(axes.turn(np.nan_to_num(image, posinf=0, neginf=0)), axes.turn(_labels(consensus)),
                        axes.turn(_labels(stock)), axes.turn(uncertainty[0]), (spacing[0], spacing[1], spacing[2]), axes)
+
+
+def _read(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """A mask or map, with its geometry; raises ValueError if it is missing, damaged or unreadable."""
+    if wrong := damage(existing(file)):
+        raise UnusableImage(f'{file} {wrong}; predict again with --report')
+    with of_the_image(str(file)):
+        return reader.read_seg(str(file))
 
 
 def _labels(segmentation: np.ndarray) -> np.ndarray:
