@@ -54,12 +54,16 @@ def nnunet_environment(work: Path) -> dict[str, str]:
 
 def call(work: Path, *command: str, **variables: str) -> None:
     """Run an nnU-Net command beside this Python, with further environment variables; stop at the first failure."""
-    executable = Path(sys.executable).parent / command[0]
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])
+    executable = shutil.which(command[0], path=folders)
+    if executable is None:
+        sys.exit(f'{command[0]} is neither beside {sys.executable} nor in PATH: install nnU-Net and this project.')
     print('$', *(f'{name}={value}' for name, value in variables.items()), *command, flush=True)
-    subprocess.run([str(executable), *command[1:]], env={**nnunet_environment(work), **variables}, check=True)
+    subprocess.run([executable, *command[1:]], env={**nnunet_environment(work), **variables}, check=True)
 
 
-def prepare(work: Path, data: Path, configuration: str = CONFIGURATION, batch_size: int = 2) -> None:
+def prepare(work: Path, data: Path, configuration: str = CONFIGURATION, batch_size: int = 2,
+            num_test: int = NUM_TEST) -> None:
     """Split off the test cases, write the raw data set, plan, reduce the plan, preprocess, write the folds."""
     raw = work / 'nnUNet_raw' / DATASET
     preprocessed = work / 'nnUNet_preprocessed' / DATASET
@@ -67,8 +71,8 @@ def prepare(work: Path, data: Path, configuration: str = CONFIGURATION, batch_si
         return
     cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(cases))
-    test = sorted(cases[i] for i in order[:NUM_TEST])
-    development = [cases[i] for i in order[NUM_TEST:]]
+    test = sorted(cases[i] for i in order[:num_test])
+    development = [cases[i] for i in order[num_test:]]
     for case in cases:
         part = 'Ts' if case in test else 'Tr'
         for kind, suffix in (('images', '_0000'), ('labels', '')):

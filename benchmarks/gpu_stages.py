@@ -1,0 +1,393 @@
+"""The stages of `gpu.py` that measure: prediction, iterations of training, trainings on the hippocampus."""
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import uuid
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import hippocampus as benchmark
+import torch
+from benchmark_trainers import ShortCPUTraining
+from gpu_trainers import (
+    OutOfTime,
+    PDDDPMTrainerGPU,
+    PDDDPMTrainerGPUSecond,
+    nnUNetTrainerGPU,
+    nnUNetTrainerGPULonger,
+)
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from scale import PLANS
+from speed_parts import timed
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.functional import interpolate
+from torch.profiler import ProfilerActivity, profile
+
+from nnunet_pdddpm.demo.phantom import write_dataset
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.network.refiner import Refiner
+from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+
+if TYPE_CHECKING:
+    from gpu import Run
+
+CONFIGURATION = benchmark.CONFIGURATION
+OF_SAMPLES: dict[str, Any] = {'mask_stock': 0.0, 'mask_blind': 0.0}
+
+
+class Size(NamedTuple):
+    """Of networks and volumes, and how long is measured."""
+    classes: tuple[int, ...]
+    patch: tuple[int, int, int]
+    volume: tuple[int, int, int]
+    features: tuple[int, ...]
+    batch: int
+    seconds: float
+    """That repeats of one measurement take, once the first is done."""
+    eager_limit: float
+    compiled_limit: float
+    """Seconds after which a cell is given up."""
+    epochs: int
+    """That a training is cut into: it can stop after each."""
+    most_iterations: int
+
+
+FULL = Size((2, 25, 117), (128,) * 3, (192,) * 3, (32, 64, 128, 256, 320, 320), 2, 5, 60, 90, 10, 10 ** 6)
+TINY = Size((2, 3), (8, 16, 8), (8, 16, 8), (4, 8, 8), 2, 0, 300, 300, 2, 4)
+
+
+def size_of(run: Run) -> Size:
+    """Full, or of a dry run."""
+    return TINY if run.tiny else FULL
+
+
+def synthetic(size: Size, classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plans as nnU-Net makes them for isotropic images of one channel, and the dataset.json."""
+    stages = len(size.features)
+    network = {'n_stages': stages, 'features_per_stage': size.features, 'kernel_sizes': [[3] * 3] * stages,
+               'strides': [[1] * 3] + [[2] * 3] * (stages - 1), 'n_conv_per_stage': [2] * stages,
+               'n_conv_per_stage_decoder': [2] * (stages - 1), 'conv_op': 'torch.nn.modules.conv.Conv3d',
+               'conv_bias': True, 'norm_op': 'torch.nn.modules.instancenorm.InstanceNorm3d',
+               'norm_op_kwargs': {'eps': 1e-5, 'affine': True}, 'dropout_op': None, 'dropout_op_kwargs': None,
+               'nonlin': 'torch.nn.LeakyReLU', 'nonlin_kwargs': {'inplace': True}}
+    resampling = {f'resampling_fn_{of}': 'resample_data_or_seg_to_shape' for of in ('data', 'seg', 'probabilities')}
+    planned = {'data_identifier': 'synthetic', 'preprocessor_name': 'DefaultPreprocessor', 'batch_size': size.batch,
+               'patch_size': list(size.patch), 'spacing': [1.0] * 3, 'batch_dice': False, 'use_mask_for_norm': [False],
+               'normalization_schemes': ['ZScoreNormalization'], **resampling,
+               **{f'{name}_kwargs': {} for name in resampling},
+               'architecture': {'network_class_name': 'dynamic_network_architectures.architectures.unet.PlainConvUNet',
+                                'arch_kwargs': network,
+                                '_kw_requires_import': ['conv_op', 'norm_op', 'dropout_op', 'nonlin']}}
+    plans = {'dataset_name': f'Dataset{800 + classes}_Synthetic', 'plans_name': 'nnUNetPlans',
+             'image_reader_writer': 'SimpleITKIO', 'label_manager': 'LabelManager', 'transpose_forward': [0, 1, 2],
+             'transpose_backward': [0, 1, 2], 'foreground_intensity_properties_per_channel': {},
+             'configurations': {CONFIGURATION: planned}}
+    labels = {'background': 0, **{f'label {i}': i for i in range(1, classes)}}
+    return plans, {'channel_names': {'0': 'synthetic'}, 'labels': labels, 'numTraining': 1, 'file_ending': '.nii.gz'}
+
+
+# prediction ----------------------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=1)
+def networks(size: Size, classes: int, compiled: bool) -> tuple[Refiner, dict[str, Tensor]]:
+    """A refiner with random weights, and its weights as a checkpoint has them."""
+    torch._dynamo.reset()  # else the networks before this one count among its recompilations
+    torch.manual_seed(0)
+    plans = PlansManager(synthetic(size, classes)[0])
+    refiner = PDDDPMTrainer.build_network_architecture(plans, plans.get_configuration(CONFIGURATION), 1, classes, False)
+    refiner.configure(SamplingSettings(), False)
+    refiner.eval()
+    weights = refiner.state_dict()
+    if compiled:
+        for network in (refiner.presegmenter, refiner.denoiser):
+            network.compile(**({'backend': 'eager'} if size == TINY else {}))  # a dry run needs no compiler
+    return refiner, weights
+
+
+def opened(run: Run, classes: int, kind: type, network: Any, weights: dict[str, Tensor]) -> Any:
+    """A predictor with a network that no file holds, with mirroring."""
+    plans, description = synthetic(size_of(run), classes)
+    predictor, manager = kind(device=run.device, allow_tqdm=False), PlansManager(plans)
+    nnUNetPredictor.manual_initialization(predictor, network, manager, manager.get_configuration(CONFIGURATION),
+                                          [weights], description, 'PDDDPMTrainer', (0, 1, 2))
+    return predictor
+
+
+def stock(run: Run, classes: int, compiled: bool) -> Callable[[Tensor], Any]:
+    """What `nnUNetv2_predict` does with the stock model."""
+    refiner, weights = networks(size_of(run), classes, compiled)
+    prefix = 'presegmenter.'
+    return opened(run, classes, nnUNetPredictor, refiner.presegmenter,
+                  {name[len(prefix):]: of for name, of in weights.items() if name.startswith(prefix)}
+                  ).predict_logits_from_preprocessed_data
+
+
+def plain(run: Run, classes: int, compiled: bool) -> Callable[[Tensor], Any]:
+    """What `nnUNetv2_predict` does with a PDDDPM model: the blind mask."""
+    return opened(run, classes, nnUNetPredictor, *networks(size_of(run), classes, compiled)
+                  ).predict_logits_from_preprocessed_data
+
+
+def samples(run: Run, classes: int, compiled: bool, **settings: Any) -> Callable[[Tensor], Any]:
+    """What `nnUNetv2_pdddpm_predict --uncertainty` does: 8 samples, their maps, and a mask."""
+    predictor = opened(run, classes, VolumePredictor, *networks(size_of(run), classes, compiled))
+    predictor.fold_settings, predictor.num_samples = [SamplingSettings(samples=8, **settings)], 8
+
+    def predict(image: Tensor) -> Any:
+        prediction = predictor.predict_volume(image, stock=False)
+        return prediction, {name: of.cpu() for name, of in prediction.spread.maps().items()}
+    return predict
+
+
+WAYS: dict[str, Callable[[Run, int, bool], Callable[[Tensor], Any]]] = {
+    'stock': stock, 'plain': plain, 'samples': samples,
+    'of_samples': lambda run, classes, compiled: samples(run, classes, compiled, **OF_SAMPLES)}
+
+
+def peak(device: torch.device) -> float | None:
+    """GiB allocated at most since it was asked last, on a GPU."""
+    if device.type != 'cuda':
+        return None
+    most = torch.cuda.max_memory_allocated() / 2 ** 30
+    torch.cuda.reset_peak_memory_stats()
+    return round(most, 3)
+
+
+def repeated(run: Run, do: Callable[[], Any], most: int) -> dict[str, Any]:
+    """Seconds of the first call and of at most so many others, and peak memory of these."""
+    size, first = size_of(run), timed(run.device, do)
+    peak(run.device)
+    seconds = [timed(run.device, do)]
+    while len(seconds) < most and sum(seconds) < size.seconds:
+        seconds.append(timed(run.device, do))
+    return {'first': round(first, 3), 'seconds': [round(s, 4) for s in seconds], 'GiB': peak(run.device)}
+
+
+def profiled(run: Run, do: Callable[[], Any]) -> dict[str, Any]:
+    """Kernels launched (on a CPU: operators called), and the ten that take longest, with their share of the time."""
+    on_gpu = run.device.type == 'cuda'
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as record:
+        timed(run.device, do)
+    events = record.key_averages()
+    if on_gpu:  # kernels, whose names tell the operator: what torch.compile makes belongs to no operator
+        launches = sum(event.count for event in events if 'LaunchKernel' in event.key)
+        events = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+        costs = {event.key: event.self_device_time_total for event in events}
+    else:
+        launches = sum(event.count for event in events)
+        costs = {event.key: event.self_cpu_time_total for event in events}
+    top, total = sorted(costs.items(), key=lambda item: -item[1])[:10], sum(costs.values())
+    return {'launches': launches, 'top': [[name[:70], round(cost / max(total, 1e-9), 4)] for name, cost in top]}
+
+
+def speed(run: Run) -> None:
+    """A cell for each number of classes and way to predict a volume of noise, as it is and compiled."""
+    size = size_of(run)
+
+    def measure(classes: int, compiled: bool, way: str) -> dict[str, Any]:
+        predict = WAYS[way](run, classes, compiled)
+        volume = torch.randn((1, *size.volume), generator=torch.Generator().manual_seed(0))
+        result = repeated(run, lambda: predict(volume), 5)
+        patch = volume[(slice(None), *(slice(n) for n in size.patch))]
+        predict(patch)
+        return {**result, **(run.attempt(lambda: profiled(run, lambda: predict(patch))) or {})}
+    for compiled in (False, True):
+        for classes in size.classes[:1] if run.tiny and compiled else size.classes:
+            for way in WAYS:
+                run.cell(f'speed_{classes:03d}_{"compiled" if compiled else "eager"}_{way}',
+                         size.compiled_limit if compiled else size.eager_limit,
+                         lambda c=classes, k=compiled, w=way: measure(c, k, w))
+    networks.cache_clear()
+
+
+# iterations of training ----------------------------------------------------------------------------------------------
+
+def bare_trainer(run: Run, kind: type, classes: int, compiled: bool) -> Any:
+    """A trainer of synthetic plans, initialised, without data. That of PDDDPM has an untrained stock model."""
+    size = size_of(run)
+    plans, description = synthetic(size, classes)
+    folder = Path(os.environ['nnUNet_preprocessed']) / plans['dataset_name'] / 'synthetic'
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'none.b2nd').touch()  # by whose ending nnU-Net knows the format
+    os.environ['nnUNet_compile'] = str(compiled)
+    trainer = kind({**plans, 'continue_training': False}, CONFIGURATION, 0, description, run.device)
+    if isinstance(trainer, PDDDPMTrainer):
+        untrained = bare_trainer(run, nnUNetTrainer, classes, False)
+        untrained.save_checkpoint(str(Path(untrained.output_folder) / 'checkpoint_final.pth'))
+        os.environ['nnUNet_compile'] = str(compiled)
+    trainer.initialize()
+    return trainer
+
+
+def synthetic_batch(trainer: Any, classes: int) -> dict[str, Any]:
+    """Noise, and labels in blocks, at the scales of deep supervision."""
+    shape = trainer.configuration_manager.patch_size
+    blocks = torch.randint(0, classes, (trainer.batch_size, 1, *(max(1, n // 16) for n in shape)))
+    labels = interpolate(blocks.float(), tuple(shape))
+    targets = [interpolate(labels, [round(n * s) for n, s in zip(shape, scale, strict=True)]).short()
+               for scale in trainer._get_deep_supervision_scales()]
+    return {'data': torch.randn(labels.shape), 'target': targets, 'keys': ['synthetic'] * trainer.batch_size}
+
+
+def iterations(run: Run) -> None:
+    """A cell for each number of classes and trainer: seconds of a training step and memory, without data loading."""
+    size, kinds = size_of(run), {'stock': nnUNetTrainer, 'PDDDPM': PDDDPMTrainer}
+    os.environ[PRESEGMENTER_VARIABLE] = nnUNetTrainer.__name__
+
+    def measure(classes: int, compiled: bool, kind: type) -> dict[str, Any]:
+        trainer = bare_trainer(run, kind, classes, compiled)
+        torch._dynamo.reset()
+        batch = synthetic_batch(trainer, classes)
+        trainer.on_train_epoch_start()
+        warm = 1 if run.tiny else 4
+        first = sum(timed(run.device, lambda: trainer.train_step(batch)) for _ in range(warm))
+        return {**repeated(run, lambda: trainer.train_step(batch), 30), 'first': round(first, 2)}
+    for compiled in (False, True):
+        for classes in size.classes:
+            for name, kind in kinds.items():
+                run.cell(f'iterations_{classes:03d}_{"compiled" if compiled else "eager"}_{name}',
+                         size.compiled_limit if compiled else size.eager_limit,
+                         lambda c=classes, k=compiled, t=kind: measure(c, k, t))
+    os.environ['nnUNet_compile'] = 'false'
+
+
+# hippocampus ---------------------------------------------------------------------------------------------------------
+
+ROWS: dict[str, tuple[type[ShortCPUTraining], dict[str, Any]]] = {
+    'stock': (nnUNetTrainerGPU, {}), 'longer': (nnUNetTrainerGPULonger, {}),
+    'second': (PDDDPMTrainerGPUSecond, {'samples': 1}), 'blind': (PDDDPMTrainerGPU, {}),
+    'samples': (PDDDPMTrainerGPU, OF_SAMPLES)}
+
+
+def hippocampus(run: Run) -> None:
+    """Prepare, train stock, then control, second network and PDDDPM equally long, and score each: a cell a row.
+
+    A training that finds no time goes on in the next call, if the work folder is still there. If it is not, all begins
+    anew, under a new name, unless every row is there.
+    """
+    trainings = [file.stem.split('_')[1] for file in run.results.glob('hippocampus_*_stock.json')]
+    if any(all((run.results / f'hippocampus_{of}_{row}.json').is_file() for row in ROWS) for of in trainings):
+        return
+    (run.results / 'hippocampus.json').unlink(missing_ok=True)
+    if error := run.attempt(lambda: train_and_score(run)):
+        run.write('hippocampus', error)
+
+
+def train_and_score(run: Run) -> None:
+    """Every row that is missing, as far as the time allows."""
+    os.environ[PRESEGMENTER_VARIABLE] = nnUNetTrainerGPU.__name__
+    prepare(run)
+    file = run.work / 'plan.json'
+    plan = json.loads(file.read_text()) if file.is_file() else {'training': uuid.uuid4().hex[:6]}
+    for row, (kind, settings) in ROWS.items():
+        what = 'stock' if row == 'stock' else 'further'
+        if what not in plan:
+            plan[what] = planned_iterations(run, what)
+            file.write_text(json.dumps(plan))
+        name = f'hippocampus_{plan["training"]}_{row}'
+        if run.left > 0:
+            run.cell(name, run.left + 90, lambda k=kind, s=settings, n=plan[what]: trained_and_scored(run, k, s, n),
+                     resumed=True)
+        if not (run.results / f'{name}.json').is_file():
+            return print('The time is over: run the command again, it goes on here.')
+
+
+def prepare(run: Run) -> None:
+    """Test cases split off, planned and preprocessed. Of a dry run: made up, with smaller plans."""
+    if not run.tiny:
+        return benchmark.prepare(run.work, benchmark.find_data(run.data))
+    size, source = size_of(run), run.work / 'made_up' / benchmark.DATASET
+    if not (source / 'dataset.json').is_file():
+        write_dataset(source, num_training=6, num_test=0, shape=(16, 20, 18))
+    benchmark.prepare(run.work, source, num_test=2)
+    file = run.work / 'nnUNet_preprocessed' / benchmark.DATASET / f'{PLANS}.json'
+    plans, small = json.loads(file.read_text()), synthetic(size, 3)[0]['configurations'][CONFIGURATION]
+    plans['configurations'][CONFIGURATION].update({name: small[name] for name in ('architecture', 'patch_size')})
+    file.write_text(json.dumps(plans))
+
+
+def make_trainer(run: Run, kind: type[ShortCPUTraining], iterations: int) -> Any:
+    """A trainer of the fold, for so many iterations."""
+    folder = run.work / 'nnUNet_preprocessed' / benchmark.DATASET
+    plans, description = (json.loads((folder / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
+    resumed = (benchmark.fold_folder(run.work, kind.__name__, 0) / 'checkpoint_latest.pth').is_file()
+    trainer: Any = kind({**plans, 'continue_training': resumed}, CONFIGURATION, 0, description, run.device)
+    trainer.num_epochs, trainer.deadline = size_of(run).epochs, run.deadline
+    trainer.num_iterations_per_epoch = max(1, iterations // trainer.num_epochs)
+    return trainer
+
+
+def finish(trainer: Any) -> None:
+    """End the processes that load data."""
+    for loader in (trainer.dataloader_train, trainer.dataloader_val):
+        if hasattr(loader, '_finish'):
+            loader._finish()
+
+
+def planned_iterations(run: Run, what: str) -> int:
+    """Of the stock model, which may take a third of the stage; or of each of the other three, in what is left then."""
+    kinds = (nnUNetTrainerGPU,) if what == 'stock' else (nnUNetTrainerGPU, PDDDPMTrainerGPU, PDDDPMTrainerGPU)
+    seconds = {kind: seconds_an_iteration(run, kind) for kind in set(kinds)}
+    share = 0.3 if what == 'stock' else 0.65  # predictions, and the beginnings and ends of trainings, take the rest
+    iterations = int(share * max(run.left, 0) / sum(seconds[kind] for kind in kinds))
+    epochs = size_of(run).epochs
+    return max(1, min(iterations, size_of(run).most_iterations) // epochs) * epochs
+
+
+def seconds_an_iteration(run: Run, kind: type[ShortCPUTraining]) -> float:
+    """Mean, data loading included, without the first ones: batches are loaded before them, cuDNN tries algorithms."""
+    trainer = make_trainer(run, kind, 1)
+    trainer.initialize()
+    trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+    try:
+        trainer.on_train_epoch_start()
+
+        def iteration() -> None:
+            trainer.train_step(next(trainer.dataloader_train))
+        seconds = [timed(run.device, iteration) for _ in range(2 if run.tiny else 40)]
+        return statistics.mean(seconds[len(seconds) // 4:])
+    finally:
+        finish(trainer)
+
+
+def trained_and_scored(run: Run, kind: type[ShortCPUTraining], settings: dict[str, Any], iterations: int
+                       ) -> dict[str, Any] | None:
+    """Train it to its end, unless that is done, and score the test cases; None if the time does not allow it."""
+    final = benchmark.fold_folder(run.work, kind.__name__, 0) / 'checkpoint_final.pth'
+    if not final.is_file():
+        trainer = make_trainer(run, kind, iterations)
+        if (latest := final.with_name('checkpoint_latest.pth')).is_file():
+            trainer.load_checkpoint(str(latest))
+        try:
+            trainer.run_training()
+        except OutOfTime as stopped:
+            finish(trainer)
+            return print(stopped)
+    return {'iterations': iterations, 'checkpoint_MB': round(final.stat().st_size / 1e6, 1),
+            **scored(run, kind, settings)}
+
+
+@torch.inference_mode()
+def scored(run: Run, kind: type[ShortCPUTraining], settings: dict[str, Any]) -> dict[str, Any]:
+    """Dice and NLL of every test case, with mirroring, and the seconds of the network part."""
+    from hippocampus_rows import cases, names_of, open_model, score  # reads nnU-Net's folders from the environment
+    refined = issubclass(kind, PDDDPMTrainer)
+    predictor = open_model(lambda **kwargs: VolumePredictor(overrides=settings, **kwargs) if refined else
+                           nnUNetPredictor(**kwargs), run.work, kind.__name__, (0,))
+    result: dict[str, list[float]] = {'dice': [], 'nll': [], 'seconds': []}
+    predicted: list[Tensor] = []
+    for _, image, truth in cases(predictor, run.work, 'Ts', names_of(run.work, None)):
+        seconds = timed(run.device, lambda image=image: predicted.append(
+            predictor.predict_logits_from_preprocessed_data(image)))
+        of_case = {**score(truth, predicted.pop().float()), 'seconds': seconds}
+        for name in result:
+            result[name].append(round(of_case[name], 5))
+    return result

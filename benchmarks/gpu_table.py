@@ -1,0 +1,110 @@
+"""docs/results/gpu.md, from the files that `gpu.py` has written so far. Needs no GPU."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WAYS = {'stock': 'stock `nnUNetv2_predict`', 'plain': '`nnUNetv2_predict` with PDDDPM, blind mask',
+        'samples': '8 samples, maps, blind mask', 'of_samples': '8 samples, maps, mask of the samples'}
+ROWS = {'stock': 'stock', 'longer': 'control: stock trained longer', 'second': 'second network, cross-entropy alone',
+        'blind': 'PDDDPM, blind mask', 'samples': 'PDDDPM, mean of 8 samples'}
+Cells = dict[str, dict[str, Any]]
+
+
+def of_stage(cells: Cells, stage: str) -> Cells:
+    """Those with numbers, by the rest of their names."""
+    return {name[len(stage) + 1:]: cell for name, cell in cells.items()
+            if name.startswith(f'{stage}_') and ('seconds' in cell or 'dice' in cell)}
+
+
+def ratio(cell: dict[str, Any], stock: dict[str, Any] | None, what: str = 'seconds') -> str:
+    """To stock's median of the same classes."""
+    if stock is None or stock.get(what) is None or cell.get(what) is None:
+        return ''
+    return f'{np.median(cell[what]) / np.median(stock[what]):.2f}'
+
+
+def timing(cells: Cells, names: dict[str, str]) -> list[str]:
+    """Rows of a table of times, each beside stock's."""
+    rows = []
+    for name, cell in cells.items():
+        classes, mode, way = name.split('_', 2)
+        stock, median = cells.get(f'{classes}_{mode}_stock'), np.median(cell['seconds'])
+        memory = '' if cell['GiB'] is None else f'{cell["GiB"]:.2f}'
+        rows.append(f'| {int(classes)} | {mode} | {names[way]} | {median:.4f} ({min(cell["seconds"]):.4f} to '
+                    f'{max(cell["seconds"]):.4f}) | {ratio(cell, stock)} | {memory} | {ratio(cell, stock, "GiB")} '
+                    f'| {cell["first"]:.1f} | {cell.get("launches", "")} |')
+    return rows
+
+
+def tops(cells: Cells) -> list[str]:
+    """What takes longest in each cell."""
+    return [f'- {name.replace("_", " ")}: ' + ', '.join(f'`{operator}` {share:.1%}' for operator, share in cell['top'])
+            for name, cell in cells.items() if cell.get('top')]
+
+
+def trainings(cells: Cells) -> list[str]:
+    """Rows of the training of which most is known."""
+    of: dict[str, Cells] = {}
+    for name, cell in cells.items():
+        training, _, row = name.partition('_')
+        of.setdefault(training, {})[row] = cell
+    rows = max(of.values(), key=len, default={})
+    control = rows.get('longer')
+    lines = []
+    for row, title in ROWS.items():
+        if (cell := rows.get(row)) is None:
+            continue
+        dice, nll = ([f'{np.nanmean(cell[of]):.4f}', '' if control is None or row in ('stock', 'longer') else
+                      f'{np.nanmean(np.subtract(cell[of], control[of])):+.4f}'] for of in ('dice', 'nll'))
+        lines.append(f'| {title} | {"" if row == "stock" else "stock + "}{cell["iterations"]} | {dice[0]} | {dice[1]} '
+                     f'| {nll[0]} | {nll[1]} | {np.median(cell["seconds"]):.3f} | {cell["checkpoint_MB"]} |')
+    return lines
+
+
+def tests(cell: dict[str, Any] | None) -> str:
+    """What became of the suite's CUDA tests."""
+    if cell is None or 'error' in cell:
+        return 'Not run.'
+    failed = ''.join(f'\n- failed: {name}' for name in cell['failed'])
+    return f'{len(cell["passed"])} passed, {len(cell["failed"])} failed, {len(cell["skipped"])} skipped.{failed}'
+
+
+def write_table(results: Path, file: Path) -> None:
+    """The page, of what is there."""
+    cells: Cells = {of.stem: json.loads(of.read_text()) for of in sorted(results.glob('*.json'))}
+    if not cells:
+        raise SystemExit(f'{results} holds no results: run gpu.py -o {results} on a GPU first.')
+    errors = [f'- {name}: {cell["error"]}' for name, cell in cells.items() if 'error' in cell]
+    dry = any(cell['tiny'] for cell in cells.values())
+    speed, iterations = of_stage(cells, 'speed'), of_stage(cells, 'iterations')
+    nothing = ['Not measured yet.']
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('\n'.join([
+        '# On a GPU', '', '    .venv/bin/python benchmarks/gpu.py -o RESULTS -data FOLDER', '',
+        *(f'Measured on: {on}.' for on in sorted({cell['on'] for cell in cells.values()})),
+        *(['', '**A dry run: tiny networks, made-up data. No number here means anything.**'] if dry else []), '',
+        "## The suite's CUDA tests", '', tests(cells.get('tests')), '',
+        '## Prediction', '',
+        "A volume of noise, 192 x 192 x 192, by networks with random weights of nnU-Net's own plans for patches of "
+        '128 x 128 x 128, mirrored; network part, the result in main memory. Both networks in the autocast that nnU-Net '
+        'has. Compiled: both networks by torch.compile. Seconds are the median (range); the first call, which '
+        'compiles and tries algorithms, is beside them. Kernels are those of a volume of one patch.', '',
+        *(['| classes | | | seconds | to stock | GiB | to stock | first call, s | kernels |', '|---|---|---|---|---|---|---|---|---|',
+           *timing(speed, WAYS)] if speed else nothing), '',
+        'What takes longest, on a volume of one patch:', '', *(tops(speed) or nothing), '',
+        '## An iteration of training', '',
+        'The same networks, batch of two, without data loading. GiB include the optimizer. The first column of '
+        'calls is what several iterations take together that come before.', '',
+        *(['| classes | | | seconds | to stock | GiB | to stock | first calls, s | |', '|---|---|---|---|---|---|---|---|---|',
+           *timing(iterations, {'stock': 'nnUNetTrainer', 'PDDDPM': 'PDDDPMTrainer'})] if iterations else nothing), '',
+        '## Hippocampus', '',
+        "nnU-Net's own plan, one fold, one training each, the 50 test cases of `hippocampus.py`, with mirroring. Settings "
+        'are not tuned. Δ is the mean difference to the control: of one training, so without an interval. Seconds are of '
+        "a case's network part, median; checkpoints are in the work folder, in MB.", '',
+        *(['| | iterations | Dice | Δ | NLL | Δ | s a case | checkpoint |', '|---|---|---|---|---|---|---|---|', *rows]
+          if (rows := trainings(of_stage(cells, 'hippocampus'))) else nothing), '',
+        *(['## What failed', '', *errors, ''] if errors else [])]))
