@@ -62,6 +62,8 @@ def not_put_there(mask: Path, case: str) -> str:
     if not mask.is_file():
         return ''
     row = read_case(mask.parent, case)
+    if row is None and (mask.parent / CASES / f'{case}.json').is_file():
+        return ''  # put there, but the row was torn by a loss of power: the case is predicted again
     if row is None:
         return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
     if 'mask' not in row:
