@@ -38,7 +38,7 @@ from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_
 
 OnSample = Callable[[int, Tensor], None]
 """Told the number of a sample and logits (C, Z, Y, X) float16 in main memory, once it is drawn: their argmax (regions:
-sign) is its mask, but where two labels are alike in half precision."""
+sign) is its mask. The largest of classes is 0."""
 DOES_NOT_FIT = 'The volume does not fit on the device: its arrays are kept in main memory'
 
 
@@ -256,7 +256,10 @@ class VolumePredictor(nnUNetPredictor):
             counts.add(sample, z, mask, objects.at(z), objects.number)
             if told is not None:
                 here, there = inside(z, box)
-                told[:, there] = logits[:, here, y, x].half().cpu()
+                of_box = logits[:, here, y, x]
+                if not regions:  # else half precision would make ties of what is nearly equal
+                    of_box = of_box - of_box.amax(0)
+                told[:, there] = of_box.half().cpu()
         if on_sample is not None and told is not None:
             del probabilities, p, logits, mask
             on_sample(sample, told)
