@@ -241,8 +241,10 @@ def test_channels_of_different_origin_or_direction_are_predicted_with_nnunets_wa
     assert 'not all input images have the same origin' in said.lower() and 'have the same direction' in said
 
 
-@pytest.mark.parametrize(('factor', 'words'), [(np.inf, 'Encountered inf'), (np.nan, 'logits of the stock model')])
-def test_a_case_of_which_the_networks_make_no_numbers_fails_alone(source, tmp_path, monkeypatch, factor, words):
+@pytest.mark.parametrize(('factor', 'flag', 'words'), [
+    (np.inf, '--verbose', 'Encountered inf'), (np.nan, '--verbose', 'logits of the mask'),
+    (np.nan, '--save_presegmentation', 'logits of the stock model')])
+def test_a_case_of_which_the_networks_make_no_numbers_fails_alone(source, tmp_path, monkeypatch, factor, flag, words):
     spiked = array(source).astype(np.float32)
     spiked[10, 13, 11] = 1e6
     write(source, 'spiked', spiked)
@@ -251,7 +253,7 @@ def test_a_case_of_which_the_networks_make_no_numbers_fails_alone(source, tmp_pa
     def overflowing(self, tile):
         return predict_tile(self, tile) * (factor if tile.max() > 50 else 1)
     monkeypatch.setattr(nnUNetPredictor, '_internal_maybe_mirror_and_predict', overflowing)
-    said = refusal(source, tmp_path / 'out')
+    said = refusal(source, tmp_path / 'out', flag)
     assert '1 of 2 cases' in said and f'spiked (the networks give NaN or infinite values for it ({words}' in said
     assert [file.name for file in (tmp_path / 'out').glob('*.nii.gz')] == [f'{GOOD}.nii.gz']
 
