@@ -35,9 +35,8 @@ TEXT = """# A phantom whose distribution of masks is known
 Commit {commit}. Machine: {machine}; float32 prediction, training as `benchmarks/trainers/benchmark_trainers.py` says.
 {plans}: features {features}, batch 4, patches of 64 x 64. {cases:,} images, two thirds of which train each of three
 folds (trainings); stock {stock:,} iterations, all others {others:,}, from stock's weights. {samples} samples an
-image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The learning rate and
-the share of patches without a mask, defaults of the trainer, were chosen by single trainings of fold 0 on 30 other
-images.
+image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The learning rate was chosen
+by single trainings of fold 0 on 30 other images.
 
 Each image shows objects whose truth is, independently of each other, one of three shapes: the core, the core with its
 rim, or the core with its lobe (`benchmarks/phantom_data.py`). The networks are trained on images of two objects.
