@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from statistics_of_trainings import difference, spread
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
+from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import fit_temperature, likelihoods
@@ -131,13 +134,19 @@ def measure_refined(work: Path, trainer: str, folds: tuple[int, ...], rows: tupl
             predictor.num_samples = len(folds)
         scores = []
         for name, image, truth in cases(predictor, work, 'Ts', names_of(work, None)):
-            prediction = predictor.predict_volume(image, case=name, stock=row == 'samples mirrored')
+            with mirrored_start() if row == 'samples mirrored' else nullcontext():
+                prediction = predictor.predict_volume(image, case=name, stock=row == 'samples mirrored')
             true = np.bincount(truth.truth.cpu(), minlength=3)[1:] * VOXEL_ML
             sizes = prediction.counts.sample_sizes() * VOXEL_ML
             scores.append({**score(truth, prediction.logits), 'volumes': [
                 volume_row(float(true[i]), of, sizes[:, i])
                 for i, of in enumerate(prediction.counts.features(np.full(2, VOXEL_ML)))]})
         file_of(work, row, folds).write_text(json.dumps(scores))
+
+
+def mirrored_start() -> AbstractContextManager[Any]:
+    """Within it chains start from the mirrored pre-segmentation."""
+    return patch.object(Volume, 'start_logits', property(lambda volume: volume.stock_logits))
 
 
 def files_of(work: Path, row: str) -> list[Path]:

@@ -598,7 +598,7 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
             truth.set_parts(logits_to_probabilities(volume.stock_logits[box][None], False)[0])
             parts, of_case = volume.parts(s), s.for_case(case.name)
             for sample in range(sweep_module.DRAWS):
-                p = volume.sample(of_case, sample, None)
+                p = volume.whole_sample(of_case, sample, None)
                 shifts = predictor.refiner.end_shifts(of_case, sample, None, parts.number)
                 masks.append(truth.drawn(p[box], shifts, None if parts.index is None else parts.index[box[1:]]))
         energy, ged = truth.energy(masks)

@@ -15,14 +15,15 @@ CHUNKS = 6
 """Arrays of a chunk that are there at a time."""
 
 
-def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int, samples: int, folds: int, regions: bool
-                 ) -> int:
+def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int, samples: int, folds: int,
+                 regions: bool, mirrored: bool = False) -> int:
     """Bytes of the largest arrays that are there at a time when samples of a volume are drawn.
 
-    A voxel takes 2 C for the logits of the stock model, 4 C for the state of a chain, 4 C for the mean probabilities,
-    1 C (2 C from 256 samples on) or of fewer samples than classes 1 a sample (2 from 256 classes on) to compare the
-    samples, 4 a channel of the image, 12 for entropy and squares, 8 for objects and parts, 4 C more with several folds;
-    and in the slices that are fused at a time 4 C + 4.
+    A voxel takes 2 C for the logits of the stock model (2 C more for mirrored ones, if something is made of them),
+    4 C for the state of a chain, 4 C for the mean probabilities, 1 C (2 C from 256 samples on) or of fewer samples
+    than classes 1 a sample (2 from 256 classes on) to compare the samples, 4 a channel of the image, 12 for entropy
+    and squares, 8 for objects and parts, 4 C more with several folds; and in the slices that are fused at a time 4
+    C + 4.
 
     Args:
         image_channels: of the image.
@@ -31,12 +32,14 @@ def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int,
         samples: their number.
         folds: number of models.
         regions: whether the channels are regions.
+        mirrored: whether the stock model's mirrored logits are kept beside those that chains start from.
     """
     channels, slices, *_ = shape
     in_slice = prod(shape[2:])
     compared = channels * (1 if samples < 256 else 2) if regions or samples >= channels \
         else samples * (1 if channels < 256 else 2)
-    a_voxel = 10 * channels + compared + 4 * image_channels + 20 + (4 * channels if folds > 1 else 0)
+    a_voxel = 10 * channels + compared + 4 * image_channels + 20 + (4 * channels if folds > 1 else 0) \
+        + (2 * channels if mirrored else 0)
     fused = (4 * channels + 4) * kept_slices(shape, slices_of_tile)
     chunks = CHUNKS * 4 * channels * slices_in_chunk(shape)
     return in_slice * (slices * a_voxel + fused + chunks)

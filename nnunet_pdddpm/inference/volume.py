@@ -73,14 +73,30 @@ class Volume:
 
         `mirrored`: as stock nnU-Net predicts. What a chain starts from need not be.
         """
-        self.stock_logits = self.start_logits = torch.empty(0)  # that of the model before need not stay
+        self.stock_logits = torch.empty(0)
+        self._start_logits: Tensor | None = None  # that of the model before need not stay
         self._blind: dict[float, Tensor] = {}  # temperature -> logits
-        self.stock_logits = self.start_logits = self.presegment(mirrored)
+        self.stock_logits = self.presegment(mirrored)
+        if not mirrored or len(self.mirrorings) == 1:
+            self._start_logits = self.stock_logits
         self.refiner.to(self.predictor.device).eval()
         self.temperature = 1.0  # of the sample that is being drawn
         self._objects: dict[float, Parts] = {}  # by temperature
         self._parts: dict[float, Parts] = {}
         self._choose_tiles()
+
+    def forget_mirrored(self) -> None:
+        """Nothing more is made of mirrored stock logits."""
+        self.stock_logits = self.start_logits
+
+    @property
+    def start_logits(self) -> Tensor:
+        """Stock logits (C, Z, Y, X) float16 without mirroring: chains start from draws of them, and objects are found
+        in them. So the samples do not depend on whether the stock model's own result is wanted, too."""
+        if self._start_logits is None:
+            self._start_logits = self.presegment(False)
+            self.refiner.to(self.predictor.device).eval()
+        return self._start_logits
 
     def presegment(self, mirrored: bool) -> Tensor:
         """Stock logits (C, Z, Y, X) float16."""
@@ -131,7 +147,7 @@ class Volume:
         if temperature not in self._objects:
             foreground = torch.empty(self.shape[1:], device=self.device)
             for z in chunks(self.shape):
-                p = self.probabilities_at(self.stock_logits, z, temperature)
+                p = self.probabilities_at(self.start_logits, z, temperature)
                 foreground[z] = p.amax(0) if self.refiner.regions else 1 - p[0]
             self._objects[temperature] = objects_in(foreground)
         return self._objects[temperature]

@@ -167,7 +167,7 @@ class VolumePredictor(nnUNetPredictor):
             stock: whether the stock model's own result is wanted. If it is not, nor is anything made of it but the
                 start of chains, it is predicted without mirroring.
         """
-        stock = stock or self.sure < 1 or any(settings.needs_stock for settings in self.fold_settings)
+        stock = stock or self._needs_stock
         on_device = self.perform_everything_on_device
         number = min(torch.get_num_threads(), default_num_processes)  # as nnU-Net: the stock result depends on it
         try:
@@ -184,6 +184,11 @@ class VolumePredictor(nnUNetPredictor):
         finally:
             self.perform_everything_on_device = on_device
 
+    @property
+    def _needs_stock(self) -> bool:
+        """Whether mask or samples are made of the stock model's own result, which is more than a start."""
+        return self.sure < 1 or any(settings.needs_stock for settings in self.fold_settings)
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the arrays of an image (image channels, Z, Y, X) fit on the GPU beside the networks; says if not."""
         needed, free = self.bytes_needed(shape) + OF_NETWORKS, free_bytes(self.device)
@@ -197,7 +202,7 @@ class VolumePredictor(nnUNetPredictor):
         _, *padded = (max(n, of_tile) for n, of_tile in zip(shape, [1] * (4 - len(patch)) + list(patch), strict=True))
         return volume_bytes(shape[0], (self.label_manager.num_segmentation_heads, *padded),
                             patch[0] if len(patch) == 3 else 1, self.num_samples, len(self.fold_settings),
-                            self.label_manager.has_regions)
+                            self.label_manager.has_regions, self.use_mirroring and self._needs_stock)
 
     def _predict_volume(self, data: Tensor, device: torch.device, on_sample: OnSample | None, case: str,
                         mirrored_stock: bool) -> VolumePrediction:
@@ -217,6 +222,8 @@ class VolumePredictor(nnUNetPredictor):
             volume.start_fold(mirrored_stock)
             if mirrored_stock:
                 stock.add(volume.stock_logits.cpu())
+                if not settings.needs_stock and self.sure == 1:
+                    volume.forget_mirrored()
             samples = range(fold, self.num_samples, folds)
             volume.expect(settings, samples, self.num_samples)
             for sample in samples:

@@ -105,7 +105,6 @@ class _CaseSweep:
         self.volume = SweepVolume(self.predictor, image, self.device)
         self.volume.network_calls = self.network_calls
         self.volume.start_fold()
-        self.volume.start_logits = self.volume.presegment(False)  # as in prediction
         self.volume.blind()
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
