@@ -156,15 +156,15 @@ def test_settings_of_samples_leave_the_default_mask_as_it_is(refined, monkeypatc
 
 
 @pytest.mark.parametrize(('settings', 'says'), [
-    ({'start': '1.5'}, r'^start=1.5 in .* is out of range: it must lie in 0 to 1\.$'),
-    ({'start': 'nan'}, r'^start=nan in .* is out of range: it must lie in 0 to 1\.$'),
-    ({'steps': '-1'}, r'^steps=-1 in .* is out of range: it must lie in 1 to 1000\.$'),
+    ({'start': '1.5'}, r'^nnUNet_pdddpm_start=1.5 in .* is out of range: it must lie in 0 to 1\.$'),
+    ({'start': 'nan'}, r'^nnUNet_pdddpm_start=nan in .* is out of range: it must lie in 0 to 1\.$'),
+    ({'steps': '-1'}, r'^nnUNet_pdddpm_steps=-1 in .* is out of range: it must lie in 1 to 1000\.$'),
     ({'steps': '1.5'}, r'nnUNet_pdddpm_steps must be a whole number, got "1.5"\.$'),
     ({'samples': 'many'}, r'nnUNet_pdddpm_samples must be a whole number, got "many"\.$'),
-    ({'mask_samples': '0'}, r'^mask_samples=0 in .* it must lie in 1 to 10000\.$'),
+    ({'mask_samples': '0'}, r'^nnUNet_pdddpm_mask_samples=0 in .* it must lie in 1 to 10000\.$'),
     ({'temperature': 'hot'}, r'nnUNet_pdddpm_temperature must be a number, got "hot"\.$'),
-    ({'samples_from': 'truth'}, r'^samples_from=truth in .* it must be one of chain, stock, blind\.$'),
-    ({'start_mask': 'soft'}, r'^start_mask=soft in .* it must be one of drawn, hard\.$'),
+    ({'samples_from': 'truth'}, r'^nnUNet_pdddpm_samples_from=truth in .* it must be one of chain, stock, blind\.$'),
+    ({'start_mask': 'soft'}, r'^nnUNet_pdddpm_start_mask=soft in .* it must be one of drawn, hard\.$'),
     ({'mask_stock': '0.7', 'mask_blind': '0.5'}, r'^mask_stock=0.7 and mask_blind=0.5 in .* cannot be above 1'),
     ({'t_start': '300'}, r'nnUNet_pdddpm_t_start is unknown; the known ones are nnUNet_pdddpm_start, '),
     ({'blend': '0.5'}, r'nnUNet_pdddpm_blend is unknown')], ids=str)
