@@ -329,6 +329,10 @@ def test_without_what_every_case_needs_an_earlier_report_stays(prediction, tmp_p
     assert (folder / REPORT).read_text() == 'earlier' and not list(folder.glob('.*'))
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-30])
+
+
 def corrected(folder: Path) -> None:
     write_image(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / 'poor.nii.gz'))) * 0, folder / 'poor.nii.gz')
 
@@ -341,10 +345,11 @@ def corrected(folder: Path) -> None:
     (lambda folder: damaged(folder, 'uncertainty/poor_uncertainty.nii.gz'), 'holds values outside [0, 1]'),
     (lambda folder: write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz'),
      'the stock mask has shape'),
+    (lambda folder: cut(folder / 'presegmentation' / 'poor.nii.gz'), 'poor.nii.gz is truncated'),
     (corrected, 'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
     (lambda folder: describe(folder, [entry(case, 0.5) for case in QUALITY if case != 'poor']),
      'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
-], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'corrected', 'foreign'])
+], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'cut', 'corrected', 'foreign'])
 def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(prediction, tmp_path, capsys, spoil, why):
     folder = tmp_path / 'out'
     shutil.copytree(prediction[0].parent, tmp_path, dirs_exist_ok=True)
@@ -376,20 +381,6 @@ def test_with_nothing_to_show_or_a_summary_that_is_none_an_earlier_report_stays(
     for given in ({}, {'other': images['poor']}):
         with pytest.raises(NothingToShow):
             write_report(folder, given)
-    with pytest.raises(ValueError, match="no entry for case 'other'"):
-        write_report(folder, {**images, 'other': images['poor']})
-    with pytest.raises(ValueError, match='No cases'):
-        write_report(folder, {})
-    damaged(folder, 'uncertainty/poor_uncertainty.nii.gz')
-    with pytest.raises(ValueError, match=r'poor_uncertainty.nii.gz holds values outside \[0, 1\]'):
-        write_report(folder, images)
-    write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz')
-    with pytest.raises(ValueError, match="'poor': the stock mask has shape"):
-        write_report(folder, images)
-    for name, said in (('presegmentation/poor.nii.gz', 'poor.nii.gz is truncated'), ('poor.nii.gz', 'is truncated')):
-        (folder / name).write_bytes((folder / name).read_bytes()[:-30])
-        with pytest.raises(ValueError, match=said):
-            write_report(folder, images)
     damaged(folder, 'pdddpm_summary.json')
     with pytest.raises(ValueError, match='pdddpm_summary.json is no valid JSON'):
         write_report(folder, images)
