@@ -27,7 +27,7 @@ STAGES = ('prepare', 'train', 'tune', 'measure', 'table')
 SPLIT_SEED = 2210
 NUM_TEST = 50
 NUM_FOLDS = 3
-TUNING_MINUTES = 4
+TUNING_MINUTES = 6
 HERE = Path(__file__).resolve().parent
 
 
