@@ -1,6 +1,7 @@
 """What only shows on large volumes and GPUs, shown on small ones without: memory, calls, devices, and no difference."""
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import contextmanager
 
@@ -15,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits, hard_mask
 from nnunet_pdddpm.inference import chunks as chunks_module
 from nnunet_pdddpm.inference import volume_predictor as predictor_module
+from nnunet_pdddpm.inference import volume_sampling as volume_sampling_module
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
-from nnunet_pdddpm.inference.room import OF_NETWORKS, volume_bytes
+from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_sampling import volume_noise
@@ -40,10 +42,24 @@ def image_of(*shape):
 
 # chunks
 
+def test_noise_of_many_classes_a_slice_at_a_time_is_drawn_by_all_threads(monkeypatch):
+    """Where a chunk is one slice, the next slices are drawn ahead."""
+    together = threading.Barrier(3)  # is passed only by three threads at a time
+    drawn = volume_sampling_module._drawn
+
+    def waiting(*args):
+        together.wait(timeout=30)
+        return drawn(*args)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    monkeypatch.setattr(volume_sampling_module, '_drawn', waiting)
+    field = volume_noise((117, 6, 4, 4), 0, 0, CPU)()
+    assert [field(1).shape for _ in range(6)] == [(117, 1, 4, 4)] * 6
+
+
 @pytest.mark.parametrize('correlation', [0.0, 0.9])
 def test_noise_is_the_same_in_chunks_of_any_size_and_with_any_number_of_threads(correlation):
     shape, fields = (2, 7, 3, 5), []
-    for threads, sizes in ((1, [7]), (1, [1] * 7), (3, [7]), (2, [4, 3])):
+    for threads, sizes in ((1, [7]), (1, [1] * 7), (3, [7]), (2, [4, 3]), (3, [1] * 7)):
         torch.set_num_threads(threads)
         start = volume_noise(shape, 3, 1, CPU, correlation)
         fields.append([torch.cat([field(n) for n in sizes], 1) for field in (start(), start())])
@@ -167,7 +183,7 @@ def on_gpu(monkeypatch):
 
 def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, capsys):
     data = image_of(11, 8, 10)
-    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + OF_NETWORKS
+    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6))
     predictor, where = on_gpu(needed)
     capsys.readouterr()  # nnU-Net's
     predictor.predict_volume(data)
@@ -177,7 +193,7 @@ def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, c
     predictor.predict_volume(data)
     assert where == [('cpu', 3, False)] and torch.get_num_threads() == 1
     said = capsys.readouterr().out
-    assert said.count('\n') == 1 and 'its arrays are kept in main memory (it takes about 2.1 GB' in said
+    assert said.count('\n') == 1 and 'its arrays are kept in main memory (it takes about 1.1 GB' in said
     assert predictor.perform_everything_on_device
 
 

@@ -169,6 +169,8 @@ class CaseUnderWay:
                     'refined_tiles': round(prediction.refined_tiles, 4), 'seconds': round(prediction.seconds, 3),
                     'versions': versions()}
         maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
+        if self.export.outputs.uncertainty == 'entropy':
+            maps = {'uncertainty': maps['uncertainty']}
         stock = prediction.presegmentation if self.export.outputs.presegmentation else None
         self.rest = self.queue.submit(self.export.rest, as_numpy(prediction.logits),
                                       None if stock is None else as_numpy(stock),

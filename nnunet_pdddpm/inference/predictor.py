@@ -21,6 +21,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse, clear_leftover
+from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.continuing import (
     image_identity,
     not_put_there,
@@ -262,11 +263,7 @@ class PDDDPMPredictor(VolumePredictor):
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
                                 self.calibrated, queue, self._image_of(Path(file)), item.get('remarks', ()))
             with self._fails_alone(case, outputs):
-                prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None,
-                                                 Path(file).name, self.outputs.presegmentation)
-                require_finite(prediction)
-                case.add_rest(prediction)
-                del prediction  # its arrays, as large as the volume, shall not be there beside the next case's
+                self._predict_case(case, data)
                 under_way.append(case)
             for case in [case for case in under_way if case.done()]:
                 under_way.remove(case)
@@ -280,6 +277,13 @@ class PDDDPMPredictor(VolumePredictor):
 
     def _image_of(self, truncated: Path) -> list[dict[str, Any]] | None:
         return image_identity(*self._files[truncated]) if truncated in self._files else None
+
+    def _predict_case(self, case: CaseUnderWay, data: torch.Tensor) -> None:
+        """Predict a case and hand it over; nothing of it, as large as a volume, is there afterwards."""
+        prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None, case.export.case,
+                                         self.outputs.presegmentation)
+        require_finite(prediction)
+        case.add_rest(prediction)
 
     def _finish(self, case: CaseUnderWay, outputs: set[Path], finished: list[Path]) -> None:
         with self._fails_alone(case, outputs):
@@ -331,7 +335,7 @@ def require_finite(prediction: VolumePrediction) -> None:
     of_all = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
               'probabilities of the samples': prediction.spread.mean}
     for what, values in of_all.items():
-        if values is not None and not bool(torch.isfinite(values).all()):
+        if values is not None and not all(bool(torch.isfinite(part).all()) for _, part in in_chunks(values)):
             raise UnusableLogits(what)
 
 

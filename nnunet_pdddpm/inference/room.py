@@ -9,8 +9,8 @@ import torch
 from nnunet_pdddpm.inference.chunks import slices_in_chunk
 from nnunet_pdddpm.inference.volume_sampling import kept_slices
 
-OF_NETWORKS = 2 ** 31
-"""Bytes that the networks and a tile in them take, about; more tiles at a time are fewer where that is not enough."""
+OF_NETWORKS = 2 ** 30
+"""Bytes that the networks take, about."""
 CHUNKS = 6
 """Arrays of a chunk that are there at a time."""
 
@@ -43,6 +43,12 @@ def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int,
     fused = (4 * channels + 4) * kept_slices(shape, slices_of_tile)
     chunks = CHUNKS * 4 * channels * slices_in_chunk(shape)
     return in_slice * (slices * a_voxel + fused + chunks)
+
+
+def tile_bytes(channels: int, patch_size: Sequence[int]) -> int:
+    """Bytes that the networks and one tile in them take, about: 28 C + 800 a voxel of the tile, which are features and
+    seven float32 arrays of its mask. More tiles at a time are fewer where that is not enough."""
+    return OF_NETWORKS + prod(patch_size) * (28 * channels + 800)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -171,12 +171,12 @@ class Volume:
             return lambda z: self.probabilities_at(self.stock_logits, z, settings.temperature)
         mirrored = self.mirrorings_of(sample, samples)
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
-        parts, self.temperature = self.parts(settings), settings.temperature
+        parts, self.temperature, start_logits = self.parts(settings), settings.temperature, self.start_logits
         shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
         x = refine_volume(
             lambda x, level: self.denoise(x, level, mirrored),
             lambda z: self.refiner.chain(settings, sample, samples, parts.at(z), parts.number),
-            lambda z: self.refiner.start_mask(self.start_logits[:, z], settings, shifts, parts.at(z)),
+            lambda z: self.refiner.start_mask(start_logits[:, z], settings, shifts, parts.at(z)),
             self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
         return lambda z: self.refiner.probabilities(x[None, :, z])[0]
 

@@ -22,7 +22,7 @@ from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
-from nnunet_pdddpm.inference.room import OF_NETWORKS, free_bytes, volume_bytes
+from nnunet_pdddpm.inference.room import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.labels import foreground_labels
@@ -191,7 +191,8 @@ class VolumePredictor(nnUNetPredictor):
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the arrays of an image (image channels, Z, Y, X) fit on the GPU beside the networks; says if not."""
-        needed, free = self.bytes_needed(shape) + OF_NETWORKS, free_bytes(self.device)
+        of_tile = tile_bytes(self.label_manager.num_segmentation_heads, self.configuration_manager.patch_size)
+        needed, free = self.bytes_needed(shape) + of_tile, free_bytes(self.device)
         if needed > free:
             print(f'{DOES_NOT_FIT} (it takes about {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free).')
         return needed <= free

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
     """Source of standard normal noise fields for one sample of a volume; a field comes in chunks of slices.
 
     The same arguments give the same fields, whatever the chunks, the tiles, the device and the number of threads: they
-    are drawn on the CPU, every slice by a generator of its own, so several at a time. Neighbouring slices of a field
-    have the given correlation (an autoregressive chain of order one):
+    are drawn on the CPU, every slice by a generator of its own, by several threads, which are ahead of what is asked
+    for by a slice each. Neighbouring slices of a field have the given correlation (an autoregressive chain of order
+    one):
 
         eps_z = rho eps_(z-1) + sqrt(1 - rho^2) xi_z,      xi_z ~ N(0, I)
 
@@ -49,21 +51,26 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
     Returns:
         A function that starts the next field.
     """
-    numbers = itertools.count()
+    numbers, slice_shape = itertools.count(), (shape[0], *shape[2:])
     threads = torch.get_num_threads() if device.type == 'cpu' else all_cpus()  # nnU-Net sets one for a GPU
 
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None  # ends with the last field
+
     def start() -> Field:
-        number, z = next(numbers), itertools.count()
+        number = next(numbers)
+        seeds = iter([_seed_of_slice(seed, sample, number, z) for z in range(shape[1])])
         before: list[Tensor] = []  # the last slice
+        ahead: deque[Future[Tensor]] = deque()
 
         def field(count: int) -> Tensor:
-            xi = torch.empty((count, shape[0], *shape[2:]))
-            seeds = [_seed_of_slice(seed, sample, number, next(z)) for _ in range(count)]
-            if min(threads, count) > 1:
-                with ThreadPoolExecutor(min(threads, count)) as pool:
-                    list(pool.map(_draw, xi, seeds))
+            if pool is None:
+                xi = torch.empty((count, *slice_shape))
+                for of_slice in xi:
+                    of_slice.copy_(_drawn(slice_shape, next(seeds)))
             else:
-                list(map(_draw, xi, seeds))
+                ahead.extend(pool.submit(_drawn, slice_shape, of)
+                             for of in itertools.islice(seeds, count + threads - len(ahead)))
+                xi = torch.stack([ahead.popleft().result() for _ in range(count)])
             if correlation > 0:
                 for eps in xi:
                     if before:
@@ -80,8 +87,8 @@ def _seed_of_slice(*numbers: int) -> int:
 
 
 @torch.inference_mode()  # which a thread does not have from the one that starts it
-def _draw(noise: Tensor, seed: int) -> None:
-    noise.normal_(generator=torch.Generator().manual_seed(seed))
+def _drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def refine_volume(denoise: Callable[[Tensor, float], Iterable[Finished]], process_at: Callable[[slice], ForwardProcess],

@@ -54,19 +54,23 @@ def measure_volumes(predictor: VolumePredictor, cases: ValidationCases, names: S
         true = cases.true_volumes(name)
         if true is None:
             continue
-        case = cases.load(name)
-        labels = foreground_labels(predictor.dataset_json)
-        prediction = predictor.predict_volume(case.image, case=name, stock=False)
-        mask = convert_predicted_logits_to_segmentation_with_correct_shape(
-            as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
-            predictor.label_manager, case.properties)
-        ml = cases.voxel_ml(case)
-        mask_ml = np.array([np.isin(mask, values).sum() * ml for values in labels.values()])
-        features = prediction.counts.features(prediction.counts.voxel_ml(
-            mask_ml, grid_voxel_ml(case.properties, case.image.shape[1:], ml)))
-        for (label, channel), of in zip(channels.items(), features, strict=True):
+        for (label, channel), of in zip(channels.items(), _features(predictor, cases, name), strict=True):
             row[channel] = torch.tensor([true[label], *(float(value[0]) for value in of), predictor.num_samples])
     return scores
+
+
+def _features(predictor: VolumePredictor, cases: ValidationCases, name: str) -> list[Features]:
+    """Of a case, for each label. Nothing of its prediction, as large as a volume, is there afterwards."""
+    case = cases.load(name)
+    prediction = predictor.predict_volume(case.image, case=name, stock=False)
+    mask = convert_predicted_logits_to_segmentation_with_correct_shape(
+        as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
+        predictor.label_manager, case.properties)
+    ml = cases.voxel_ml(case)
+    mask_ml = np.array([np.isin(mask, values).sum() * ml
+                        for values in foreground_labels(predictor.dataset_json).values()])
+    return prediction.counts.features(prediction.counts.voxel_ml(
+        mask_ml, grid_voxel_ml(case.properties, case.image.shape[1:], ml)))
 
 
 def lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
