@@ -24,7 +24,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scale import PLANS
-from speed_parts import timed
+from speed import timed
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.functional import interpolate

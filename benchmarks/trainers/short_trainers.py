@@ -1,6 +1,6 @@
-"""Trainers of a few iterations, for integration.py, compatibility.py, faults.py and speed.py."""
+"""Trainers of a few iterations, for integration.py, compatibility.py and faults.py."""
 import torch
-from benchmark_trainers import PDDDPMTrainerBenchmark, SeededEpochs, ShortCPUTraining
+from benchmark_trainers import SeededEpochs
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -83,19 +83,3 @@ class PDDDPMTrainerFaults(RepeatableEpochs, PDDDPMTrainer):
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.sampling = SamplingSettings(samples=2)
-
-
-class nnUNetTrainerLesions(ShortCPUTraining, nnUNetTrainerHandful):
-    """For speed.py: enough for a model that is sure of most of the brain and not of the lesions."""
-
-    epochs, iterations = 2, 60
-
-
-class PDDDPMTrainerLesions(PDDDPMTrainerBenchmark):
-    epochs = 2
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = 25
-        self.num_val_iterations_per_epoch = 2
