@@ -417,8 +417,9 @@ def test_a_raters_mask_counts_for_one_case_the_longest_that_its_name_fits(cases,
             (references / f'{case}.nii.gz').touch()
             for rater in raters:
                 (masks / f'{case}__{rater}.nii.gz').touch()
-        folders = SimpleNamespace(references=references, raters=masks, ending='.nii.gz')
-        found = {case: Folders.rater_files(folders, case) for case in cases}
+        folders = object.__new__(Folders)  # of which nothing else is read
+        folders.__dict__.update(references=references, raters=masks, ending='.nii.gz')
+        found = {case: folders.rater_files(case) for case in cases}
         for file in masks.iterdir():
             stem = file.name.removesuffix('.nii.gz')
             fitting = [case for case in cases if stem.startswith(f'{case}__') and stem != f'{case}__']

@@ -89,12 +89,11 @@ class Folders:
 
     def _rater_masks(self) -> Iterator[tuple[str | None, str, Path]]:
         """Of each of the raters' masks its case, None if it belongs to none, its rater and the file."""
-        starts = [file.name[:-len(self.ending)] + RATER for file in images_in(self.references, self.ending)]
+        cases = {file.name[:-len(self.ending)] for file in images_in(self.references, self.ending)}
         for file in images_in(self.raters, self.ending) if self.raters is not None else ():
             stem = file.name[:-len(self.ending)]
-            fitting = [start for start in starts if stem.startswith(start) and len(stem) > len(start)]
-            start = max(fitting, key=len, default=None)
-            yield (None, '', file) if start is None else (start[:-len(RATER)], stem[len(start):], file)
+            ends = [i for i in range(len(stem) - len(RATER)) if stem.startswith(RATER, i) and stem[:i] in cases]
+            yield (stem[:ends[-1]], stem[ends[-1] + len(RATER):], file) if ends else (None, '', file)
 
     def not_compared(self) -> Iterator[str]:
         """A sentence for each kind of masks that lie in the folders and are not compared with anything."""
