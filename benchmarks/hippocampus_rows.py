@@ -31,6 +31,7 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import fit_temperature, likelihoods
 
@@ -82,7 +83,7 @@ def measure(work: Path) -> None:
         measure_plain(work, STOCK_TRAINER, (fold,), {'stock': False, 'stock T': True})
         measure_plain(work, CONTROL_TRAINER, (fold,), {'longer': False, 'longer T': True})
         measure_refined(work, SECOND_TRAINER, (fold,), ('second',))
-        measure_refined(work, PDDDPM_TRAINER, (fold,), ('blind', 'blind T', 'samples', 'samples mirrored', 'tuned'))
+        measure_refined(work, PDDDPM_TRAINER, (fold,), ('blind', 'samples', 'samples mirrored', 'tuned'))
     every = tuple(range(NUM_FOLDS))
     measure_plain(work, STOCK_TRAINER, every, {'ensemble': False})
     measure_refined(work, PDDDPM_TRAINER, every, ('ensemble tuned',))
@@ -119,20 +120,19 @@ def score(truth: Truth, logits: Tensor) -> dict[str, float]:
 
 
 def measure_refined(work: Path, trainer: str, folds: tuple[int, ...], rows: tuple[str, ...]) -> None:
-    """Rows of a PDDDPM model: of its blind mask with its temperature or without, and as its settings say."""
-    if all(file_of(work, row, folds).is_file() for row in rows):
-        return
+    """Rows of a PDDDPM model: of its blind mask (and with its temperature), of samples, and as its settings say."""
     samples = {'mask_stock': 0.0, 'mask_blind': 0.0, 'samples_from': 'chain', 'start': 0.8, 'steps': 2, 'samples': 8}
     blind = {'mask_stock': 0.0, 'mask_blind': 1.0}
     changes: dict[str, dict[str, Any]] = {
-        'second': {**blind, 'blind_temperature': 1.0}, 'blind': {**blind, 'blind_temperature': 1.0}, 'blind T': blind,
+        'second': {**blind, 'blind_temperature': 1.0}, 'blind': {**blind, 'blind_temperature': 1.0},
         'samples': samples, 'samples mirrored': samples}
-    for row in rows:
+    for row in (row for row in rows if not file_of(work, row, folds).is_file()):
         predictor = open_model(lambda row=row, **kwargs: VolumePredictor(overrides=changes.get(row), **kwargs), work,
                                trainer, folds)
+        temperature = stored_settings(predictor.list_of_parameters[0]).blind_temperature
         if 'samples' not in changes.get(row, {'samples': 8}):
             predictor.num_samples = len(folds)
-        scores = []
+        scores, tempered = [], []
         for name, image, truth in cases(predictor, work, 'Ts', names_of(work, None)):
             with mirrored_start() if row == 'samples mirrored' else nullcontext():
                 prediction = predictor.predict_volume(image, case=name, stock=row == 'samples mirrored')
@@ -141,7 +141,10 @@ def measure_refined(work: Path, trainer: str, folds: tuple[int, ...], rows: tupl
             scores.append({**score(truth, prediction.logits), 'volumes': [
                 volume_row(float(true[i]), of, sizes[:, i])
                 for i, of in enumerate(prediction.counts.features(np.full(2, VOXEL_ML)))]})
+            tempered.append(score(truth, prediction.logits / temperature))
         file_of(work, row, folds).write_text(json.dumps(scores))
+        if row == 'blind':
+            file_of(work, 'blind T', folds).write_text(json.dumps(tempered))
 
 
 def mirrored_start() -> AbstractContextManager[Any]:
