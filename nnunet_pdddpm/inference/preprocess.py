@@ -79,7 +79,8 @@ class CasePreprocessor:
         with of_the_image(', '.join(names), 'cannot be preprocessed'):
             data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
                                                                self.configuration_manager, self.dataset_json)
-        remarks = geometry_remarks(reader, files, properties)
+        with of_the_image(', '.join(names)):
+            remarks = geometry_remarks(reader, files, properties)
         try:
             remarks += self.intensity_remarks(data)
         except UnusableImage as error:
