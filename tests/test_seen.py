@@ -13,7 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.commands.tune import main as tune
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
-from nnunet_pdddpm.network.seen import Seen, stored_seen
+from nnunet_pdddpm.network.seen import Seen, stored_seen, trained_on_as_well
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.tuning.stored import store
@@ -82,6 +82,16 @@ def test_cases_that_were_trained_on_are_counted_and_named():
     assert Seen().leaks(['a']) == '' and 'earlier version' in Seen().unknown()
     assert 'no complete validation' in Seen.of(['a'], None).unknown()
     assert 'patient' not in str(Seen.of(['patient'], ['patient']))  # no name leaves with a model
+
+
+def test_what_a_split_trains_and_validates_on_alike_is_on_purpose():
+    seen = Seen.of(['a', 'b', 'c'], ['a', 'b', 'x'])
+    assert seen.leaks(['a', 'b', 'x'], ['a', 'b', 'c']) == ''
+    assert 'trained on 1 of 2 validation cases (a)' in seen.leaks(['a', 'x'], ['b', 'c'])
+    assert 'stock model' in seen.leaks(['c', 'x'], ['c'])
+    assert trained_on_as_well(['a', 'x'], ['b']) == ''
+    assert trained_on_as_well(['a', 'x'], ['b', 'a']) == (
+        'by splits_final.json 1 of 2 validation cases (a) are training cases as well')
 
 
 # training, validation and tuning ------------------------------------------------------------------------------------
@@ -171,6 +181,19 @@ def test_what_was_trained_on_is_noted_and_a_changed_split_refused_ever_after(sto
     assert 'WARNING: by the present splits_final.json the model was trained on 3 of 3' in said
     assert 'The intervals of volumes are not calibrated: By the present splits_final.json the model' in said
     assert final.read_bytes() == before
+
+
+def test_a_split_that_trains_on_its_validation_cases_is_told_gone_on_with_and_not_tuned(stock_fold, fold, split):
+    folds = json.loads(split.read_text())
+    folds[0]['train'] = sorted(folds[0]['train'] + folds[0]['val'])
+    split.write_text(json.dumps(folds))
+    make_trainer(BRIEF, 0).run_training()
+    said = f'y splits_final.json 3 of 3 validation cases ({", ".join(VALIDATION)}) are training cases as well'
+    assert f'WARNING: b{said}' in log_of(fold)
+    trainer = make_trainer(BRIEF, 0)  # --c
+    trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
+    trainer.run_training()
+    assert refused().startswith(f'Error: B{said}: nothing can be measured on them.')
 
 
 def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(stock_fold, fold):
