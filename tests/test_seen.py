@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,14 @@ ENDING = '.nii.gz'
 VALIDATION = ['phantom_000', 'phantom_003', 'phantom_006']  # of fold 0
 
 
-def write_log(fold: Path, day: str, cases: list[str], *, size: int | None = None, trained: bool = True) -> None:
+def write_log(fold: Path, day: str, cases: list[str], *, size: int | None = None, trained: bool = True,
+              split: str = 'This split') -> None:
     """A log as nnU-Net writes it, of a training and the validation after it, or of a validation alone."""
     said = ['Epoch 0', 'train_loss 0.5', 'Training done.'] if trained else []
-    said += [f'This split has 6 training and {len(cases) if size is None else size} validation cases.']
+    said += [f'{split} has 6 training and {len(cases) if size is None else size} validation cases.']
     said += [line for case in cases for line in (f'predicting {case}', f'{case}, shape torch.Size([1, 20, 26, 22])')]
     fold.mkdir(parents=True, exist_ok=True)
-    (fold / f'training_log_{day}_11_09_01.txt').write_text(''.join(f'2026-11-29 11:09:01.7366: {of} \n' for of in said))
+    (fold / f'training_log_{day}_11_09_01.txt').write_text(''.join(f'2020-10-01 11:09:01.7366: {of} \n' for of in said))
 
 
 def write_summary(fold: Path, cases: list[str]) -> None:
@@ -60,6 +63,33 @@ def test_without_a_log_the_summary_of_the_validation_tells_it(tmp_path):
     write_summary(tmp_path, ['a', 'b'])
     assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
     write_log(tmp_path, '2026_10_1', ['a'], size=2)  # several GPUs: the log is of one of them
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
+@pytest.mark.parametrize('split', ['This split', 'This random 80:20 split'])
+def test_a_part_of_a_validation_is_not_taken_for_all_of_it(tmp_path, split):
+    write_log(tmp_path, '2020_10_1', ['a'], size=2, split=split)  # several GPUs, or cut off
+    assert held_out_cases(tmp_path, ENDING) is None
+    write_summary(tmp_path, ['a', 'b'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+    write_summary(tmp_path, ['b', 'c'])  # of another split
+    assert held_out_cases(tmp_path, ENDING) is None
+
+
+def test_a_log_that_does_not_say_how_many_cases_a_split_has_is_not_complete(tmp_path):
+    write_log(tmp_path, '2020_10_1', ['a'], split='The split of my own trainer')
+    assert held_out_cases(tmp_path, ENDING) is None
+    write_summary(tmp_path, ['a', 'b'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
+def test_the_summary_of_an_earlier_training_is_not_taken_for_the_last_ones(tmp_path):
+    write_summary(tmp_path, ['a', 'b'])
+    write_log(tmp_path, '2020_10_1', [], size=2)  # killed before it validated
+    summary, ended = tmp_path / 'validation' / 'summary.json', datetime(2020, 10, 1, 11, 9, 1).timestamp()
+    os.utime(summary, (ended - 5, ended - 5))
+    assert held_out_cases(tmp_path, ENDING) is None
+    os.utime(summary, (ended + 5, ended + 5))
     assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
 
 
