@@ -203,3 +203,32 @@ def test_no_voxel_size_of_an_earlier_tif_is_left_alone(setting):
     beside = {file.with_suffix('') for file in out.rglob('*.json') if file.stem[:2] in ('a', 'b', 'a_', 'b_')
               and file.parent.name != 'pdddpm_cases'}
     assert beside == {file.with_suffix('') for file in out.rglob(f'*{setting.kind.ending}')} and len(beside) == 2 + 4
+
+
+@pytest.mark.parametrize('setting', ['colour png'], indirect=True)
+@pytest.mark.parametrize('grey', [5, 7])
+def test_however_many_grey_pictures_come_first_the_colour_ones_are_done(setting, grey):
+    noise = np.random.default_rng(0).integers(0, 255, setting.kind.shape).astype(np.uint8)
+    bad = [f'Grey_{i}' for i in range(grey)]
+    for case in bad:
+        io.imsave(setting.kind.files(setting.images, case)[0], noise, check_contrast=False)
+    with pytest.raises(SystemExit):
+        setting.predict('out')
+    summary = json.loads((setting.root / 'out' / 'pdddpm_summary.json').read_text())
+    assert [row['case'] for row in summary['cases']] == ['a', 'b']
+    assert {row['case']: row['error'] for row in summary['failed']} == {
+        case: f'{case}_0000.png: 1 channels (grey), the model needs 3' for case in bad}
+
+
+@pytest.mark.parametrize('setting', ['colour png'], indirect=True)
+def test_pictures_that_are_all_grey_are_refused_at_the_start_and_a_damaged_one_is_called_so(setting):
+    noise = np.random.default_rng(0).integers(0, 255, setting.kind.shape).astype(np.uint8)
+    for case in 'ab':
+        io.imsave(setting.kind.files(setting.images, case)[0], noise, check_contrast=False)
+    with pytest.raises(SystemExit, match='a in .* has 1 channel files, the model needs 3'):
+        setting.predict('out')
+    assert not (setting.root / 'out').exists()
+    for case in 'ab':
+        setting.kind.files(setting.images, case)[0].write_bytes(b'')
+    with pytest.raises(SystemExit, match=r'2 of 2 cases could not be predicted, .*a_0000.png cannot be read'):
+        setting.predict('out')

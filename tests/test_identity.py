@@ -16,6 +16,7 @@ from conftest import DATASET, DATASET_ID, PLANS, REFINED, Workspace
 
 from nnunet_pdddpm.commands.predict import main, main_modelfolder
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.inference.summary import write_failure, write_summary
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, checksum
 from nnunet_pdddpm.network.refiner import CALIBRATION
 
@@ -271,6 +272,15 @@ def test_a_failure_of_another_input_folder_stays_as_long_as_its_image(source, im
     bad.unlink()
     go_on(images, out)
     assert failed(out) == []
+
+
+def test_a_failure_whose_input_folder_is_not_here_stays_as_on_a_machine_with_other_mounts(tmp_path):
+    there = tmp_path / 'images'
+    there.mkdir()
+    write_failure(tmp_path, 'elsewhere', 'is empty', ['/not/mounted/here/elsewhere_0000.nii.gz'])
+    write_failure(tmp_path, 'deleted', 'is empty', [str(there / 'deleted_0000.nii.gz')])
+    write_summary(tmp_path)
+    assert failed(tmp_path) == ['elsewhere']
 
 
 def test_a_report_where_an_image_is_bad_now_shows_the_others_and_hides_no_error(source, tmp_path):

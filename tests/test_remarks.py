@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from nibabel.spatialimages import HeaderDataError
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage import io
 from tiny_model import NORMALISATION, plans, write_model
@@ -141,6 +144,31 @@ def test_forms_that_agree_are_not_told(tmp_path):
     assert preprocess([file]) == []
 
 
+def with_qfac(file: str, value: float) -> str:
+    """The file with another pixdim[0]: 0 is legal and read as 1."""
+    content = bytearray(gzip.decompress(Path(file).read_bytes()))
+    content[76:80] = struct.pack('<f', value)
+    Path(file).write_bytes(gzip.compress(content))
+    return file
+
+
+@pytest.mark.parametrize('reader', ['SimpleITKIO', 'NibabelIO'])
+@pytest.mark.parametrize('qfac', [0.0, 1.0, 3.0, np.nan])
+def test_whatever_the_handedness_of_a_nifti_says_it_is_predicted(tmp_path, reader, qfac):
+    assert preprocess([with_qfac(write(tmp_path, image()), qfac)], reader=reader) == []
+
+
+@pytest.mark.parametrize('reader', ['SimpleITKIO', 'NibabelIO'])
+def test_a_form_that_no_rotation_can_be_made_of_is_told_and_ends_nothing(tmp_path, reader, monkeypatch):
+    def damaged(*args):
+        raise HeaderDataError('it cannot be computed')
+    monkeypatch.setattr(nibabel.Nifti1Header, 'get_qform', damaged)
+    file = with_header(write(tmp_path, image()), sform_code=1)
+    monkeypatch.setattr('nnunet_pdddpm.inference.remarks.read_header', lambda start: nibabel.Nifti1Header(start[:348]))
+    said, = preprocess([file], reader=reader)
+    assert said == 'a_0000.nii.gz: its qform is damaged: a viewer may show the mask elsewhere'
+
+
 def test_axes_that_are_not_at_right_angles_are_told(tmp_path):
     sheared = np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     file = str(tmp_path / 'a_0000.nii.gz')
@@ -164,6 +192,19 @@ def test_a_missing_origin_is_told(tmp_path, ending, line):
     file.write_bytes(content[:start] + content[content.index(b'\n', start) + 1:])
     assert preprocess([str(file)]) == [
         f'a_0000{ending}: it does not say where it lies: its origin counts as 0, a viewer may show the mask elsewhere']
+
+
+def test_neither_of_two_oddities_of_a_header_hides_the_other(tmp_path):
+    file = tmp_path / 'a_0000.mha'
+    sheared = sitk.GetImageFromArray(image())
+    sheared.SetDirection([1, 0.2, 0, 0, 1, 0, 0, 0, 1])
+    sitk.WriteImage(sheared, str(file))
+    content = file.read_bytes()
+    start = content.index(b'Offset =')
+    file.write_bytes(content[:start] + content[content.index(b'\n', start) + 1:])
+    said = preprocess([str(file)])
+    assert isinstance(said, list) and len(said) == 2
+    assert 'it does not say where it lies' in said[0] and 'its axes are not at right angles' in said[1]
 
 
 @pytest.mark.parametrize('kind', [np.float32, np.float64])

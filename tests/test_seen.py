@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.commands.tune import main as tune
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
-from nnunet_pdddpm.network.seen import Seen, stored_seen
+from nnunet_pdddpm.network.seen import Seen, stored_seen, trained_on_as_well
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.tuning.stored import store
@@ -22,13 +24,14 @@ ENDING = '.nii.gz'
 VALIDATION = ['phantom_000', 'phantom_003', 'phantom_006']  # of fold 0
 
 
-def write_log(fold: Path, day: str, cases: list[str], *, size: int | None = None, trained: bool = True) -> None:
+def write_log(fold: Path, day: str, cases: list[str], *, size: int | None = None, trained: bool = True,
+              split: str = 'This split') -> None:
     """A log as nnU-Net writes it, of a training and the validation after it, or of a validation alone."""
     said = ['Epoch 0', 'train_loss 0.5', 'Training done.'] if trained else []
-    said += [f'This split has 6 training and {len(cases) if size is None else size} validation cases.']
+    said += [f'{split} has 6 training and {len(cases) if size is None else size} validation cases.']
     said += [line for case in cases for line in (f'predicting {case}', f'{case}, shape torch.Size([1, 20, 26, 22])')]
     fold.mkdir(parents=True, exist_ok=True)
-    (fold / f'training_log_{day}_11_09_01.txt').write_text(''.join(f'2026-11-29 11:09:01.7366: {of} \n' for of in said))
+    (fold / f'training_log_{day}_11_09_01.txt').write_text(''.join(f'2020-10-01 11:09:01.7366: {of} \n' for of in said))
 
 
 def write_summary(fold: Path, cases: list[str]) -> None:
@@ -63,6 +66,33 @@ def test_without_a_log_the_summary_of_the_validation_tells_it(tmp_path):
     assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
 
 
+@pytest.mark.parametrize('split', ['This split', 'This random 80:20 split'])
+def test_a_part_of_a_validation_is_not_taken_for_all_of_it(tmp_path, split):
+    write_log(tmp_path, '2020_10_1', ['a'], size=2, split=split)  # several GPUs, or cut off
+    assert held_out_cases(tmp_path, ENDING) is None
+    write_summary(tmp_path, ['a', 'b'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+    write_summary(tmp_path, ['b', 'c'])  # of another split
+    assert held_out_cases(tmp_path, ENDING) is None
+
+
+def test_a_log_that_does_not_say_how_many_cases_a_split_has_is_not_complete(tmp_path):
+    write_log(tmp_path, '2020_10_1', ['a'], split='The split of my own trainer')
+    assert held_out_cases(tmp_path, ENDING) is None
+    write_summary(tmp_path, ['a', 'b'])
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
+def test_the_summary_of_an_earlier_training_is_not_taken_for_the_last_ones(tmp_path):
+    write_summary(tmp_path, ['a', 'b'])
+    write_log(tmp_path, '2020_10_1', [], size=2)  # killed before it validated
+    summary, ended = tmp_path / 'validation' / 'summary.json', datetime(2020, 10, 1, 11, 9, 1).timestamp()
+    os.utime(summary, (ended - 5, ended - 5))
+    assert held_out_cases(tmp_path, ENDING) is None
+    os.utime(summary, (ended + 5, ended + 5))
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
 @pytest.mark.parametrize('summary', ['{', '{}', '[]', '{"metric_per_case": [{}]}', '{"metric_per_case": []}'])
 def test_what_tells_nothing_is_not_known(tmp_path, summary):
     (tmp_path / 'validation').mkdir()
@@ -82,6 +112,16 @@ def test_cases_that_were_trained_on_are_counted_and_named():
     assert Seen().leaks(['a']) == '' and 'earlier version' in Seen().unknown()
     assert 'no complete validation' in Seen.of(['a'], None).unknown()
     assert 'patient' not in str(Seen.of(['patient'], ['patient']))  # no name leaves with a model
+
+
+def test_what_a_split_trains_and_validates_on_alike_is_on_purpose():
+    seen = Seen.of(['a', 'b', 'c'], ['a', 'b', 'x'])
+    assert seen.leaks(['a', 'b', 'x'], ['a', 'b', 'c']) == ''
+    assert 'trained on 1 of 2 validation cases (a)' in seen.leaks(['a', 'x'], ['b', 'c'])
+    assert 'stock model' in seen.leaks(['c', 'x'], ['c'])
+    assert trained_on_as_well(['a', 'x'], ['b']) == ''
+    assert trained_on_as_well(['a', 'x'], ['b', 'a']) == (
+        'by splits_final.json 1 of 2 validation cases (a) are training cases as well')
 
 
 # training, validation and tuning ------------------------------------------------------------------------------------
@@ -171,6 +211,19 @@ def test_what_was_trained_on_is_noted_and_a_changed_split_refused_ever_after(sto
     assert 'WARNING: by the present splits_final.json the model was trained on 3 of 3' in said
     assert 'The intervals of volumes are not calibrated: By the present splits_final.json the model' in said
     assert final.read_bytes() == before
+
+
+def test_a_split_that_trains_on_its_validation_cases_is_told_gone_on_with_and_not_tuned(stock_fold, fold, split):
+    folds = json.loads(split.read_text())
+    folds[0]['train'] = sorted(folds[0]['train'] + folds[0]['val'])
+    split.write_text(json.dumps(folds))
+    make_trainer(BRIEF, 0).run_training()
+    said = f'y splits_final.json 3 of 3 validation cases ({", ".join(VALIDATION)}) are training cases as well'
+    assert f'WARNING: b{said}' in log_of(fold)
+    trainer = make_trainer(BRIEF, 0)  # --c
+    trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
+    trainer.run_training()
+    assert refused().startswith(f'Error: B{said}: nothing can be measured on them.')
 
 
 def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(stock_fold, fold):

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import SimpleITK as sitk
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
+from nnunet_pdddpm.inference.case import CaseUnderWay, OutputInUse
 from nnunet_pdddpm.network.settings import RANGES
 
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
@@ -147,3 +150,28 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
         if action.dest in RANGES:
             low, high = RANGES[action.dest]
             assert f'{low:g} to {high}' in text
+
+
+def deleting(case: CaseUnderWay, put_in_place) -> None:
+    put_in_place(case)
+    shutil.rmtree(case.output)
+
+
+def killed(case: CaseUnderWay, put_in_place) -> None:
+    raise BrokenProcessPool
+
+
+def held(case: CaseUnderWay, put_in_place) -> None:
+    raise OutputInUse('another process predicts it.')
+
+
+@pytest.mark.parametrize(('ends', 'said_then'), [
+    (deleting, 'is not there any more, nor may others be'), (killed, 'A background process was killed'),
+    (held, 'another process predicts it')])
+def test_a_failed_case_does_not_hide_that_others_are_not_done(root, monkeypatch, ends, said_then):
+    (root / 'images' / '0bad_0000.nii.gz').write_bytes(b'')
+    put_in_place = CaseUnderWay.put_in_place
+    monkeypatch.setattr(CaseUnderWay, 'put_in_place', lambda self: ends(self, put_in_place))
+    said = refused(run, root)
+    assert said_then in said and 'others are done' not in said
+    assert said.endswith('Besides, these cases could not be predicted: 0bad (0bad_0000.nii.gz is empty).')

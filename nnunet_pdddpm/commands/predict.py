@@ -15,7 +15,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
 from nnunet_pdddpm.inference.continuing import others_in, refresh_summary
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failures
+from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, failures, reasons
 from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
@@ -171,9 +171,12 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
             num_processes_preprocessing=args.npp, num_processes_segmentation_export=args.nps,
             folder_with_segs_from_prev_stage=args.prev_stage_predictions, num_parts=args.num_parts,
             part_id=args.part_id)
-    except PredictionError:
-        if not predictor.failed:
+    except CasesFailed:
+        pass  # told at the end, with those that are no case
+    except PredictionError as error:
+        if not (of_all := {**unusable, **predictor.failed}):
             raise
+        raise PredictionError(f'{error} Besides, these cases could not be predicted: {reasons(of_all)}.') from error
     if not images[args.part_id::args.num_parts]:  # a part without cases
         refresh_summary(output)
     no_report = ''

@@ -44,6 +44,10 @@ INFINITE = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
 
 
+class CasesFailed(PredictionError):
+    """Some cases could not be predicted, and all others are done."""
+
+
 class UnusableLogits(ArithmeticError):
     """A network gave NaN or infinite values for an image: no mask can be made of them."""
 
@@ -209,7 +213,8 @@ class PDDDPMPredictor(VolumePredictor):
         """As nnUNetPredictor's: files are written for items with an `ofile`, masks returned for those without.
 
         Raises:
-            PredictionError: at the end, if cases could not be predicted; they are in `failed`, the others are done.
+            CasesFailed: at the end, if cases could not be predicted; they are in `failed`, the others are done.
+            PredictionError: if the run ended before all others were done; what had failed until then is in `failed`.
             OSError: if files cannot be written; cases finished before are there.
         """
         results: list[Any] = []
@@ -231,7 +236,7 @@ class PDDDPMPredictor(VolumePredictor):
             compute_gaussian.cache_clear()
             empty_cache(self.device)
         if self.failed:
-            raise PredictionError(failures(self.failed, len(results)))
+            raise CasesFailed(failures(self.failed, len(results)))
         return results
 
     def _predict_all(self, data_iterator: Any, save_probabilities: bool, queue: ExportQueue, outputs: set[Path],
@@ -341,5 +346,9 @@ def require_finite(prediction: VolumePrediction) -> None:
 
 def failures(failed: Mapping[str, str], cases: int) -> str:
     """What is said at the end of a prediction in which some of a number of cases failed."""
-    return (f'{len(failed)} of {cases} cases could not be predicted, the others are done: '
-            + '; '.join(f'{case} ({reason})' for case, reason in failed.items()))
+    return f'{len(failed)} of {cases} cases could not be predicted, the others are done: {reasons(failed)}'
+
+
+def reasons(failed: Mapping[str, str]) -> str:
+    """Failed cases, each with its reason, for a sentence."""
+    return '; '.join(f'{case} ({reason})' for case, reason in failed.items())

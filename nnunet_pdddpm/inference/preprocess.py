@@ -79,7 +79,8 @@ class CasePreprocessor:
         with of_the_image(', '.join(names), 'cannot be preprocessed'):
             data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
                                                                self.configuration_manager, self.dataset_json)
-        remarks = geometry_remarks(reader, files, properties)
+        with of_the_image(', '.join(names)):
+            remarks = geometry_remarks(reader, files, properties)
         try:
             remarks += self.intensity_remarks(data)
         except UnusableImage as error:
@@ -151,7 +152,9 @@ def require_channels(found: int, needed: int, names: Sequence[str]) -> None:
 
 
 def files_per_case(cases: Iterable[Sequence[str]], needed: int, reader: Any) -> set[int]:
-    """How many files a case may have: one for each channel, or fewer that hold several, as colour pictures do.
+    """How many files a case may have: one for each channel, or fewer that may hold several, as colour pictures do.
+
+    Where some are left that were not read, or cannot be, what they hold shows when they are predicted.
 
     Args:
         cases: the files of each; of those with fewer files than channels some are read.
@@ -160,15 +163,15 @@ def files_per_case(cases: Iterable[Sequence[str]], needed: int, reader: Any) -> 
     """
     found, unclear = {needed}, [files for files in cases if len(files) < needed]
     for number in {len(files) for files in unclear}:
-        read = 0
-        for files in [files for files in unclear if len(files) == number]:
+        alike = [files for files in unclear if len(files) == number]
+        read: list[int] = []
+        for files in alike[:EXAMPLES]:
             with suppress(UnusableImage):
-                image, _ = read_channels(reader, files)
-                read += 1
-                if len(image) == needed:
-                    found.add(number)
-            if number in found or read == EXAMPLES:
+                read.append(len(read_channels(reader, files)[0]))
+            if needed in read:
                 break
+        if needed in read or len(read) < len(alike):
+            found.add(number)
     return found
 
 

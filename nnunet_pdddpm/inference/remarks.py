@@ -13,7 +13,7 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_pdddpm.image_files import HEADER, UnusableImage, non_finite, opened, read_header
+from nnunet_pdddpm.image_files import HEADER, UnusableImage, non_finite, of_the_image, opened, read_header
 
 FEW = 1000
 """One voxel in so many, at either end of the intensities, counts as few."""
@@ -21,6 +21,7 @@ SQUEEZED, NARROW, FAR = 2.0, 4.0, 10.0
 """Factors from which on a distribution is far from that of the training cases, see `_far`."""
 NORMAL_WIDTH = 5.15
 """Distance of the 0.5th and 99.5th percentile of a normal distribution in its standard deviations."""
+NIFTI = ('.nii', '.nii.gz')
 ORIGIN_KEYS = {'.nrrd': (b'space origin:',), '.mha': (b'Offset =', b'Position =', b'Origin =')}
 
 
@@ -115,7 +116,9 @@ def geometry_remarks(reader: Any, files: Sequence[str], properties: Mapping[str,
         properties: from the reader.
     """
     found = [f'{Path(file).name}: {said}' for file in files for said in _of_file(reader, Path(file))]
-    return found or [f'{Path(files[0]).name}: {said}' for said in _of_itk(properties.get('sitk_stuff', {}))]
+    if not files[0].endswith(NIFTI):
+        found += [f'{Path(files[0]).name}: {said}' for said in _of_itk(properties.get('sitk_stuff', {}))]
+    return found
 
 
 def _of_file(reader: Any, file: Path) -> Iterator[str]:
@@ -125,7 +128,7 @@ def _of_file(reader: Any, file: Path) -> Iterator[str]:
             yield f'no {beside} gives its voxel size: it counts as 1 mm, volumes are in 1000 voxels and not in ml'
     elif isinstance(reader, NaturalImage2DIO):
         yield 'pictures have no voxel size: a pixel counts as 1 mm, volumes are in 1000 pixels and not in ml'
-    elif file.name.endswith(('.nii', '.nii.gz')):
+    elif file.name.endswith(NIFTI):
         yield from _of_nifti(file)
         if isinstance(reader, SimpleITKIO) and (bad := non_finite(file)):
             yield f'{bad} voxels are NaN or infinite: they are read as 0'
@@ -141,13 +144,16 @@ def _of_nifti(file: Path) -> Iterator[str]:
         header = read_header(stream.read(HEADER))
     if header is None:
         return
+    if header['pixdim'][0] != -1:  # 0 is read as 1, which nibabel does only where it corrects a header
+        header['pixdim'][0] = 1
     forms = {}
     for name, code, affine in (('sform', int(header['sform_code']), header.get_sform), ('qform', int(
             header['qform_code']), header.get_qform)):
         if code > 0:
             try:
-                forms[name] = np.asarray(affine(), np.float64)
-            except (ValueError, np.linalg.LinAlgError):
+                with of_the_image(file.name):
+                    forms[name] = np.asarray(affine(), np.float64)
+            except UnusableImage:  # it can be used: the reader has read it
                 yield f'its {name} is damaged: a viewer may show the mask elsewhere'
     if int(header['sform_code']) <= 0 and int(header['qform_code']) <= 0:
         yield 'it does not say where it lies (no sform, no qform): which side is left is not known'

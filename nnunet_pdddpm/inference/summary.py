@@ -109,7 +109,8 @@ def describes_mask(output: Path, row: Mapping[str, Any]) -> bool:
 def write_failure(output: Path, case: str, reason: str, files: Sequence[str] | None = None) -> None:
     """Note that a case could not be predicted, and why.
 
-    `files`: of its image. Once none of them is there any more, it is no failure any more. None: they are not known.
+    `files`: of its image. Once none of them is in its folder any more, it is no failure any more. None: they are not
+    known.
     """
     (output / FAILED).mkdir(parents=True, exist_ok=True)
     row = {'case': case, 'error': reason, 'files': None if files is None else [os.path.abspath(f) for f in files]}
@@ -157,9 +158,10 @@ def _what_is_there(output: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_there(failure: Mapping[str, Any]) -> bool:
-    """Whether a file of the image is there: a link to nothing is."""
+    """Whether a file of the image may be there: a link to nothing is; in a folder that is not here, as it is on another
+    machine, it is not known."""
     files = failure.get('files')
-    return files is None or any(os.path.lexists(file) for file in files)
+    return files is None or any(os.path.lexists(file) or not os.path.isdir(os.path.dirname(file)) for file in files)
 
 
 def versions() -> dict[str, str]:

@@ -34,10 +34,14 @@ class Seen:
         known = None if self.trained_on is None else self.trained_on | frozenset(map(case_hash, names))
         return Seen(known, self.stock_held_out)
 
-    def leaks(self, validation: Iterable[str]) -> str:
-        """What is wrong with cases as validation cases, a clause; empty if nothing is known to be."""
-        names = sorted(validation)
-        own = [name for name in names if self.trained_on is not None and case_hash(name) in self.trained_on]
+    def leaks(self, validation: Iterable[str], training: Iterable[str] = ()) -> str:
+        """What is wrong with cases as validation cases, a clause; empty if nothing is known to be.
+
+        `training`: those that the split in force trains on. Where it validates on some of them, that is on purpose.
+        """
+        names, meant = sorted(validation), frozenset(training)
+        own = [name for name in names if self.trained_on is not None and case_hash(name) in self.trained_on
+               and name not in meant]
         stock = [name for name in names if self.stock_held_out is not None
                  and case_hash(name) not in self.stock_held_out]
         if own:
@@ -53,6 +57,13 @@ class Seen:
             return ('It is not known which cases the stock model was trained on: it has left no complete validation '
                     '(nnUNetv2_train does one at its end).')
         return ''
+
+
+def trained_on_as_well(validation: Iterable[str], training: Iterable[str]) -> str:
+    """Which validation cases of a split are among its training cases, a clause; empty if none is."""
+    names, meant = sorted(validation), frozenset(training)
+    both = [name for name in names if name in meant]
+    return f'by splits_final.json {_listed(both, names)} are training cases as well' if both else ''
 
 
 def _listed(names: list[str], of: list[str]) -> str:

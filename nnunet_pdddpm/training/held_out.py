@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 EPOCH = re.compile(r': Epoch \d+ $', re.MULTILINE)
-SPLIT = re.compile(r': This split has \d+ training and (\d+) validation cases')
+SPLIT = re.compile(r': This (?:random 80:20 )?split has \d+ training and (\d+) validation cases')
 PREDICTING = re.compile(r': predicting (.+) $', re.MULTILINE)
 DONE = ': Training done.'
+ENDED = re.compile(r'^(\d+-\d+-\d+ \d+:\d+:\d+)[.\d]*: Training done\.', re.MULTILINE)
 
 
 def held_out_cases(fold: Path, ending: str) -> frozenset[str] | None:
     """The cases that a fold was validated on at the end of its training.
 
     That is in the training's own log. A later validation (`--val`) may be by another split: its log is not asked. Where
-    the log is gone or incomplete, as with several GPUs or in an exported model, validation/summary.json is.
+    the log is gone or incomplete, as with several GPUs or in an exported model, validation/summary.json is, unless it
+    is older than the end of that training or lacks what its log says was validated.
 
     Args:
         fold: folder of the fold.
@@ -26,12 +29,24 @@ def held_out_cases(fold: Path, ending: str) -> frozenset[str] | None:
     """
     logs = (log.read_text(errors='replace') for log in sorted(fold.glob('training_log_*.txt'), key=_time))
     trainings = [log for log in logs if DONE in log and EPOCH.search(log)]
-    validation = trainings[-1].rpartition(DONE)[2] if trainings else ''
-    sizes = {int(number) for number in SPLIT.findall(validation)[-1:]}
-    for cases in (frozenset(PREDICTING.findall(validation)), _of_summary(fold / 'validation' / 'summary.json', ending)):
-        if cases and sizes <= {len(cases)}:  # the folder may hold masks of an earlier split
-            return cases
+    last = trainings[-1] if trainings else ''
+    validation = last.rpartition(DONE)[2]
+    size = next((int(number) for number in reversed(SPLIT.findall(validation))), None)
+    logged = frozenset(PREDICTING.findall(validation))
+    if logged and len(logged) == size:
+        return logged
+    summary = fold / 'validation' / 'summary.json'
+    cases = _of_summary(summary, ending)
+    # the folder may hold masks of an earlier split
+    if cases and size in (None, len(cases)) and logged <= cases and _is_newer(summary, last):
+        return cases
     return None
+
+
+def _is_newer(file: Path, training: str) -> bool:
+    """Whether a file was written after the training of a log ended; without a log it is not known to be old."""
+    ended = ENDED.findall(training)
+    return not ended or file.stat().st_mtime >= datetime.fromisoformat(ended[-1]).timestamp()
 
 
 def _time(log: Path) -> list[int]:

@@ -29,7 +29,7 @@ from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, refuse_earlier
-from nnunet_pdddpm.network.seen import Seen, stored_seen
+from nnunet_pdddpm.network.seen import Seen, stored_seen, trained_on_as_well
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
@@ -176,16 +176,20 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     def _note_cases(self) -> None:
         """Note what the model is trained on; raises CheckpointError if it or its stock model has seen the validation
-        cases."""
+        cases, but for those that the split in force means to validate and train on."""
         training, validation = self.do_split()
         if not self._restored:
             stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
             self.refiner.seen = Seen.of([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
         if self.fold != 'all':
-            if leak := self.refiner.seen.leaks(validation):
+            if leak := self.refiner.seen.leaks(validation, training):
                 raise CheckpointError(f'By the present splits_final.json {leak}. Put back the one that was trained '
                                       f'with, or train the stock model again with this one, and then this model from '
                                       f'its beginning (without --c).')
+            if both := trained_on_as_well(validation, training):
+                self.print_to_log_file(f'WARNING: {both}. What is measured on the validation cases is none of held-out '
+                                       f'cases, and the sampling settings and intervals of volumes are not fitted to '
+                                       f'them.')
             if unknown := self.refiner.seen.unknown():
                 self.print_to_log_file(f'{unknown} If splits_final.json was changed since, what is measured on the '
                                        f'validation cases is wrong.')
@@ -414,7 +418,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         try:
             cases = ValidationCases(self)
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
-            require_unseen(cases.names, predictor.list_of_parameters[0], self.print_to_log_file)
+            require_unseen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
             return measure_volumes(predictor, cases, names[self.local_rank::dist.get_world_size()]
                                    if self.is_ddp else names)

@@ -1,7 +1,7 @@
 """The validation cases of a fold, as nnU-Net preprocessed them, and several raters' masks on the same grid."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
 from nnunet_pdddpm.labels import foreground_labels
-from nnunet_pdddpm.network.seen import stored_seen
+from nnunet_pdddpm.network.seen import stored_seen, trained_on_as_well
 from nnunet_pdddpm.tuning.choice import TuningError
 
 if TYPE_CHECKING:
@@ -33,25 +33,6 @@ class Case:
     properties: dict[str, Any]
     """Of the preprocessed image, as nnU-Net's preprocessor gives them."""
     name: str
-
-
-def require_unseen(names: Sequence[str], weights: Mapping[str, Any], log: Callable[[str], None]) -> None:
-    """Refuse validation cases that a model or its stock model was trained on; what is not known is told.
-
-    Args:
-        names: of the validation cases.
-        weights: state dict of the model.
-        log: told what is not known.
-
-    Raises:
-        TuningError: naming such cases.
-    """
-    seen = stored_seen(weights)
-    if leak := seen.leaks(names):
-        raise TuningError(f'By the present splits_final.json {leak}: nothing can be measured on them. Put back the '
-                          f'splits_final.json that the models were trained with, or train both again with this one.')
-    if unknown := seen.unknown():
-        log(f'{unknown} If splits_final.json was changed since, what is measured on the validation cases is wrong.')
 
 
 class ValidationCases:
@@ -74,7 +55,7 @@ class ValidationCases:
         if not folder.is_dir():
             raise TuningError(f'The preprocessed data {folder} is missing: run nnUNetv2_preprocess with these plans '
                               f'and this configuration first.')
-        names = trainer.do_split()[1]
+        self.training, names = trainer.do_split()
         if not names:
             raise TuningError(f'Fold {trainer.fold} has no validation cases: the sampling settings need a fold with '
                               f'them.')
@@ -144,3 +125,25 @@ class ValidationCases:
             masks.append(np.asarray(self.configuration.resampling_fn_seg(mask[None].astype(np.float32), shape, spacing,
                                                                          target))[0].round().astype(np.int16))
         return masks
+
+
+def require_unseen(cases: ValidationCases, weights: Mapping[str, Any], log: Callable[[str], None]) -> None:
+    """Refuse validation cases that a model or its stock model was trained on; what is not known is told.
+
+    Args:
+        cases: the validation cases.
+        weights: state dict of the model.
+        log: told what is not known.
+
+    Raises:
+        TuningError: naming such cases.
+    """
+    if both := trained_on_as_well(cases.names, cases.training):
+        raise TuningError(f'{both[0].upper()}{both[1:]}: nothing can be measured on them. A fold to tune and calibrate '
+                          f'has to validate on cases that it is not trained on.')
+    seen = stored_seen(weights)
+    if leak := seen.leaks(cases.names):
+        raise TuningError(f'By the present splits_final.json {leak}: nothing can be measured on them. Put back the '
+                          f'splits_final.json that the models were trained with, or train both again with this one.')
+    if unknown := seen.unknown():
+        log(f'{unknown} If splits_final.json was changed since, what is measured on the validation cases is wrong.')

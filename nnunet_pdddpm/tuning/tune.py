@@ -59,7 +59,7 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
         OSError: if the results cannot be written.
     """
     cases = ValidationCases(trainer, raters)
-    require_unseen(cases.names, predictor.list_of_parameters[0], log)
+    require_unseen(cases, predictor.list_of_parameters[0], log)
     measured = sweep(predictor, cases, seconds, progress=progress)
     settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
     folder = Path(trainer.output_folder)
@@ -86,6 +86,6 @@ def calibrate_fold(trainer: PDDDPMTrainer, device: torch.device, log: Callable[[
     cases = ValidationCases(trainer)
     folder = Path(trainer.output_folder)
     predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
-    require_unseen(cases.names, predictor.list_of_parameters[0], log)
+    require_unseen(cases, predictor.list_of_parameters[0], log)
     scores = measure_volumes(predictor, cases, cases_to_calibrate(cases.names))
     keep(folder / CHECKPOINTS[0], scores, label_channels(trainer.dataset_json, trainer.plans_manager), log)
