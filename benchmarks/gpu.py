@@ -1,7 +1,7 @@
 """What only a GPU shows, in stages that can be taken up again: see "On a GPU" in docs/design.md.
 
-`tests`: the suite's CUDA tests. `speed`: prediction at nnU-Net's own plans with 2, 25 and 117 classes. `iterations`: of
-training, against stock's. `hippocampus`: trainings of equal length, and scores of the test cases. `page`: all of it.
+`prepare`: the hippocampus, on any machine. `tests`: those of CUDA. `speed`: prediction, and iterations of training, at
+nnU-Net's own plans with 2, 25 and 117 classes. `hippocampus`: trainings of equal length, scored. `page`: all of it.
 """
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,7 +25,9 @@ from xml.etree import ElementTree
 import torch
 
 HERE = Path(__file__).resolve().parent
-STAGES = ('tests', 'speed', 'iterations', 'hippocampus', 'page')
+TESTS = HERE.parent / 'tests' / 'test_cuda.py'
+STAGES = ('prepare', 'tests', 'speed', 'hippocampus', 'page')
+DEADLINE = 'BENCHMARK_DEADLINE'
 
 
 @contextmanager
@@ -47,8 +50,8 @@ def at_most(seconds: float) -> Iterator[None]:
 @dataclass
 class Run:
     """One call of the command."""
-    results: Path
-    """Files of a few kB, one a cell. What is there is not measured again."""
+    file: Path
+    """The results, a few dozen kB."""
     work: Path
     """Data and checkpoints: gigabytes."""
     data: str | None
@@ -58,53 +61,56 @@ class Run:
     """Networks and data of a size for a CPU."""
     on: str
     """Machine and commit, in words."""
-    deadline: float = 0.0
-    """Of the stage, of `time.monotonic()`."""
+    deadline: float
+    """Of `time.monotonic()`."""
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What has been measured, by name: it is not measured again."""
+    cases: list[Any] = field(default_factory=list)
+    """Preprocessed test cases of the hippocampus, once they have been read."""
 
     @property
     def left(self) -> float:
-        """Seconds of the stage."""
+        """Seconds."""
         return self.deadline - time.monotonic()
 
     @staticmethod
-    def attempt(do: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    def attempt(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What it returns, or the error that it raised, in words."""
         try:
             return do()
         except (Exception, SystemExit) as error:  # noqa: BLE001 what goes wrong on a new machine is a result
             return {'error': ' '.join(f'{type(error).__name__}: {error}'.split())[:500]}
 
-    def cell(self, name: str, limit: float, do: Callable[[], dict[str, Any] | None], resumed: bool = False) -> None:
-        """Measure a cell and write its file, unless that is there or fewer than `limit` seconds are left.
+    def cell(self, name: str, limit: float, do: Callable[[], dict[str, Any]]) -> None:
+        """Measure a cell, unless that has been done or hardly any time is left.
 
         Args:
-            name: of the file.
-            limit: seconds after which it is given up.
-            do: gives numbers for the file; None if there is to be none yet.
-            resumed: whether it looks at the time itself, and goes on in a later call where the process was killed.
+            name: of the cell.
+            limit: seconds after which it is given up, if the time of the call is not over sooner.
+            do: gives its numbers.
         """
-        if (self.results / f'{name}.json').is_file():
+        if name in self.cells:
             return
-        if not resumed:
-            if self.left < limit:
-                return print(f'{name}: no time left in this call')
-            self.write(name, {'error': f'the process ended in it (limit: {limit:.0f} s)'})
+        if self.left < 20:
+            return print(f'{name}: no time left in this call')
+        limit = min(limit, self.left + 30)
+        self.write(name, {'error': f'the process ended in it (limit: {limit:.0f} s)'})
         print(f'{name} ...', flush=True)
         start = time.monotonic()
         with at_most(limit):
             result = self.attempt(do)
-        if result is not None:
-            self.write(name, result)
-        print(f'{name}: {time.monotonic() - start:.0f} s {(result or {}).get("error", "")}', flush=True)
+        self.write(name, result)
+        print(f'{name}: {time.monotonic() - start:.0f} s {result.get("error", "")}', flush=True)
         gc.collect()
         if self.device.type == 'cuda':
             self._free()
 
     def write(self, name: str, result: dict[str, Any]) -> None:
-        """The file of a cell."""
-        partial = self.results / f'{name}.partial'
-        partial.write_text(json.dumps({**result, 'on': self.on, 'tiny': self.tiny}))
-        partial.replace(self.results / f'{name}.json')
+        """Keep a cell in the file."""
+        self.cells[name] = {**result, 'on': self.on, 'tiny': self.tiny}
+        partial = self.file.with_suffix('.partial')
+        partial.write_text(json.dumps(self.cells))
+        partial.replace(self.file)
 
     def _free(self) -> None:
         """Give unused memory back. After some errors a process cannot use the GPU any more: it begins anew."""
@@ -113,31 +119,29 @@ class Run:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             print(f'The GPU is lost to this process ({error}): the command starts again after this cell.', flush=True)
-            os.execv(sys.executable, [sys.executable, *sys.argv])
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, DEADLINE: str(self.deadline)})
 
 
 def suite(run: Run) -> None:
-    """The tests that have cuda in their name or parameters; without a GPU they are skipped."""
+    """The CUDA tests; without a GPU those of them that a CPU can run."""
     def do() -> dict[str, Any]:
-        tests, report = HERE.parent / 'tests', run.work / 'tests.xml'
+        report = run.work / 'tests.xml'
         report.unlink(missing_ok=True)
-        files = [tests / 'test_network.py'] if run.tiny else [
-            file for file in sorted(tests.glob('test_*.py')) if 'cuda' in file.read_text() and 'gpu' not in file.stem]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(('PYTEST_', 'nnUNet_'))}
-        ended = subprocess.run([sys.executable, '-m', 'pytest', *map(str, files), '-k', 'cuda', '-p',
-                                'no:cacheprovider', '--continue-on-collection-errors', f'--junitxml={report}'],
-                               cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, timeout=run.left - 5)
-        if not report.is_file():
-            raise RuntimeError(f'pytest ended with {ended.returncode}: {ended.stdout[-300:]}')
-        found: dict[str, list[str]] = {'passed': [], 'failed': [], 'skipped': []}
-        for test in ElementTree.parse(report).iter('testcase'):
+        ended = subprocess.run(  # interrupted, pytest still writes what it has found
+            ['timeout', '-s', 'INT', '-k', '8', f'{min(110, run.left + 20):.0f}', sys.executable, '-m', 'pytest',
+             str(TESTS), '-p', 'no:cacheprovider', f'--junitxml={report}'],
+            cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        found: dict[str, Any] = {'passed': [], 'failed': [], 'skipped': []}
+        for test in ElementTree.parse(report).iterfind('.//testcase[@name]') if report.is_file() else ():
             bad = [child.get('message', '') for child in test if child.tag in ('failure', 'error')]
             name = f'{test.get("classname")}::{test.get("name")}'
             found['failed' if bad else 'skipped' if test.find('skipped') is not None else 'passed'].append(
                 f'{name}: {" ".join(bad[0].split())[:200]}' if bad else name)
+        if ended.returncode not in (0, 1):
+            found['error'] = f'pytest ended with {ended.returncode}: {ended.stdout[-300:]}'
         return found
-    run.cell('tests', run.left - 1, do)
+    run.cell('tests', 120, do)
 
 
 def machine(device: torch.device, commit: str | None) -> str:
@@ -160,53 +164,60 @@ def machine(device: torch.device, commit: str | None) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('-o', required=True, help='results, a few kB each; what is there is not measured again')
-    parser.add_argument('-work', help='data and checkpoints, gigabytes (default: the folder of -o with _work)')
+    parser.add_argument('-o', required=True, help='results, a .json; what is in it is not measured again')
+    parser.add_argument('-work', default=str(Path(tempfile.gettempdir()) / 'pdddpm_gpu'),
+                        help='data and checkpoints, gigabytes (default: %(default)s)')
     parser.add_argument('-data', help='folder of the data sets (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('-scale', default='full', choices=('full', 'tiny'), help='tiny: a dry run, made-up data')
-    parser.add_argument('-minutes', type=float, default=7, help='of each stage (default: %(default)g)')
-    parser.add_argument('-table', help='the page (default: docs/results/gpu.md; of a dry run, gpu.md in -o)')
+    parser.add_argument('-minutes', type=float, default=12, help='of all stages together (default: %(default)g)')
     parser.add_argument('-commit', help='of the checkout, where git cannot say it')
-    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES))
+    parser.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES),
+                        help='page: the name of -o with .md')
     return parser.parse_args(arguments)
 
 
-def prepared(args: argparse.Namespace) -> Run:
+def prepared(args: argparse.Namespace, file: Path) -> Run:
     """Environment and folders of a call that measures."""
     device = torch.device(args.device)
     if device.type == 'cuda' and not torch.cuda.is_available():
         sys.exit('torch finds no GPU: run it where there is one, or dry with -device cpu -scale tiny.')
     os.environ['BENCHMARK_DEVICE'] = args.device
-    results = Path(args.o).resolve()
-    run = Run(results, Path(args.work).resolve() if args.work else results.with_name(f'{results.name}_work'),
-              args.data, device, args.scale == 'tiny', machine(device, args.commit))
-    run.results.mkdir(parents=True, exist_ok=True)
-    run.work.mkdir(parents=True, exist_ok=True)
+    deadline = float(os.environ.get(DEADLINE, time.monotonic() + 60 * args.minutes))
+    run = Run(file, Path(args.work).resolve(), args.data, device, args.scale == 'tiny',
+              machine(device, args.commit), deadline, json.loads(file.read_text()) if file.is_file() else {})
     if device.type == 'cuda':  # as nnU-Net's commands
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True
-    from hippocampus import nnunet_environment
+    from hippocampus import DATASET, nnunet_environment
+    if 'hippocampus' in args.stages and 'prepare' not in args.stages and not (
+            run.work / 'nnUNet_preprocessed' / DATASET / 'splits_final.json').is_file():
+        sys.exit(f'{run.work} holds no prepared {DATASET}: name another folder with -work, or add the stage prepare.')
     os.environ.update(nnunet_environment(run.work), nnUNet_compile='false')
     if run.tiny:
         os.environ['nnUNet_n_proc_DA'] = '0'
     sys.path.append(str(HERE / 'trainers'))
+    from nnunet_pdddpm.commands.check import look_up
+    if problem := look_up('PDDDPMTrainer'):
+        sys.exit(problem)
+    run.file.parent.mkdir(parents=True, exist_ok=True)
+    run.work.mkdir(parents=True, exist_ok=True)
     return run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    file = Path(args.o).resolve()
     if measured := [stage for stage in STAGES[:-1] if stage in args.stages]:
-        run = prepared(args)
+        run = prepared(args, file)
         import gpu_stages
         for stage in measured:
-            run.deadline = time.monotonic() + 60 * args.minutes
-            {'tests': suite, 'speed': gpu_stages.speed, 'iterations': gpu_stages.iterations,
-             'hippocampus': gpu_stages.hippocampus}[stage](run)
+            with at_most(run.left) if stage == 'prepare' else nullcontext():  # the others look at the time
+                {'prepare': gpu_stages.prepare, 'tests': suite, 'speed': gpu_stages.speed,
+                 'hippocampus': gpu_stages.hippocampus}[stage](run)
     if 'page' in args.stages:
         from gpu_table import write_table
-        default = Path(args.o) / 'gpu.md' if args.scale == 'tiny' else HERE.parent / 'docs' / 'results' / 'gpu.md'
-        write_table(Path(args.o), Path(args.table) if args.table else default)
+        write_table(file)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
 """The stages of `gpu.py` that measure: prediction, iterations of training, trainings on the hippocampus."""
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
-import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hippocampus as benchmark
 import torch
 from benchmark_trainers import ShortCPUTraining
-from gpu_trainers import (
-    OutOfTime,
-    PDDDPMTrainerGPU,
-    PDDDPMTrainerGPUSecond,
-    nnUNetTrainerGPU,
-    nnUNetTrainerGPULonger,
-)
+from gpu_trainers import PDDDPMTrainerGPU, PDDDPMTrainerGPUSecond, nnUNetTrainerGPU, nnUNetTrainerGPULonger
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -56,11 +50,11 @@ class Size(NamedTuple):
     compiled_limit: float
     """Seconds after which a cell is given up."""
     epochs: int
-    """That a training is cut into: it can stop after each."""
+    """Of a training."""
     most_iterations: int
 
 
-FULL = Size((2, 25, 117), (128,) * 3, (192,) * 3, (32, 64, 128, 256, 320, 320), 2, 5, 60, 90, 10, 10 ** 6)
+FULL = Size((25, 117, 2), (128,) * 3, (192,) * 3, (32, 64, 128, 256, 320, 320), 2, 5, 60, 90, 10, 10 ** 6)
 TINY = Size((2, 3), (8, 16, 8), (8, 16, 8), (4, 8, 8), 2, 0, 300, 300, 2, 4)
 
 
@@ -108,8 +102,13 @@ def networks(size: Size, classes: int, compiled: bool) -> tuple[Refiner, dict[st
     weights = refiner.state_dict()
     if compiled:
         for network in (refiner.presegmenter, refiner.denoiser):
-            network.compile(**({'backend': 'eager'} if size == TINY else {}))  # a dry run needs no compiler
+            network.compile(**compiler(size))
     return refiner, weights
+
+
+def compiler(size: Size) -> dict[str, Any]:
+    """Of torch.compile: a dry run needs none."""
+    return {'backend': 'eager'} if size == TINY else {}
 
 
 def opened(run: Run, classes: int, kind: type, network: Any, weights: dict[str, Tensor]) -> Any:
@@ -122,10 +121,13 @@ def opened(run: Run, classes: int, kind: type, network: Any, weights: dict[str, 
 
 
 def stock(run: Run, classes: int, compiled: bool) -> Callable[[Tensor], Any]:
-    """What `nnUNetv2_predict` does with the stock model."""
+    """What `nnUNetv2_predict` does with the stock model, whose weights are not frozen: autocast converts them once."""
     refiner, weights = networks(size_of(run), classes, compiled)
+    network = copy.deepcopy(refiner.presegmenter).requires_grad_()
+    if compiled:
+        network.compile(**compiler(size_of(run)))
     prefix = 'presegmenter.'
-    return opened(run, classes, nnUNetPredictor, refiner.presegmenter,
+    return opened(run, classes, nnUNetPredictor, network,
                   {name[len(prefix):]: of for name, of in weights.items() if name.startswith(prefix)}
                   ).predict_logits_from_preprocessed_data
 
@@ -148,7 +150,7 @@ def samples(run: Run, classes: int, compiled: bool, **settings: Any) -> Callable
 
 
 WAYS: dict[str, Callable[[Run, int, bool], Callable[[Tensor], Any]]] = {
-    'stock': stock, 'plain': plain, 'samples': samples,
+    'samples': samples, 'stock': stock, 'plain': plain,
     'of_samples': lambda run, classes, compiled: samples(run, classes, compiled, **OF_SAMPLES)}
 
 
@@ -189,22 +191,27 @@ def profiled(run: Run, do: Callable[[], Any]) -> dict[str, Any]:
 
 
 def speed(run: Run) -> None:
-    """A cell for each number of classes and way to predict a volume of noise, as it is and compiled."""
+    """Prediction and iterations of training, as they are; then compiled, which takes most of the time."""
+    for compiled in (False, True):
+        prediction(run, compiled)
+        iterations(run, compiled)
+
+
+def prediction(run: Run, compiled: bool) -> None:
+    """A cell for each number of classes and way to predict a volume of noise."""
     size = size_of(run)
 
-    def measure(classes: int, compiled: bool, way: str) -> dict[str, Any]:
+    def measure(classes: int, way: str) -> dict[str, Any]:
         predict = WAYS[way](run, classes, compiled)
         volume = torch.randn((1, *size.volume), generator=torch.Generator().manual_seed(0))
         result = repeated(run, lambda: predict(volume), 5)
         patch = volume[(slice(None), *(slice(n) for n in size.patch))]
         predict(patch)
-        return {**result, **(run.attempt(lambda: profiled(run, lambda: predict(patch))) or {})}
-    for compiled in (False, True):
-        for classes in size.classes[:1] if run.tiny and compiled else size.classes:
-            for way in WAYS:
-                run.cell(f'speed_{classes:03d}_{"compiled" if compiled else "eager"}_{way}',
-                         size.compiled_limit if compiled else size.eager_limit,
-                         lambda c=classes, k=compiled, w=way: measure(c, k, w))
+        return {**result, **run.attempt(lambda: profiled(run, lambda: predict(patch)))}
+    for classes in size.classes[:1] if run.tiny and compiled else size.classes:
+        for way in WAYS:
+            run.cell(f'speed_{classes:03d}_{"compiled" if compiled else "eager"}_{way}',
+                     size.compiled_limit if compiled else size.eager_limit, lambda c=classes, w=way: measure(c, w))
     networks.cache_clear()
 
 
@@ -237,12 +244,12 @@ def synthetic_batch(trainer: Any, classes: int) -> dict[str, Any]:
     return {'data': torch.randn(labels.shape), 'target': targets, 'keys': ['synthetic'] * trainer.batch_size}
 
 
-def iterations(run: Run) -> None:
+def iterations(run: Run, compiled: bool) -> None:
     """A cell for each number of classes and trainer: seconds of a training step and memory, without data loading."""
     size, kinds = size_of(run), {'stock': nnUNetTrainer, 'PDDDPM': PDDDPMTrainer}
     os.environ[PRESEGMENTER_VARIABLE] = nnUNetTrainer.__name__
 
-    def measure(classes: int, compiled: bool, kind: type) -> dict[str, Any]:
+    def measure(classes: int, kind: type) -> dict[str, Any]:
         trainer = bare_trainer(run, kind, classes, compiled)
         torch._dynamo.reset()
         batch = synthetic_batch(trainer, classes)
@@ -250,54 +257,29 @@ def iterations(run: Run) -> None:
         warm = 1 if run.tiny else 4
         first = sum(timed(run.device, lambda: trainer.train_step(batch)) for _ in range(warm))
         return {**repeated(run, lambda: trainer.train_step(batch), 30), 'first': round(first, 2)}
-    for compiled in (False, True):
-        for classes in size.classes:
-            for name, kind in kinds.items():
-                run.cell(f'iterations_{classes:03d}_{"compiled" if compiled else "eager"}_{name}',
-                         size.compiled_limit if compiled else size.eager_limit,
-                         lambda c=classes, k=compiled, t=kind: measure(c, k, t))
+    for classes in size.classes:
+        for name, kind in kinds.items():
+            run.cell(f'iterations_{classes:03d}_{"compiled" if compiled else "eager"}_{name}',
+                     size.compiled_limit if compiled else size.eager_limit, lambda c=classes, t=kind: measure(c, t))
     os.environ['nnUNet_compile'] = 'false'
 
 
 # hippocampus ---------------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, tuple[type[ShortCPUTraining], dict[str, Any]]] = {
-    'stock': (nnUNetTrainerGPU, {}), 'longer': (nnUNetTrainerGPULonger, {}),
-    'second': (PDDDPMTrainerGPUSecond, {'samples': 1}), 'blind': (PDDDPMTrainerGPU, {}),
-    'samples': (PDDDPMTrainerGPU, OF_SAMPLES)}
+    'stock': (nnUNetTrainerGPU, {}), 'blind': (PDDDPMTrainerGPU, {}), 'samples': (PDDDPMTrainerGPU, OF_SAMPLES),
+    'longer': (nnUNetTrainerGPULonger, {}), 'second': (PDDDPMTrainerGPUSecond, {'samples': 1})}
 
 
 def hippocampus(run: Run) -> None:
-    """Prepare, train stock, then control, second network and PDDDPM equally long, and score each: a cell a row.
-
-    A training that finds no time goes on in the next call, if the work folder is still there. If it is not, all begins
-    anew, under a new name, unless every row is there.
-    """
-    trainings = [file.stem.split('_')[1] for file in run.results.glob('hippocampus_*_stock.json')]
-    if any(all((run.results / f'hippocampus_{of}_{row}.json').is_file() for row in ROWS) for of in trainings):
-        return
-    (run.results / 'hippocampus.json').unlink(missing_ok=True)
-    if error := run.attempt(lambda: train_and_score(run)):
-        run.write('hippocampus', error)
-
-
-def train_and_score(run: Run) -> None:
-    """Every row that is missing, as far as the time allows."""
+    """Train stock, then PDDDPM, control and second network equally long, and score each: a cell a row."""
     os.environ[PRESEGMENTER_VARIABLE] = nnUNetTrainerGPU.__name__
-    prepare(run)
-    file = run.work / 'plan.json'
-    plan = json.loads(file.read_text()) if file.is_file() else {'training': uuid.uuid4().hex[:6]}
     for row, (kind, settings) in ROWS.items():
-        what = 'stock' if row == 'stock' else 'further'
-        if what not in plan:
-            plan[what] = planned_iterations(run, what)
-            file.write_text(json.dumps(plan))
-        name = f'hippocampus_{plan["training"]}_{row}'
-        if run.left > 0:
-            run.cell(name, run.left + 90, lambda k=kind, s=settings, n=plan[what]: trained_and_scored(run, k, s, n),
-                     resumed=True)
-        if not (run.results / f'{name}.json').is_file():
-            return print('The time is over: run the command again, it goes on here.')
+        plan = f'plan_{"stock" if row == "stock" else "further"}'
+        run.cell(plan, 60, lambda r=row: planned(run, r))
+        if 'iterations' in run.cells.get(plan, {}):
+            run.cell(f'hippocampus_{row}', run.left + 30, lambda k=kind, s=settings, n=run.cells[plan]['iterations']:
+                     trained_and_scored(run, k, s, n))
 
 
 def prepare(run: Run) -> None:
@@ -318,28 +300,23 @@ def make_trainer(run: Run, kind: type[ShortCPUTraining], iterations: int) -> Any
     """A trainer of the fold, for so many iterations."""
     folder = run.work / 'nnUNet_preprocessed' / benchmark.DATASET
     plans, description = (json.loads((folder / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
-    resumed = (benchmark.fold_folder(run.work, kind.__name__, 0) / 'checkpoint_latest.pth').is_file()
-    trainer: Any = kind({**plans, 'continue_training': resumed}, CONFIGURATION, 0, description, run.device)
-    trainer.num_epochs, trainer.deadline = size_of(run).epochs, run.deadline
+    trainer: Any = kind({**plans, 'continue_training': False}, CONFIGURATION, 0, description, run.device)
+    trainer.num_epochs = size_of(run).epochs
     trainer.num_iterations_per_epoch = max(1, iterations // trainer.num_epochs)
     return trainer
 
 
-def finish(trainer: Any) -> None:
-    """End the processes that load data."""
-    for loader in (trainer.dataloader_train, trainer.dataloader_val):
-        if hasattr(loader, '_finish'):
-            loader._finish()
-
-
-def planned_iterations(run: Run, what: str) -> int:
-    """Of the stock model, which may take a third of the stage; or of each of the other three, in what is left then."""
-    kinds = (nnUNetTrainerGPU,) if what == 'stock' else (nnUNetTrainerGPU, PDDDPMTrainerGPU, PDDDPMTrainerGPU)
-    seconds = {kind: seconds_an_iteration(run, kind) for kind in set(kinds)}
-    share = 0.3 if what == 'stock' else 0.65  # predictions, and the beginnings and ends of trainings, take the rest
-    iterations = int(share * max(run.left, 0) / sum(seconds[kind] for kind in kinds))
-    epochs = size_of(run).epochs
-    return max(1, min(iterations, size_of(run).most_iterations) // epochs) * epochs
+def planned(run: Run, row: str) -> dict[str, Any]:
+    """Iterations of the stock model, which may take 30 % of the time; or of each of the other three, in what is left
+    then. Predictions, and the beginnings and ends of trainings, take the rest."""
+    if row == 'stock':
+        share, of_each = 0.3, seconds_an_iteration(run, nnUNetTrainerGPU)
+        of_all = of_each
+    else:
+        share, of_each = 0.65, seconds_an_iteration(run, PDDDPMTrainerGPU)
+        of_all = run.cells['plan_stock']['an_iteration'] + 2 * of_each
+    epochs, most = size_of(run).epochs, size_of(run).most_iterations
+    return {'an_iteration': of_each, 'iterations': max(1, min(int(share * run.left / of_all), most) // epochs) * epochs}
 
 
 def seconds_an_iteration(run: Run, kind: type[ShortCPUTraining]) -> float:
@@ -355,22 +332,17 @@ def seconds_an_iteration(run: Run, kind: type[ShortCPUTraining]) -> float:
         seconds = [timed(run.device, iteration) for _ in range(2 if run.tiny else 40)]
         return statistics.mean(seconds[len(seconds) // 4:])
     finally:
-        finish(trainer)
+        for loader in (trainer.dataloader_train, trainer.dataloader_val):  # end the processes that load data
+            if hasattr(loader, '_finish'):
+                loader._finish()
 
 
 def trained_and_scored(run: Run, kind: type[ShortCPUTraining], settings: dict[str, Any], iterations: int
-                       ) -> dict[str, Any] | None:
-    """Train it to its end, unless that is done, and score the test cases; None if the time does not allow it."""
+                       ) -> dict[str, Any]:
+    """Train it to its end, unless that is done, and score the test cases."""
     final = benchmark.fold_folder(run.work, kind.__name__, 0) / 'checkpoint_final.pth'
     if not final.is_file():
-        trainer = make_trainer(run, kind, iterations)
-        if (latest := final.with_name('checkpoint_latest.pth')).is_file():
-            trainer.load_checkpoint(str(latest))
-        try:
-            trainer.run_training()
-        except OutOfTime as stopped:
-            finish(trainer)
-            return print(stopped)
+        make_trainer(run, kind, iterations).run_training()
     return {'iterations': iterations, 'checkpoint_MB': round(final.stat().st_size / 1e6, 1),
             **scored(run, kind, settings)}
 
@@ -384,7 +356,8 @@ def scored(run: Run, kind: type[ShortCPUTraining], settings: dict[str, Any]) -> 
                            nnUNetPredictor(**kwargs), run.work, kind.__name__, (0,))
     result: dict[str, list[float]] = {'dice': [], 'nll': [], 'seconds': []}
     predicted: list[Tensor] = []
-    for _, image, truth in cases(predictor, run.work, 'Ts', names_of(run.work, None)):
+    run.cases = run.cases or cases(predictor, run.work, 'Ts', names_of(run.work, None))
+    for _, image, truth in run.cases:
         seconds = timed(run.device, lambda image=image: predicted.append(
             predictor.predict_logits_from_preprocessed_data(image)))
         of_case = {**score(truth, predicted.pop().float()), 'seconds': seconds}

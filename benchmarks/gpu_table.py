@@ -1,4 +1,4 @@
-"""docs/results/gpu.md, from the files that `gpu.py` has written so far. Needs no GPU."""
+"""The page of what `gpu.py` has measured so far. Needs no GPU."""
 from __future__ import annotations
 
 import json
@@ -46,13 +46,8 @@ def tops(cells: Cells) -> list[str]:
             for name, cell in cells.items() if cell.get('top')]
 
 
-def trainings(cells: Cells) -> list[str]:
-    """Rows of the training of which most is known."""
-    of: dict[str, Cells] = {}
-    for name, cell in cells.items():
-        training, _, row = name.partition('_')
-        of.setdefault(training, {})[row] = cell
-    rows = max(of.values(), key=len, default={})
+def trainings(rows: Cells) -> list[str]:
+    """A row for each training that is scored."""
     control = rows.get('longer')
     lines = []
     for row, title in ROWS.items():
@@ -67,24 +62,23 @@ def trainings(cells: Cells) -> list[str]:
 
 def tests(cell: dict[str, Any] | None) -> str:
     """What became of the suite's CUDA tests."""
-    if cell is None or 'error' in cell:
+    if cell is None or 'passed' not in cell:
         return 'Not run.'
     failed = ''.join(f'\n- failed: {name}' for name in cell['failed'])
     return f'{len(cell["passed"])} passed, {len(cell["failed"])} failed, {len(cell["skipped"])} skipped.{failed}'
 
 
-def write_table(results: Path, file: Path) -> None:
-    """The page, of what is there."""
-    cells: Cells = {of.stem: json.loads(of.read_text()) for of in sorted(results.glob('*.json'))}
-    if not cells:
-        raise SystemExit(f'{results} holds no results: run gpu.py -o {results} on a GPU first.')
+def write_table(results: Path) -> None:
+    """The page, beside the results."""
+    if not results.is_file():
+        raise SystemExit(f'{results} is not there: run gpu.py -o {results} on a GPU first.')
+    cells: Cells = dict(sorted(json.loads(results.read_text()).items()))
     errors = [f'- {name}: {cell["error"]}' for name, cell in cells.items() if 'error' in cell]
     dry = any(cell['tiny'] for cell in cells.values())
     speed, iterations = of_stage(cells, 'speed'), of_stage(cells, 'iterations')
     nothing = ['Not measured yet.']
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text('\n'.join([
-        '# On a GPU', '', '    .venv/bin/python benchmarks/gpu.py -o RESULTS -data FOLDER', '',
+    results.with_suffix('.md').write_text('\n'.join([
+        '# On a GPU', '', '    .venv/bin/python benchmarks/gpu.py -o gpu.json -data FOLDER', '',
         *(f'Measured on: {on}.' for on in sorted({cell['on'] for cell in cells.values()})),
         *(['', '**A dry run: tiny networks, made-up data. No number here means anything.**'] if dry else []), '',
         "## The suite's CUDA tests", '', tests(cells.get('tests')), '',

@@ -48,7 +48,7 @@ def nnunet_environment(work: Path) -> dict[str, str]:
     return {**kept, 'nnUNet_raw': str(work / 'nnUNet_raw'), 'nnUNet_results': str(work / 'nnUNet_results'),
             'nnUNet_preprocessed': str(work / 'nnUNet_preprocessed'),
             'nnUNet_extTrainer': os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')]),
-            **({} if FULL else {'nnUNet_n_proc_DA': '1'}), 'nnUNet_def_n_proc': '2',
+            **({} if FULL else {'nnUNet_n_proc_DA': '1'}), 'nnUNet_def_n_proc': str(os.cpu_count()),
             'nnUNet_pdddpm_presegmenter': STOCK_TRAINER}
 
 
@@ -83,7 +83,7 @@ def prepare(work: Path, data: Path, configuration: str = CONFIGURATION, batch_si
     description['numTraining'] = len(development)
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
 
-    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', configuration, '-np', '2',
+    call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', configuration, '-np', str(os.cpu_count()),
          '--verify_dataset_integrity')
     if not FULL:
         plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
