@@ -40,6 +40,7 @@ TITLES = {
     'stock': 'stock', 'stock T': 'the same with one temperature', 'longer': 'control: stock trained longer',
     'longer T': 'the same with one temperature', 'second': 'second network, cross-entropy alone',
     'blind': 'PDDDPM, blind mask', 'blind T': 'PDDDPM, blind mask with one temperature',
+    'noise': 'PDDDPM, mean of 8 samples (start 1, 1 step)',
     'samples': 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)',
     'samples mirrored': 'the same, from a mirrored pre-segmentation', 'tuned': 'PDDDPM as tuned',
     'ensemble': 'stock, ensemble of the 3 folds', 'ensemble tuned': 'PDDDPM as tuned, ensemble of the 3 folds'}
@@ -83,7 +84,7 @@ def measure(work: Path) -> None:
         measure_plain(work, STOCK_TRAINER, (fold,), {'stock': False, 'stock T': True})
         measure_plain(work, CONTROL_TRAINER, (fold,), {'longer': False, 'longer T': True})
         measure_refined(work, SECOND_TRAINER, (fold,), ('second',))
-        measure_refined(work, PDDDPM_TRAINER, (fold,), ('blind', 'samples', 'samples mirrored', 'tuned'))
+        measure_refined(work, PDDDPM_TRAINER, (fold,), ('blind', 'noise', 'samples', 'samples mirrored', 'tuned'))
     every = tuple(range(NUM_FOLDS))
     measure_plain(work, STOCK_TRAINER, every, {'ensemble': False})
     measure_refined(work, PDDDPM_TRAINER, every, ('ensemble tuned',))
@@ -125,7 +126,7 @@ def measure_refined(work: Path, trainer: str, folds: tuple[int, ...], rows: tupl
     blind = {'mask_stock': 0.0, 'mask_blind': 1.0}
     changes: dict[str, dict[str, Any]] = {
         'second': {**blind, 'blind_temperature': 1.0}, 'blind': {**blind, 'blind_temperature': 1.0},
-        'samples': samples, 'samples mirrored': samples}
+        'samples': samples, 'samples mirrored': samples, 'noise': {**samples, 'start': 1.0, 'steps': 1}}
     for row in (row for row in rows if not file_of(work, row, folds).is_file()):
         predictor = open_model(lambda row=row, **kwargs: VolumePredictor(overrides=changes.get(row), **kwargs), work,
                                trainer, folds)
