@@ -357,6 +357,17 @@ def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(predictio
     assert 'Not in the report: poor (' in said and why in said
 
 
+@pytest.mark.parametrize('content', [b'', b'{"cases": [', b'\xff\xfe'])
+@pytest.mark.parametrize('name', ['pdddpm_summary.json', 'dataset.json', 'plans.json'])
+def test_a_file_that_is_empty_or_torn_after_a_loss_of_power_is_named(prediction, tmp_path, name, content):
+    folder = tmp_path / 'out'
+    shutil.copytree(prediction[0], folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match='is empty or damaged; predict again') as error:
+        write_report(folder, prediction[1])
+    assert str(folder / name) in str(error.value) and 'Expecting' not in str(error.value)
+
+
 def test_cases_that_are_not_there_yet_or_failed_are_named_once(prediction, tmp_path, capsys):
     folder, images = tmp_path / 'out', prediction[1]
     shutil.copytree(prediction[0], folder)

@@ -249,9 +249,11 @@ def _reader(dataset: dict[str, Any], example: Path) -> BaseReaderWriter:
 def _read_json(file: Path, flag: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise EvaluationError(f'{file} cannot be read ({_in_one_line(error)}): name the one of the model with {flag}.'
                               ) from error
+    except ValueError:
+        raise EvaluationError(f'{file} is empty or damaged: name the one of the model with {flag}.') from None
     if not isinstance(content, dict):
         raise EvaluationError(f'{file} is not a {file.stem} of nnU-Net: name the one of the model with {flag}.')
     return content
@@ -262,7 +264,9 @@ def _read_summary(file: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         return {str(entry['case']): entry for entry in json.loads(file.read_text())['cases']}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValueError:
+        raise EvaluationError(f'{file} is empty or damaged: predict again, or take it away.') from None
+    except (OSError, KeyError, TypeError) as error:
         raise EvaluationError(f'{file} is not what nnUNetv2_pdddpm_predict writes ({type(error).__name__}: '
                               f'{_in_one_line(error)}): predict again, or take it away.') from error
 

@@ -26,10 +26,11 @@ class Bin:
 
 def read_json(file: Path) -> Any:
     """The file's content, or a ValueError that names it."""
+    existing(file)
     try:
-        return json.loads(existing(file).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{file} is no valid JSON ({error}); predict again with --report') from None
+        return json.loads(file.read_text(encoding='utf-8'))
+    except ValueError:
+        raise ValueError(f'{file} is no valid JSON: it is empty or damaged; predict again with --report') from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
