@@ -368,8 +368,9 @@ def test_what_is_known_of_a_mask_is_not_used_for_another_one(data):
                                             if key not in ('aurc', 'auroc')}  # calibration is that of the probabilities
         assert case['labels']['organ']['crps_volume_ml'] == earlier['labels']['organ']['crps_volume_ml']
     assert results['cases'][0]['dice'] == 1
-    line, = (line for line in results['not_computed'] if 'the mask that is there' in line)
-    assert 'of case_0, case_1, case_2, case_3, case_4: ' in line
+    untold, another = (line for line in results['not_computed'] if 'the mask that is there' in line)
+    assert 'of case_0, case_1, case_3, case_4: the mask that is there is not the one that pdddpm_summary' in another
+    assert 'of case_2: the mask that is there cannot be told from another one: it is of a version of' in untold
 
 
 def test_a_corrected_mask_leaves_the_others_their_estimates(data):
