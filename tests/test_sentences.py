@@ -15,7 +15,7 @@ from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
 from nnunet_pdddpm.inference.case import CaseUnderWay, OutputInUse
-from nnunet_pdddpm.network.settings import RANGES
+from nnunet_pdddpm.network.settings import CHOICES, RANGES
 
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
                'labels': {'background': 0, 'cell': 1}}
@@ -172,6 +172,11 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
             assert action.help
             continue
         assert 'default' in (action.help or ''), action.dest
+        if action.container.title == 'sampling':
+            has_variable = action.dest in RANGES or action.dest in CHOICES
+            assert ('no variable' in action.help) != has_variable, action.dest
+    for name in {*RANGES, *CHOICES} - {action.dest for action in parser._actions}:
+        assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
         if action.type in (int, float) and action.dest not in ('npp', 'nps'):
             assert any(word in action.help for word in (' to ', 'above', 'from')), action.dest
         if action.dest in RANGES:
