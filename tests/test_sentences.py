@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
@@ -148,6 +149,25 @@ def test_an_id_of_no_or_of_two_data_sets_is_refused_with_their_names(tmp_path, m
         (tmp_path / 'nnUNet_raw' / name).mkdir()
     assert refused(command, arguments) == (f'Error: 2 data sets have the id 731 (Dataset731_One, Dataset731_Other): '
                                            f'name one of them in {flag}, or {rest}')
+
+
+def test_a_model_that_cannot_be_tuned_is_refused_without_flags_that_tuning_has_not(root, monkeypatch):
+    results = root / 'results'
+    model = results / 'Dataset730_Formats' / 'PDDDPMTrainer__nnUNetPlans__3d_fullres'
+    model.parent.mkdir(parents=True)
+    (root / 'model').rename(model)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    file = model / 'fold_0' / 'checkpoint_final.pth'
+    checkpoint = torch.load(file, weights_only=False)
+    weights = checkpoint['network_weights']
+    weights[next(name for name in weights if name.startswith('denoiser.'))].fill_(np.nan)
+    torch.save(checkpoint, file)
+    arguments = ['Dataset730_Formats', '3d_fullres', '0', '-device', 'cpu']
+    assert 'NaN or infinite weights' in (said := refused(tune.main, arguments))
+    assert said.endswith('(nnUNetv2_pdddpm_predict -chk checkpoint_best.pth).')
+    (model / 'plans.json').unlink()
+    assert refused(tune.main, arguments).endswith(
+        'or correct the data set, configuration, trainer and plans that name it.')
 
 
 # help
