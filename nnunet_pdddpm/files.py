@@ -13,6 +13,8 @@ from typing import Any
 
 NEARLY_FULL = 1 << 16
 """Free bytes below which a failed writing is put down to a full disk."""
+UNTOLD = 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
+"""What is wrong with a mask whose row has no `identity` of it."""
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def damage(file: Path) -> str:
         return _damage_of_nifti(file)
     cut = {'.gipl': _gipl_is_cut, '.tif': _tif_is_cut, '.tiff': _tif_is_cut}.get(file.suffix)
     try:
-        return 'is truncated' if cut is not None and cut(file) else ''
+        return 'is truncated or damaged' if cut is not None and cut(file) else ''
     except OSError as error:
         return f'cannot be read ({error.strerror or error})'
     except struct.error:
@@ -122,7 +122,8 @@ def _gipl_is_cut(file: Path) -> bool:
 
 
 def _tif_is_cut(file: Path) -> bool:
-    """Whether a page of a .tif lies beyond the file's end; tifffile gives the pages before it. False if it is none."""
+    """Whether a page of a .tif lies beyond the file's end, or is one before it: tifffile gives the pages up to there.
+    False if it is no .tif."""
     size = file.stat().st_size
     with file.open('rb') as stream:
         start = stream.read(16)
@@ -131,7 +132,9 @@ def _tif_is_cut(file: Path) -> bool:
         order, big = ('<' if start[:2] == b'II' else '>'), 43 in start[2:4]
         number, entry, link = ('Q', 20, 'Q') if big else ('H', 12, 'I')
         offset, = struct.unpack(order + link, start[8:16] if big else start[4:8])
-        while 0 < offset < size:
+        seen: set[int] = set()
+        while 0 < offset < size and offset not in seen:
+            seen.add(offset)
             stream.seek(offset)
             entries, = struct.unpack(order + number, stream.read(struct.calcsize(number)))
             stream.seek(entries * entry, 1)

@@ -368,8 +368,9 @@ def test_what_is_known_of_a_mask_is_not_used_for_another_one(data):
                                             if key not in ('aurc', 'auroc')}  # calibration is that of the probabilities
         assert case['labels']['organ']['crps_volume_ml'] == earlier['labels']['organ']['crps_volume_ml']
     assert results['cases'][0]['dice'] == 1
-    line, = (line for line in results['not_computed'] if 'the mask that is there' in line)
-    assert 'of case_0, case_1, case_2, case_3, case_4: ' in line
+    untold, another = (line for line in results['not_computed'] if 'the mask that is there' in line)
+    assert 'of case_0, case_1, case_3, case_4: the mask that is there is not the one that pdddpm_summary' in another
+    assert 'of case_2: the mask that is there cannot be told from another one: it is of a version of' in untold
 
 
 def test_a_corrected_mask_leaves_the_others_their_estimates(data):
@@ -671,9 +672,12 @@ def rater_of_another_case(data: Data) -> None:
     (npz(np.zeros((4, *SHAPE))), ['(4, 14, 18, 16)', 'need (3, 14, 18, 16)', 'predict the case again']),
     (npz(np.full((3, *SHAPE), 1.5)), ['pred/case_0.npz has values outside of 0 to 1']),
     (npz(np.full((3, *SHAPE), np.nan)), ['pred/case_0.npz has values outside of 0 to 1']),
-    (damaged('pdddpm_summary.json'), ['pdddpm_summary.json is not what nnUNetv2_pdddpm_predict writes']),
-    (damaged('dataset.json'), ['pred/dataset.json cannot be read', '-djfile']),
-    (damaged('plans.json'), ['pred/plans.json cannot be read', '-pfile']),
+    (damaged('pdddpm_summary.json'), ['pred/pdddpm_summary.json is empty or damaged: predict again']),
+    (lambda data: (data.pred / 'pdddpm_summary.json').write_text(''), ['pdddpm_summary.json is empty or damaged']),
+    (lambda data: (data.pred / 'pdddpm_summary.json').write_text('{}'), [
+        'pdddpm_summary.json is not what nnUNetv2_pdddpm_predict writes']),
+    (damaged('dataset.json'), ['pred/dataset.json is empty or damaged', '-djfile']),
+    (damaged('plans.json'), ['pred/plans.json is empty or damaged', '-pfile']),
     (lambda data: (data.pred / 'dataset.json').write_text('{}'), ['do not fit together', '-djfile']),
     (lambda data: (data.pred / 'dataset.json').write_text('[]'), ['not a dataset of nnU-Net', '-djfile']),
     (lambda data: data.describe(LABELS, file_ending='.nrrd'), ['have no *.nrrd files of the same name']),

@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from skimage import io
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import evaluate
 from nnunet_pdddpm.commands import predict as command
+from nnunet_pdddpm.image_files import damage
 
 LABELS = {'background': 0, 'cell': 1, 'nucleus': 2}
 REGIONS = {'labels': {'background': 0, 'whole': [1, 2], 'nucleus': [2]}, 'regions_class_order': [1, 2]}
@@ -232,3 +235,20 @@ def test_pictures_that_are_all_grey_are_refused_at_the_start_and_a_damaged_one_i
         setting.kind.files(setting.images, case)[0].write_bytes(b'')
     with pytest.raises(SystemExit, match=r'2 of 2 cases could not be predicted, .*a_0000.png cannot be read'):
         setting.predict('out')
+
+
+@pytest.mark.parametrize('bigtiff', [False, True])
+def test_a_tif_whose_pages_lead_back_to_an_earlier_one_is_damaged_and_does_not_go_round_for_ever(tmp_path, bigtiff):
+    file = tmp_path / 'a_0000.tif'
+    with tifffile.TiffWriter(file, bigtiff=bigtiff) as writer:
+        for _ in range(3):
+            writer.write(np.zeros((4, 5), np.uint8), contiguous=False)
+    assert damage(file) == ''
+    with tifffile.TiffFile(file) as pages:
+        first, last = pages.pages[0].offset, pages.pages[2].offset
+    number, entry, link = ('<Q', 20, '<Q') if bigtiff else ('<H', 12, '<I')
+    content = bytearray(file.read_bytes())
+    entries, = struct.unpack_from(number, content, last)
+    struct.pack_into(link, content, last + struct.calcsize(number) + entry * entries, first)
+    file.write_bytes(content)
+    assert damage(file) == 'is truncated or damaged'

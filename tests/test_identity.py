@@ -193,12 +193,21 @@ def of_an_earlier_version(output: Path) -> None:
     (by_hand, 'was changed or replaced after'), (exchanged, 'was changed or replaced after'),
     (by_stock_nnunet, 'was not written by nnUNetv2_pdddpm_predict'),
     (of_an_earlier_version, 'did not note its checksum')])
-def test_another_mask_is_neither_taken_for_done_nor_overwritten_by_continuing(source, out, change, why):
+def test_another_mask_is_neither_taken_for_done_nor_overwritten_by_continuing(source, predicted, out, change, why,
+                                                                               capsys):
     change(out)
-    before = content(out)
-    said = refusal(go_on, source, out)
-    assert f'{out / A}.nii.gz ' in said and why in said and 'Move it elsewhere' in said
-    assert content(out) == before
+    mine = (out / f'{A}.nii.gz').read_bytes()
+    others = [A, B] if change is exchanged else [A]
+    if B not in others:
+        (out / f'{B}.nii.gz').unlink()
+    go_on(source, out)
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'masks stay as they are' in line]
+    assert line.startswith(f'{len(others)} masks') and why in line
+    assert all(f'{out / case}.nii.gz ' in line for case in others)
+    assert (out / f'{A}.nii.gz').read_bytes() == mine
+    assert cases(out) == [case for case in (A, B) if case not in others]
+    if B not in others:  # no other case waits for it
+        assert (out / f'{B}.nii.gz').read_bytes() == (predicted / f'{B}.nii.gz').read_bytes()
 
 
 def test_without_continuing_another_mask_is_overwritten_and_that_is_said_beforehand(source, predicted, out, capsys):

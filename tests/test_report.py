@@ -337,6 +337,14 @@ def corrected(folder: Path) -> None:
     write_image(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / 'poor.nii.gz'))) * 0, folder / 'poor.nii.gz')
 
 
+def of_an_earlier_version(folder: Path) -> None:
+    summary = json.loads((folder / 'pdddpm_summary.json').read_text())
+    for row in summary['cases']:
+        if row['case'] == 'poor':
+            del row['mask']
+    (folder / 'pdddpm_summary.json').write_text(json.dumps(summary))
+
+
 @pytest.mark.parametrize('spoil, why', [
     (lambda folder: (folder / 'uncertainty' / 'poor_uncertainty.nii.gz').unlink(), 'poor_uncertainty.nii.gz, which is'),
     (lambda folder: (folder / 'presegmentation' / 'poor.nii.gz').unlink(), 'poor.nii.gz, which is not there'),
@@ -349,7 +357,8 @@ def corrected(folder: Path) -> None:
     (corrected, 'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
     (lambda folder: describe(folder, [entry(case, 0.5) for case in QUALITY if case != 'poor']),
      'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
-], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'cut', 'corrected', 'foreign'])
+    (of_an_earlier_version, 'poor.nii.gz cannot be told from another one: it is of a version of'),
+], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'cut', 'corrected', 'foreign', 'earlier version'])
 def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(prediction, tmp_path, capsys, spoil, why):
     folder = tmp_path / 'out'
     shutil.copytree(prediction[0].parent, tmp_path, dirs_exist_ok=True)
@@ -360,6 +369,17 @@ def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(predictio
     assert 'Not shown: poor (' in text_of(page) and why in text_of(page)
     said = capsys.readouterr().out
     assert 'Not in the report: poor (' in said and why in said
+
+
+@pytest.mark.parametrize('content', [b'', b'{"cases": [', b'\xff\xfe'])
+@pytest.mark.parametrize('name', ['pdddpm_summary.json', 'dataset.json', 'plans.json'])
+def test_a_file_that_is_empty_or_torn_after_a_loss_of_power_is_named(prediction, tmp_path, name, content):
+    folder = tmp_path / 'out'
+    shutil.copytree(prediction[0], folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match='is empty or damaged; predict again') as error:
+        write_report(folder, prediction[1])
+    assert str(folder / name) in str(error.value) and 'Expecting' not in str(error.value)
 
 
 def test_cases_that_are_not_there_yet_or_failed_are_named_once(prediction, tmp_path, capsys):

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
 from nnunet_pdddpm.inference.case import CaseUnderWay, OutputInUse
-from nnunet_pdddpm.network.settings import RANGES
+from nnunet_pdddpm.network.settings import CHOICES, RANGES
 
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
                'labels': {'background': 0, 'cell': 1}}
@@ -77,6 +78,33 @@ def test_a_case_whose_file_is_empty_or_torn_after_a_loss_of_power_is_predicted_a
     assert {file.name: file.read_bytes() for file in out.glob('*.nii.gz')} == before
 
 
+def test_masks_of_another_source_are_named_in_one_line_and_the_other_cases_are_done(root, capsys):
+    shutil.copy(root / 'images' / 'b_0000.nii.gz', root / 'images' / 'c_0000.nii.gz')
+    out = run(root)
+    done = (out / 'c.nii.gz').read_bytes()
+    for case in 'ab':  # one corrected by hand, one by another command, one missing
+        sitk.WriteImage(sitk.GetImageFromArray(np.ones((8, 20, 22), np.uint8)), str(out / f'{case}.nii.gz'))
+    mine = (out / 'a.nii.gz').read_bytes()
+    (out / 'pdddpm_cases' / 'b.json').unlink()
+    (out / 'c.nii.gz').unlink()
+    capsys.readouterr()
+    run(root, '--continue_prediction')
+    said = capsys.readouterr().out
+    line, = [line for line in said.splitlines() if 'masks stay as they are' in line]
+    assert line.startswith('2 masks') and f'{out / "a.nii.gz"} was changed or replaced' in line
+    assert f'{out / "b.nii.gz"} was not written by nnUNetv2_pdddpm_predict' in line
+    assert '0 cases are done, 1 are left.' in said and (out / 'c.nii.gz').read_bytes() == done
+    assert [(out / f'{case}.nii.gz').read_bytes() for case in 'ab'] == [mine, mine]
+    assert [row['case'] for row in json.loads((out / 'pdddpm_summary.json').read_text())['cases']] == ['c']
+
+    (out / 'pdddpm_cases' / 'a.json').write_text(json.dumps(
+        {key: of for key, of in json.loads((out / 'pdddpm_cases' / 'a.json').read_text()).items() if key != 'mask'}))
+    run(root, '--continue_prediction')
+    said = capsys.readouterr().out
+    assert 'pdddpm_summary.json leaves out a: the mask that is there cannot be told from another one' in said
+    assert '1 cases are done, 0 are left.' in said
+
+
 @pytest.mark.parametrize('name', ['plans.json', 'dataset.json'])
 def test_an_empty_file_of_a_model_is_named(root, name):
     (root / 'model' / name).write_text('')
@@ -123,6 +151,25 @@ def test_an_id_of_no_or_of_two_data_sets_is_refused_with_their_names(tmp_path, m
                                            f'name one of them in {flag}, or {rest}')
 
 
+def test_a_model_that_cannot_be_tuned_is_refused_without_flags_that_tuning_has_not(root, monkeypatch):
+    results = root / 'results'
+    model = results / 'Dataset730_Formats' / 'PDDDPMTrainer__nnUNetPlans__3d_fullres'
+    model.parent.mkdir(parents=True)
+    (root / 'model').rename(model)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    file = model / 'fold_0' / 'checkpoint_final.pth'
+    checkpoint = torch.load(file, weights_only=False)
+    weights = checkpoint['network_weights']
+    weights[next(name for name in weights if name.startswith('denoiser.'))].fill_(np.nan)
+    torch.save(checkpoint, file)
+    arguments = ['Dataset730_Formats', '3d_fullres', '0', '-device', 'cpu']
+    assert 'NaN or infinite weights' in (said := refused(tune.main, arguments))
+    assert said.endswith('(nnUNetv2_pdddpm_predict -chk checkpoint_best.pth).')
+    (model / 'plans.json').unlink()
+    assert refused(tune.main, arguments).endswith(
+        'or correct the data set, configuration, trainer and plans that name it.')
+
+
 # help
 
 class Captured(Exception):
@@ -145,6 +192,11 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
             assert action.help
             continue
         assert 'default' in (action.help or ''), action.dest
+        if action.container.title == 'sampling':
+            has_variable = action.dest in RANGES or action.dest in CHOICES
+            assert ('no variable' in action.help) != has_variable, action.dest
+    for name in {*RANGES, *CHOICES} - {action.dest for action in parser._actions}:
+        assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
         if action.type in (int, float) and action.dest not in ('npp', 'nps'):
             assert any(word in action.help for word in (' to ', 'above', 'from')), action.dest
         if action.dest in RANGES:

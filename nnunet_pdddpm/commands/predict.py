@@ -98,7 +98,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     stock.add_argument('--verbose', action='store_true', help='more lines (default: not)')
 
     sampling = parser.add_argument_group(
-        'sampling', f'Default: what is stored in the model, or an environment variable {ENVIRONMENT_PREFIX}NAME.')
+        'sampling', f'Default: what is stored in the model, or an environment variable {ENVIRONMENT_PREFIX}NAME. The '
+                    f'variable {ENVIRONMENT_PREFIX}mask_samples has no flag: it is how many of the samples plain '
+                    f'nnUNetv2_predict draws for its mask; here the mask is made of all of them.')
     for name, what in SETTINGS.items():
         if name in CHOICES:
             sampling.add_argument(f'-{name}', choices=CHOICES[name], help=f"{what} (default: the model's)")
@@ -107,10 +109,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             sampling.add_argument(f'-{name}', type=KINDS[name],
                                   help=f"{what}; {low:g} to {high:.10g} (default: the model's)")
     sampling.add_argument('-slice_correlation', type=float, default=0.9,
-                          help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s)')
+                          help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s; no '
+                               'variable)')
     sampling.add_argument('-sure', type=float, default=1.0,
                           help="tiles in which the stock model's probability of every voxel's label is this or more "
-                               'keep its result; above 0.5, 1 refines all (default: %(default)s)')
+                               'keep its result; above 0.5, 1 refines all (default: %(default)s; no variable)')
 
     outputs = parser.add_argument_group('further outputs')
     outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',

@@ -136,10 +136,9 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
     """One line for each group of metrics whose input is lacking, in all or in some cases."""
     voxelwise = [result.voxelwise.get('all', {}) for result in results]
     first_labels = [next(iter(result.labels.values())) for result in results]
-    if folders.other_masks:
-        others = ', '.join(sorted(folders.other_masks))
-        yield (f'estimates, intervals and error against uncertainty of {others}: the mask that is there is not the one '
-               f'that {SUMMARY} was made of')
+    for why in sorted(set(folders.other_masks.values())):
+        others = ', '.join(sorted(case for case, of in folders.other_masks.items() if of == why))
+        yield f'estimates, intervals and error against uncertainty of {others}: the mask that is there {why}'
     for metrics, needs, there in (
             ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),
             ('error against uncertainty (AURC, AUROC)', f'uncertainty/CASE_uncertainty{folders.ending} or CASE.npz',

@@ -15,7 +15,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
-from nnunet_pdddpm.files import is_that_file
+from nnunet_pdddpm.files import UNTOLD, is_that_file
 from nnunet_pdddpm.image_files import (
     UnusableImage,
     damage,
@@ -58,7 +58,8 @@ class Folders:
             the model's channels; background and ignore label left out.
         known_values: every label value that a mask may hold, the ignore label excepted.
         summary: the entries of `pdddpm_summary.json` by case, of the masks that they were made of.
-        other_masks: the cases whose mask is another one than that of the summary, or is not in it; empty without one.
+        other_masks: case -> what is wrong with its mask, if that is not known to be the one that the summary was made
+            of; empty without a summary.
         left_out: a sentence for each kind of files that are not compared.
     """
     predictions: Path
@@ -72,7 +73,7 @@ class Folders:
     ignore_label: int | None
     reader: BaseReaderWriter
     summary: dict[str, dict[str, Any]]
-    other_masks: frozenset[str] = frozenset()
+    other_masks: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     def sample_files(self, case: str) -> list[Path]:
@@ -214,10 +215,12 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
     entries = _read_summary(predictions / SUMMARY)
     summary = {case: entries[case] for case in cases
                if case in entries and is_that_file(predictions, entries[case].get('mask'))}
-    others = frozenset(cases) - summary.keys() if (predictions / SUMMARY).is_file() else frozenset()
+    others = {case: UNTOLD if case in entries and 'mask' not in entries[case] else
+              f'is not the one that {SUMMARY} was made of' for case in cases if case not in summary}
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
-                      _reader(dataset, references / f'{cases[0]}{ending}'), summary, frozenset(others))
+                      _reader(dataset, references / f'{cases[0]}{ending}'), summary,
+                      others if (predictions / SUMMARY).is_file() else {})
     if raters is not None and not any(folders.rater_files(case) for case in cases):
         raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
                               f'{cases[0]}__1{ending}.')
@@ -248,9 +251,11 @@ def _reader(dataset: dict[str, Any], example: Path) -> BaseReaderWriter:
 def _read_json(file: Path, flag: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise EvaluationError(f'{file} cannot be read ({_in_one_line(error)}): name the one of the model with {flag}.'
                               ) from error
+    except ValueError:
+        raise EvaluationError(f'{file} is empty or damaged: name the one of the model with {flag}.') from None
     if not isinstance(content, dict):
         raise EvaluationError(f'{file} is not a {file.stem} of nnU-Net: name the one of the model with {flag}.')
     return content
@@ -261,7 +266,9 @@ def _read_summary(file: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         return {str(entry['case']): entry for entry in json.loads(file.read_text())['cases']}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValueError:
+        raise EvaluationError(f'{file} is empty or damaged: predict again, or take it away.') from None
+    except (OSError, KeyError, TypeError) as error:
         raise EvaluationError(f'{file} is not what nnUNetv2_pdddpm_predict writes ({type(error).__name__}: '
                               f'{_in_one_line(error)}): predict again, or take it away.') from error
 

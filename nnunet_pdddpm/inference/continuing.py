@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_pdddpm.files import identity
+from nnunet_pdddpm.files import UNTOLD, identity
 from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_case, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
@@ -50,13 +50,6 @@ def refuse_other_settings(output: Path, case: str, settings: Settings) -> None:
                               f'it again without --continue_prediction.')
 
 
-def refuse_other_mask(mask: Path, case: str) -> None:
-    """Raise PredictionError if the mask of a case is there and not the file that was put there with its row."""
-    if how := not_put_there(mask, case):
-        raise PredictionError(f'{mask} {how}. Move it elsewhere and the case is predicted again, or name another '
-                              f'output folder; without --continue_prediction it is overwritten.')
-
-
 def not_put_there(mask: Path, case: str) -> str:
     """Why the mask of a case is none that a prediction put there; empty if it is one, or is not there."""
     if not mask.is_file():
@@ -67,7 +60,7 @@ def not_put_there(mask: Path, case: str) -> str:
     if row is None:
         return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
     if 'mask' not in row:
-        return 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
+        return UNTOLD
     return '' if describes_mask(mask.parent, row) else 'was changed or replaced after nnUNetv2_pdddpm_predict wrote it'
 
 
@@ -80,6 +73,10 @@ def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[
 
 def refresh_summary(output: Path) -> None:
     """`write_summary`, and a line about the masks that it leaves out."""
-    if changed := write_summary(output):
-        print(f'{os.path.join(output, "pdddpm_summary.json")} leaves out {", ".join(changed)}: the mask that is there '
-              f'is not the one that was predicted.')
+    changed = write_summary(output)
+    untold = [case for case in changed if 'mask' not in (read_case(output, case) or {})]
+    for cases, why in (([case for case in changed if case not in untold], 'is not the one that was predicted'),
+                       (untold, UNTOLD)):
+        if cases:
+            print(f'{os.path.join(output, "pdddpm_summary.json")} leaves out {", ".join(cases)}: the mask that is '
+                  f'there {why}.')

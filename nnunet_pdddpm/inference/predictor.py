@@ -26,7 +26,6 @@ from nnunet_pdddpm.inference.continuing import (
     image_identity,
     not_put_there,
     refresh_summary,
-    refuse_other_mask,
     refuse_other_settings,
 )
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
@@ -136,24 +135,29 @@ class PDDDPMPredictor(VolumePredictor):
                                        folder_with_segs_from_prev_stage: str | None = None, overwrite: bool = True,
                                        part_id: int = 0, num_parts: int = 1,
                                        save_probabilities: bool = False) -> tuple[list, list | None, list]:
-        """As nnUNetPredictor's; a case is left out only if all that is asked for is there.
+        """As nnUNetPredictor's; a case is left out only if all that is asked for is there, or, which is said, if its
+        mask is none that was put there with its row.
 
         Raises:
-            PredictionError: if finished cases were predicted with another model or settings, or a mask is none that
-                was put there with its row.
+            PredictionError: if finished cases were predicted with another model or settings.
         """
         inputs, outputs, previous = super()._manage_input_and_output_lists(
             list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files,
             folder_with_segs_from_prev_stage, True, part_id, num_parts, save_probabilities)
         self._files = {Path(file): (files, of_case) for file, files, of_case in
                        zip(outputs or [], inputs, previous, strict=False)}
+        others = {file: how for file in self._files if (how := not_put_there(self._mask(file), file.name))}
         if overwrite:
-            for file in map(self._mask, self._files):
-                if how := not_put_there(file, file.name[:-len(self.dataset_json['file_ending'])]):
-                    print(f'{file} {how}. It will be overwritten.')
+            for file, how in others.items():
+                print(f'{self._mask(file)} {how}. It will be overwritten.')
         elif outputs:
-            todo = [i for i, file in enumerate(outputs) if not self._is_done(Path(file), save_probabilities)]
-            print(f'{len(outputs) - len(todo)} cases are done, {len(todo)} are left.')
+            if others:
+                print(f'{len(others)} masks stay as they are, and the summary leaves them out (move one elsewhere and '
+                      f'its case is predicted): '
+                      + '; '.join(f'{self._mask(file)} {how}' for file, how in others.items()) + '.')
+            todo = [i for i, file in enumerate(outputs)
+                    if Path(file) not in others and not self._is_done(Path(file), save_probabilities)]
+            print(f'{len(outputs) - len(others) - len(todo)} cases are done, {len(todo)} are left.')
             if not todo:
                 refresh_summary(Path(outputs[0]).parent)  # a run killed after its last mask has not done so
             inputs, outputs, previous = ([values[i] for i in todo] for values in (inputs, outputs, previous))
@@ -161,15 +165,12 @@ class PDDDPMPredictor(VolumePredictor):
         return inputs, outputs, previous
 
     def refuse_others(self, truncated: Path) -> None:
-        """Raise PredictionError if what is there of a case cannot be gone on with.
-
-        It was predicted with another model or other settings, or its mask is not the file that was put there.
+        """Raise PredictionError if a case that is there was predicted with another model or other settings.
 
         Args:
             truncated: path of the mask without its ending.
         """
         refuse_other_settings(truncated.parent, truncated.name, self.settings_for_summary())
-        refuse_other_mask(self._mask(truncated), truncated.name)
 
     def _mask(self, truncated: Path) -> Path:
         return Path(str(truncated) + self.dataset_json['file_ending'])

@@ -112,7 +112,8 @@ class VolumePredictor(nnUNetPredictor):
         folder = Path(model_training_output_dir)
         if not (folder / 'plans.json').is_file():
             raise PredictionError(f'There is no trained model in {folder}: train it with nnUNetv2_train -tr '
-                                  f'PDDDPMTrainer, or correct -d, -c, -tr and -p (or -m).')
+                                  f'PDDDPMTrainer, or correct the data set, configuration, trainer and plans that '
+                                  f'name it.')
         use_folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name)

@@ -140,8 +140,8 @@ def check_weights(weights: Mapping[str, Any], source: str, known: int | None = N
     for name, value in weights.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f'{source} has NaN or infinite weights ({name}): a mask of it would mean nothing. '
-                                  f'Train it again, or predict with another checkpoint of the training (-chk '
-                                  f'checkpoint_best.pth).')
+                                  f'Train it again, or predict with another checkpoint of the training '
+                                  f'(nnUNetv2_pdddpm_predict -chk checkpoint_best.pth).')
     stored = stored_checksum(weights)
     if stored is not None and stored != known and stored != checksum(weights, PRESEGMENTER):
         raise CheckpointError(f'{source} is damaged: the stock model in it is not the one that it was trained with '

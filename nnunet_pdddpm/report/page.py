@@ -46,7 +46,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
         ValueError: the summary, dataset.json or plans.json is not what it should be; so does it then.
     """
     folder = Path(output_folder)
-    shown = b''
+    shown: bytes | None = None
     while (now := existing(folder / text.SUMMARY).read_bytes()) != shown:  # another part has finished: once more
         shown = now
         page, missing = _page(folder, images, text.read_summary(folder))

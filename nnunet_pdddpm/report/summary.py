@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_pdddpm.files import is_that_file
+from nnunet_pdddpm.files import UNTOLD, is_that_file
 from nnunet_pdddpm.report.volumes import existing
 
 SUMMARY = 'pdddpm_summary.json'
@@ -26,10 +26,11 @@ class Bin:
 
 def read_json(file: Path) -> Any:
     """The file's content, or a ValueError that names it."""
+    existing(file)
     try:
-        return json.loads(existing(file).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{file} is no valid JSON ({error}); predict again with --report') from None
+        return json.loads(file.read_text(encoding='utf-8'))
+    except ValueError:
+        raise ValueError(f'{file} is no valid JSON: it is empty or damaged; predict again with --report') from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str
         entry, mask = by_name.get(case), folder / f'{case}{ending}'
         if entry is not None and is_that_file(folder, entry.get('mask')):
             chosen.append(entry)
+        elif mask.is_file() and entry is not None and 'mask' not in entry:
+            missing[case] = f'{mask.name} {UNTOLD}'
         elif mask.is_file() and case not in failed:
             missing[case] = f'{mask.name} is not the mask that {SUMMARY} was made of'
         elif case not in failed:
