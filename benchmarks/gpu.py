@@ -124,12 +124,14 @@ class Run:
 
 def suite(run: Run) -> None:
     """The CUDA tests; without a GPU those of them that a CPU can run."""
+    limit = 300 if run.tiny else 120
+
     def do() -> dict[str, Any]:
         report = run.work / 'tests.xml'
         report.unlink(missing_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(('PYTEST_', 'nnUNet_'))}
         ended = subprocess.run(  # interrupted, pytest still writes what it has found
-            ['timeout', '-s', 'INT', '-k', '8', f'{min(110, run.left + 20):.0f}', sys.executable, '-m', 'pytest',
+            ['timeout', '-s', 'INT', '-k', '9', f'{min(limit - 20, run.left):.0f}', sys.executable, '-m', 'pytest',
              str(TESTS), '-p', 'no:cacheprovider', f'--junitxml={report}'],
             cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         found: dict[str, Any] = {'passed': [], 'failed': [], 'skipped': []}
@@ -141,7 +143,7 @@ def suite(run: Run) -> None:
         if ended.returncode not in (0, 1):
             found['error'] = f'pytest ended with {ended.returncode}: {ended.stdout[-300:]}'
         return found
-    run.cell('tests', 120, do)
+    run.cell('tests', limit, do)
 
 
 def machine(device: torch.device, commit: str | None) -> str:

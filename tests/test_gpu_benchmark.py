@@ -42,7 +42,8 @@ def dry_run(gpu, tmp_path_factory):
             succeed_in_process(*command)
     with in_this_process():
         import hippocampus
-        with patch.object(hippocampus, 'call', in_process):
+        one = f'{gpu.TESTS}::test_nnunets_own_predictor_gives_the_blind_mask_as_on_a_cpu'
+        with patch.object(hippocampus, 'call', in_process), patch.object(gpu, 'TESTS', one):
             gpu.main([*arguments, *gpu.STAGES])
     return root / 'gpu.json', arguments
 
