@@ -9,7 +9,7 @@ import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.files import write_atomically
-from nnunet_pdddpm.inference.preprocess import UnusableImage, of_the_image
+from nnunet_pdddpm.image_files import UnusableImage
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.report import summary as text
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR
@@ -67,10 +67,9 @@ def _page(folder: Path, images: Mapping[str, Sequence[Path]], summary: dict[str,
     cases = []
     for entry in entries:
         try:
-            with of_the_image(entry['case']):
-                case = read_case(folder, entry['case'], images[entry['case']], ending, reader)
+            case = read_case(folder, entry['case'], images[entry['case']], ending, reader)
         except UnusableImage as error:
-            missing[entry['case']] = str(error).removeprefix(f'{entry["case"]}: ')
+            missing[entry['case']] = str(error)
             continue
         cases.append({'entry': entry, 'view': make_view(case, list(regions.values()), budget)})
     if not cases:

@@ -76,7 +76,7 @@ class CaseVolumes:
 def existing(file: Path) -> Path:
     """The file itself, or a ValueError that names it and the remedy."""
     if not file.is_file():
-        raise ValueError(f'The report needs {file}, which is not there; predict again with --report')
+        raise UnusableImage(f'The report needs {file}, which is not there; predict again with --report')
     return file
 
 
@@ -94,7 +94,7 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
         ValueError: a file is missing or unreadable, the shapes differ, or the map is not within [0, 1].
     """
     if not images:
-        raise ValueError(f'The report needs an image of case {case!r}, and none was given')
+        raise UnusableImage(f'The report needs an image of case {case!r}, and none was given')
     map_file = folder / 'uncertainty' / f'{case}_uncertainty{ending}'
     consensus, properties = _read(reader, folder / f'{case}{ending}')
     stock, _ = _read(reader, folder / 'presegmentation' / f'{case}{ending}')
@@ -107,11 +107,11 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
         uncertainty = uncertainty / full_scale(ending)
     for name, array in (('stock mask', stock[0]), ('uncertainty map', uncertainty[0]), ('image', image)):
         if array.shape != consensus[0].shape:
-            raise ValueError(f'Case {case!r}: the {name} has shape {array.shape}, the mask {consensus[0].shape}; '
-                             f'predict into an empty folder')
+            raise UnusableImage(f'Case {case!r}: the {name} has shape {array.shape}, the mask {consensus[0].shape}; '
+                                f'predict into an empty folder')
     if not (uncertainty.min() >= -1e-3 and uncertainty.max() <= 1 + 1e-3):  # catches NaN as well
-        raise ValueError(f'{map_file} holds values outside [0, 1] ({uncertainty.min()} to {uncertainty.max()}), '
-                         f'which is no uncertainty map; predict again with --report')
+        raise UnusableImage(f'{map_file} holds values outside [0, 1] ({uncertainty.min()} to {uncertainty.max()}), '
+                            f'which is no uncertainty map; predict again with --report')
     axes = DisplayAxes.of(properties)
     spacing = [float(properties['spacing'][axis]) for axis in axes.order]
     return CaseVolumes(axes.turn(np.nan_to_num(image, posinf=0, neginf=0)), axes.turn(_labels(consensus)),
