@@ -91,7 +91,7 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
         reader: instance of the plans' reader and writer class.
 
     Raises:
-        ValueError: a file is missing or unreadable, the shapes differ, or the map is not within [0, 1].
+        UnusableImage: a file is missing or unreadable, the shapes differ, or the map is not within [0, 1].
     """
     if not images:
         raise UnusableImage(f'The report needs an image of case {case!r}, and none was given')
