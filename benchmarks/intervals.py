@@ -142,14 +142,16 @@ def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
     names = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, posterior',
              **{f'{objects}_objects': f'Phantom, total of {objects} objects' for objects in phantom.GRIDS}}
+    phantoms = any(into.glob('*_objects__*.json'))
     text = ['# Intervals of volumes: coverage and width', '',
             '    .venv/bin/python benchmarks/intervals.py -hippocampus WORK -phantom WORK -o WORK', '',
-            f'Commit {commit()}. Machine: {machine()}. Trainings: those of [hippocampus.md](hippocampus.md) and '
-            '[phantom.md](phantom.md), three of each. Hippocampus: calibrated on the 50 validation cases of the fold, '
-            f'tested on the 50 test cases. Phantom: of {PHANTOMS} images that nothing was trained or chosen on, a '
-            f'random half calibrates and the other is tested, {SPLITS} times; samples of one step from start 0.6, an '
-            'object at a time. Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the '
-            'standard deviation over trainings. Width: mean over the mean true volume.', '']
+            f'Commit {commit()}. Machine: {machine()}. Three trainings, those of [hippocampus.md](hippocampus.md): '
+            'calibrated on the 50 validation cases of the fold, tested on the 50 test cases. '
+            + (f'Phantom, three trainings of [phantom.md](phantom.md): of {PHANTOMS} images that nothing was trained or '
+               f'chosen on, a random half calibrates and the other is tested, {SPLITS} times; samples of one step from '
+               'start 0.6, an object at a time. ' if phantoms else 'The phantoms are not measured yet. ')
+            + 'Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the standard deviation '
+            'over trainings. Width: mean over the mean true volume.', '']
     for name, title in names.items():
         if list(into.glob(f'{name}__*.json')):
             text += [f'## {title}', '', '| interval | holds the true volume | width |', '|---|---|---|',

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py`, whose first real run is on a machine that is lent for minutes: dry on a CPU, every stage."""
+"""`benchmarks/gpu.py`, whose real runs are rare: dry on a CPU, every stage."""
 from __future__ import annotations
 
 import json

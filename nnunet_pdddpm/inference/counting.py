@@ -68,7 +68,7 @@ class VoxelCounter:
 
     def _add(self, table: Tensor, mask: Tensor, z: slice, index: Tensor | None, number: int) -> Tensor:
         """Add to a table (values, number) the voxels of slices in the box that have a value, by nnU-Net's own rule, in
-        each of the parts that `index` names. It stays where the mask is: a GPU is not waited for."""
+        each of the parts that `index` names. It stays where the mask is."""
         here, (_, y, x) = inside(z, self.box[0])[0], self.box
         values = self._label_map(mask[..., here, y, x]).flatten()
         if index is not None:

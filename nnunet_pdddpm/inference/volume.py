@@ -87,7 +87,7 @@ class Volume:
 
     def forget_mirrored(self) -> None:
         """Nothing more is made of mirrored stock logits."""
-        self.stock_logits = self.start_logits
+        self.stock_logits = torch.empty(0)
 
     @property
     def start_logits(self) -> Tensor:
