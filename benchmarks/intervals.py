@@ -148,8 +148,8 @@ def write_page(into: Path, file: Path) -> None:
             f'Commit {commit()}. Machine: {machine()}. Three trainings, those of [hippocampus.md](hippocampus.md): '
             'calibrated on the 50 validation cases of the fold, tested on the 50 test cases. '
             + (f'Phantom, three trainings of [phantom.md](phantom.md): of {PHANTOMS} images that nothing was trained '
-               f'or chosen on, a random half calibrates and the other is tested, {SPLITS} times; samples of one step from '
-               'start 0.6, an object at a time. ' if phantoms else 'The phantoms are not measured yet. ')
+               f'or chosen on, a random half calibrates and the other is tested, {SPLITS} times; samples of one step '
+               'from start 0.6, an object at a time. ' if phantoms else 'The phantoms are not measured yet. ')
             + 'Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the standard deviation '
             'over trainings. Width: mean over the mean true volume.', '']
     for name, title in names.items():
