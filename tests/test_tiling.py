@@ -112,6 +112,7 @@ def test_the_blind_mask_is_that_of_the_whole_volume_whatever_the_stock_model_is_
     predictor = open_predictor()
     predictor.fold_settings = [replace(of_fold, mask_blind=1) for of_fold in predictor.fold_settings]
     whole = predictor.predict_volume(image())
+    predictor.sure = 0.999
     monkeypatch.setattr(volume, 'unsure_voxels', lambda logits, regions, sure: torch.zeros(logits.shape[1:]) > 0)
     partial = predictor.predict_volume(image())
     assert (whole.refined_tiles, partial.refined_tiles) == (1, 0)
