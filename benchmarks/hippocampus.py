@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from scale import DEVICE, FULL, PLANS, results
@@ -126,7 +127,8 @@ def tune(work: Path, trainer: str, fold: int) -> None:
              DEVICE, '-budget', str(TUNING_MINUTES), '--disable_progress_bar')
 
 
-def parse(description: str | None, dataset: str, table: str, stages: Sequence[str]) -> argparse.Namespace:
+def parse(description: str | None, dataset: str, table: str, stages: Sequence[str],
+          numbers: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> argparse.Namespace:
     """The command line of a benchmark in stages.
 
     Args:
@@ -134,6 +136,7 @@ def parse(description: str | None, dataset: str, table: str, stages: Sequence[st
         dataset: folder of the data set.
         table: file name of the table in docs/results.
         stages: names of the stages, all of which are run unless some are named.
+        numbers: further arguments, each with its default and its help.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('-data', help=f'folder that contains {dataset} (or set NNUNET_PDDDPM_DATA)')
@@ -141,6 +144,8 @@ def parse(description: str | None, dataset: str, table: str, stages: Sequence[st
     parser.add_argument('-table', default=str(results() / table),
                         help='the table to write; figures beside it')
     parser.add_argument('--stages', nargs='+', choices=stages, default=list(stages))
+    for name, (default, text) in numbers.items():
+        parser.add_argument(name, type=int, default=default, help=f'{text} (default {default})')
     return parser.parse_args()
 
 

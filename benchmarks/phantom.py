@@ -18,7 +18,7 @@ CONFIGURATION = '2d'
 STOCK, LONGER, DENOISER, SECOND = ('nnUNetTrainerPhantom', 'nnUNetTrainerPhantomLonger', 'PDDDPMTrainerPhantom',
                                    'PDDDPMTrainerPhantomSecond')
 STAGES = ('prepare', 'train', 'measure', 'table')
-NUM_CASES = 1800  # for training, each with one draw of the truth
+NUM_CASES, BATCH_SIZE = 1800, 4  # images for training, each with one draw of the truth
 NUM_FOLDS = 3
 GRIDS = {2: (1, 2), 8: (2, 4), 20: (4, 5)}
 """Number of objects -> rows and columns of cells in a test image."""
@@ -30,13 +30,13 @@ FEATURES = [16, 32, 64]
 VARIABLES = {'nnUNet_n_proc_DA': '0', 'nnUNet_def_n_proc': '1', 'nnUNet_pdddpm_presegmenter': STOCK}
 TEXT = """# A phantom whose distribution of masks is known
 
-    .venv/bin/python benchmarks/phantom.py -o WORK
+    .venv/bin/python benchmarks/phantom.py -o WORK{arguments}
 
 Commit {commit}. Machine: {machine}; float32 prediction, training as `benchmarks/trainers/benchmark_trainers.py` says.
-{plans}: features {features}, batch 4, patches of 64 x 64. {cases:,} images, two thirds of which train each of three
-folds (trainings); stock {stock:,} iterations, all others {others:,}, from stock's weights. {samples} samples an
-image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The learning rate was chosen
-by single trainings of fold 0 on 30 other images.
+{plans}: features {features}, batches of {batch} patches of 64 x 64. {cases:,} images, two thirds of which train each
+of three folds (trainings); stock {stock:,} iterations, all others {others:,}, from stock's weights. {samples} samples
+an image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The learning rate was
+chosen by single trainings of fold 0 on 30 other images.
 
 Each image shows objects whose truth is, independently of each other, one of three shapes: the core, the core with its
 rim, or the core with its lobe (`benchmarks/phantom_data.py`). The networks are trained on images of two objects.
@@ -59,38 +59,38 @@ def folder(work: Path, trainer: str) -> Path:
     return fold_folder(work, trainer, 0, DATASET, CONFIGURATION).parent
 
 
-def prepare(work: Path) -> None:
-    """Draw the phantoms, plan, reduce the plan, preprocess, write the folds."""
+def prepare(work: Path, number: int = NUM_CASES, batch_size: int = BATCH_SIZE) -> None:
+    """Draw so many phantoms, plan, reduce the plan, preprocess, write the folds."""
     from skimage import io  # reads and writes as nnU-Net does
     raw, preprocessed = work / 'nnUNet_raw' / DATASET, work / 'nnUNet_preprocessed' / DATASET
     if (preprocessed / 'splits_final.json').is_file():
         return
     for name in ('imagesTr', 'labelsTr'):
         (raw / name).mkdir(parents=True, exist_ok=True)
-    for seed in range(NUM_CASES):
+    for seed in range(number):
         case = phantom(seed)
         io.imsave(raw / 'imagesTr' / f'phantom_{seed:05d}_0000.png', case.image, check_contrast=False)
         io.imsave(raw / 'labelsTr' / f'phantom_{seed:05d}.png', case.truth.astype('uint8'), check_contrast=False)
     description = {'channel_names': {'0': 'phantom'}, 'labels': {'background': 0, 'object': 1},
-                   'numTraining': NUM_CASES, 'file_ending': '.png'}
+                   'numTraining': number, 'file_ending': '.png'}
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
     call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(DATASET_ID), '-c', CONFIGURATION, '-npfp', '1', '--no_pp',
          '--verify_dataset_integrity')
     if not FULL:
-        reduce_plans(preprocessed)
+        reduce_plans(preprocessed, batch_size)
     call(work, 'nnUNetv2_preprocess', '-d', str(DATASET_ID), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
-    cases = [f'phantom_{seed:05d}' for seed in range(NUM_CASES)]
+    cases = [f'phantom_{seed:05d}' for seed in range(number)]
     splits = [{'train': [case for i, case in enumerate(cases) if i % NUM_FOLDS != fold],
                'val': cases[fold::NUM_FOLDS]} for fold in range(NUM_FOLDS)]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
 
 
-def reduce_plans(preprocessed: Path) -> None:
+def reduce_plans(preprocessed: Path, batch_size: int) -> None:
     """A smaller network and batch."""
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
-    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=4)
+    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=batch_size)
     network = configuration['architecture']['arch_kwargs']
     for name in ('n_conv_per_stage', 'kernel_sizes', 'strides'):
         network[name] = network[name][:len(FEATURES)]
@@ -177,10 +177,12 @@ def lines(work: Path, objects: int) -> list[str]:
     return text
 
 
-def write_table(work: Path, file: Path) -> None:
-    """The page."""
+def write_table(work: Path, file: Path, number: int, batch_size: int) -> None:
+    """The page of a training with so many images."""
     import phantom_trainers
-    text = TEXT.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, features=FEATURES, cases=NUM_CASES,
+    text = TEXT.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, features=FEATURES, cases=number,
+                       arguments='' if (number, batch_size) == (NUM_CASES, BATCH_SIZE) else
+                       f' -images {number} -batch {batch_size} -table docs/results/{file.name}', batch=batch_size,
                        stock=phantom_trainers.nnUNetTrainerPhantom.iterations * 3,
                        others=phantom_trainers.Phantom.iterations * 3, samples=16, validation=NUM_VALIDATION,
                        two=NUM_TEST[2]) + '\n'.join(lines(work, 2))
@@ -194,10 +196,12 @@ def write_table(work: Path, file: Path) -> None:
 
 
 def main() -> None:
-    args = parse(__doc__, 'nothing: this data set is a phantom', 'phantom.md', STAGES)
+    args = parse(__doc__, 'nothing: this data set is a phantom', 'phantom.md', STAGES,
+                 {'-images': (NUM_CASES, 'for training, two thirds of them for each of three folds'),
+                  '-batch': (BATCH_SIZE, 'patches in a batch')})
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
-        prepare(work)
+        prepare(work, args.images, args.batch)
     if 'train' in args.stages:
         for fold in range(NUM_FOLDS):
             for trainer in (STOCK, DENOISER, SECOND):
@@ -210,7 +214,7 @@ def main() -> None:
     if 'measure' in args.stages:
         measure(work)
     if 'table' in args.stages:
-        write_table(work, Path(args.table))
+        write_table(work, Path(args.table), args.images, args.batch)
 
 
 if __name__ == '__main__':
