@@ -32,14 +32,15 @@ TUNING_MINUTES = 6
 HERE = Path(__file__).resolve().parent
 
 
-def find_data(argument: str | None, dataset: str = DATASET) -> Path:
-    """Folder of a data set below the one that the argument or `NNUNET_PDDDPM_DATA` names."""
+def find_data(argument: str | None, dataset: str = DATASET, holds: str = 'dataset.json') -> Path:
+    """Folder of a data set, which holds a certain file, below the one that the argument or `NNUNET_PDDDPM_DATA` names.
+    """
     value = argument or os.environ.get('NNUNET_PDDDPM_DATA')
     if value is None:
         sys.exit(f'Say where {dataset} lies: pass -data FOLDER or set NNUNET_PDDDPM_DATA.')
     folder = Path(value) / dataset
-    if not (folder / 'dataset.json').is_file():
-        sys.exit(f'{folder} holds no dataset.json; -data must name the folder that contains {dataset}.')
+    if not (folder / holds).exists():
+        sys.exit(f'{folder} holds no {holds}; -data must name the folder that contains {dataset}.')
     return folder
 
 

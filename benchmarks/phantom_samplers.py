@@ -11,9 +11,9 @@ import torch
 from phantom_data import SHAPES, Phantom
 
 from nnunet_pdddpm.diffusion.drawing import drawn_mask
-from nnunet_pdddpm.evaluation.calibration import SMALLEST_PROBABILITY
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix
 from nnunet_pdddpm.evaluation.scores import fair_crps
+from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -50,8 +50,13 @@ def open_model(folder: Path, fold: int) -> VolumePredictor:
 
 
 def opened(predictor: VolumePredictor, case: Phantom) -> Volume:
-    """The image as nnU-Net preprocesses it (z-scores), pre-segmented."""
-    image = case.image.astype(np.float32)
+    """Its image, pre-segmented."""
+    return opened_image(predictor, case.image)
+
+
+def opened_image(predictor: VolumePredictor, image: np.ndarray) -> Volume:
+    """An image (Y, X) as nnU-Net preprocesses it (z-scores), pre-segmented."""
+    image = image.astype(np.float32)
     image = (image - image.mean()) / image.std()
     volume = Volume(predictor, torch.from_numpy(image[None, None]), torch.device('cpu'))
     volume.start_fold()
@@ -72,15 +77,19 @@ def temperatures(predictor: VolumePredictor, cases: list[Phantom]) -> SamplingSe
 
 
 @torch.inference_mode()
-def draw(volume: Volume, settings: SamplingSettings) -> tuple[np.ndarray, np.ndarray]:
-    """SAMPLES masks (n, Y, X) bool, and their mean probability (Y, X)."""
-    refiner, masks, mean = volume.refiner, [], 0
-    for sample in range(SAMPLES):
-        p = volume.whole_sample(settings, sample, SAMPLES)
+def draw(volume: Volume, settings: SamplingSettings, independent: bool = False, number: int = SAMPLES
+         ) -> tuple[np.ndarray, np.ndarray]:
+    """So many masks (n, Y, X) bool, and their mean probability (Y, X).
+
+    `independent`: of each other; else they are a stratified set, as in the product.
+    """
+    refiner, masks, mean, of = volume.refiner, [], 0, None if independent else number
+    for sample in range(number):
+        p = volume.whole_sample(settings, sample, of)
         parts = volume.parts(settings)
-        shifts = refiner.end_shifts(settings, sample, SAMPLES, parts.number)
+        shifts = refiner.end_shifts(settings, sample, of, parts.number)
         masks.append(drawn_mask(p[:, 0], refiner.regions, shifts, parts.at(0))[1].numpy() > 0)
-        mean = mean + p[1, 0].double().numpy() / SAMPLES
+        mean = mean + p[1, 0].double().numpy() / number
     return np.stack(masks), mean
 
 

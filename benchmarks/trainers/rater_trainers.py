@@ -1,0 +1,130 @@
+"""Trainers of `raters.py`, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
+
+The environment variable `benchmark_iterations` says how many iterations, in two epochs. One thread and fixed seeds.
+"""
+import os
+
+import torch
+from benchmark_trainers import NoDiffusion, SeededEpochs, ShortCPUTraining, nnUNetTrainerBenchmarkLonger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch.distributions import LowRankMultivariateNormal
+
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+
+RANK = 10
+
+
+class Raters(SeededEpochs, ShortCPUTraining):
+    """Mixin: see the module's docstring."""
+
+    epochs = 2
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = int(os.environ.get('benchmark_iterations', 2)) // self.epochs
+        self.num_val_iterations_per_epoch = 1
+        self.seed = fold
+        if isinstance(self, PDDDPMTrainer):
+            self.noise_seed += fold
+
+    def initialize(self):
+        torch.set_num_threads(1)
+        self.logger.plot_progress_png = lambda output_folder: None
+        super().initialize()
+
+
+class nnUNetTrainerRaters(Raters, nnUNetTrainer):
+    """Stock."""
+
+
+class nnUNetTrainerRatersLonger(Raters, nnUNetTrainerBenchmarkLonger):
+    """The control: the trained stock model of the fold, trained on."""
+
+
+class PDDDPMTrainerRaters(Raters, PDDDPMTrainer):
+    """The default."""
+
+
+class PDDDPMTrainerRatersSecond(NoDiffusion, PDDDPMTrainerRaters):
+    """The second network without diffusion, trained with cross-entropy alone."""
+
+
+class StochasticSegmentation(nn.Module):
+    """Mean logits, a factor of low rank and a diagonal of the logits' covariance, by one network of the plan
+    (Monteiro et al. 2020, arXiv 2006.06015)."""
+
+    def __init__(self, unet: nn.Module, num_classes: int):
+        super().__init__()
+        self.unet, self.num_classes = unet, num_classes
+
+    @property
+    def decoder(self):
+        return self.unet.decoder
+
+    def distribution(self, output: Tensor) -> LowRankMultivariateNormal:
+        """Of the logits (B, C * pixels), of the network's output (B, (2 + RANK) * C, ...)."""
+        mean, diagonal, *factors = output.float().flatten(2).split(self.num_classes, 1)
+        return LowRankMultivariateNormal(mean.flatten(1), torch.stack([of.flatten(1) for of in factors], -1),
+                                         diagonal.flatten(1).exp() + 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All in training, else the mean logits (B, C, ...)."""
+        output = self.unet(x)
+        return output if self.training else output[:, :self.num_classes]
+
+
+class StochasticLoss(nn.Module):
+    """Negative log of the mean likelihood of samples, a pixel (eq. 4 and 5 there, 20 samples)."""
+
+    def __init__(self, network: StochasticSegmentation):
+        super().__init__()
+        self._distribution, self.num_classes = network.distribution, network.num_classes
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        target = target[:, 0].long().flatten(1)
+        if output.shape[1] == self.num_classes:  # validation
+            return nn.functional.cross_entropy(output.float().flatten(2), target)
+        with torch.autocast(output.device.type, enabled=False):
+            logits = self._distribution(output).rsample((20,))
+            logits = logits.reshape(20 * len(target), self.num_classes, -1)
+            of_pixels = nn.functional.cross_entropy(logits, target.repeat(20, 1), reduction='none')
+            likelihood = -of_pixels.sum(1).reshape(20, -1)
+            return -(torch.logsumexp(likelihood, 0) - torch.log(torch.tensor(20.0))).mean() / target.shape[1]
+
+
+class nnUNetTrainerRatersSSN(Raters, nnUNetTrainer):
+    """Stochastic segmentation network of rank 10: from stock's weights, as the others, with their optimiser."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+        self.initial_lr, self.weight_decay = 1e-3, 1e-2
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                                   enable_deep_supervision=True):
+        return StochasticSegmentation(nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, (2 + RANK) * num_output_channels, False),
+            num_output_channels)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, self.num_epochs, 0.9)
+
+    def initialize(self):
+        super().initialize()
+        from nnunet_pdddpm.training.presegmenters import TrainingContext
+        context = TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+        stock, own = context.stock_checkpoint(self.fold)['network_weights'], self.network.unet.state_dict()
+        for name, values in own.items():
+            if values.shape == stock[name].shape:
+                values.copy_(stock[name])
+            else:  # the last layer: the mean is stock's, the deviation small
+                values.mul_(0.1)[:len(stock[name])] = stock[name]
+                values[len(stock[name]):2 * len(stock[name])] -= 2 if values.ndim == 1 else 0
+
+    def _build_loss(self):
+        return StochasticLoss(self.network)
