@@ -1,6 +1,6 @@
 """Intervals of volumes: how many true volumes they hold, and how wide they are, by the ways to make them.
 
-Needs the trained models of `hippocampus.py` and `phantom.py`, in their work folders.
+Needs the trained models of `hippocampus.py`, `phantom.py` and `raters.py`, in their work folders.
 """
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import phantom
+import raters
 import torch
 from hippocampus import HERE, NUM_FOLDS, PDDDPM_TRAINER, fold_folder, nnunet_environment, volume_row
-from phantom_data import Phantom
 from phantom_data import phantom as draw_phantom
 from scale import commit, machine, results
 
 from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, errors_by
+from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.network.refiner import CALIBRATION
 from nnunet_pdddpm.network.settings import SamplingSettings
 
@@ -30,6 +31,7 @@ SAMPLES = 8
 PHANTOMS, PHANTOM_SEED = 80, 600_000
 """Images of each number of objects, of which random halves calibrate and test."""
 SPLITS = 40
+RATER_SETS = {'nuclei': 'Nuclei, total area', 'cells': 'Cells, total area'}
 Rows = list[dict[str, list[float]]]
 """Of cases: the `FIELDS` of a label, and the volumes of the samples."""
 Ends = tuple[float, float]
@@ -49,13 +51,14 @@ def of_phantoms(work: Path, fold: int, objects: int) -> Rows:
     predictor = open_model(phantom.folder(work, phantom.DENOISER), fold)
     validation = [draw_phantom(phantom.VALIDATION_SEED + i) for i in range(phantom.NUM_VALIDATION)]
     settings = replace(temperatures(predictor, validation), start=0.6, steps=1, dependence=0.0, samples=SAMPLES)
-    return [_of_phantom(predictor, settings, draw_phantom(PHANTOM_SEED + i, *phantom.GRIDS[objects]), i, opened)
-            for i in range(PHANTOMS)]
+    cases = [draw_phantom(PHANTOM_SEED + i, *phantom.GRIDS[objects]) for i in range(PHANTOMS)]
+    return [row for i, case in enumerate(cases)
+            for row in rows_of(opened(predictor, case), settings.for_case(str(i)), [float(case.truth.sum())])]
 
 
-def _of_phantom(predictor, settings: SamplingSettings, case: Phantom, number: int, opened: Callable
-                ) -> dict[str, list[float]]:
-    volume, settings = opened(predictor, case), settings.for_case(str(number))
+def rows_of(volume: Volume, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
+    """Of one image's foreground, in pixels, against each of its true areas."""
+    predictor = volume.predictor
     counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
     for sample in range(SAMPLES):
         p, parts = volume.whole_sample(settings, sample, SAMPLES), volume.parts(settings)
@@ -64,8 +67,24 @@ def _of_phantom(predictor, settings: SamplingSettings, case: Phantom, number: in
         mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
         counter.add(sample, slice(0, volume.shape[1]), mask, objects.index, objects.number)
     counter.add_mask([(slice(0, volume.shape[1]), volume.blind())])
-    return volume_row(float(case.truth.sum()), counter.features(np.ones(1))[0],
-                      counter.sample_sizes()[:, 0].astype(float))
+    features_of, sizes = counter.features(np.ones(1))[0], counter.sample_sizes()[:, 0].astype(float)
+    return [volume_row(true, features_of, sizes) for true in truths]
+
+
+@torch.inference_mode()
+def of_raters(of: raters.RaterSet, work: Path, data: Path, fold: int) -> tuple[Rows, Rows]:
+    """Rows of validation and test images, one for each rater's area; drawn as those of phantoms."""
+    from raters_rows import Models, images_of, rows
+    test, validation = raters.split(of, data)
+    models = Models(of, work, fold, images_of(of, data, validation[fold]))
+    row = next(row for row in rows() if row.title == 'PDDDPM, start 0.6, 1 step')
+    settings = replace(models.settings(row), dependence=0.0, samples=SAMPLES)
+
+    def of_images(images: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Rows:
+        return [one for name, pixels, masks in images
+                for one in rows_of(models.opened((name, pixels, masks), row), settings.for_case(name),
+                                   masks.sum((1, 2)).astype(float).tolist())]
+    return of_images(models.validation), of_images(images_of(of, data, test))
 
 
 def of_hippocampus(work: Path, fold: int) -> dict[str, tuple[Rows, Rows]]:
@@ -77,7 +96,8 @@ def of_hippocampus(work: Path, fold: int) -> dict[str, tuple[Rows, Rows]]:
                     [case['volumes'][i] for case in test]) for i, label in enumerate(('Anterior', 'Posterior'))}
 
 
-def measure(hippocampus_work: Path | None, phantom_work: Path | None, into: Path) -> None:
+def measure(hippocampus_work: Path | None, phantom_work: Path | None, raters_work: Path | None, data: str | None,
+            into: Path) -> None:
     """Rows of every data set and training as `DATA__FOLD.json`: lists of calibration and test rows; kept if there."""
     into.mkdir(parents=True, exist_ok=True)
     for fold in range(NUM_FOLDS):
@@ -89,6 +109,12 @@ def measure(hippocampus_work: Path | None, phantom_work: Path | None, into: Path
             if phantom_work is not None and not file.is_file():
                 os.environ.update({**nnunet_environment(phantom_work), **phantom.VARIABLES})
                 file.write_text(json.dumps([of_phantoms(phantom_work, fold, objects), []]))
+        for name in RATER_SETS if raters_work is not None else ():
+            file, of = into / f'{name}__{fold}.json', raters.SETS[name]
+            if not file.is_file():
+                os.environ.update({**nnunet_environment(raters_work), **of.variables})
+                found = of_raters(of, raters_work, raters.find_data(data, of.folder, 'raters'), fold)
+                file.write_text(json.dumps(found))
 
 
 def splits(calibration: Rows, test: Rows) -> Iterator[tuple[Rows, Rows]]:
@@ -138,24 +164,33 @@ def table(into: Path, name: str) -> list[str]:
     return lines
 
 
+NOTES = {
+    ('Anterior', 'Posterior'): 'Hippocampus: the trainings of [hippocampus.md](hippocampus.md), calibrated on the 50 '
+                               'validation cases of the fold, tested on the 50 test cases.',
+    tuple(f'{objects}_objects' for objects in phantom.GRIDS):
+        f'Phantoms: the trainings of [phantom.md](phantom.md); of {PHANTOMS} images that nothing was trained or chosen '
+        f'on, a random half calibrates and the other is tested, {SPLITS} times; samples of one step from start 0.6, an '
+        f'object at a time.',
+    tuple(RATER_SETS): 'Nuclei and cells: the trainings of [nuclei.md](nuclei.md) and [cells.md](cells.md), calibrated '
+                       'on the validation images of the fold, tested on the test images, each with every rater\'s area '
+                       'as a true one; samples as those of phantoms.'}
+"""Names of data -> how they were measured."""
+
+
 def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
     names = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, posterior',
              **{f'{objects}_objects': f'Phantom, total of {objects} objects' for objects in phantom.GRIDS}}
-    phantoms = any(into.glob('*_objects__*.json'))
+    names = {name: title for name, title in {**names, **RATER_SETS}.items() if list(into.glob(f'{name}__*.json'))}
     text = ['# Intervals of volumes: coverage and width', '',
-            '    .venv/bin/python benchmarks/intervals.py -hippocampus WORK -phantom WORK -o WORK', '',
-            f'Commit {commit()}. Machine: {machine()}. Three trainings, those of [hippocampus.md](hippocampus.md): '
-            'calibrated on the 50 validation cases of the fold, tested on the 50 test cases. '
-            + (f'Phantom, three trainings of [phantom.md](phantom.md): of {PHANTOMS} images that nothing was trained '
-               f'or chosen on, a random half calibrates and the other is tested, {SPLITS} times; samples of one step '
-               'from start 0.6, an object at a time. ' if phantoms else 'The phantoms are not measured yet. ')
-            + 'Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the standard deviation '
+            '    .venv/bin/python benchmarks/intervals.py -hippocampus WORK -phantom WORK -raters WORK -o WORK', '',
+            f'Commit {commit()}. Machine: {machine()}. Three trainings each.',
+            *(note for of, note in NOTES.items() if {*of} & {*names}),
+            'Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the standard deviation '
             'over trainings. Width: mean over the mean true volume.', '']
     for name, title in names.items():
-        if list(into.glob(f'{name}__*.json')):
-            text += [f'## {title}', '', '| interval | holds the true volume | width |', '|---|---|---|',
-                     *table(into, name), '']
+        text += [f'## {title}', '', '| interval | holds the true volume | width |', '|---|---|---|',
+                 *table(into, name), '']
     file.write_text('\n'.join(text))
 
 
@@ -163,12 +198,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-hippocampus', type=Path, help='work folder of hippocampus.py')
     parser.add_argument('-phantom', type=Path, help='work folder of phantom.py')
+    parser.add_argument('-raters', type=Path, help='work folder of raters.py, with nuclei and cells')
+    parser.add_argument('-data', help='folder that contains the sets of raters.py (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, type=Path, help='folder of the measurements; those there are kept')
     parser.add_argument('-table', type=Path, default=results() / 'intervals.md', help='the page to write')
     args = parser.parse_args()
     sys.path.append(str(HERE / 'trainers'))
     torch.set_num_threads(1)
-    measure(args.hippocampus and args.hippocampus.resolve(), args.phantom and args.phantom.resolve(), args.o)
+    measure(*(work and work.resolve() for work in (args.hippocampus, args.phantom, args.raters)), args.data, args.o)
     write_page(args.o, args.table)
 
 
