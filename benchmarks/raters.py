@@ -14,8 +14,9 @@ from hippocampus import HERE, call, find_data, fold_folder, nnunet_environment, 
 from scale import DEVICE, FULL, PLANS
 
 CONFIGURATION = '2d'
-STOCK, LONGER, DENOISER, SECOND, SSN = ('nnUNetTrainerRaters', 'nnUNetTrainerRatersLonger', 'PDDDPMTrainerRaters',
-                                        'PDDDPMTrainerRatersSecond', 'nnUNetTrainerRatersSSN')
+STOCK, LONGER, DENOISER, SECOND, SSN, SHARED = (
+    'nnUNetTrainerRaters', 'nnUNetTrainerRatersLonger', 'PDDDPMTrainerRaters', 'PDDDPMTrainerRatersSecond',
+    'nnUNetTrainerRatersSSN', 'PDDDPMTrainerRatersSharedNoise')
 STAGES = ('prepare', 'train', 'tune', 'measure', 'table')
 NUM_FOLDS, SPLIT_SEED, TUNING_MINUTES = 3, 2210, 6
 
@@ -149,7 +150,7 @@ def reduce_plans(preprocessed: Path, features: Sequence[int], batch_size: int) -
 def train_all(of: RaterSet, work: Path, folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Every network of the folds."""
     for fold in folds:
-        for trainer in (STOCK, LONGER, DENOISER, SECOND, SSN):
+        for trainer in (STOCK, LONGER, DENOISER, SECOND, SSN, *((SHARED,) if of.label == 'nucleus' else ())):
             train(work, trainer, fold, of.dataset, CONFIGURATION, **of.variables,
                   benchmark_iterations=str(of.iterations[trainer != STOCK]))
 

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from raters import (
     LONGER,
     NUM_FOLDS,
     SECOND,
+    SHARED,
     SSN,
     STOCK,
     RaterSet,
@@ -33,8 +37,10 @@ from nnunet_pdddpm.evaluation.parts import measure as figures
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
+from nnunet_pdddpm.inference import volume as volume_module
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.inference.volume_sampling import Field, volume_noise
 from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.sweep import DEPENDENCES
@@ -59,6 +65,8 @@ class Row:
     change: Callable[[SamplingSettings], SamplingSettings] = lambda settings: settings
     fitted_dependence: bool = False
     """Whether objects are drawn by a copula whose shared part is fitted on the validation images."""
+    shared_noise: bool = False
+    """Whether it is the model of `PDDDPMTrainerRatersSharedNoise`."""
 
     @property
     def name(self) -> str:
@@ -66,8 +74,8 @@ class Row:
         return ''.join(c if c.isalnum() else '_' for c in self.title)
 
 
-def rows() -> Iterator[Row]:
-    """Of the table."""
+def rows(shared_noise: bool = False) -> Iterator[Row]:
+    """Of the table; with those of noise that is shared over the image, or without."""
     for of, title in MAPS.items():
         calls = int(of in ('longer', 'second', 'blind'))
         yield Row(f'{title}, thresholds', calls, of, tempered=False)
@@ -81,6 +89,10 @@ def rows() -> Iterator[Row]:
                       + (', copula of objects' if fitted else ''), steps,
                       change=lambda s, u=start, k=steps: replace(s, samples_from='chain', start=u, steps=k),
                       fitted_dependence=fitted)
+    for start, steps in CHAINS if shared_noise else ():
+        yield Row(f'PDDDPM, noise in part shared, start {start:g}, {steps} step{"s" * (steps > 1)}', steps,
+                  change=lambda s, u=start, k=steps: replace(s, samples_from='chain', start=u, steps=k),
+                  shared_noise=True)
     yield Row('PDDDPM as tuned', 0)
 
 
@@ -95,6 +107,7 @@ class Models:
     def __init__(self, of: RaterSet, work: Path, fold: int, validation: Sequence[Image]) -> None:
         self.of, self.work, self.fold = of, work, fold
         self.predictor, self.second = (open_model(self.folder(trainer), fold) for trainer in (DENOISER, SECOND))
+        self.shared = open_model(self.folder(SHARED), fold) if of.label == 'nucleus' else None
         self.stock = {name: self._weights(trainer, folds) for name, trainer, folds in (
             ('stock', STOCK, [fold]), ('longer', LONGER, [fold]), ('ensemble', STOCK, range(NUM_FOLDS)))}
         self._maps: dict[tuple[str, str], Tensor] = {}
@@ -138,7 +151,7 @@ class Models:
 
     def opened(self, image: Image, row: Row) -> Volume:
         """The image, with a map in the place of the stock model's if the row has one."""
-        volume = opened_image(self.predictor, image[1])
+        volume = opened_image(self.shared if row.shared_noise else self.predictor, image[1])
         if row.of_map is not None:
             volume.stock_logits = volume._start_logits = self.map(row.of_map, image)
         return volume
@@ -168,7 +181,8 @@ class Models:
         """Independent masks (n, Y, X) bool, and their mean probability (Y, X)."""
         if row.title.startswith('SSN'):
             return self._of_ssn(image, number)
-        masks, mean = draw(self.opened(image, row), settings.for_case(image[0]), True, number)
+        with patch.object(volume_module, 'volume_noise', _shared_noise) if row.shared_noise else nullcontext():
+            masks, mean = draw(self.opened(image, row), settings.for_case(image[0]), True, number)
         return inner(masks, image[1]), inner(mean, image[1])
 
     def _of_ssn(self, image: Image, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,6 +201,18 @@ class Models:
             predictor.plans_manager, predictor.configuration_manager, 1, 2, False)
         network.load_state_dict(self._weights(SSN, [self.fold])[0])
         return network
+
+
+def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], Field]:
+    """As `volume_noise` of one slice, with the noise of that trainer."""
+    from rater_trainers import shared_noise
+    start = volume_noise(shape, seed, sample, *arguments)
+    generator = torch.Generator().manual_seed(seed + 7919 * sample)
+
+    def field() -> Field:
+        white = start()
+        return lambda count: shared_noise(white(count).movedim(1, 0), generator).movedim(0, 1)
+    return field
 
 
 def inner(values: Tensor | np.ndarray, like: np.ndarray) -> Tensor | np.ndarray:
@@ -241,10 +267,11 @@ def measure(of: RaterSet, work: Path, data: Path, folds: Sequence[int] = range(N
     for fold in folds:
         def file_of(row: Row, fold: int = fold) -> Path:
             return results / f'{of.label}__{row.name}__{fold}.json'
-        if all(file_of(row).is_file() for row in rows()):
+        every = list(rows(of.label == 'nucleus'))
+        if all(file_of(row).is_file() for row in every):
             continue
         models, images = Models(of, work, fold, images_of(of, data, validation[fold])), images_of(of, data, test)
-        for row in rows():
+        for row in every:
             if not file_of(row).is_file():
                 settings = models.settings(row)
                 print(row.title, 'fold', fold, settings, flush=True)

@@ -77,7 +77,7 @@ def lines(found: dict[Row, list[list[dict]]], metrics: dict[str, str], wide: boo
 
 def write_table(of: RaterSet, work: Path, file: Path) -> None:
     """The page, of the rows that are measured."""
-    found = {row: scores for row in rows() if (scores := read(of, work, row))}
+    found = {row: scores for row in rows(True) if (scores := read(of, work, row))}
     preprocessed = work / 'nnUNet_preprocessed' / of.dataset
     plans = json.loads((preprocessed / f'{PLANS}.json').read_text())['configurations'][CONFIGURATION]
     splits = json.loads((preprocessed / 'splits_final.json').read_text())

@@ -3,6 +3,7 @@
 The environment variable `benchmark_iterations` says how many iterations, in two epochs. One thread and fixed seeds.
 """
 import os
+from unittest.mock import patch
 
 import torch
 from benchmark_trainers import NoDiffusion, SeededEpochs, ShortCPUTraining, nnUNetTrainerBenchmarkLonger
@@ -10,9 +11,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 
+from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 
-RANK = 10
+RANK, SQUARE = 10, 64
 
 
 class Raters(SeededEpochs, ShortCPUTraining):
@@ -49,6 +51,26 @@ class PDDDPMTrainerRaters(Raters, PDDDPMTrainer):
 
 class PDDDPMTrainerRatersSecond(NoDiffusion, PDDDPMTrainerRaters):
     """The second network without diffusion, trained with cross-entropy alone."""
+
+
+def shared_noise(white: Tensor, generator: torch.Generator) -> Tensor:
+    """White noise (B, C, Y, X), of whose variance a fifth is given to a number for the whole image, and a fifth to one
+    for each square of SQUARE pixels."""
+    *many, height, width = white.shape
+    squares = torch.randn((*many, -(-height // SQUARE), -(-width // SQUARE)), generator=generator)
+    squares = squares.repeat_interleave(SQUARE, -2).repeat_interleave(SQUARE, -1)[..., :height, :width]
+    constant = torch.randn((*many, 1, 1), generator=generator)
+    return 0.6 ** 0.5 * white + 0.2 ** 0.5 * (squares + constant).to(white.device)
+
+
+class PDDDPMTrainerRatersSharedNoise(PDDDPMTrainerRaters):
+    """With noise that is shared over the image in part: see `shared_noise`."""
+
+    def make_noisy_batch(self, image, target):
+        def q(x0, log_snr, noise):
+            return q_sample(x0, log_snr, shared_noise(noise, self.level_generator))
+        with patch('nnunet_pdddpm.training.trainer.q_sample', q):
+            return super().make_noisy_batch(image, target)
 
 
 class StochasticSegmentation(nn.Module):
