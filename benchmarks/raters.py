@@ -33,6 +33,8 @@ class RaterSet:
     """Pixels of the images, side by side, that become one."""
     features: tuple[int, ...]
     batch_size: int
+    patch: int
+    """Side of the patches for training; images are predicted whole."""
     iterations: tuple[int, int]
     """Of the stock model, and of all others."""
 
@@ -48,10 +50,11 @@ class RaterSet:
 
 SETS = {
     'nuclei': RaterSet('Nuclei in brain sections, five experts an image', 'cfos_nuclei', 772, 'nucleus', 2,
-                       (16, 32, 64, 128, 128, 128), 2, (1500, 1000)),
-    'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 773, 'cell', 1, (16, 32, 64, 128), 4, (1500, 1500)),
+                       (16, 32, 64, 128, 128, 128), 2, 256, (1000, 600)),
+    'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 773, 'cell', 1, (16, 32, 64, 128), 4, 128,
+                      (1500, 1500)),
     'nodules': RaterSet('Lung nodules, four radiologists an image', 'lidc_nodules_2d', 774, 'nodule', 1,
-                        (16, 32, 64, 128), 4, (3000, 3000))}
+                        (16, 32, 64, 128), 4, 128, (3000, 3000))}
 
 
 def groups_of(of: RaterSet, data: Path) -> dict[str, str]:
@@ -126,24 +129,25 @@ def prepare(of: RaterSet, work: Path, data: Path) -> None:
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
     call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(of.number), '-c', CONFIGURATION, '-npfp', '1', '--no_pp')
     if not FULL:
-        reduce_plans(preprocessed, of.features, of.batch_size)
+        reduce_plans(preprocessed, of)
     call(work, 'nnUNetv2_preprocess', '-d', str(of.number), '-plans_name', PLANS, '-c', CONFIGURATION, '-np', '1')
     splits = [{'train': [case for image in cases if image not in held_out for case in cases[image]],
                'val': [case for image in held_out for case in cases[image]]} for held_out in folds]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
 
 
-def reduce_plans(preprocessed: Path, features: Sequence[int], batch_size: int) -> None:
-    """A smaller network and batch."""
+def reduce_plans(preprocessed: Path, of: RaterSet) -> None:
+    """A smaller network, patch and batch."""
     plans = json.loads((preprocessed / 'nnUNetPlans.json').read_text())
     plans['plans_name'] = PLANS
     configuration = plans['configurations'][CONFIGURATION]
-    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=batch_size)
+    configuration.update(data_identifier=f'{PLANS}_{CONFIGURATION}', batch_size=of.batch_size,
+                         patch_size=[of.patch] * 2)
     network = configuration['architecture']['arch_kwargs']
     for name in ('n_conv_per_stage', 'kernel_sizes', 'strides'):
-        network[name] = network[name][:len(features)]
-    network.update(n_stages=len(features), features_per_stage=list(features),
-                   n_conv_per_stage_decoder=network['n_conv_per_stage_decoder'][:len(features) - 1])
+        network[name] = network[name][:len(of.features)]
+    network.update(n_stages=len(of.features), features_per_stage=list(of.features),
+                   n_conv_per_stage_decoder=network['n_conv_per_stage_decoder'][:len(of.features) - 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans, indent=1))
 
 

@@ -48,7 +48,7 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 MAPS = {'stock': 'stock', 'longer': 'stock trained longer', 'ensemble': 'stock, ensemble of the 3 trainings',
         'second': 'second network, cross-entropy alone', 'blind': 'PDDDPM, blind mask'}
-CHAINS = ((0.6, 1), (0.8, 2), (1.0, 1), (1.0, 2), (1.0, 5))
+CHAINS = ((0.6, 1), (0.8, 2), (1.0, 2), (1.0, 5))
 Image = tuple[str, np.ndarray, np.ndarray]
 """Name, pixels (Y, X), raters' masks (m, Y, X) bool."""
 
@@ -84,7 +84,7 @@ def rows(shared_noise: bool = False) -> Iterator[Row]:
         yield Row(f'{MAPS[of]}, one temperature, copula of objects', 1, of, fitted_dependence=True)
     yield Row('SSN, rank 10', 1)
     for start, steps in CHAINS:
-        for fitted in (False, True):
+        for fitted in (False, True) if start < 1 else (False,):
             yield Row(f'PDDDPM, start {start:g}, {steps} step{"s" * (steps > 1)}'
                       + (', copula of objects' if fitted else ''), steps,
                       change=lambda s, u=start, k=steps: replace(s, samples_from='chain', start=u, steps=k),
@@ -105,19 +105,25 @@ class Models:
     """The networks of one training, and what is fitted on its validation images."""
 
     def __init__(self, of: RaterSet, work: Path, fold: int, validation: Sequence[Image]) -> None:
-        self.of, self.work, self.fold = of, work, fold
-        self.predictor, self.second = (open_model(self.folder(trainer), fold) for trainer in (DENOISER, SECOND))
-        self.shared = open_model(self.folder(SHARED), fold) if of.label == 'nucleus' else None
+        self.of, self.work, self.fold, self.validation = of, work, fold, validation
+        self.predictor, self.second = (self._open(trainer) for trainer in (DENOISER, SECOND))
+        self.shared = self._open(SHARED) if of.label == 'nucleus' else None
         self.stock = {name: self._weights(trainer, folds) for name, trainer, folds in (
             ('stock', STOCK, [fold]), ('longer', LONGER, [fold]), ('ensemble', STOCK, range(NUM_FOLDS)))}
         self._maps: dict[tuple[str, str], Tensor] = {}
         self._dependence: dict[str, float] = {}
-        self.validation = validation
         self.temperature = {name: self._fit_temperature(name) for name in MAPS}
 
     def folder(self, trainer: str) -> Path:
         """Of a trained model."""
         return fold_folder(self.work, trainer, 0, self.of.dataset, CONFIGURATION).parent
+
+    def _open(self, trainer: str) -> VolumePredictor:
+        """For images in one tile, whatever the patches of training were."""
+        predictor = open_model(self.folder(trainer), self.fold)
+        shapes = [image[1].shape for image in self.validation]
+        predictor.configuration_manager.configuration['patch_size'] = [max(of) for of in zip(*shapes, strict=True)]
+        return predictor
 
     def _weights(self, trainer: str, folds: Sequence[int]) -> list[dict[str, Tensor]]:
         return [torch.load(self.folder(trainer) / f'fold_{fold}' / 'checkpoint_final.pth', map_location='cpu',

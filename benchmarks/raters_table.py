@@ -20,7 +20,7 @@ TEXT = """# {title}
 
     NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/raters.py {name} -o WORK
 
-Commit {commit}. Machine: {machine}. {plans}: features {features}, batches of {batch} patches of {patch}; training in
+Commit {commit}. Machine: {machine}. {plans}: features {features}, batches of {batch} patches of {patch}, predicted whole; training in
 {autocast}. {test} test images; the others in three folds, each of which is a training ({train} images or fewer, one
 case for each rater's mask). Stock: {stock:,} iterations; all others {others:,} more, from stock's weights. 16
 independent samples an image, no mirroring. Temperatures and the copula's shared part are fitted on the fold's
