@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from hippocampus import fold_folder
-from phantom_samplers import SAMPLES, draw, open_model, opened_image
+from phantom_samplers import draw, open_model, opened_image
 from raters import (
     CONFIGURATION,
     DENOISER,
@@ -48,6 +48,7 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 MAPS = {'stock': 'stock', 'longer': 'stock trained longer', 'ensemble': 'stock, ensemble of the 3 trainings',
         'second': 'second network, cross-entropy alone', 'blind': 'PDDDPM, blind mask'}
+SAMPLES = 8  # an image
 CHAINS = ((0.6, 1), (0.8, 2), (1.0, 2), (1.0, 5))
 Image = tuple[str, np.ndarray, np.ndarray]
 """Name, pixels (Y, X), raters' masks (m, Y, X) bool."""
@@ -178,8 +179,9 @@ class Models:
     def _fit_dependence(self, row: Row, settings: SamplingSettings) -> float:
         """That with the lowest energy score of the parts' areas."""
         def energy(dependence: float) -> float:
-            return float(np.mean([scores(image, *self.samples(image, row, replace(settings, dependence=dependence), 8)
-                                         )['energy'] for image in self.validation]))
+            changed = replace(settings, dependence=dependence)
+            return float(np.mean([scores(image, *self.samples(image, row, changed))['energy']
+                                  for image in self.validation]))
         return min(DEPENDENCES, key=energy)
 
     def samples(self, image: Image, row: Row, settings: SamplingSettings, number: int = SAMPLES

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from hippocampus import fold_folder
 from raters import CONFIGURATION, DENOISER, NUM_FOLDS, SETS, TUNING_MINUTES, RaterSet
+from raters_rows import SAMPLES as SAMPLES_OF_IMAGE
 from raters_rows import Row, rows
 from scale import AUTOCAST, PLANS, PLANS_IN_WORDS, commit, machine
 from statistics_of_trainings import difference, spread
@@ -22,7 +23,7 @@ TEXT = """# {title}
 
 Commit {commit}. Machine: {machine}. {plans}: features {features}, batches of {batch} patches of {patch}, predicted whole; training in
 {autocast}. {test} test images; the others in three folds, each of which is a training ({train} images or fewer, one
-case for each rater's mask). Stock: {stock:,} iterations; all others {others:,} more, from stock's weights. 16
+case for each rater's mask). Stock: {stock:,} iterations; all others {others:,} more, from stock's weights. {samples}
 independent samples an image, no mirroring. Temperatures and the copula's shared part are fitted on the fold's
 validation images. SSN: Monteiro et al. 2020, arXiv 2006.06015. Tuned: by `nnUNetv2_pdddpm_tune`, {minutes} minutes:
 
@@ -88,7 +89,7 @@ def write_table(of: RaterSet, work: Path, file: Path) -> None:
         plans=PLANS_IN_WORDS, features=plans['architecture']['arch_kwargs']['features_per_stage'],
         batch=plans['batch_size'], patch=' x '.join(map(str, plans['patch_size'])), autocast=AUTOCAST,
         test=len(next(iter(found.values()))[0]), train=len({case.split('__')[0] for case in splits[0]['train']}),
-        stock=of.iterations[0], others=of.iterations[1], minutes=TUNING_MINUTES, tuned='\n'.join(tuned),
+        stock=of.iterations[0], others=of.iterations[1], minutes=TUNING_MINUTES, samples=SAMPLES_OF_IMAGE, tuned='\n'.join(tuned),
         correlation=spreads(next(iter(found.values())))['correlation_reference'].mean())
     file.write_text(text + '\n'.join([*lines(found, SAMPLES, True), '', '## The mean of the samples', '',
                                       *lines(found, OF_MASK, False)]) + '\n')
