@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
@@ -24,10 +25,42 @@ from nnunet_pdddpm.inference.volume_sampling import (
     refine_volume,
     volume_noise,
 )
+from nnunet_pdddpm.network.refiner import Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings
 
-if TYPE_CHECKING:
-    from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+
+class Networks(Protocol):
+    """What a `Volume` asks of its predictor: nnU-Net's predictor, and how the refiner in it is run."""
+    # nnU-Net's
+    device: torch.device
+    label_manager: Any
+    configuration_manager: Any
+    use_gaussian: bool
+    use_mirroring: bool
+    allowed_mirroring_axes: Sequence[int] | None
+    allow_tqdm: bool
+
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the network that is in place."""
+
+    def _internal_get_sliding_window_slicers(self, image_size: Sequence[int]) -> list[Tile]:
+        """(Z, Y, X) -> tiles."""
+
+    # this package's
+    refiner: Refiner
+    fold_settings: list[SamplingSettings]
+    sure: float
+    slice_correlation: float
+    tile_batch: int
+
+    def presegmenting(self, mirrored: bool = True) -> AbstractContextManager[None]:
+        """Within it the stock network is in place."""
+
+    def blind(self, temperature: float) -> AbstractContextManager[None]:
+        """Within it the denoiser that is shown no mask is in place."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Of the denoiser."""
 
 
 @dataclass
@@ -52,7 +85,7 @@ class VolumePrediction:
 class Volume:
     """One padded image, and the model that is loaded at the time: pre-segments it and draws samples of it."""
 
-    def __init__(self, predictor: VolumePredictor, image: Tensor, device: torch.device) -> None:
+    def __init__(self, predictor: Networks, image: Tensor, device: torch.device) -> None:
         """`image`: (image channels, Z, Y, X), not smaller than a tile; `device`: of the volume's arrays."""
         self.predictor, self.refiner, self.device = predictor, predictor.refiner, device
         self.image = image.to(device)
