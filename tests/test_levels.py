@@ -23,7 +23,7 @@ from nnunet_pdddpm.diffusion.levels import (
     lowest_log_snr,
     paper_table,
 )
-from nnunet_pdddpm.diffusion.measuring import NODES, LevelMeter, positions, training_levels
+from nnunet_pdddpm.diffusion.measuring import BLANK, NODES, LevelMeter, positions, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
 
 fixed = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -163,19 +163,18 @@ def exact_cross_entropies(log_snr, values, generator):
     return softplus(-sign[:, 0] * odds)
 
 
-@pytest.mark.parametrize(('voxels', 'channels', 'lowest'), [(64 * 64, 2, -11), (128 ** 3, 2, -17)])
-def test_at_the_lowest_level_almost_nothing_is_told_apart_and_a_margin_above_about_half(voxels, channels, lowest):
+@pytest.mark.parametrize(('voxels', 'channels', 'lowest'), [(64 * 64, 2, -14), (128 ** 3, 2, -20)])
+def test_near_the_lowest_level_nothing_is_told_apart_and_a_margin_above_about_half(voxels, channels, lowest):
     level = lowest_log_snr(voxels, channels)
     assert level == pytest.approx(lowest, abs=0.5)
-    assert exact_share(level, voxels * channels) > 0.85
+    assert exact_share(level + BLANK, voxels * channels) > 0.94
     assert 0.4 < exact_share(level + MARGIN, voxels * channels) < 0.6
-    assert exact_share(level, voxels * channels // 20) > 0.99  # as in truth: what is open is a part of the patch
 
 
-@pytest.mark.parametrize('voxels', [10, 100])
+@pytest.mark.parametrize('voxels', [10, 100, 1000, 4096])
 def test_the_table_is_that_of_an_exact_denoiser(voxels):
-    """Of patches of 64 x 64, of which m voxels are open. Measured three times on 2000 batches of 4; compared at 200
-    log SNRs."""
+    """Of patches of 64 x 64, of which m voxels are open, at most all. Measured three times on 2000 batches of 4;
+    compared at 200 log SNRs."""
     lowest = lowest_log_snr(64 * 64, 1)
     where = np.linspace(lowest, HIGHEST, 200)
     expected = np.array([exact_share(level, voxels) for level in where])

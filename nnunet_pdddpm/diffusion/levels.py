@@ -18,15 +18,15 @@ CLEAN = math.inf
 """Log SNR of the clean mask, with which every chain ends."""
 HIGHEST = 4.0
 """Log SNR at which a single voxel is decided: the end of a measured table."""
-MARGIN = 2.0
-"""Log SNR by which a measured table begins below what can be told apart at all."""
+MARGIN = 5.0
+"""Log SNR by which a measured table begins below that at which two masks that differ everywhere are half told apart."""
 
 
 def lowest_log_snr(voxels: int, channels: int) -> float:
     """Log SNR at which not even two masks that differ in every voxel can be told apart.
 
-    MARGIN below ln(1.25 / (voxels channels)), where these are half told apart: -11 for 64 x 64 voxels and 2
-    channels, -17 for 128^3 and 2.
+    MARGIN below ln(1.25 / (voxels channels)), where these are half told apart: -14 for 64 x 64 voxels and 2
+    channels, -20 for 128^3 and 2.
     """
     return math.log(1.25 / (voxels * channels)) - MARGIN
 

@@ -7,14 +7,18 @@ from scipy.ndimage import gaussian_filter1d
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.levels import HIGHEST, MARGIN, LevelTable, even_table
+from nnunet_pdddpm.diffusion.levels import HIGHEST, LevelTable, even_table
 
 NODES = 41
 UNIFORM = 0.15
 """Share of the training levels that is drawn evenly in log SNR, whatever has been measured."""
+BLANK = 2.0
+"""Log SNR from the lowest up within which nothing can be told apart, whatever is open: `lowest_log_snr`."""
 FEWEST, MOST = 10, 500
 """Patches that a running mean of a node goes back, at least and at most; between them a quarter of those it has
 seen."""
+SMOOTHING = 0.7
+"""Standard deviation in nodes over which the means are smoothed."""
 GOLDEN = (5 ** 0.5 - 1) / 2
 
 
@@ -61,9 +65,9 @@ class LevelMeter:
     def table(self) -> LevelTable:
         """u at the nodes: the running cross-entropy made monotone, from 1 at the first node to 0 at the last.
 
-        Isotonic regression of the means, smoothed over a node to both sides and weighted by what they rest on. Where
-        nothing can be told apart (see `lowest_log_snr`) they are one. A thousandth of an even table is mixed in, so
-        that u falls strictly. The even table itself until half of the nodes have been met.
+        Isotonic regression of the means, smoothed and weighted by what they rest on. Where nothing can be told apart
+        they are one: `BLANK`. A thousandth of an even table is mixed in, so that u falls strictly. The even table
+        itself until half of the nodes have been met.
         """
         log_snr = self.log_snr.double().numpy()
         seen = self.count.numpy() > 0
@@ -71,9 +75,10 @@ class LevelMeter:
             return even_table(float(log_snr[0]), NODES)
         weights = np.clip(self.count.double().numpy() / 4, 0.01, MOST)
         values = self.cross_entropy.double().numpy()
-        blank = log_snr <= log_snr[0] + MARGIN
+        blank = log_snr <= log_snr[0] + BLANK
         values[blank] = np.average(values[blank], weights=weights[blank])
-        smooth = gaussian_filter1d(values * weights, 1, mode='nearest') / gaussian_filter1d(weights, 1, mode='nearest')
+        smooth, of_weights = (gaussian_filter1d(of, SMOOTHING, mode='nearest') for of in (values * weights, weights))
+        smooth = smooth / of_weights
         falling = isotonic_regression(smooth, sample_weight=weights, increasing=False)
         spread = falling[0] - falling[-1]
         if not spread > 0:
