@@ -388,15 +388,17 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
                         'components': ndimage.label(mask == label, np.ones((3, 3, 3)))[1]}
             if folds == 2:
                 of_fold = of_samples[::2], of_samples[1::2]
-                expected['volume_ml_sd_between_folds'] = np.std([own.mean() for own in of_fold], ddof=1)
-                expected['volume_ml_sd_within_folds'] = np.mean([own.std(ddof=1) for own in of_fold])
+                within = np.mean([own.var(ddof=1) for own in of_fold])
+                between = np.var([own.mean() for own in of_fold], ddof=1) - within / 2
+                expected['volume_ml_sd_between_folds'] = max(between, 0) ** 0.5
+                expected['volume_ml_sd_within_folds'] = within ** 0.5
             # samples are counted before resampling and half precision, in voxels that give the mask its volume
             resampled = {'rel': 0.1, 'abs': 0.05} if case == 'odd' else {'rel': 0.01, 'abs': 0.005}
             for key, value in expected.items():
                 exact = key in ('volume_ml', 'volume_ml_stock', 'components')
                 assert values[key] == pytest.approx(value, **({} if exact else resampled)), (case, name, key)
-            assert re.fullmatch(r'its true volume is known of \d validation cases, 9 are needed',
-                                values['interval_missing'])
+            assert re.fullmatch(r'the true volume is known of \d validation cases whose mask holds (some|no)thing of '
+                                r'it, 9 are needed', values['interval_missing'])
             of_interval = {'volume_ml_low', 'volume_ml_high', 'interval_level', 'interval_cases', 'interval_unit'}
             assert {values[key] for key in of_interval} == {None}
             of_model = {'estimated_dice', 'interval_missing', 'pairwise_dice', 'uncertain_share'} | of_interval
@@ -445,8 +447,8 @@ def test_intervals_hold_for_masks_and_samples_as_in_calibration_only(one_case, t
         assert lesion['volume_ml_low'] is None and lesion['interval_missing']
         return row['labels']['organ']
     as_calibrated = organ('as calibrated')
-    assert ('Volumes of lesion have no calibrated interval: its true volume is known of 0 validation cases, 9 are '
-            'needed.') in capsys.readouterr().out
+    assert ('Volumes of lesion have no calibrated interval: the true volume is known of 0 validation cases whose mask '
+            'holds something of it, 9 are needed.') in capsys.readouterr().out
     volume = as_calibrated['volume_ml']
     assert (as_calibrated['interval_level'], as_calibrated['interval_cases']) == (0.95, 20)
     assert as_calibrated['interval_unit'].startswith('the volume') and as_calibrated['interval_missing'] is None
@@ -521,8 +523,9 @@ def test_samples_of_all_folds_weigh_alike_in_mask_maps_and_estimates(two_folds, 
     torch.testing.assert_close(maps['uncertainty'].double(), torch.special.entr(mean).sum(0) / math.log(3), rtol=0,
                                atol=1e-4)
     of_folds = torch.stack([p[:3].mean(0), p[3:].mean(0)])
-    torch.testing.assert_close(maps['variance_between_folds'].double(), of_folds.var(0, correction=0).sum(0), rtol=0,
-                               atol=1e-4)
+    within = (p[:3].var(0) + p[3:].var(0)).sum(0) / 2
+    between = (of_folds.var(0, correction=0).sum(0) - within / 6).clamp(min=0)  # six samples of two folds
+    torch.testing.assert_close(maps['variance_between_folds'].double(), between, rtol=0, atol=1e-4)
     hard = prediction.logits.argmax(0)
     for label, dice in enumerate(prediction.spread.estimated_dice(prediction.logits)):
         inside = hard == label

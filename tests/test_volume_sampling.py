@@ -240,6 +240,9 @@ def brute_force(p, regions, folds):
         maps['variance_between_folds'] = (share * squares).sum(0)
         within = (share * np.stack([over_channels(own.var(0), 0) for own in of_fold])).sum(0)
         np.testing.assert_allclose(maps['variance_between_folds'] + within, maps['variance'])
+        if len(p) > folds:
+            chance = within * (folds - 1) / (len(p) - folds)
+            maps['variance_between_folds'] = np.maximum(maps['variance_between_folds'] - chance, 0)
     return maps
 
 
@@ -416,15 +419,31 @@ def test_volumes_of_samples_by_hand():
     assert row['volume_ml_mean'] == 15
     assert row['volume_ml_sd'] == pytest.approx(math.sqrt((100 + 25 + 0 + 225) / 3))
     assert (row['samples_low_ml'], row['samples_high_ml']) == (5, 30)
-    assert row['volume_ml_sd_between_folds'] == pytest.approx(np.std([10, 20], ddof=1))
-    assert row['volume_ml_sd_within_folds'] == pytest.approx((np.std(ml[::2], ddof=1) + np.std(ml[1::2], ddof=1)) / 2)
+    within = (np.var(ml[::2], ddof=1) + np.var(ml[1::2], ddof=1)) / 2
+    assert row['volume_ml_sd_between_folds'] == 0 and np.var([10, 20], ddof=1) < within / 2  # no more than by chance
+    assert row['volume_ml_sd_within_folds'] == pytest.approx(math.sqrt(within))
+    apart = sample_volumes(ml + np.array([0, 40, 0, 40]), [0, 1, 0, 1])
+    assert apart['volume_ml_sd_between_folds'] == pytest.approx(math.sqrt(np.var([10, 60], ddof=1) - within / 2))
 
     assert sample_volumes(np.array([5.0]), [0]) == {'volume_ml_mean': 5, 'volume_ml_sd': None, 'samples_low_ml': None,
                                                     'samples_high_ml': None}
     assert 'volume_ml_sd_between_folds' not in sample_volumes(np.array([1.0, 2]), [0, 0])
     one_each = sample_volumes(np.array([10.0, 20]), [0, 1])
-    assert one_each['volume_ml_sd_between_folds'] == pytest.approx(math.sqrt(50))
+    assert one_each['volume_ml_sd_between_folds'] is None
     assert one_each['volume_ml_sd_within_folds'] is None
+
+
+@pytest.mark.parametrize('regions', [False, True])
+def test_models_that_are_alike_have_no_variance_between_them(regions):
+    """Five of two samples each, from one distribution: nearly half of the plain decomposition would be between them."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet((1, 1), (10, 400)).transpose(0, 2, 1).reshape(10, 2, 1, 20, 20)
+    maps = spread_of(p, regions, 5).maps()
+    share = float(maps['variance_between_folds'].mean() / maps['variance'].mean())
+    assert share < 0.2  # clipped at 0, voxel by voxel
+    volumes = [sample_volumes(rng.normal(10, 1, 10), np.repeat(range(5), 2)) for _ in range(200)]
+    between = np.mean([row['volume_ml_sd_between_folds'] ** 2 for row in volumes])
+    assert between < 0.2 * np.mean([row['volume_ml_sd'] ** 2 for row in volumes])
 
 
 def test_a_mean_is_over_the_labels_that_are_there():

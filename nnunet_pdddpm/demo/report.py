@@ -11,6 +11,8 @@ import SimpleITK as sitk
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_pdddpm.inference.intervals import in_percent
+
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
@@ -65,7 +67,7 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
                                                (row['volume_ml_high'], row['samples_high_ml']), strict=True):
                 known = low is not None
                 found += [low <= true <= high] if known else []
-                of = '' if level is None else f'{100 * level:.0f} %: '
+                of = '' if level is None else f'{in_percent(level)}: '
                 texts.append(f'{of}{low:.2f} to {high:.2f}' if known else 'none')
             lines.append(f'{case["case"]:<16}{name:<8}{row["volume_ml"]:8.2f}   {texts[0]:<24}{texts[1]:<22}'
                          f'{true:8.2f}')

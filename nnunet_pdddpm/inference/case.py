@@ -17,7 +17,7 @@ from torch import Tensor
 from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy
-from nnunet_pdddpm.inference.intervals import Calibrated
+from nnunet_pdddpm.inference.intervals import ByMask
 from nnunet_pdddpm.inference.preprocess import end_with_parent
 from nnunet_pdddpm.inference.summary import (
     CASES,
@@ -112,7 +112,7 @@ class CaseUnderWay:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
-                 settings: list[dict[str, Any]], calibrated: Mapping[str, Calibrated | str], queue: ExportQueue,
+                 settings: list[dict[str, Any]], calibrated: Mapping[str, ByMask], queue: ExportQueue,
                  image: list[dict[str, Any]] | None = None,
                  remarks: Sequence[str] = ()) -> None:
         """
@@ -201,7 +201,8 @@ class CaseUnderWay:
         ml = self.export.voxel_volume_ml()
         voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]), self.voxel_ml)
         sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
-        return {name: {'volume_ml': counted[name]['voxels'] * ml, **interval(self.calibrated[name], features[i]),
+        return {name: {'volume_ml': counted[name]['voxels'] * ml,
+                       **interval(self.calibrated[name].of(features[i]), features[i]),
                        **sample_volumes(sizes[:, i], self.folds),
                        'volume_ml_stock': None if (stock := counted[name]['voxels_stock']) is None else stock * ml,
                        'components': counted[name]['components'], **of}

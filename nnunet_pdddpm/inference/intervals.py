@@ -109,9 +109,10 @@ class Calibrated:
         """Ends in ml for a new case.
 
         Of one model it is a split conformal interval (Lei et al. 2018, arXiv 1604.04173): it holds the true volume
-        with a probability of at least `level`, over draws of the new case and the validation cases. Of several models
-        it is CV+ (Barber et al. 2021, arXiv 1905.02928, section 3): at least 2 level - 1 is proven, about `level` is
-        found. Neither counts in that the rule was chosen on the same errors.
+        with a probability of at least `level`, over draws of the new case and the validation cases. Of all K folds it
+        is CV+ (Barber et al. 2021, arXiv 1905.02928, theorem 4): proven are 2 level - 1 less
+        min(2 (1 - 1/K) / (n/K + 1), (1 - K/n) / (K + 1)), about `level` is found. Of some of the folds nothing is
+        proven. Neither counts in that the rule was chosen on the same errors.
 
         Args:
             of: of the new case, arrays (models,).
@@ -126,6 +127,19 @@ class Calibrated:
                                               of_errors)) for sign in (-1, 1))
         rank = rank_of(len(self.errors), self.rule.own_tails)
         return max(float(lows[rank - 1]), 0.0), max(float(highs[-rank]), 0.0)
+
+
+@dataclass(frozen=True)
+class ByMask:
+    """What intervals of a label are made of: of cases whose mask holds something of it by such validation cases, of the
+    others by the others. A label that is rare would else have intervals of the many cases without it, which have no
+    error: too narrow wherever there is something of it. Each is a reason where there are too few cases."""
+    found: Calibrated | str
+    empty: Calibrated | str
+
+    def of(self, features: Features) -> Calibrated | str:
+        """For a new case, arrays (models,): of several models one that finds something is enough."""
+        return self.found if (features.mask > 0).any() else self.empty
 
 
 def honest_level(number: int) -> float:
@@ -199,6 +213,23 @@ def choose_rule(true: np.ndarray, of: Features, with_samples: bool) -> Rule:
         errors = errors_by(relative, true, of)
         return relative if errors is not None and np.isfinite(errors).all() else constant
     return min(usable, key=lambda rule: float(interval_scores(rule, true, of).mean()))
+
+
+def calibrate_by_mask(scores: Sequence[np.ndarray], with_samples: bool) -> ByMask:
+    """`calibrate` of the cases whose mask holds something of the label, and of the others."""
+    made: list[Calibrated | str] = []
+    for which, words in ((True, 'holds something of it'), (False, 'holds nothing of it')):
+        of_kind = [of[(of[:, FIELDS.index('mask')] > 0) == which] for of in scores]
+        number = sum(int((of[:, FIELDS.index('samples')] > 0).sum()) for of in of_kind)
+        made.append(calibrate(of_kind, with_samples) or
+                    f'the true volume is known of {number} validation cases whose mask {words}, {FEWEST_SCORES} are '
+                    f'needed')
+    return ByMask(*made)
+
+
+def in_percent(level: float) -> str:
+    """A level for reading, never more than it is: '94 %' for 18 / 19."""
+    return f'{math.floor(100 * level + 1e-6)} %'
 
 
 def calibrate(scores: Sequence[np.ndarray], with_samples: bool) -> Calibrated | None:

@@ -29,7 +29,7 @@ from nnunet_pdddpm.inference.continuing import (
     refuse_other_settings,
 )
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
-from nnunet_pdddpm.inference.intervals import FEWEST_SCORES, FIELDS, Calibrated, calibrate
+from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.summary import has_failed, read_case, write_failure
 from nnunet_pdddpm.inference.volume import VolumePrediction
@@ -77,7 +77,7 @@ class PDDDPMPredictor(VolumePredictor):
         self.outputs = outputs
         self._num_cases: int | None = None
         self.failed: dict[str, str] = {}  # case -> why it could not be predicted, in the last prediction
-        self.calibrated: dict[str, Calibrated | str] = {}
+        self.calibrated: dict[str, ByMask] = {}
         """Label -> what the intervals of its volumes are made of, or why there are none."""
         self.weights: list[str] = []
         """Identity of each model: checksum of all that it holds, both networks, levels, calibration and settings."""
@@ -92,13 +92,13 @@ class PDDDPMPredictor(VolumePredictor):
         super().initialize_from_trained_model_folder(*args, **kwargs)
         self.calibrated = self._calibrated()
         self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
-        reasons = dict.fromkeys(of for of in self.calibrated.values() if isinstance(of, str))
+        reasons = dict.fromkeys(of.found for of in self.calibrated.values() if isinstance(of.found, str))
         for reason in reasons:
-            names = [name for name, of in self.calibrated.items() if of == reason]
+            names = [name for name, of in self.calibrated.items() if of.found == reason]
             which = 'Volumes have' if len(names) == len(self.calibrated) else f'Volumes of {", ".join(names)} have'
             print(f'{which} no calibrated interval: {reason}.')
 
-    def _calibrated(self) -> dict[str, Calibrated | str]:
+    def _calibrated(self) -> dict[str, ByMask]:
         """Label -> what its intervals are made of, or why there are none."""
         channels = label_channels(self.dataset_json, self.plans_manager)
         scores = [parameters[CALIBRATION].numpy() for parameters in self.list_of_parameters]
@@ -111,17 +111,13 @@ class PDDDPMPredictor(VolumePredictor):
         mask_alike = here and all(now.mask_made_of == then.mask_made_of and (draws_alike or not now.needs_samples)
                                   for now, then in zip(self.fold_settings, stored, strict=True))
         if not any(drawn):
-            return dict.fromkeys(channels, 'the model is not calibrated (nnUNetv2_pdddpm_tune does it, or '
-                                           'nnUNetv2_train --val)')
+            reason = 'the model is not calibrated (nnUNetv2_pdddpm_tune does it, or nnUNetv2_train --val)'
+            return dict.fromkeys(channels, ByMask(reason, reason))
         if not mask_alike:
-            return dict.fromkeys(channels, 'the calibrated one holds only for masks made as in validation')
-        found: dict[str, Calibrated | str] = {}
-        for name, channel in channels.items():
-            of_label = [of[:, channel] for of in scores]
-            number = sum(int((of[:, FIELDS.index('samples')] > 0).sum()) for of in of_label)
-            found[name] = calibrate(of_label, draws_alike and len(scores) == 1) or \
-                f'its true volume is known of {number} validation cases, {FEWEST_SCORES} are needed'
-        return found
+            reason = 'the calibrated one holds only for masks made as in validation'
+            return dict.fromkeys(channels, ByMask(reason, reason))
+        return {name: calibrate_by_mask([of[:, channel] for of in scores], draws_alike and len(scores) == 1)
+                for name, channel in channels.items()}
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""

@@ -112,7 +112,8 @@ class Spread:
         mutual_information: uncertainty less the mean entropy of the single samples, in the same unit: how much of it is
             disagreement between the samples.
         variance: of the probabilities over the samples, summed over the classes (mean over regions).
-        variance_between_folds, with several models: the part of it that lies between the means of the models.
+        variance_between_folds, with several models: the part of it that lies between the models. What the means of
+            so few samples differ by chance is taken off, unless each model has one sample.
         """
         folds = ['variance_between_folds'] if self.fold_mean is not None else []
         maps = {name: torch.empty_like(self.entropy)
@@ -124,7 +125,11 @@ class Spread:
             maps['variance'][z] = (self.squares[z] - square).clamp(min=0)
             maps['mutual_information'][z] = (uncertainty - self.entropy[z]).clamp(0, 1)
             for name in folds:
-                maps[name][z] = (self.fold_squares[z] - square).clamp(min=0)
+                between = (self.fold_squares[z] - square).clamp(min=0)
+                if self.samples > self.folds:  # K means of N samples: (K - 1) / N of an unbiased variance within
+                    within = (maps['variance'][z] - between).clamp(min=0)
+                    between = (between - (self.folds - 1) / (self.samples - self.folds) * within).clamp(min=0)
+                maps[name][z] = between
         return maps
 
     def pairwise_dice(self, channel: int) -> float | None:

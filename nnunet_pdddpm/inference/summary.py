@@ -34,8 +34,9 @@ def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | No
         folds: model that drew each sample.
 
     Returns:
-        In ml: mean, standard deviation, the smallest and the largest volume, and, for several models, the standard
-        deviation of their means and the mean one within a model. None for what cannot be told of a single sample.
+        In ml: mean, standard deviation, the smallest and the largest volume. For several models, the standard deviation
+        between them, from which is taken off what means of so few samples differ by chance, and the one within a model.
+        None for what cannot be told of a single sample.
     """
     several = len(ml) > 1
     row = {'volume_ml_mean': float(ml.mean()), 'volume_ml_sd': float(ml.std(ddof=1)) if several else None,
@@ -43,9 +44,15 @@ def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | No
            'samples_high_ml': float(ml.max()) if several else None}
     of_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
     if len(of_fold) > 1:
-        within = [values.std(ddof=1) for values in of_fold if len(values) > 1]
-        row['volume_ml_sd_between_folds'] = float(np.std([values.mean() for values in of_fold], ddof=1))
-        row['volume_ml_sd_within_folds'] = float(np.mean(within)) if within else None
+        known = [values for values in of_fold if len(values) > 1]
+        between = within = None
+        if known:
+            degrees = [len(values) - 1 for values in known]
+            variance = np.average([values.var(ddof=1) for values in known], weights=degrees)
+            chance = variance * np.mean([1 / len(values) for values in of_fold])
+            between = max(float(np.var([values.mean() for values in of_fold], ddof=1) - chance), 0.0) ** 0.5
+            within = float(variance ** 0.5)
+        row['volume_ml_sd_between_folds'], row['volume_ml_sd_within_folds'] = between, within
     return row
 
 

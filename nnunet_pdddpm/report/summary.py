@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_pdddpm.files import UNTOLD, is_that_file
+from nnunet_pdddpm.inference.intervals import in_percent
 from nnunet_pdddpm.report.volumes import existing
 
 SUMMARY = 'pdddpm_summary.json'
@@ -109,7 +110,7 @@ def interval(label: Mapping[str, Any], samples: Any = None) -> str:
     if finite(label.get('volume_ml')) is None:
         return '–'
     level = finite(label.get('interval_level'))
-    of, names = ('', ()) if level is None else (f'{100 * level:.0f} %', ('volume_ml_low', 'volume_ml_high'))
+    of, names = ('', ()) if level is None else (in_percent(level), ('volume_ml_low', 'volume_ml_high'))
     if not names and finite(samples) is not None:
         of, names = f'{samples} samples', ('samples_low_ml', 'samples_high_ml')
     ends = [volume(label, name) for name in names]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import as_numpy
-from nnunet_pdddpm.inference.intervals import FEWEST_SCORES, FIELDS, Calibrated, Features, calibrate
+from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 from nnunet_pdddpm.network.refiner import CALIBRATION_CASES, stored_settings
@@ -79,17 +79,15 @@ def lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
 
 
 def _in_words(scores: np.ndarray) -> str:
-    number = int((scores[:, FIELDS.index('samples')] > 0).sum())
-    calibrated = calibrate([scores], with_samples=True)
-    if calibrated is None:
-        return (f'no calibrated interval: the true volume is known of {number} validation cases, {FEWEST_SCORES} are '
-                f'needed')
-    return (f'{100 * calibrated.level:.0f} % interval by {number} validation cases, errors relative to '
+    calibrated = calibrate_by_mask([scores], with_samples=True).found
+    if isinstance(calibrated, str):
+        return f'no calibrated interval: {calibrated}'
+    return (f'{in_percent(calibrated.level)} interval by {len(calibrated.errors)} validation cases, errors relative to '
             f'{calibrated.rule.words()}: {_width(calibrated, scores)}')
 
 
 def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
-    known = scores[scores[:, FIELDS.index('samples')] > 0]
+    known = scores[(scores[:, FIELDS.index('samples')] > 0) & (scores[:, FIELDS.index('mask')] > 0)]
     ends = [calibrated.interval(Features(*(of[i:i + 1] for i in range(1, 6)))) for of in known.astype(float)]
     widths = [high - low for low, high in (end for end in ends if end is not None)]
     return f'{np.mean(widths):.3g} ml wide for a volume of {known[:, 0].mean():.3g} ml, on average'
