@@ -171,7 +171,8 @@ def write_table(work: Path, file: Path) -> None:
     lines = []
     for row, of in found.items():
         def against(metric: str, of: dict[str, np.ndarray] = of, row: str = row) -> str:
-            return '' if row == 'longer' else difference(of[metric], found['longer'][metric], 4)
+            base = found['longer'][metric]
+            return '' if row == 'longer' or len(of[metric]) != len(base) else difference(of[metric], base, 4)
         lines.append(f'| {TITLES[row]} | {spread(of["dice"], 4)} | {against("dice")} | {spread(of["nll"], 4)} '
                      f'| {against("nll")} |')
     tuned = [f'- fold {fold}: ' + '; '.join(json.loads(

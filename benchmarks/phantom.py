@@ -34,9 +34,9 @@ TEXT = """# A phantom whose distribution of masks is known
 
 Commit {commit}. Machine: {machine}; float32 prediction, training as `benchmarks/trainers/benchmark_trainers.py` says.
 {plans}: features {features}, batches of {batch} patches of 64 x 64. {cases:,} images, two thirds of which train each
-of three folds (trainings); stock {stock:,} iterations, all others {others:,}, from stock's weights. {samples} samples
-an image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The learning rate was
-chosen by single trainings of fold 0 on 30 other images.
+of three folds (trainings); stock {stock:,} iterations, all others {others:,}, from stock's weights. {samples}
+independent samples an image, no mirroring; one temperature a network, fitted on {validation} further phantoms. The
+learning rate was chosen by single trainings of fold 0 on 30 other images.
 
 Each image shows objects whose truth is, independently of each other, one of three shapes: the core, the core with its
 rim, or the core with its lobe (`benchmarks/phantom_data.py`). The networks are trained on images of two objects.
@@ -45,7 +45,8 @@ Images of 8 and 20 are predicted tile by tile.
 ± is the standard deviation over trainings. Δ is the paired difference to the second network's thresholds with a 95 %
 interval by Student's t over the three trainings. One of the shapes: share of the objects in the samples whose IoU
 with the nearest shape is at least 0.85. Frequency error: half of the summed differences between the frequencies of
-the shapes and their probabilities. GED²: with pairs of a mask with itself. Calls: of the denoiser, for a sample.
+the shapes and their probabilities. GED²: with pairs of a mask with itself. NLL and Dice
+are those of the samples' mean where there is a chain. Calls: of the denoiser, for a sample.
 
 ## Two objects, {two} images
 
@@ -122,7 +123,8 @@ def measure(work: Path, folds: Sequence[int] = range(NUM_FOLDS)) -> None:
                     if row.trainer != trainer or file.is_file() or not (row.large or objects == 2):
                         continue
                     print(row.title, 'fold', fold, objects, 'objects', flush=True)
-                    values = [scores(case, *draw(opened(predictor, case), row.change(settings)), seed)
+                    values = [scores(case, *draw(opened(predictor, case), row.change(settings).for_case(str(seed)),
+                                                 independent=True), seed)
                               for seed, case in enumerate(test_images(objects))]
                     file.write_text(json.dumps(values))
 
@@ -134,8 +136,9 @@ def name_of(title: str) -> str:
 
 def read(work: Path, title: str, objects: int) -> dict[str, np.ndarray]:
     """Metric -> (trainings, images) of a row."""
-    files = sorted((work / 'measured').glob(f'{name_of(title)}__*__{objects}.json'))
-    folds = [json.loads(file.read_text()) for file in files]
+    from statistics_of_trainings import files_of_trainings
+    folds = [json.loads(file.read_text())
+             for file in files_of_trainings(work / 'measured', name_of(title), f'__{objects}.json')]
     return {metric: np.array([[image[metric] for image in fold] for fold in folds]) for metric in folds[0][0]}
 
 

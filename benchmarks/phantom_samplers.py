@@ -41,9 +41,9 @@ class Row:
     """Whether it is also measured on images of more than two objects, which take many tiles."""
 
 
-def open_model(folder: Path, fold: int) -> VolumePredictor:
-    """Without mirroring."""
-    predictor = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=False)
+def open_model(folder: Path, fold: int, mirroring: bool = False) -> VolumePredictor:
+    """Of one training."""
+    predictor = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=mirroring)
     predictor.initialize_from_trained_model_folder(str(folder), (fold,))
     predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
     return predictor

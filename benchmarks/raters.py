@@ -115,15 +115,21 @@ def prepare(of: RaterSet, work: Path, data: Path) -> None:
     if (preprocessed / 'splits_final.json').is_file():
         return
     folds = split(of, data)[1]
-    for name in ('imagesTr', 'labelsTr'):
-        (raw / name).mkdir(parents=True, exist_ok=True)
+    every = raters_of_cases(of, work)
+    for folder in (raw / 'imagesTr', raw / 'labelsTr', every):
+        folder.mkdir(parents=True, exist_ok=True)
     cases: dict[str, list[str]] = {}
     for image in sum(folds, []):
         pixels = np.round(read_image(of, data, image)).astype(np.uint8)
-        for case, mask in read_raters(of, data, image).items():
+        raters = read_raters(of, data, image)
+        for name, mask in raters.items():
+            case = name.replace('__', '-')
             cases.setdefault(image, []).append(case)
             io.imsave(raw / 'imagesTr' / f'{case}_0000.png', pixels, check_contrast=False)
             io.imsave(raw / 'labelsTr' / f'{case}.png', mask.astype(np.uint8), check_contrast=False)
+            for other in raters:  # of every case, for the tuning
+                (every / f'{case}__{other.split("__")[1]}.png').symlink_to(
+                    raw / 'labelsTr' / f'{other.replace("__", "-")}.png')
     description = {'channel_names': {'0': 'grey'}, 'labels': {'background': 0, of.label: 1},
                    'numTraining': sum(map(len, cases.values())), 'file_ending': '.png'}
     (raw / 'dataset.json').write_text(json.dumps(description, indent=1))
@@ -134,6 +140,11 @@ def prepare(of: RaterSet, work: Path, data: Path) -> None:
     splits = [{'train': [case for image in cases if image not in held_out for case in cases[image]],
                'val': [case for image in held_out for case in cases[image]]} for held_out in folds]
     (preprocessed / 'splits_final.json').write_text(json.dumps(splits, indent=1))
+
+
+def raters_of_cases(of: RaterSet, work: Path) -> Path:
+    """Folder in which every case, an image with one rater's mask, has the masks of all."""
+    return work / f'raters_{of.label}'
 
 
 def reduce_plans(preprocessed: Path, of: RaterSet) -> None:
@@ -163,7 +174,8 @@ def tune(of: RaterSet, work: Path, fold: int) -> None:
     """`nnUNetv2_pdddpm_tune` unless it has been."""
     if not (fold_folder(work, DENOISER, fold, of.dataset, CONFIGURATION) / 'sampling_sweep.json').is_file():
         call(work, 'nnUNetv2_pdddpm_tune', of.dataset, CONFIGURATION, str(fold), '-tr', DENOISER, '-p', PLANS,
-             '-device', DEVICE, '-budget', str(TUNING_MINUTES), '--disable_progress_bar', **of.variables)
+             '-device', DEVICE, '-budget', str(TUNING_MINUTES), '-raters', str(raters_of_cases(of, work)),
+             '--disable_progress_bar', **of.variables)
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """Rows of `raters.py`: ways to draw masks of an image, and what they are worth against the raters' masks."""
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,16 +31,16 @@ from raters import (
     split,
 )
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
 from nnunet_pdddpm.evaluation.calibration import reliability
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix
-from nnunet_pdddpm.evaluation.parts import components
-from nnunet_pdddpm.evaluation.parts import measure as figures
+from nnunet_pdddpm.evaluation.parts import components, octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
 from nnunet_pdddpm.inference import volume as volume_module
+from nnunet_pdddpm.inference.components import POSSIBLE
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import Field, volume_noise
@@ -48,8 +51,10 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 MAPS = {'stock': 'stock', 'longer': 'stock trained longer', 'ensemble': 'stock, ensemble of the 3 trainings',
         'second': 'second network, cross-entropy alone', 'blind': 'PDDDPM, blind mask'}
-SAMPLES = 8  # an image
+SAMPLES, FOR_MEAN = 8, 64
+"""Of an image: independent samples, and draws of which the mean probability of chains and SSN is."""
 CHAINS = ((0.6, 1), (0.8, 2), (1.0, 2), (1.0, 5))
+AS_TUNED = 'PDDDPM as tuned, with mirroring'
 Image = tuple[str, np.ndarray, np.ndarray]
 """Name, pixels (Y, X), raters' masks (m, Y, X) bool."""
 
@@ -81,11 +86,13 @@ def rows(shared_noise: bool = False) -> Iterator[Row]:
         calls = int(of in ('longer', 'second', 'blind'))
         yield Row(f'{title}, thresholds', calls, of, tempered=False)
         yield Row(f'{title}, one temperature, thresholds', calls, of)
-    for of in ('longer', 'second'):
-        yield Row(f'{MAPS[of]}, one temperature, copula of objects', 1, of, fitted_dependence=True)
-    yield Row('SSN, rank 10', 1)
+    for of, title in MAPS.items():
+        yield Row(f'{title}, one temperature, copula of objects', int(of in ('longer', 'second', 'blind')), of,
+                  fitted_dependence=True)
+    yield Row('SSN, rank 10', 1, tempered=False)
+    yield Row('SSN, rank 10, one temperature', 1)
     for start, steps in CHAINS:
-        for fitted in (False, True) if start < 1 else (False,):
+        for fitted in (False, True):
             yield Row(f'PDDDPM, start {start:g}, {steps} step{"s" * (steps > 1)}'
                       + (', copula of objects' if fitted else ''), steps,
                       change=lambda s, u=start, k=steps: replace(s, samples_from='chain', start=u, steps=k),
@@ -94,7 +101,7 @@ def rows(shared_noise: bool = False) -> Iterator[Row]:
         yield Row(f'PDDDPM, noise in part shared, start {start:g}, {steps} step{"s" * (steps > 1)}', steps,
                   change=lambda s, u=start, k=steps: replace(s, samples_from='chain', start=u, steps=k),
                   shared_noise=True)
-    yield Row('PDDDPM as tuned', 0)
+    yield Row(AS_TUNED, 0)
 
 
 def images_of(of: RaterSet, data: Path, names: Sequence[str]) -> list[Image]:
@@ -113,15 +120,20 @@ class Models:
             ('stock', STOCK, [fold]), ('longer', LONGER, [fold]), ('ensemble', STOCK, range(NUM_FOLDS)))}
         self._maps: dict[tuple[str, str], Tensor] = {}
         self._dependence: dict[str, float] = {}
-        self.temperature = {name: self._fit_temperature(name) for name in MAPS}
+        self.temperature = {name: self._fit_temperature(name) for name in MAPS if name != 'ensemble'}
+        self.temperature['ensemble'] = self.temperature['stock']  # two of its networks have seen these images
+        self.tuned = self._open(DENOISER, as_tuned=True)
 
     def folder(self, trainer: str) -> Path:
         """Of a trained model."""
         return fold_folder(self.work, trainer, 0, self.of.dataset, CONFIGURATION).parent
 
-    def _open(self, trainer: str) -> VolumePredictor:
-        """For images in one tile, whatever the patches of training were."""
-        predictor = open_model(self.folder(trainer), self.fold)
+    def _open(self, trainer: str, as_tuned: bool = False) -> VolumePredictor:
+        """For images in one tile, whatever the patches of training were; or with the tiles and the mirroring that the
+        model was tuned with."""
+        predictor = open_model(self.folder(trainer), self.fold, mirroring=as_tuned)
+        if as_tuned:
+            return predictor
         shapes = [image[1].shape for image in self.validation]
         predictor.configuration_manager.configuration['patch_size'] = [max(of) for of in zip(*shapes, strict=True)]
         return predictor
@@ -156,16 +168,21 @@ class Models:
             of_images.append(np.array([float(binary_cross_entropy_with_logits(z / t, share)) for t in GRID]))
         return fit_temperature(of_images)
 
+    def expected(self, image: Image) -> np.ndarray:
+        """Stock probabilities (Y, X) under their temperature."""
+        return inner((self.map('stock', image) / self.temperature['stock']).softmax(0)[1, 0].numpy(), image[1])
+
     def opened(self, image: Image, row: Row) -> Volume:
         """The image, with a map in the place of the stock model's if the row has one."""
-        volume = opened_image(self.shared if row.shared_noise else self.predictor, image[1])
+        volume = opened_image(self.tuned if row.title == AS_TUNED else self.shared if row.shared_noise
+                              else self.predictor, image[1])
         if row.of_map is not None:
             volume.stock_logits = volume._start_logits = self.map(row.of_map, image)
         return volume
 
     def settings(self, row: Row) -> SamplingSettings:
         """Fitted as the row says."""
-        if row.title == 'PDDDPM as tuned':
+        if row.title == AS_TUNED:
             return stored_settings(self.predictor.list_of_parameters[0])
         temperature = self.temperature[row.of_map or 'stock'] if row.tempered else 1.0
         settings = row.change(SamplingSettings(
@@ -180,7 +197,7 @@ class Models:
         """That with the lowest energy score of the parts' areas."""
         def energy(dependence: float) -> float:
             changed = replace(settings, dependence=dependence)
-            return float(np.mean([scores(image, *self.samples(image, row, changed))['energy']
+            return float(np.mean([scores(image, *self.samples(image, row, changed), self.expected(image))['energy']
                                   for image in self.validation]))
         return min(DEPENDENCES, key=energy)
 
@@ -188,21 +205,39 @@ class Models:
                 ) -> tuple[np.ndarray, np.ndarray]:
         """Independent masks (n, Y, X) bool, and their mean probability (Y, X)."""
         if row.title.startswith('SSN'):
-            return self._of_ssn(image, number)
+            return self._of_ssn(image, self._temperature_of_ssn() if row.tempered else 1.0, number)
         with patch.object(volume_module, 'volume_noise', _shared_noise) if row.shared_noise else nullcontext():
             masks, mean = draw(self.opened(image, row), settings.for_case(image[0]), True, number)
         return inner(masks, image[1]), inner(mean, image[1])
 
-    def _of_ssn(self, image: Image, number: int) -> tuple[np.ndarray, np.ndarray]:
-        network = self._ssn()
-        padded = opened_image(self.predictor, image[1]).image[None, :, 0]
-        torch.manual_seed(self.fold)
-        network.train()
-        logits = network.distribution(network(padded)).sample((number,)).reshape(number, 2, *padded.shape[2:])
+    def mean_probability(self, image: Image, row: Row, settings: SamplingSettings, mean: np.ndarray) -> np.ndarray:
+        """(Y, X) of many draws; `mean`: of the samples, which is exact where they are drawn from a map."""
+        of_map = row.of_map is not None or settings.samples_from != 'chain'
+        return mean if of_map and not row.title.startswith('SSN') else self.samples(image, row, settings, FOR_MEAN)[1]
+
+    def _of_ssn(self, image: Image, temperature: float, number: int) -> tuple[np.ndarray, np.ndarray]:
+        logits = self._logits_of_ssn(image, number) / temperature
         return (inner((logits[:, 1] > logits[:, 0]).numpy(), image[1]),
                 inner(logits.softmax(1)[:, 1].mean(0).double().numpy(), image[1]))
 
-    def _ssn(self) -> torch.nn.Module:
+    def _logits_of_ssn(self, image: Image, number: int) -> Tensor:
+        padded = opened_image(self.predictor, image[1]).image[None, :, 0]
+        torch.manual_seed(int.from_bytes(hashlib.blake2s(image[0].encode(), digest_size=4).digest(), 'big'))
+        self.ssn.train()  # it then gives all that the distribution is made of
+        return self.ssn.distribution(self.ssn(padded)).sample((number,)).reshape(number, 2, *padded.shape[2:])
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one object a training
+    def _temperature_of_ssn(self) -> float:
+        of_images = []
+        for image in self.validation:
+            logits, share = self._logits_of_ssn(image, FOR_MEAN), torch.from_numpy(image[2].mean(0)).float()
+            means = (inner((logits / t).softmax(1)[:, 1].mean(0), image[1]).clamp(1e-6, 1 - 1e-6) for t in GRID)
+            of_images.append(np.array([float(binary_cross_entropy(mean, share)) for mean in means]))
+        return fit_temperature(of_images)
+
+    @cached_property
+    def ssn(self) -> torch.nn.Module:
+        """Stochastic segmentation network."""
         from rater_trainers import nnUNetTrainerRatersSSN
         predictor: VolumePredictor = self.predictor
         network = nnUNetTrainerRatersSSN.build_network_architecture(
@@ -229,30 +264,37 @@ def inner(values: Tensor | np.ndarray, like: np.ndarray) -> Tensor | np.ndarray:
     return values[..., y:y + like.shape[0], x:x + like.shape[1]]
 
 
-def scores(image: Image, masks: np.ndarray, mean: np.ndarray) -> dict[str, object]:
-    """Of independent samples (n, Y, X) and their mean probability, against the raters' masks.
+def scores(image: Image, masks: np.ndarray, mean: np.ndarray, expected: np.ndarray) -> dict[str, object]:
+    """Of independent samples (n, Y, X) and a mean probability (Y, X), against the raters' masks.
+
+    Args:
+        expected: (Y, X) probabilities of the stock model under its temperature. Quadrants are those of the box in which
+            it expects anything, and areas are relative to what it expects: neither may depend on the raters, or the
+            scores would not be proper.
 
     Returns:
         `ged` (fair), `hm_iou`; `nll`, `ece`, `dice` to the majority and `f1` of objects at IoU 0.5 of the mean;
-        `crps` of the area and `components` of the number of objects, over the raters' means; `energy` of the areas in
-        quadrants of the raters' union, over their mean area; these areas of samples and raters in pixels.
+        `crps` of the area, `components` of the number of objects, `energy` of the areas in quadrants; these areas of
+        samples and raters.
     """
     raters, share = image[2], image[2].mean(0)
     p = np.clip(mean, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
     cross = iou_matrix(masks, raters)
-    of_samples, of_raters = figures(masks, raters, (1.0, 1.0), 1.0)
-    area, objects = max(of_raters.volume.mean(), 1), max(of_raters.components.mean(), 1)
+    index, number = octants(expected > POSSIBLE)
+    areas, of_raters = (np.stack([volumes_of_parts(mask, index, number) for mask in of]) / (1 + expected.sum())
+                        for of in (masks, raters))
+    objects, objects_of_raters = (np.array([components(mask)[1] for mask in of], float) for of in (masks, raters))
     majority, mask = share > 0.5, mean > 0.5
     confidence = np.where(mask, mean, 1 - mean).ravel()
-    ece = np.mean([reliability(confidence, (mask == rater).ravel()).expected_calibration_error for rater in raters])
+    pooled = reduce(add, (reliability(confidence, (mask == rater).ravel()) for rater in raters))
     return {'ged': fair_ged_squared(cross, iou_matrix(masks, masks), iou_matrix(raters, raters)),
             'hm_iou': hungarian_matched_iou(cross),
             'nll': float(-(share * np.log(p) + (1 - share) * np.log(1 - p)).mean()),
-            'ece': float(ece), 'dice': float(dice_of_iou(iou_matrix(mask[None], majority[None]))[0, 0]),
-            'f1': object_f1(majority, mask), 'crps': fair_crps(of_samples.volume / area, of_raters.volume / area),
-            'components': fair_crps(of_samples.components / objects, of_raters.components / objects),
-            'energy': fair_energy_score(of_samples.octants / area, of_raters.octants / area),
-            'areas': (of_samples.octants / area).tolist(), 'areas_of_raters': (of_raters.octants / area).tolist()}
+            'ece': pooled.expected_calibration_error,
+            'dice': float(dice_of_iou(iou_matrix(mask[None], majority[None]))[0, 0]),
+            'f1': object_f1(majority, mask), 'crps': fair_crps(areas.sum(1), of_raters.sum(1)),
+            'components': fair_crps(objects, objects_of_raters), 'energy': fair_energy_score(areas, of_raters),
+            'areas': areas.tolist(), 'areas_of_raters': of_raters.tolist()}
 
 
 def object_f1(reference: np.ndarray, mask: np.ndarray) -> float:
@@ -283,5 +325,9 @@ def measure(of: RaterSet, work: Path, data: Path, folds: Sequence[int] = range(N
             if not file_of(row).is_file():
                 settings = models.settings(row)
                 print(row.title, 'fold', fold, settings, flush=True)
-                found = [scores(image, *models.samples(image, row, settings)) for image in images]
+                found = []
+                for image in images:
+                    masks, mean = models.samples(image, row, settings)
+                    mean = models.mean_probability(image, row, settings, mean)
+                    found.append(scores(image, masks, mean, models.expected(image)))
                 file_of(row).write_text(json.dumps({'settings': str(settings), 'scores': found}))

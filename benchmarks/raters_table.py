@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 from hippocampus import fold_folder
 from raters import CONFIGURATION, DENOISER, NUM_FOLDS, SETS, TUNING_MINUTES, RaterSet
+from raters_rows import AS_TUNED, FOR_MEAN, Row, rows
 from raters_rows import SAMPLES as SAMPLES_OF_IMAGE
-from raters_rows import Row, rows
 from scale import AUTOCAST, PLANS, PLANS_IN_WORDS, commit, machine
-from statistics_of_trainings import difference, spread
+from statistics_of_trainings import difference, files_of_trainings, spread
 
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 
-BASE = 'second network, cross-entropy alone, one temperature, thresholds'
-SAMPLES = {'ged': 'GED²', 'crps': 'CRPS of the area', 'components': 'CRPS of the number', 'energy': 'energy of quadrants'}
+BASE = 'second network, cross-entropy alone, one temperature, copula of objects'
+SAMPLES = {'ged': 'GED²', 'crps': 'CRPS of the area', 'components': 'CRPS of the number of objects', 'energy': 'energy of quadrants'}
 OF_MASK = {'nll': 'NLL', 'ece': 'ECE', 'dice': 'Dice', 'f1': 'F1 of objects'}
 TEXT = """# {title}
 
@@ -24,15 +24,17 @@ TEXT = """# {title}
 Commit {commit}. Machine: {machine}. {plans}: features {features}, batches of {batch} patches of {patch}, predicted whole; training in
 {autocast}. {test} test images; the others in three folds, each of which is a training ({train} images or fewer, one
 case for each rater's mask). Stock: {stock:,} iterations; all others {others:,} more, from stock's weights. {samples}
-independent samples an image, no mirroring. Temperatures and the copula's shared part are fitted on the fold's
+independent samples an image, no mirroring but in the last row; means of chains and of the SSN are of {draws} draws. Temperatures and the copula's shared part are fitted on the fold's
 validation images. SSN: Monteiro et al. 2020, arXiv 2006.06015. Tuned: by `nnUNetv2_pdddpm_tune`, {minutes} minutes:
 
 {tuned}
 
-± is the standard deviation over trainings. Δ is the paired difference to the second network's thresholds (with one
-temperature), with a 95 % interval by Student's t over the trainings. GED² is fair; CRPS and energy score are relative
-to the raters' mean. sd ratio: spread of the samples' areas in quadrants over that of the raters around them, 1 is right.
-Correlation: of these areas (the raters': {correlation:+.2f}). Calls: of a network beside the stock model, for a sample.
+± is the standard deviation over trainings. Δ is the paired difference to the best that needs no diffusion, the second
+network whose objects are drawn by a copula, with a 95 % interval by Student's t over the trainings: it is for these test
+images, and not corrected for the number of rows. Only the last row was chosen before, by tuning. GED² is fair. Areas are
+relative to the stock model's expectation, in quadrants of the box in which it expects anything. sd ratio: spread of the
+samples' areas over that of the raters around them, 1 is right. Correlation: of the areas in quadrants (the raters':
+{correlation:+.2f}). Calls: of a network beside the stock model, for a sample.
 
 ## Samples
 
@@ -41,8 +43,8 @@ Correlation: of these areas (the raters': {correlation:+.2f}). Calls: of a netwo
 
 def read(of: RaterSet, work: Path, row: Row) -> list[list[dict]]:
     """Scores of the test images, of each training."""
-    files = sorted((work / 'measured').glob(f'{of.label}__{row.name}__*.json'))
-    return [json.loads(file.read_text())['scores'] for file in files]
+    return [json.loads(file.read_text())['scores']
+            for file in files_of_trainings(work / 'measured', f'{of.label}__{row.name}')]
 
 
 def column(found: list[list[dict]], metric: str) -> np.ndarray:
@@ -64,11 +66,14 @@ def lines(found: dict[Row, list[list[dict]]], metrics: dict[str, str], wide: boo
             + (' | HM-IoU | sd ratio | correlation |' if wide else ' |'),
             '|---' * (2 + 2 * len(metrics) + 3 * wide) + '|']
     for row, of in found.items():
-        cells = [row.title, str(row.calls) if 'tuned' not in row.title else '']
+        cells = [row.title, str(row.calls) if row.title != AS_TUNED else '']
         for metric in metrics:
             values = column(of, metric)
-            cells += [spread(values, 4 if metric == 'nll' else 3),
-                      '' if row.title == BASE else difference(values, column(base, metric), 4 if metric == 'nll' else 3)]
+            digits = 4 if metric == 'nll' else 3
+            if row.of_map == 'ensemble':  # one model, whatever the training
+                cells += [f'{values.mean():.{digits}f} (one model)', '']
+                continue
+            cells += [spread(values, digits), '' if row.title == BASE else difference(values, column(base, metric), digits)]
         if wide:
             of_areas = spreads(of)
             cells += [spread(column(of, 'hm_iou')), spread(of_areas['sd_ratio'], 2), f'{of_areas["correlation"].mean():+.2f}']
@@ -89,7 +94,7 @@ def write_table(of: RaterSet, work: Path, file: Path) -> None:
         plans=PLANS_IN_WORDS, features=plans['architecture']['arch_kwargs']['features_per_stage'],
         batch=plans['batch_size'], patch=' x '.join(map(str, plans['patch_size'])), autocast=AUTOCAST,
         test=len(next(iter(found.values()))[0]), train=len({case.split('__')[0] for case in splits[0]['train']}),
-        stock=of.iterations[0], others=of.iterations[1], minutes=TUNING_MINUTES, samples=SAMPLES_OF_IMAGE, tuned='\n'.join(tuned),
+        stock=of.iterations[0], others=of.iterations[1], minutes=TUNING_MINUTES, samples=SAMPLES_OF_IMAGE, draws=FOR_MEAN, tuned='\n'.join(tuned),
         correlation=spreads(next(iter(found.values())))['correlation_reference'].mean())
     file.write_text(text + '\n'.join([*lines(found, SAMPLES, True), '', '## The mean of the samples', '',
                                       *lines(found, OF_MASK, False)]) + '\n')

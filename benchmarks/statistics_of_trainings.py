@@ -1,8 +1,19 @@
 """Means and intervals whose unit is the training: cases within a training are averaged first."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from scipy import stats
+
+
+def files_of_trainings(folder: Path, name: str, ending: str = '.json') -> list[Path]:
+    """Files `NAME__FOLD ENDING` of the trainings 0, 1, ..., in this order; raises ValueError if one is missing."""
+    files = list(folder.glob(f'{name}__*{ending}'))
+    expected = [folder / f'{name}__{fold}{ending}' for fold in range(len(files))]
+    if {*files} != {*expected}:
+        raise ValueError(f'{folder} lacks one of {", ".join(file.name for file in expected)}.')
+    return expected
 
 
 def spread(values: np.ndarray, digits: int = 3) -> str:
@@ -22,9 +33,13 @@ def t_interval(differences: np.ndarray) -> tuple[float, float, float]:
 
 
 def difference(one: np.ndarray, other: np.ndarray, digits: int = 3) -> str:
-    """Paired difference of (trainings, cases) with its interval; without one where there are fewer than 3 trainings."""
-    number = min(len(one), len(other))
-    mean, low, high = t_interval(np.nanmean(one[:number], 1) - np.nanmean(other[:number], 1))
-    if number < 3:
+    """Paired difference of (trainings, cases) with its interval; without one where there are fewer than 3 trainings.
+
+    Raises ValueError if one has other trainings than the other.
+    """
+    if one.shape != other.shape:
+        raise ValueError(f'{one.shape} and {other.shape} trainings and cases cannot be paired.')
+    mean, low, high = t_interval(np.nanmean(one, 1) - np.nanmean(other, 1))
+    if len(one) < 3:
         return f'{mean:+.{digits}f} (no interval: fewer than 3 trainings)'
     return f'{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})'

@@ -10,9 +10,12 @@ from benchmark_trainers import NoDiffusion, SeededEpochs, ShortCPUTraining, nnUN
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
+from torch.optim.swa_utils import AveragedModel
 
 from nnunet_pdddpm.diffusion.process import q_sample
+from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 
 RANK, SQUARE = 10, 64
 
@@ -117,7 +120,8 @@ class StochasticLoss(nn.Module):
 
 
 class nnUNetTrainerRatersSSN(Raters, nnUNetTrainer):
-    """Stochastic segmentation network of rank 10: from stock's weights, as the others, with their optimiser."""
+    """Stochastic segmentation network of rank 10: from stock's weights, with the denoiser's optimiser, learning rates
+    and averaged weights."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
@@ -134,7 +138,18 @@ class nnUNetTrainerRatersSSN(Raters, nnUNetTrainer):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, self.num_epochs, 0.9)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=average_weights(0.999))
+        return optimizer, WarmUpPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def train_step(self, batch):
+        losses = super().train_step(batch)
+        self.averaged.update_parameters(self.network)
+        return losses
+
+    def save_checkpoint(self, filename):
+        swap_parameters(self.network, self.averaged.module)
+        super().save_checkpoint(filename)
+        swap_parameters(self.network, self.averaged.module)
 
     def initialize(self):
         super().initialize()
@@ -147,6 +162,7 @@ class nnUNetTrainerRatersSSN(Raters, nnUNetTrainer):
             else:  # the last layer: the mean is stock's, the deviation small
                 values.mul_(0.1)[:len(stock[name])] = stock[name]
                 values[len(stock[name]):2 * len(stock[name])] -= 2 if values.ndim == 1 else 0
+        self.averaged.module.load_state_dict(self.network.state_dict())
 
     def _build_loss(self):
         return StochasticLoss(self.network)
