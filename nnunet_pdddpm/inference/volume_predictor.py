@@ -33,7 +33,7 @@ from nnunet_pdddpm.network.checkpoint import (
     differences,
     load_checkpoint,
 )
-from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, refuse_earlier, stored_settings
+from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, refuse_earlier, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
 
 OnSample = Callable[[int, Tensor], None]
@@ -52,6 +52,10 @@ def refuse_unusable(file: Path) -> None:
     weights = checkpoint['network_weights']
     if any(name.startswith(PRESEGMENTER) for name in weights):
         refuse_earlier(weights, f'The model {file}')
+        try:
+            stored_table(weights)
+        except ValueError as error:
+            raise CheckpointError(f'The model {file} is damaged: {error}') from None
     check_weights(weights, f'The model {file}')
     plans, dataset_json = (load_json(str(file.parents[1] / name)) for name in ('plans.json', 'dataset.json'))
     trained_with = checkpoint['init_args']
