@@ -34,13 +34,14 @@ DRAWS = 4
 """Samples of a case by which settings are compared; the last ones are drawn as many more times."""
 LAST = 2
 """Chains that are drawn again."""
-DEPENDENCES = (1.0, 0.75, 0.5, 0.25, 0.0)
+DEPENDENCES, ENDS = (1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.0)
+"""Of draws without a chain; and those that the best chain is drawn with as well."""
 BLENDS = (0.25, 0.5, 0.75)
 MEMORY = 4 * 2 ** 30
 """Bytes of pre-segmentations that are kept between the rounds; those of further cases are made anew."""
-ROUNDS = 6
-"""Temperatures, draws without a chain, starts, three steps, the last settings, masks: so often a case is opened that
-is not kept."""
+ROUNDS = 7
+"""Temperatures, draws without a chain, starts, three steps, other dependences, the last settings, masks: so often a
+case is opened that is not kept."""
 
 T = TypeVar('T')
 
@@ -251,6 +252,9 @@ class _Run:
         chain = replace(base, dependence=best_without.settings.dependence)
         first = self._compare([replace(chain, start=start, steps=steps) for start in STARTS for steps in FIRST_STEPS])
         more = self._climb(first)
+        # what is best for thresholds need not be for a chain, whose noise decides for the objects one by one
+        best = best_samples([*first, *more])[0].settings
+        more += self._compare([replace(best, dependence=of) for of in ENDS if of != best.dependence])
         last = self._draw_more([best_without, *best_samples([*first, *more], LAST)])
         chosen = choose_samples(last).settings
         masks = self._masks(chosen)
@@ -305,8 +309,9 @@ class _Run:
         self.seconds_a_pass, self.seconds_to_open = a_pass * times, 0.0 if all_kept else opening * times
 
     def _passes_from(self, steps: int, starts: int) -> int:
-        """Passes over a case that chains with so many steps cost: from these starts, drawn again, and as the mask."""
-        return steps * (DRAWS * starts + DRAWS * LAST + max(self.stored.samples, len(self._mirrorings)))
+        """Passes over a case that chains with so many steps cost: from these starts, with other dependences, drawn
+        again, and as the mask."""
+        return steps * (DRAWS * (starts + len(ENDS) + LAST) + max(self.stored.samples, len(self._mirrorings)))
 
     @property
     def _mirrorings(self) -> list[tuple[int, ...]]:
@@ -331,8 +336,8 @@ class _Run:
         starts = [start for start in starts if best[start].settings.steps == max(FIRST_STEPS)]
         more: list[SampleRow] = []
         for i, steps in enumerate(MORE_STEPS):
-            # this round, the last one and the masks
-            seconds = self.seconds_a_pass * self._passes_from(steps, len(starts)) + 3 * self.seconds_to_open
+            # this round, other dependences, the last one and the masks
+            seconds = self.seconds_a_pass * self._passes_from(steps, len(starts)) + 4 * self.seconds_to_open
             if starts and seconds > self._left():
                 self.steps_left_out = list(MORE_STEPS[i:])
                 break
