@@ -61,6 +61,7 @@ class Folders:
         other_masks: case -> what is wrong with its mask, if that is not known to be the one that the summary was made
             of; empty without a summary.
         left_out: a sentence for each kind of files that are not compared.
+        doubtful: a sentence for files that may not be what they are compared as.
     """
     predictions: Path
     references: Path
@@ -75,6 +76,7 @@ class Folders:
     summary: dict[str, dict[str, Any]]
     other_masks: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
 
     def sample_files(self, case: str) -> list[Path]:
         """The case's samples in order; empty if they were not saved."""
@@ -108,6 +110,14 @@ class Folders:
                  if file.name not in {*references, DIAGRAM}]
         if alone:
             yield f'{len(alone)} masks in {self.predictions} have no reference: {listed(alone)}'
+
+    def ambiguous(self) -> Iterator[str]:
+        """A sentence for raters' masks whose name can be read in two ways, if there are some: the longer of the cases
+        that they may be of is no reference."""
+        if found := [f'{file.name} (of {case}, by {rater})' for case, rater, file in self._rater_masks()
+                     if case is not None and RATER in rater]:
+            yield (f'{len(found)} masks in {self.raters} have a rater with {RATER} in the name, unless a reference is '
+                   f'missing: {listed(found)}')
 
     def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
         """A label map; raises EvaluationError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
@@ -219,12 +229,13 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
               f'is not the one that {SUMMARY} was made of' for case in cases if case not in summary}
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
-                      _reader(dataset, references / f'{cases[0]}{ending}'), summary,
+                      _reader(dataset, [references / f'{case}{ending}' for case in cases]), summary,
                       others if (predictions / SUMMARY).is_file() else {})
     if raters is not None and not any(folders.rater_files(case) for case in cases):
         raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
                               f'{cases[0]}__1{ending}.')
     folders.left_out.extend(folders.not_compared())
+    folders.doubtful.extend(folders.ambiguous())
     return folders
 
 
@@ -240,12 +251,14 @@ def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> lis
     return predicted
 
 
-def _reader(dataset: dict[str, Any], example: Path) -> BaseReaderWriter:
+def _reader(dataset: dict[str, Any], examples: list[Path]) -> BaseReaderWriter:
+    """The first of nnU-Net's that can read one of the examples: some may be damaged."""
     with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of the readers that do not suit
-        try:
-            return determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)()
-        except RuntimeError:
-            raise EvaluationError(f"None of nnU-Net's readers can read {example}.") from None
+        for example in examples:
+            with contextlib.suppress(RuntimeError):
+                return determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)()
+    raise EvaluationError(f"None of nnU-Net's readers can read {examples[0]}"
+                          f'{", nor another of the references" if len(examples) > 1 else ""}.')
 
 
 def _read_json(file: Path, flag: str) -> dict[str, Any]:

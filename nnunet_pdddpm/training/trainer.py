@@ -38,8 +38,9 @@ from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
+from nnunet_pdddpm.tuning.budget import enough
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases, require_unseen
+from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
 from nnunet_pdddpm.tuning.stored import CHECKPOINTS
@@ -175,21 +176,30 @@ class PDDDPMTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def _note_cases(self) -> None:
-        """Note what the model is trained on; raises CheckpointError if it or its stock model has seen the validation
-        cases, but for those that the split in force means to validate and train on."""
+        """Note what the model is trained on, and say which validation cases it or its stock model has seen.
+
+        Raises:
+            CheckpointError: if the model was trained on cases that are to validate it now, but for those that the split
+                in force means to train on, too; or if the stock model has held out too few of them.
+        """
         training, validation = self.do_split()
         if not self._restored:
             stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
             self.refiner.seen = Seen.of([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
         if self.fold != 'all':
-            if leak := self.refiner.seen.leaks(validation, training):
+            seen, number = self.refiner.seen, len(validation)
+            leak, foreign = seen.leaks(validation, training), seen.not_held_out(validation)
+            if seen.own(validation, training) or not enough(number - len(foreign), number):
                 raise CheckpointError(f'By the present splits_final.json {leak}. Put back the one that was trained '
                                       f'with, or train the stock model again with this one, and then this model from '
                                       f'its beginning (without --c).')
+            if leak:
+                self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of a validation is '
+                                       f'not of held-out cases alone. The sampling settings and intervals of volumes '
+                                       f'are fitted to the others.')
             if both := trained_on_as_well(validation, training):
-                self.print_to_log_file(f'WARNING: {both}. What is measured on the validation cases is none of held-out '
-                                       f'cases, and the sampling settings and intervals of volumes are not fitted to '
-                                       f'them.')
+                self.print_to_log_file(f'WARNING: {both}. The Dice of a validation is not of held-out cases alone, and '
+                                       f'the sampling settings and intervals of volumes are not fitted to them.')
             if unknown := self.refiner.seen.unknown():
                 self.print_to_log_file(f'{unknown} If splits_final.json was changed since, what is measured on the '
                                        f'validation cases is wrong.')
@@ -388,7 +398,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         """As nnU-Net's, with the averaged weights; then the intervals of volumes are calibrated on the same cases."""
         if self.fold != 'all' and (leak := self.refiner.seen.leaks(self.do_split()[1])):
             self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of this validation is '
-                                   f'none of held-out cases.')
+                                   f'not of held-out cases alone.')
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
@@ -418,7 +428,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         try:
             cases = ValidationCases(self)
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
-            require_unseen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
+            leave_out_seen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
             return measure_volumes(predictor, cases, names[self.local_rank::dist.get_world_size()]
                                    if self.is_ddp else names)
