@@ -165,7 +165,8 @@ def test_cases_that_a_model_may_have_seen_are_told_and_left_out_while_enough_rem
 def test_where_too_few_cases_remain_nothing_is_measured(held_out, names, left):
     with pytest.raises(TuningError, match=f'nothing can be measured on them, and {left} others are too few') as refused:
         measured_on(names, ['x'], Seen.of(['x'], held_out))
-    assert 'new' in str(refused.value) and 'Put back the splits_final.json' in str(refused.value)
+    assert f'{len(names) - left} of {len(names)} validation cases' in str(refused.value)
+    assert 'Put back the splits_final.json' in str(refused.value)
 
 
 def test_what_is_not_known_is_told_and_leaves_out_nothing():
