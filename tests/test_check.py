@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import DATASET, DATASET_ID, PLANS, run_command
 from nnunetv2.utilities import find_objects
+from tiny_model import architecture
 
 import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
@@ -26,17 +27,6 @@ from nnunet_pdddpm.training.presegmenters import TrainingContext
 CHECKOUT = Path(__file__).parents[1]
 FOLDERS = ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')
 STOCK, REFINED = f'nnUNetTrainer__{PLANS}__3d_fullres', f'PDDDPMTrainer__{PLANS}__3d_fullres'
-
-
-def architecture(dims: int) -> dict:
-    """The smallest U-Net that plans can describe."""
-    return {'network_class_name': 'dynamic_network_architectures.architectures.unet.PlainConvUNet',
-            '_kw_requires_import': ['conv_op', 'norm_op', 'dropout_op', 'nonlin'],
-            'arch_kwargs': {'n_stages': 2, 'features_per_stage': [2, 2], 'conv_op': f'torch.nn.Conv{dims}d',
-                            'kernel_sizes': [[3] * dims] * 2, 'strides': [[1] * dims, [2] * dims],
-                            'n_conv_per_stage': [1, 1], 'n_conv_per_stage_decoder': [1], 'conv_bias': True,
-                            'norm_op': None, 'norm_op_kwargs': None, 'dropout_op': None, 'dropout_op_kwargs': None,
-                            'nonlin': 'torch.nn.LeakyReLU', 'nonlin_kwargs': None}}
 
 
 class Checker:

@@ -110,8 +110,12 @@ class ValidationCases:
                     self._raters_of(name, properties, image.shape[1:]), properties, name)
 
     def true_volumes(self, name: str) -> dict[str, float] | None:
-        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored."""
-        labels, properties = self._reader.read_seg(str(self.truth / f'{name}{self.dataset_json["file_ending"]}'))
+        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored.
+
+        Its voxels are those of the image: nnU-Net copies the truth, and not the json that gives the size in a tif.
+        """
+        properties = self.dataset.load_case(name)[3]
+        labels, _ = self._reader.read_seg(str(self.truth / f'{name}{self.dataset_json["file_ending"]}'))
         if self.label_manager.ignore_label is not None and (labels == self.label_manager.ignore_label).any():
             return None
         voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
