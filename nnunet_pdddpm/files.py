@@ -74,7 +74,8 @@ def image_identity(files: Sequence[str], previous: str | None = None) -> list[di
         previous: mask of the previous stage of a cascade.
     """
     images = [*files, *([previous] if previous else [])]
-    beside = dict.fromkeys(re.sub(r'(_\d{4})?\.[^.]+$', '.json', file) for file in images)
+    beside = dict.fromkeys(re.sub((r'(_\d{4})?' if file in files else '') + r'\.[^.]+$', '.json', file)
+                           for file in images)
     try:
         return [identity(Path(file)) for file in [*images, *(file for file in beside if os.path.isfile(file))]]
     except OSError:

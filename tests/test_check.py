@@ -195,10 +195,14 @@ def test_the_shims_of_a_wheel_beside_another_nnunet_are_offered(checker, externa
     assert checker.problem().endswith(f': export nnUNet_extTrainer={tmp_path / check.SHIM}')
 
 
-def test_a_broken_trainer_in_the_way_of_the_search_is_reported(checker, external_search, tmp_path, monkeypatch):
-    (tmp_path / 'a_trainer_of_mine.py').write_text('import no_such_module')
+@pytest.mark.parametrize(('content', 'says'), [
+    ('import no_such_module', "No module named 'no_such_module'"), ('1 / 0', 'ZeroDivisionError: division by zero'),
+    ('open("/no/such/file")', 'FileNotFoundError'), ('{}["a"]', "KeyError: 'a'")])
+def test_a_broken_trainer_in_the_way_of_the_search_is_reported(checker, external_search, tmp_path, monkeypatch, content,
+                                                               says):
+    (tmp_path / 'a_trainer_of_mine.py').write_text(content)
     monkeypatch.setenv('nnUNet_extTrainer', str(tmp_path))
-    assert "No module named 'no_such_module'" in checker.problem()
+    assert says in checker.problem()
 
 
 def test_an_editable_nnunet_hidden_by_the_installed_shims_is_explained(checker, external_search, monkeypatch):
@@ -219,7 +223,8 @@ def test_what_nnunet_does_not_know_is_refused_in_one_sentence(checker, arguments
     assert says in checker.problem(*arguments)
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"configurations": {"2d": {}}}'])
+@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"configurations": {"2d": {}}}',
+                                     '{"configurations": {"2d": {"inherits_from": []}}, "dataset_name": 7}'])
 def test_unreadable_plans_are_reported_with_the_command_that_makes_them(checker, content):
     (checker.preprocessed / f'{PLANS}.json').write_text(content)
     assert checker.problem(DATASET, '-p', PLANS).endswith(f'nnUNetv2_plan_and_preprocess -d {DATASET_ID}')

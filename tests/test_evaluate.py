@@ -739,6 +739,9 @@ def test_an_error_of_the_program_is_none_of_a_case(data, monkeypatch):
     (damaged('plans.json'), ['pred/plans.json is empty or damaged', '-pfile']),
     (lambda data: (data.pred / 'dataset.json').write_text('{}'), ['do not fit together', '-djfile']),
     (lambda data: (data.pred / 'dataset.json').write_text('[]'), ['not a dataset of nnU-Net', '-djfile']),
+    (lambda data: data.describe({'background': 0, 'organ': 'one'}), ['do not fit together', '-djfile']),
+    (lambda data: data.describe({'background': 0, 'organ': 1, 'lesion': []}), ['do not fit together', '-djfile']),
+    (lambda data: data.describe({'background': 0, 'organ': 1, 'lesion': {}}), ['do not fit together', '-djfile']),
     (lambda data: data.describe(LABELS, file_ending='.nrrd'), ['have no *.nrrd files of the same name']),
 ])
 def test_unusable_input_is_refused_in_one_sentence(data, damage, words):

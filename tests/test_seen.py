@@ -6,8 +6,10 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_pdddpm.commands.tune import main as tune
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
 from nnunet_pdddpm.network.seen import STOCK_HELD_OUT, TRAINED_ON, Seen, stored_seen, trained_on_as_well
-from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_numbers
 from nnunet_pdddpm.training.held_out import held_out_cases
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.stored import store
@@ -302,3 +305,36 @@ def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(st
     torch.save(checkpoint, final)
     assert 'too short to tune' in refused('-budget', '0.0001')
     assert 'It is not known which cases this model was trained on' in log_of(fold)
+
+
+def test_what_an_earlier_training_left_in_the_folder_is_told(stock_fold, fold, monkeypatch):
+    said = 'checkpoint_final.pth is of an earlier training: until this one ends, predictions are made with it'
+    make_trainer(BRIEF, 0).run_training()
+    assert said not in log_of(fold)
+    trainer = make_trainer(BRIEF, 0)  # --c of what is finished
+    trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
+    trainer.run_training()
+    assert said not in log_of(fold)
+    make_trainer(BRIEF, 0).run_training()
+    assert said in log_of(fold)
+
+    monkeypatch.setattr(nnUNetTrainer, 'perform_actual_validation', lambda self, save_probabilities=False: None)
+    (fold / 'validation').mkdir()
+    masks = [fold / 'validation' / f'{case}{ENDING}' for case in (VALIDATION[0], 'phantom_001')]
+    for mask in masks:
+        mask.touch()
+    trainer.perform_actual_validation()
+    assert 'validation holds 1 masks of cases that this split does not validate on (phantom_001.nii.gz)' in log_of(fold)
+
+
+@pytest.mark.parametrize(('content', 'tuned'), [
+    (json.dumps({'chosen': asdict(SamplingSettings(steps=2, temperature=1.234))}), True),
+    (json.dumps({'chosen': asdict(SamplingSettings(steps=3, temperature=1.234))}), False),
+    ('{"chosen": {}}', False), ('{}', False), ('[]', False), ('', False), (None, False)])
+def test_a_sweep_of_another_model_is_not_taken_for_this_ones(tmp_path, content, tuned):
+    if content is not None:
+        (tmp_path / 'sampling_sweep.json').write_text(content)
+    stored = from_numbers({name: torch.tensor(value).item() for name, value in as_numbers(
+        SamplingSettings(steps=2, temperature=1.234)).items()})
+    trainer = SimpleNamespace(output_folder=str(tmp_path), refiner=SimpleNamespace(settings=stored))
+    assert PDDDPMTrainer._is_tuned(trainer) == tuned

@@ -112,6 +112,15 @@ def test_an_empty_file_of_a_model_is_named(root, name):
                                   f'model was trained.')
 
 
+@pytest.mark.parametrize(('name', 'content'), [
+    ('plans.json', '{}'), ('plans.json', '{"configurations": []}'), ('dataset.json', '{}'),
+    ('plans.json', '{"configurations": {"3d_fullres": 7}}')])
+def test_a_file_of_a_model_that_is_none_of_it_is_refused(root, name, content):
+    (root / 'model' / name).write_text(content)
+    said = refused(run, root)
+    assert 'plans.json and dataset.json' in said and str(root / 'model') in said and 'Put back the files' in said
+
+
 @pytest.mark.parametrize(('variable', 'value', 'said'), [
     ('nnUNet_pdddpm_start', '1.5', 'nnUNet_pdddpm_start=1.5 in the environment variables is out of range: it must lie '
                                    'in 0 to 1.'),

@@ -4,13 +4,17 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_model import plans, write_model
@@ -21,6 +25,8 @@ from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import predictor as predictor_module
 from nnunet_pdddpm.inference import remarks
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase
+from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
+from nnunet_pdddpm.tuning.cases import ValidationCases
 
 SHAPE = (8, 20, 22)
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
@@ -72,6 +78,21 @@ def test_a_mask_of_the_previous_stage_that_does_not_fit_fails_its_case(tmp_path)
     assert isinstance(failed, FailedCase) and 'cannot be preprocessed: Shape mismatch' in failed.reason
 
 
+@pytest.mark.parametrize('value', [7, 0.5, 300])
+def test_a_mask_of_the_previous_stage_with_other_labels_fails_its_case(tmp_path, value):
+    mask = np.zeros(SHAPE, np.float32)
+    mask[3, 4:9, 5:9] = 1
+    previous = str(tmp_path / 'a.nii.gz')
+    sitk.WriteImage(sitk.GetImageFromArray(mask), previous)
+    assert not isinstance(preprocessor()([write(tmp_path / 'a_0000.nii.gz')], previous, 'out/a'), FailedCase)
+    mask[3, 4, 5] = value
+    sitk.WriteImage(sitk.GetImageFromArray(mask), previous)
+    failed = preprocessor()([write(tmp_path / 'a_0000.nii.gz')], previous, 'out/a')
+    assert isinstance(failed, FailedCase)
+    assert failed.reason == (f'a.nii.gz of the previous stage has label values such as {value} that the model does not '
+                             f'know (0, 1)')
+
+
 @pytest.mark.parametrize('changes', [
     {'normalization_schemes': ['NoSuchNormalization']}, {'resampling_fn_data': 'no_such_resampling'},
     {'resampling_fn_seg_kwargs': {'is_seg': True, 'no_such_argument': 1}}])
@@ -107,6 +128,34 @@ def test_an_error_in_the_remarks_is_none_of_the_image_but_for_the_reading(tmp_pa
         preprocessor()([file], None, 'out/a')
 
 
+def test_a_truth_that_is_damaged_gives_no_volume_to_calibrate_by_and_is_told(tmp_path):
+    cases, said = object.__new__(ValidationCases), []
+    manager = PlansManager(plans('SimpleITKIO', 3, 1))
+    cases.truth, cases.dataset_json, cases.log = tmp_path, DESCRIPTION, said.append
+    cases.label_manager, cases._reader = manager.get_label_manager(DESCRIPTION), SimpleITKIO()
+    cases.dataset = SimpleNamespace(load_case=lambda name: (None, None, None, {'spacing': [2.0, 1.0, 1.0]}))
+    file = tmp_path / 'a.nii.gz'
+    sitk.WriteImage(sitk.GetImageFromArray((np.random.default_rng(0).random(SHAPE) < 0.5).astype(np.uint8)), str(file))
+    whole, array = file.read_bytes(), sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    assert cases.true_volumes('a') == {'cell': pytest.approx(array.sum() * 2 / 1000)} and said == []
+    for content in (whole[:-40], b'', b'no image'):
+        file.write_bytes(content)
+        assert cases.true_volumes('a') is None
+        assert said.pop().startswith(f'The true volume of a is not known: {file} is ')
+
+
+@pytest.mark.parametrize('pickled', [b'\x80\x02.', b'\x80\x02h\x05.', b'\x80\x02K', b'\x80\x02X\x00', b''])
+def test_whatever_loading_raises_for_a_checkpoint_lies_in_the_file(tmp_path, pickled):
+    file, other = tmp_path / 'whole.pth', tmp_path / 'other.pth'
+    torch.save({'network_weights': {}, 'init_args': {}, 'trainer_name': 'x'}, file)
+    assert load_checkpoint(file)['trainer_name'] == 'x'
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(other, 'w') as copy:
+        for entry in whole.infolist():
+            copy.writestr(entry.filename, pickled if entry.filename.endswith('data.pkl') else whole.read(entry))
+    with pytest.raises(CheckpointError, match=r'The stock model .*other.pth (cannot be read|holds objects)'):
+        load_checkpoint(other)
+
+
 def run(folder: Path, *flags: str) -> Path:
     """Predict two images with a model of random weights."""
     if not (folder / 'model').exists():
@@ -127,6 +176,15 @@ def test_the_identity_of_an_image_is_taken_where_it_is_read(tmp_path, monkeypatc
     rows = json.loads((out / 'pdddpm_summary.json').read_text())['cases']
     assert {row['case']: row['image'] for row in rows} == {
         case: image_identity([str(tmp_path / 'images' / f'{case}_0000.nii.gz')]) for case in 'ab'}
+
+
+def test_the_identity_of_an_image_holds_the_file_that_gives_its_voxel_size_and_no_other(tmp_path):
+    image, previous = str(tmp_path / 'a_0000.tif'), str(tmp_path / 'a_0001.tif')  # of case a, and of a case a_0001
+    for name in ('a_0000.tif', 'a_0001.tif', 'a.json', 'a_0001.json', 'a_0000.json'):
+        (tmp_path / name).write_text(name)
+    assert [of['file'] for of in image_identity([image])] == ['a_0000.tif', 'a.json']
+    assert [of['file'] for of in image_identity([image], previous)] == [
+        'a_0000.tif', 'a_0001.tif', 'a.json', 'a_0001.json']
 
 
 # headers that hold any numbers ----------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def read_dataset(named: str, plans_named: str) -> DataSet:
         data_folders = {name: base / manager.get_configuration(name).data_identifier
                         for name in plans['configurations']}
         return DataSet(named, plans_named, manager.dataset_name, manager.plans_name, plans, dataset_json, data_folders)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of whatever type: it lies in the files
         raise ValueError(f'nnU-Net cannot read {plans_named}.json and dataset.json in {folder} '
                          f'({type(error).__name__}: {error}): {_planning(folder.name)}') from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,8 @@ class Folders:
 
     def sample_files(self, case: str) -> list[Path]:
         """The case's samples in order; empty if they were not saved."""
-        return sorted(file for file in images_in(self.predictions / 'samples', self.ending)
-                      if file.name[:-len(self.ending)].rpartition('_s')[0] == case)
+        sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(self.ending))
+        return [file for file in images_in(self.predictions / 'samples', self.ending) if sample.fullmatch(file.name)]
 
     def rater_files(self, case: str) -> dict[str, Path]:
         """The case's masks by rater; empty without a folder of raters.
@@ -215,12 +216,12 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
         manager = PlansManager(plans_content).get_label_manager(dataset)
         ending = str(dataset['file_ending'])
         values = {name: value for name, value in dataset['labels'].items() if name not in ('background', 'ignore')}
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
+                                    else int(np.ravel(value)[0]) for name, value in values.items()}
+    except Exception as error:  # of whatever type: it lies in the files
         raise EvaluationError(f'dataset.json and plans.json do not fit together or are not those of a model '
                               f'({type(error).__name__}: {_in_one_line(error)}): name them with -djfile and -pfile.'
                               ) from error
-    labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
-                                else int(np.ravel(value)[0]) for name, value in values.items()}
     cases = _cases(predictions, references, ending, chill)
     entries = _read_summary(predictions / SUMMARY)
     summary = {case: entries[case] for case in cases

@@ -77,6 +77,11 @@ class CasePreprocessor:
         if previous:
             with of_the_image(Path(previous).name):
                 mask = reader.read_seg(previous)[0]
+            known = [0, *self.plans_manager.get_label_manager(self.dataset_json).all_labels]
+            if (unknown := mask[~np.isin(mask, known)]).size:  # nnU-Net takes them for background
+                raise UnusableImage(f'{Path(previous).name} of the previous stage has label values such as '
+                                    f'{np.format_float_positional(unknown[0], trim="-")} that the model does not know '
+                                    f'({", ".join(map(str, sorted(set(known))))})')
         try:
             with of_the_image(', '.join(names), 'cannot be preprocessed'):
                 data, mask, properties = self.by_nnunet(image, mask, properties)

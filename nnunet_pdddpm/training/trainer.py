@@ -1,10 +1,12 @@
 """PDDDPMTrainer: trains the denoiser that refines the user's own stock nnU-Net, within nnU-Net's hooks."""
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,7 @@ from nnunet_pdddpm.diffusion.levels import lowest_log_snr
 from nnunet_pdddpm.diffusion.measuring import LevelMeter, positions, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.files import writing
+from nnunet_pdddpm.image_files import images_in, listed
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
@@ -168,6 +171,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._embed_stock_model()
         self._stock_checkpoint = None
         self._note_cases()
+        if self.current_epoch == 0 and (earlier := Path(self.output_folder, CHECKPOINTS[0])).is_file():
+            self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
+                                   f'with it, and --c takes it for the end of this one.')
         self._first_epoch = self.current_epoch
         if self.is_ddp:
             # At the end ranks wait for hours, if need be, which NCCL does not allow; gloo does. It is made now: where
@@ -342,7 +348,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             self.print_to_log_file(f'{stay}tuning_share is 0.')
         elif self.disable_checkpointing:
             self.print_to_log_file(f'{stay}there is no checkpoint to tune.')
-        elif self.current_epoch == self._first_epoch and Path(self.output_folder, f'{SWEEP}.json').is_file():
+        elif self.current_epoch == self._first_epoch and self._is_tuned():
             self.print_to_log_file(f'{stay}they were tuned when training ended.')
         else:
             # of an earlier training: --c would take it for this one's, if tuning is killed
@@ -357,6 +363,14 @@ class PDDDPMTrainer(nnUNetTrainer):
                     raise
                 self.print_to_log_file(f'{stay}there is not enough memory to tune them ({error}).')
         return None
+
+    def _is_tuned(self) -> bool:
+        """Whether the settings in the model are those that the sweep in its folder chose: it may be of another one."""
+        try:
+            chosen = json.loads(Path(self.output_folder, f'{SWEEP}.json').read_text())['chosen']
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return chosen == asdict(self.refiner.settings)
 
     # validation -----------------------------------------------------------------------------------------------------
 
@@ -399,12 +413,24 @@ class PDDDPMTrainer(nnUNetTrainer):
         if self.fold != 'all' and (leak := self.refiner.seen.leaks(self.do_split()[1])):
             self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of this validation is '
                                    f'not of held-out cases alone.')
+        foreign = self._masks_of_no_validation_case()
+        if foreign:
+            self.print_to_log_file(f'WARNING: {Path(self.output_folder, "validation")} holds {len(foreign)} masks of '
+                                   f'cases that this split does not validate on ({listed(foreign)}): they are of an '
+                                   f'earlier training, and summary.json there counts them. Take them away and validate '
+                                   f'again (--val).')
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             self._swap_average()
         self.calibrate_volumes()
+
+    def _masks_of_no_validation_case(self) -> list[str]:
+        """Names of masks in the folder of the validation that this one does not write."""
+        folder, ending = Path(self.output_folder, 'validation'), self.dataset_json['file_ending']
+        mine = {f'{case}{ending}' for case in self.do_split()[1]}
+        return [file.name for file in images_in(folder, ending) if file.name not in mine] if folder.is_dir() else []
 
     def calibrate_volumes(self) -> None:
         """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes

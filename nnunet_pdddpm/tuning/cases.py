@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
+from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.seen import stored_seen, trained_on_as_well
 from nnunet_pdddpm.tuning.budget import enough
@@ -71,7 +72,7 @@ class ValidationCases:
         self.dataset_json, self.truth = trainer.dataset_json, Path(trainer.preprocessed_dataset_folder_base,
                                                                    'gt_segmentations')
         self._reader = trainer.plans_manager.image_reader_writer_class()
-        self.fold = trainer.fold
+        self.fold, self.log = trainer.fold, trainer.print_to_log_file
         self.raters = None if raters is None else self._open_raters(trainer, raters)
         self._require_raters()
 
@@ -110,12 +111,21 @@ class ValidationCases:
                     self._raters_of(name, properties, image.shape[1:]), properties, name)
 
     def true_volumes(self, name: str) -> dict[str, float] | None:
-        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored.
+        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored, and, which
+        is told, where it is damaged.
 
         Its voxels are those of the image: nnU-Net copies the truth, and not the json that gives the size in a tif.
         """
         properties = self.dataset.load_case(name)[3]
-        labels, _ = self._reader.read_seg(str(self.truth / f'{name}{self.dataset_json["file_ending"]}'))
+        file = self.truth / f'{name}{self.dataset_json["file_ending"]}'
+        try:
+            if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
+                raise UnusableImage(f'{file} {wrong}')
+            with of_the_image(str(file)):
+                labels, _ = self._reader.read_seg(str(file))
+        except UnusableImage as error:
+            self.log(f'The true volume of {name} is not known: {error}.')
+            return None
         if self.label_manager.ignore_label is not None and (labels == self.label_manager.ignore_label).any():
             return None
         voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
