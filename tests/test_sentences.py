@@ -204,13 +204,13 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
         if action.container.title == 'sampling':
             has_variable = action.dest in RANGES or action.dest in CHOICES
             assert ('no variable' in action.help) != has_variable, action.dest
-    for name in {*RANGES, *CHOICES} - {action.dest for action in parser._actions}:
-        assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
         if action.type in (int, float) and action.dest not in ('npp', 'nps'):
             assert any(word in action.help for word in (' to ', 'above', 'from')), action.dest
         if action.dest in RANGES:
             low, high = RANGES[action.dest]
             assert f'{low:g} to {high}' in text
+    for name in {*RANGES, *CHOICES} - {action.dest for action in parser._actions}:
+        assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
 
 
 def deleting(case: CaseUnderWay, put_in_place) -> None:
