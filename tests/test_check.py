@@ -223,6 +223,13 @@ def test_what_nnunet_does_not_know_is_refused_in_one_sentence(checker, arguments
     assert says in checker.problem(*arguments)
 
 
+def test_an_id_of_two_data_sets_is_refused_with_their_names(checker):
+    twin = checker.root / 'nnUNet_raw' / f'Dataset{DATASET_ID}_Twin'
+    twin.mkdir()
+    said = checker.problem(str(DATASET_ID))
+    assert f'for dataset id {DATASET_ID} ({DATASET}, {twin.name}): there must be one' in said
+
+
 @pytest.mark.parametrize('content', ['{', '[]', '{}', '{"configurations": {"2d": {}}}',
                                      '{"configurations": {"2d": {"inherits_from": []}}, "dataset_name": 7}'])
 def test_unreadable_plans_are_reported_with_the_command_that_makes_them(checker, content):

@@ -351,8 +351,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         elif self.current_epoch == self._first_epoch and self._is_tuned():
             self.print_to_log_file(f'{stay}they were tuned when training ended.')
         else:
-            # of an earlier training: --c would take it for this one's, if tuning is killed
-            Path(self.output_folder, f'{SWEEP}.json').unlink(missing_ok=True)
+            for ending in ('json', 'csv', 'png'):  # of an earlier training: they would be taken for this one's
+                Path(self.output_folder, f'{SWEEP}.{ending}').unlink(missing_ok=True)
             try:
                 predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
                 return tune(self, predictor, seconds, log=self.print_to_log_file)
