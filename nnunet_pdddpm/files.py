@@ -4,9 +4,10 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,22 @@ def identity(file: Path) -> dict[str, Any]:
         while chunk := content.read(1 << 20):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return {'file': file.name, 'bytes': size, 'crc32': f'{crc:08x}'}
+
+
+def image_identity(files: Sequence[str], previous: str | None = None) -> list[dict[str, Any]] | None:
+    """`identity` of what a case is predicted from; None if a file cannot be read.
+
+    Args:
+        files: the image's channels; the json beside them that holds the spacing of a tif belongs to them.
+        previous: mask of the previous stage of a cascade.
+    """
+    images = [*files, *([previous] if previous else [])]
+    beside = dict.fromkeys(re.sub((r'(_\d{4})?' if file in files else '') + r'\.[^.]+$', '.json', file)
+                           for file in images)
+    try:
+        return [identity(Path(file)) for file in [*images, *(file for file in beside if os.path.isfile(file))]]
+    except OSError:
+        return None
 
 
 def is_that_file(folder: Path, known: Any) -> bool:

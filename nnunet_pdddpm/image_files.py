@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,8 @@ APPLE_DOUBLE = b'\x00\x05\x16\x07'
 """First bytes of what macOS writes beside each file of a foreign disk, as `._NAME`."""
 SENTENCES = (RuntimeError, ValueError, ArithmeticError, AssertionError, OSError, EOFError)
 """Errors of readers and preprocessors whose text can stand alone; that of others is a key or nothing."""
+LARGEST = float(np.finfo(float).max)
+CUT = 'is truncated or damaged'
 HEADER = 540
 """Bytes of the longer header, NIfTI-2's."""
 
@@ -102,33 +103,38 @@ def damage(file: Path) -> str:
     Args:
         file: an image; the whole of a compressed .nii.gz is read.
     """
-    if file.name.endswith(('.nii', '.nii.gz')):
-        return _damage_of_nifti(file)
-    cut = {'.gipl': _gipl_is_cut, '.tif': _tif_is_cut, '.tiff': _tif_is_cut}.get(file.suffix)
+    looks = {'.nii': _damage_of_nifti, '.nii.gz': _damage_of_nifti, '.gipl': _damage_of_gipl, '.tif': _damage_of_tif,
+             '.tiff': _damage_of_tif}
+    look = next((look for ending, look in looks.items() if file.name.endswith(ending)), None)
     try:
-        return 'is truncated or damaged' if cut is not None and cut(file) else ''
-    except OSError as error:
-        return f'cannot be read ({error.strerror or error})'
-    except struct.error:
-        return 'is empty' if file.stat().st_size == 0 else 'is truncated'
+        with of_the_image(file.name):  # a header holds any numbers
+            return look(file) if look is not None else ''
+    except UnusableImage as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, gzip.BadGzipFile):
+            return f'cannot be read ({cause.strerror or cause})'
+        if file.stat().st_size == 0:
+            return 'is empty'
+        return CUT + (f' ({cause})' if isinstance(cause, SENTENCES) else '')
 
 
-def _gipl_is_cut(file: Path) -> bool:
-    """Whether a .gipl has fewer bytes than its header says; SimpleITK fills up."""
+def _damage_of_gipl(file: Path) -> str:
+    """Whether a .gipl has fewer bytes than its header says, in words; SimpleITK fills up."""
     with file.open('rb') as stream:
         *shape, kind = struct.unpack('>5H', stream.read(10))
     bytes_ = {15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}.get(kind, 1)
-    return file.stat().st_size < 256 + bytes_ * int(np.prod([max(1, n) for n in shape], dtype=np.int64))
+    needed = 256 + bytes_ * int(np.prod([max(1, n) for n in shape], dtype=np.int64))
+    return CUT if file.stat().st_size < needed else ''
 
 
-def _tif_is_cut(file: Path) -> bool:
-    """Whether a page of a .tif lies beyond the file's end, or is one before it: tifffile gives the pages up to there.
-    False if it is no .tif."""
+def _damage_of_tif(file: Path) -> str:
+    """Whether a page of a .tif lies beyond the file's end, or is one before it, in words: tifffile gives the pages up
+    to there. Empty if it is no .tif."""
     size = file.stat().st_size
     with file.open('rb') as stream:
         start = stream.read(16)
         if start[:4] not in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
-            return False  # the reader says so
+            return ''  # the reader says so
         order, big = ('<' if start[:2] == b'II' else '>'), 43 in start[2:4]
         number, entry, link = ('Q', 20, 'Q') if big else ('H', 12, 'I')
         offset, = struct.unpack(order + link, start[8:16] if big else start[4:8])
@@ -139,24 +145,19 @@ def _tif_is_cut(file: Path) -> bool:
             entries, = struct.unpack(order + number, stream.read(struct.calcsize(number)))
             stream.seek(entries * entry, 1)
             offset, = struct.unpack(order + link, stream.read(struct.calcsize(link)))
-    return offset != 0
+    return CUT if offset != 0 else ''
 
 
 def _damage_of_nifti(file: Path) -> str:
     """What is wrong with a .nii or .nii.gz; empty if nothing."""
-    try:
-        with opened(file) as stream:
-            start = stream.read(HEADER)
-            if not start:
-                return 'is empty'
-            header = read_header(start)
-            if header is None:
-                return 'is no NIfTI image'
-            size = len(start) + _rest(stream) if file.name.endswith('.gz') else file.stat().st_size
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-            return f'cannot be read ({error.strerror or error})'
-        return f'is truncated or damaged ({error})'
+    with opened(file) as stream:
+        start = stream.read(HEADER)
+        if not start:
+            return 'is empty'
+        header = read_header(start)
+        if header is None:
+            return 'is no NIfTI image'
+        size = len(start) + _rest(stream) if file.name.endswith('.gz') else file.stat().st_size
     shape = [int(n) for n in header['dim'][1:1 + int(header['dim'][0])]]
     needed = int(header['vox_offset']) + int(np.prod(shape, dtype=np.int64)) * int(header['bitpix']) // 8
     if size < needed:
@@ -180,12 +181,13 @@ def spacing_damage(reader: Any, file: Path, channel: bool) -> str:
         return ''
     whose = f'{beside.name}, which gives the voxel size of {file.name},'
     try:
-        content = json.loads(beside.read_text())
-    except (OSError, ValueError) as error:
-        return f'{whose} is empty' if beside.stat().st_size == 0 else f'{whose} cannot be read ({error})'
+        with of_the_image(whose):
+            content = json.loads(beside.read_text())
+    except UnusableImage as error:
+        return f'{whose} is empty' if beside.stat().st_size == 0 else str(error)
     spacing = content.get('spacing') if isinstance(content, dict) else None
     if not (isinstance(spacing, list) and len(spacing) == 3
-            and all(type(value) in (int, float) and np.isfinite(value) and value > 0 for value in spacing)):
+            and all(type(value) in (int, float) and 0 < value <= LARGEST for value in spacing)):
         return f'{whose} needs "spacing": three numbers above 0, in mm, and has {json.dumps(spacing)}'
     return ''
 

@@ -73,6 +73,7 @@ def in_this_process(*arguments: str) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, 'get_context', lambda method=None: ThreadContext)
+        patch.setattr('nnunetv2.utilities.utils.Pool', ThreadPool)
         patch.setattr(multiprocessing, 'cpu_count', lambda: 1)  # commands take it for torch's number of threads
         patch.setattr(sys, 'argv', ['nnUNetv2', *arguments])
         yield

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import DATASET, DATASET_ID, PLANS, run_command
 from nnunetv2.utilities import find_objects
+from tiny_model import architecture
 
 import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
@@ -26,17 +27,6 @@ from nnunet_pdddpm.training.presegmenters import TrainingContext
 CHECKOUT = Path(__file__).parents[1]
 FOLDERS = ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')
 STOCK, REFINED = f'nnUNetTrainer__{PLANS}__3d_fullres', f'PDDDPMTrainer__{PLANS}__3d_fullres'
-
-
-def architecture(dims: int) -> dict:
-    """The smallest U-Net that plans can describe."""
-    return {'network_class_name': 'dynamic_network_architectures.architectures.unet.PlainConvUNet',
-            '_kw_requires_import': ['conv_op', 'norm_op', 'dropout_op', 'nonlin'],
-            'arch_kwargs': {'n_stages': 2, 'features_per_stage': [2, 2], 'conv_op': f'torch.nn.Conv{dims}d',
-                            'kernel_sizes': [[3] * dims] * 2, 'strides': [[1] * dims, [2] * dims],
-                            'n_conv_per_stage': [1, 1], 'n_conv_per_stage_decoder': [1], 'conv_bias': True,
-                            'norm_op': None, 'norm_op_kwargs': None, 'dropout_op': None, 'dropout_op_kwargs': None,
-                            'nonlin': 'torch.nn.LeakyReLU', 'nonlin_kwargs': None}}
 
 
 class Checker:
@@ -205,10 +195,14 @@ def test_the_shims_of_a_wheel_beside_another_nnunet_are_offered(checker, externa
     assert checker.problem().endswith(f': export nnUNet_extTrainer={tmp_path / check.SHIM}')
 
 
-def test_a_broken_trainer_in_the_way_of_the_search_is_reported(checker, external_search, tmp_path, monkeypatch):
-    (tmp_path / 'a_trainer_of_mine.py').write_text('import no_such_module')
+@pytest.mark.parametrize(('content', 'says'), [
+    ('import no_such_module', "No module named 'no_such_module'"), ('1 / 0', 'ZeroDivisionError: division by zero'),
+    ('open("/no/such/file")', 'FileNotFoundError'), ('{}["a"]', "KeyError: 'a'")])
+def test_a_broken_trainer_in_the_way_of_the_search_is_reported(checker, external_search, tmp_path, monkeypatch, content,
+                                                               says):
+    (tmp_path / 'a_trainer_of_mine.py').write_text(content)
     monkeypatch.setenv('nnUNet_extTrainer', str(tmp_path))
-    assert "No module named 'no_such_module'" in checker.problem()
+    assert says in checker.problem()
 
 
 def test_an_editable_nnunet_hidden_by_the_installed_shims_is_explained(checker, external_search, monkeypatch):
@@ -229,7 +223,15 @@ def test_what_nnunet_does_not_know_is_refused_in_one_sentence(checker, arguments
     assert says in checker.problem(*arguments)
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"configurations": {"2d": {}}}'])
+def test_an_id_of_two_data_sets_is_refused_with_their_names(checker):
+    twin = checker.root / 'nnUNet_raw' / f'Dataset{DATASET_ID}_Twin'
+    twin.mkdir()
+    said = checker.problem(str(DATASET_ID))
+    assert f'for dataset id {DATASET_ID} ({DATASET}, {twin.name}): there must be one' in said
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"configurations": {"2d": {}}}',
+                                     '{"configurations": {"2d": {"inherits_from": []}}, "dataset_name": 7}'])
 def test_unreadable_plans_are_reported_with_the_command_that_makes_them(checker, content):
     (checker.preprocessed / f'{PLANS}.json').write_text(content)
     assert checker.problem(DATASET, '-p', PLANS).endswith(f'nnUNetv2_plan_and_preprocess -d {DATASET_ID}')

@@ -110,6 +110,14 @@ class Data:
             raise AssertionError(f'{constant} is no JSON')
         return json.loads((self.pred / 'evaluation.json').read_text(), parse_constant=refuse)
 
+    def partly(self, *flags: str, raters: bool = False) -> tuple[str, dict[str, Any]]:
+        """Run the command, which must do what it can and then exit with one sentence; that, and evaluation.json."""
+        with pytest.raises(SystemExit) as stop:
+            self.evaluate(*flags, raters=raters)
+        message = str(stop.value.code)
+        assert message.startswith('nnUNetv2_pdddpm_evaluate: ') and '\n' not in message
+        return message, json.loads((self.pred / 'evaluation.json').read_text())
+
     def fails(self, *flags: str, raters: bool = False) -> str:
         """Run the command, which must exit with one sentence and leave earlier results alone; the sentence."""
         for name in OUTPUTS:
@@ -605,15 +613,18 @@ def test_missing_predictions_are_refused_unless_chill(data):
 @pytest.mark.parametrize('which', ['case_2.nii.gz', 'uncertainty/case_2_uncertainty.nii.gz',
                                    'samples/case_2_s00.nii.gz', 'rater'])
 @pytest.mark.parametrize('change', ['shape', 'spacing', 'origin', 'direction'])
-def test_another_geometry_is_refused(data, which, change):
+def test_a_case_of_another_geometry_is_named_and_the_others_are_done(data, which, change):
     array = np.zeros(SHAPE if change != 'shape' else (*SHAPE[:2], SHAPE[2] + 1),
                      np.float32 if 'uncertainty' in which else np.uint8)
     file = data.raters / 'case_2__a.nii.gz' if which == 'rater' else data.pred / which
     write(file, array, spacing=(2.5, 1.0, 0.81) if change == 'spacing' else SPACING,
           origin=(3.0, -7.0, 11.5) if change == 'origin' else (3.0, -7.0, 11.0),
           direction=oblique_direction(21) if change == 'direction' else None)
-    message = data.fails(raters=which == 'rater')
+    if which == 'rater':
+        write(data.raters / 'case_0__a.nii.gz', data.references['case_0'])
+    message, results = data.partly(raters=which == 'rater')
     assert f'differ in {change}' in message and str(file) in message and str(data.ref / 'case_2.nii.gz') in message
+    assert [case['case'] for case in results['cases']] == ['case_0', 'case_1', 'case_3', 'case_4']
 
 
 def test_rounding_of_the_geometry_is_accepted(data):
@@ -667,11 +678,59 @@ def rater_of_another_case(data: Data) -> None:
     (not_finite('pred', np.nan), ['pred/case_0.nii.gz: 2 of 4032 voxels are NaN or infinite']),
     (damaged('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read']),
     (truncated('case_0.nii.gz'), ['pred/case_0.nii.gz cannot be read: it is truncated']),
+    (damaged('../ref/case_0.nii.gz'), ['ref/case_0.nii.gz cannot be read']),  # by which the reader is chosen
+    (truncated('../ref/case_0.nii.gz'), ['ref/case_0.nii.gz cannot be read: it is truncated']),
+    (lambda data: (data.ref / 'case_0.nii.gz').write_bytes(b''), ['ref/case_0.nii.gz cannot be read: it is empty']),
     (damaged('case_0.npz'), ['pred/case_0.npz is not what --save_probabilities writes']),
     (npz(np.zeros((3, *SHAPE)), 'softmax'), ['pred/case_0.npz is not what --save_probabilities writes']),
     (npz(np.zeros((4, *SHAPE))), ['(4, 14, 18, 16)', 'need (3, 14, 18, 16)', 'predict the case again']),
     (npz(np.full((3, *SHAPE), 1.5)), ['pred/case_0.npz has values outside of 0 to 1']),
     (npz(np.full((3, *SHAPE), np.nan)), ['pred/case_0.npz has values outside of 0 to 1']),
+])
+def test_a_case_with_an_unusable_file_is_named_with_its_reason_and_the_others_are_done(data, damage, words):
+    of_all = {case['case']: case for case in data.evaluate()['cases']}
+    damage(data)
+    message, results = data.partly()
+    assert message.startswith('nnUNetv2_pdddpm_evaluate: 1 of 5 cases could not be evaluated, the others are done: '
+                              'case_0 (')
+    assert all(word in message for word in words), message
+    assert results['num_cases'] == 4 and results['cases'] == [of_all[f'case_{i}'] for i in range(1, 5)]
+    failed, = results['failed']
+    assert failed['case'] == 'case_0' and all(word in failed['error'] for word in words)
+    rows = list(csv.DictReader((data.pred / 'evaluation.csv').open(newline='')))
+    assert [row['error'] for row in rows] == [''] * 8 + [failed['error']] and rows[-1]['case'] == 'case_0'
+
+
+def test_bad_cases_are_named_by_background_processes_too(data):
+    unknown_label(data)
+    (data.pred / 'case_3.nii.gz').write_bytes(b'')
+    message, results = data.partly('-np', '2')
+    assert '2 of 5 cases' in message and 'case_0 (' in message
+    assert 'case_3.nii.gz cannot be read: it is empty)' in message
+    assert [case['case'] for case in results['cases']] == ['case_1', 'case_2', 'case_4']
+
+
+def test_where_no_case_can_be_evaluated_nothing_is_written(data):
+    for case, array in data.references.items():
+        write(data.ref / f'{case}.nii.gz', array * 4)
+    message = data.fails()
+    assert 'ref/case_0.nii.gz has label values such as 4' in message
+    assert message.endswith('The other 4 cases cannot be evaluated either.')
+    for case in data.references:
+        (data.ref / f'{case}.nii.gz').write_bytes(b'')
+    assert data.fails().endswith("None of nnU-Net's readers can read "
+                                 f'{data.ref / "case_0.nii.gz"}, nor another of the references.')
+
+
+def test_an_error_of_the_program_is_none_of_a_case(data, monkeypatch):
+    def wrong(*args):
+        raise KeyError('of the program')
+    monkeypatch.setattr('nnunet_pdddpm.evaluation.cases.hd95_and_surface_dice', wrong)
+    with pytest.raises(KeyError, match='of the program'):
+        data.evaluate()
+
+
+@pytest.mark.parametrize(('damage', 'words'), [
     (damaged('pdddpm_summary.json'), ['pred/pdddpm_summary.json is empty or damaged: predict again']),
     (lambda data: (data.pred / 'pdddpm_summary.json').write_text(''), ['pdddpm_summary.json is empty or damaged']),
     (lambda data: (data.pred / 'pdddpm_summary.json').write_text('{}'), [
@@ -680,6 +739,9 @@ def rater_of_another_case(data: Data) -> None:
     (damaged('plans.json'), ['pred/plans.json is empty or damaged', '-pfile']),
     (lambda data: (data.pred / 'dataset.json').write_text('{}'), ['do not fit together', '-djfile']),
     (lambda data: (data.pred / 'dataset.json').write_text('[]'), ['not a dataset of nnU-Net', '-djfile']),
+    (lambda data: data.describe({'background': 0, 'organ': 'one'}), ['do not fit together', '-djfile']),
+    (lambda data: data.describe({'background': 0, 'organ': 1, 'lesion': []}), ['do not fit together', '-djfile']),
+    (lambda data: data.describe({'background': 0, 'organ': 1, 'lesion': {}}), ['do not fit together', '-djfile']),
     (lambda data: data.describe(LABELS, file_ending='.nrrd'), ['have no *.nrrd files of the same name']),
 ])
 def test_unusable_input_is_refused_in_one_sentence(data, damage, words):
@@ -710,6 +772,22 @@ def test_masks_that_are_not_compared_are_named_and_what_macos_writes_beside_file
     assert [line for line in capsys.readouterr().out.splitlines() if 'Not compared' in line] == [
         f'Not compared: {line}' for line in said]
     assert results['num_cases'] == 5 and results['mean']['organ']['dice'] == of_all['organ']['dice']
+
+
+@pytest.mark.parametrize(('rater', 'name'), [
+    ('case_0__b__r1', 'case_0, by b__r1'), ('case_1__dr__smith', 'case_1, by dr__smith'),
+    ('case_2____', 'case_2, by __')])
+def test_a_rater_whose_name_holds_the_separator_is_told_in_one_line(data, capsys, rater, name):
+    write(data.raters / 'case_4__1.nii.gz', data.references['case_4'])
+    assert data.evaluate(raters=True)['doubtful'] == []
+    write(data.raters / f'{rater}.nii.gz', data.references['case_0'])
+    capsys.readouterr()
+    results = data.evaluate(raters=True)
+    said = (f'1 masks in {data.raters} have a rater with __ in the name, unless a reference is missing: {rater}.nii.gz '
+            f'(of {name})')
+    assert results['doubtful'] == [said]
+    assert [line for line in capsys.readouterr().out.splitlines() if 'rater with __' in line] == [
+        f'Look at this: {said}']
 
 
 def test_unusable_folders_are_refused_in_one_sentence(data):

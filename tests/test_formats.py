@@ -2,21 +2,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from conftest import in_this_process, train_in_process
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.run import run_training
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from skimage import io
-from tiny_model import plans, write_model
+from tiny_model import DATASET, plans, write_model, write_stock_model
 
-from nnunet_pdddpm.commands import evaluate
+from nnunet_pdddpm.commands import check, evaluate, tune
 from nnunet_pdddpm.commands import predict as command
 from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.inference.intervals import FIELDS
+from nnunet_pdddpm.labels import foreground_labels
+from nnunet_pdddpm.network.checkpoint import load_checkpoint
+from nnunet_pdddpm.network.refiner import CALIBRATION
+from nnunet_pdddpm.tuning import report as sweep_report
+from nnunet_pdddpm.tuning import sweep
 
 LABELS = {'background': 0, 'cell': 1, 'nucleus': 2}
 REGIONS = {'labels': {'background': 0, 'whole': [1, 2], 'nucleus': [2]}, 'regions_class_order': [1, 2]}
@@ -103,8 +117,27 @@ class Setting:
                                   *COMMON, *flags])
         return self.root / name
 
-    def model(self) -> Path:
-        return next((self.root / 'results').glob('*/*'))
+    def model(self, trainer: str = 'PDDDPMTrainer') -> Path:
+        return next((self.root / 'results').glob(f'*/{trainer}__*'))
+
+    def preprocess(self) -> str:
+        """Case a to train on, b to validate on, as nnU-Net leaves them, and a stock model; the configuration."""
+        plans_, description = (json.loads((self.model() / f'{name}.json').read_text()) for name in ('plans', 'dataset'))
+        raw, preprocessed = (self.root / name / DATASET for name in ('raw', 'preprocessed'))
+        shutil.copytree(self.images, raw / 'imagesTr')
+        shutil.copytree(self.references, raw / 'labelsTr')
+        preprocessed.mkdir(parents=True)
+        for folder in (raw, preprocessed):
+            (folder / 'dataset.json').write_text(json.dumps({**description, 'numTraining': 2}))
+        for name, content in (('nnUNetPlans', plans_), ('dataset_fingerprint', {}),
+                              ('splits_final', [{'train': ['a'], 'val': ['b']}])):
+            (preprocessed / f'{name}.json').write_text(json.dumps(content))
+        configuration, = plans_['configurations']
+        with in_this_process():
+            preprocess([730], 'nnUNetPlans', [configuration], [1], show_progress_bar=False)
+        write_stock_model(self.model().with_name(f'nnUNetTrainer__nnUNetPlans__{configuration}'), plans_,
+                          {**description, 'numTraining': 2})
+        return configuration
 
 
 COMMON = ('-f', '0', '-device', 'cpu', '-npp', '0', '-nps', '0', '--disable_progress_bar', '--disable_tta')
@@ -125,8 +158,9 @@ def setting(request, tmp_path, monkeypatch) -> Setting:
     reader = determine_reader_writer_from_file_ending(kind.ending, str(example), verbose=False)
     dims = len(kind.shape)
     configuration = '2d' if dims == 2 else '3d_fullres'
-    monkeypatch.setenv('nnUNet_results', str(tmp_path / 'results'))
-    write_model(tmp_path / 'results' / 'Dataset730_Formats' / f'PDDDPMTrainer__nnUNetPlans__{configuration}',
+    for name in ('raw', 'preprocessed', 'results'):
+        monkeypatch.setenv(f'nnUNet_{name}', str(tmp_path / name))
+    write_model(tmp_path / 'results' / DATASET / f'PDDDPMTrainer__nnUNetPlans__{configuration}',
                 plans(reader.__name__, dims, kind.channels), kind.description())
     return Setting(kind, tmp_path)
 
@@ -134,7 +168,7 @@ def setting(request, tmp_path, monkeypatch) -> Setting:
 def test_every_format_goes_through_every_command(setting, capsys):
     ending = setting.kind.ending
     out = setting.predict('out', '--report', '--save_samples', '--uncertainty', 'all')
-    command.main(['-d', 'Dataset730_Formats', '-c', setting.model().name.rpartition('__')[2], '-i', str(setting.images),
+    command.main(['-d', DATASET, '-c', setting.model().name.rpartition('__')[2], '-i', str(setting.images),
                   '-o', str(setting.root / 'named'), *COMMON])
     masks = {}
     for case in 'ab':
@@ -155,6 +189,51 @@ def test_every_format_goes_through_every_command(setting, capsys):
         assert row['labels']['nucleus']['volume_ml'] == pytest.approx(
             (mask == 2).sum() * (2 if setting.kind.beside else 1) / 1000)
     assert 'Traceback' not in capsys.readouterr().out
+
+
+@pytest.fixture
+def brief(monkeypatch) -> None:
+    """Training and tuning that do everything, and as little of it as goes."""
+    monkeypatch.setenv('nnUNet_extTrainer', str(Path(__file__).parent / 'trainers'))
+    monkeypatch.setenv('nnUNet_n_proc_DA', '0')
+    monkeypatch.setenv('nnUNet_pdddpm_presegmenter', 'nnUNetTrainer')
+    for name, values in (('STARTS', (0.8,)), ('FIRST_STEPS', (1,)), ('MORE_STEPS', ()), ('DRAWS', 1), ('BLENDS', ()),
+                         ('DEPENDENCES', (1.0,))):
+        monkeypatch.setattr(sweep, name, values)
+    monkeypatch.setattr(check, 'look_up', lambda trainer: '')  # a search takes longer than the training
+    for module in (run_training, predict_from_raw_data):
+        monkeypatch.setattr(module, 'recursive_find_trainer_class_by_name', found_trainer)
+    monkeypatch.setattr(LocalLogger, 'plot_progress_png', lambda self, folder: None)
+    monkeypatch.setattr(sweep_report, '_picture', lambda sweep_: b'')
+
+
+@lru_cache
+def found_trainer(name: str) -> type:
+    return recursive_find_trainer_class_by_name(name)
+
+
+def test_every_format_is_checked_trained_validated_and_tuned(setting, brief, capsys):
+    configuration = setting.preprocess()
+    check.main([DATASET, '-c', configuration])
+    said = capsys.readouterr().out
+    assert 'Ready.' in said and said.count('trained folds: 0') == 2 and 'Problem' not in said
+    train_in_process(730, configuration, 0, 'PDDDPMTrainerBrief', plans='nnUNetPlans')
+    fold, truth = setting.model('PDDDPMTrainerBrief') / 'fold_0', read(
+        setting.references / f'b{setting.kind.ending}')
+    assert read(fold / 'validation' / f'b{setting.kind.ending}').shape == setting.kind.shape
+    voxel_ml = (2 if setting.kind.beside else 1) / 1000
+    volumes = {'cell': (truth == 1).sum(), 'whole': (truth > 0).sum(), 'nucleus': (truth == 2).sum()}
+    names = list(foreground_labels(setting.kind.description()))
+
+    def calibrated() -> list[float]:
+        """True volumes of case b, as the checkpoint holds them."""
+        scores = load_checkpoint(fold / 'checkpoint_final.pth')['network_weights'][CALIBRATION]
+        return scores[0, 0 if setting.kind.regions else 1:, FIELDS.index('true')].tolist()
+    expected = pytest.approx([volumes[name] * voxel_ml for name in names])
+    assert calibrated() == expected
+    tune.main([DATASET, configuration, '0', '-tr', 'PDDDPMTrainerBrief', '-device', 'cpu', '--disable_progress_bar'])
+    assert json.loads((fold / 'sampling_sweep.json').read_text())['cases'] == ['b']
+    assert calibrated() == expected
 
 
 def damaged(setting: Setting) -> dict[str, str]:

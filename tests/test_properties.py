@@ -430,6 +430,24 @@ def test_a_raters_mask_counts_for_one_case_the_longest_that_its_name_fits(cases,
             assert all(file.name == f'{case}__{rater}.nii.gz' for rater, file in of.items())
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases=st.sets(st.text('as_0', min_size=1, max_size=5), min_size=1, max_size=5), other=st.text('ml', max_size=4))
+@example(cases={'a', 'a_s0'}, other='ml')
+def test_a_sample_counts_for_the_case_that_it_is_named_for(cases, other):
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Path(folder, 'samples')
+        samples.mkdir()
+        named = {f'{case}_s{i:02d}.nii.gz': case for case in cases for i in (0, 100)}
+        named |= {f'{case}_s{other}.nii.gz': '' for case in cases}  # no sample: such as a small organ's
+        for name in named:
+            (samples / name).touch()
+        folders = object.__new__(Folders)  # of which nothing else is read
+        folders.__dict__.update(predictions=Path(folder), ending='.nii.gz')
+        for case in cases:
+            assert {file.name for file in folders.sample_files(case)} == {
+                name for name, of in named.items() if of == case}
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text('aB_1 é病>µ', min_size=1, max_size=4), min_size=1, max_size=8, unique=True))
 @example(['病例', '器官', '_'])

@@ -4,9 +4,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.commands.tune import main as tune
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
-from nnunet_pdddpm.network.seen import Seen, stored_seen, trained_on_as_well
-from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.seen import STOCK_HELD_OUT, TRAINED_ON, Seen, stored_seen, trained_on_as_well
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_numbers
 from nnunet_pdddpm.training.held_out import held_out_cases
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
+from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.stored import store
 
 ENDING = '.nii.gz'
@@ -106,9 +112,12 @@ def test_what_tells_nothing_is_not_known(tmp_path, summary):
 def test_cases_that_were_trained_on_are_counted_and_named():
     seen = Seen.of(['a', 'b'], ['x', 'y', 'z'])
     assert seen.leaks(['x', 'y']) == '' and seen.unknown() == ''
-    assert seen.leaks(['x', 'a']) == 'the model was trained on 1 of 2 validation cases (a)'
+    assert Seen.of(['a', 'b'], ['a', 'x']).leaks(['x', 'a']) == (
+        'the model was trained on 1 of 2 validation cases (a)')
     assert '4 of 5 validation cases (l, m, n, …) are not among' in seen.leaks(['m', 'x', 'l', 'n', 'o'])
     assert 'trained on 1 of' in seen.trained_on_too(['x']).leaks(['x', 'y'])
+    of_both = '1 of 2 validation cases (a)'
+    assert seen.leaks(['a', 'x']).startswith(f'the model was trained on {of_both}, and {of_both} are not among')
     assert Seen().leaks(['a']) == '' and 'earlier version' in Seen().unknown()
     assert 'no complete validation' in Seen.of(['a'], None).unknown()
     assert 'patient' not in str(Seen.of(['patient'], ['patient']))  # no name leaves with a model
@@ -122,6 +131,51 @@ def test_what_a_split_trains_and_validates_on_alike_is_on_purpose():
     assert trained_on_as_well(['a', 'x'], ['b']) == ''
     assert trained_on_as_well(['a', 'x'], ['b', 'a']) == (
         'by splits_final.json 1 of 2 validation cases (a) are training cases as well')
+
+
+def measured_on(names: list[str], training: list[str], seen: Seen) -> tuple[list[str], list[str]]:
+    """The cases that are left to measure on, and what is said of the others."""
+    cases, said = object.__new__(ValidationCases), []  # of which nothing else is read
+    cases.names, cases.training, cases.raters = list(names), training, None
+    weights: OrderedDict[str, torch.Tensor] = OrderedDict()
+    weights._metadata = {'': {key: None if of is None else sorted(of) for key, of in (
+        (TRAINED_ON, seen.trained_on), (STOCK_HELD_OUT, seen.stock_held_out))}}
+    leave_out_seen(cases, weights, said.append)
+    return cases.names, said
+
+
+MANY = ['f', 'e', 'd', 'c', 'b', 'a', 'new']
+
+
+@pytest.mark.parametrize(('seen', 'training', 'clause'), [
+    (Seen.of(['x'], 'abcdef'), ['x'],
+     'By the present splits_final.json 1 of 7 validation cases (new) are not among the cases that its stock model'),
+    (Seen.of(['x', 'new'], [*'abcdef', 'new']), ['x'],
+     'By the present splits_final.json the model was trained on 1 of 7 validation cases (new)'),
+    (Seen.of(['x', 'new'], [*'abcdef', 'new']), ['x', 'new'],
+     'By splits_final.json 1 of 7 validation cases (new) are training cases as well')])
+def test_cases_that_a_model_may_have_seen_are_told_and_left_out_while_enough_remain(seen, training, clause):
+    left, said = measured_on(MANY, training, seen)
+    assert left == MANY[:6]
+    line, = said
+    assert line.startswith(f'WARNING: {clause}') and line.endswith(
+        'Nothing is measured on them here, but on the 6 others.')
+    assert measured_on(MANY[:6], ['x'], seen) == (MANY[:6], [])
+
+
+@pytest.mark.parametrize(('held_out', 'names', 'left'), [
+    ('abcd', MANY, 4), ('', MANY, 0), ('abcdef', ['a', 'b', 'new'], 2), ('abcdef', ['new'], 0)])
+def test_where_too_few_cases_remain_nothing_is_measured(held_out, names, left):
+    with pytest.raises(TuningError, match=f'nothing can be measured on them, and {left} others are too few') as refused:
+        measured_on(names, ['x'], Seen.of(['x'], held_out))
+    assert f'{len(names) - left} of {len(names)} validation cases' in str(refused.value)
+    assert 'Put back the splits_final.json' in str(refused.value)
+
+
+def test_what_is_not_known_is_told_and_leaves_out_nothing():
+    assert measured_on(MANY, ['x'], Seen())[0] == MANY
+    left, said = measured_on(MANY, ['x'], Seen.of(['x'], None))
+    assert left == MANY and 'It is not known which cases the stock model was trained on' in said[0]
 
 
 # training, validation and tuning ------------------------------------------------------------------------------------
@@ -223,7 +277,23 @@ def test_a_split_that_trains_on_its_validation_cases_is_told_gone_on_with_and_no
     trainer = make_trainer(BRIEF, 0)  # --c
     trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
     trainer.run_training()
-    assert refused().startswith(f'Error: B{said}: nothing can be measured on them.')
+    assert refused().startswith(f'Error: B{said}: nothing can be measured on them, and 0 others are too few.')
+
+
+def test_cases_that_were_added_since_the_stock_training_are_told_and_the_others_measured(stock_fold, fold, split):
+    folds = json.loads(split.read_text())
+    train, val = folds[0]['train'][3:], folds[0]['train'][:3] + folds[0]['val']
+    split.write_text(json.dumps([{'train': train, 'val': val}, *folds[1:]]))
+    new = val[0]
+    write_summary(stock_fold, val[1:])
+    make_trainer(BRIEF, 0).run_training()
+    said = f'y the present splits_final.json 1 of 6 validation cases ({new}) are not among the cases that its stock'
+    assert f'WARNING: b{said}' in log_of(fold)
+    assert 'too short to tune' in refused('-budget', '0.0001')  # it is not refused
+    assert f'WARNING: B{said}' in log_of(fold) and 'but on the 5 others.' in log_of(fold)
+    write_summary(stock_fold, val[2:])  # one fewer is too few
+    with pytest.raises(CheckpointError, match='2 of 6 validation cases'):
+        make_trainer(BRIEF, 0).run_training()
 
 
 def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(stock_fold, fold):
@@ -235,3 +305,36 @@ def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(st
     torch.save(checkpoint, final)
     assert 'too short to tune' in refused('-budget', '0.0001')
     assert 'It is not known which cases this model was trained on' in log_of(fold)
+
+
+def test_what_an_earlier_training_left_in_the_folder_is_told(stock_fold, fold, monkeypatch):
+    said = 'checkpoint_final.pth is of an earlier training: until this one ends, predictions are made with it'
+    make_trainer(BRIEF, 0).run_training()
+    assert said not in log_of(fold)
+    trainer = make_trainer(BRIEF, 0)  # --c of what is finished
+    trainer.load_checkpoint(str(fold / 'checkpoint_final.pth'))
+    trainer.run_training()
+    assert said not in log_of(fold)
+    make_trainer(BRIEF, 0).run_training()
+    assert said in log_of(fold)
+
+    monkeypatch.setattr(nnUNetTrainer, 'perform_actual_validation', lambda self, save_probabilities=False: None)
+    (fold / 'validation').mkdir()
+    masks = [fold / 'validation' / f'{case}{ENDING}' for case in (VALIDATION[0], 'phantom_001')]
+    for mask in masks:
+        mask.touch()
+    trainer.perform_actual_validation()
+    assert 'validation holds 1 masks of cases that this split does not validate on (phantom_001.nii.gz)' in log_of(fold)
+
+
+@pytest.mark.parametrize(('content', 'tuned'), [
+    (json.dumps({'chosen': asdict(SamplingSettings(steps=2, temperature=1.234))}), True),
+    (json.dumps({'chosen': asdict(SamplingSettings(steps=3, temperature=1.234))}), False),
+    ('{"chosen": {}}', False), ('{}', False), ('[]', False), ('', False), (None, False)])
+def test_a_sweep_of_another_model_is_not_taken_for_this_ones(tmp_path, content, tuned):
+    if content is not None:
+        (tmp_path / 'sampling_sweep.json').write_text(content)
+    stored = from_numbers({name: torch.tensor(value).item() for name, value in as_numbers(
+        SamplingSettings(steps=2, temperature=1.234)).items()})
+    trainer = SimpleNamespace(output_folder=str(tmp_path), refiner=SimpleNamespace(settings=stored))
+    assert PDDDPMTrainer._is_tuned(trainer) == tuned

@@ -112,6 +112,15 @@ def test_an_empty_file_of_a_model_is_named(root, name):
                                   f'model was trained.')
 
 
+@pytest.mark.parametrize(('name', 'content'), [
+    ('plans.json', '{}'), ('plans.json', '{"configurations": []}'), ('dataset.json', '{}'),
+    ('plans.json', '{"configurations": {"3d_fullres": 7}}')])
+def test_a_file_of_a_model_that_is_none_of_it_is_refused(root, name, content):
+    (root / 'model' / name).write_text(content)
+    said = refused(run, root)
+    assert 'plans.json and dataset.json' in said and str(root / 'model') in said and 'Put back the files' in said
+
+
 @pytest.mark.parametrize(('variable', 'value', 'said'), [
     ('nnUNet_pdddpm_start', '1.5', 'nnUNet_pdddpm_start=1.5 in the environment variables is out of range: it must lie '
                                    'in 0 to 1.'),
@@ -195,13 +204,13 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
         if action.container.title == 'sampling':
             has_variable = action.dest in RANGES or action.dest in CHOICES
             assert ('no variable' in action.help) != has_variable, action.dest
-    for name in {*RANGES, *CHOICES} - {action.dest for action in parser._actions}:
-        assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
         if action.type in (int, float) and action.dest not in ('npp', 'nps'):
             assert any(word in action.help for word in (' to ', 'above', 'from')), action.dest
         if action.dest in RANGES:
             low, high = RANGES[action.dest]
             assert f'{low:g} to {high}' in text
+    for name in {*RANGES, *CHOICES} - {action.dest for action in parser._actions}:
+        assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
 
 
 def deleting(case: CaseUnderWay, put_in_place) -> None:

@@ -942,6 +942,9 @@ def test_a_chain_that_is_chosen_for_mask_and_samples_is_what_plain_prediction_ru
 def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, scratch_results, small_grid):
     trainer = make_trainer(TUNED, 0)
     trainer.tuning_share = 1e-9
+    Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # of an earlier training
+        Path(trainer.output_folder, name).touch()
     trainer.run_training()
     model = Path(trainer.output_folder_base)
     assert 'The sampling settings stay as they are: 0.0 minutes are too short' in log(model)

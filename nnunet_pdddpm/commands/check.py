@@ -94,7 +94,7 @@ def look_up(trainer: str) -> str:
             recursive_find_trainer_class_by_name(trainer)
     except RuntimeError:
         return f'nnU-Net does not find {trainer}: {how_to_be_found()}'
-    except (ImportError, SyntaxError, NameError, AttributeError, AssertionError) as error:
+    except Exception as error:  # noqa: BLE001 a trainer that is imported may raise anything
         return (f"nnU-Net's search for {trainer} ends at a trainer that cannot be imported ({type(error).__name__}: "
                 f'{error}): repair that trainer, or take its folder out of nnUNet_extTrainer.')
     return ''

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
@@ -105,7 +105,7 @@ def read_dataset(named: str, plans_named: str) -> DataSet:
         data_folders = {name: base / manager.get_configuration(name).data_identifier
                         for name in plans['configurations']}
         return DataSet(named, plans_named, manager.dataset_name, manager.plans_name, plans, dataset_json, data_folders)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of whatever type: it lies in the files
         raise ValueError(f'nnU-Net cannot read {plans_named}.json and dataset.json in {folder} '
                          f'({type(error).__name__}: {error}): {_planning(folder.name)}') from error
 
@@ -118,8 +118,9 @@ def preprocessed_folder(named: str) -> Path:
         raise ValueError(f'DATASET must be an id such as 4 or a name such as Dataset004_Hippocampus, got "{named}".'
                          ) from None
     except RuntimeError as error:
-        raise ValueError(f'{str(error).split(". ")[0]}: there must be one DatasetXXX_NAME with it in nnUNet_raw, '
-                         f'nnUNet_preprocessed and nnUNet_results.') from None
+        found = ', '.join(sorted(map(str, find_candidate_datasets(int(named)))))
+        raise ValueError(f'{str(error).split(". ")[0]}{f" ({found})" if found else ""}: there must be one '
+                         f'DatasetXXX_NAME with it in nnUNet_raw, nnUNet_preprocessed and nnUNet_results.') from None
     folder = Path(os.environ['nnUNet_preprocessed'], name)
     if folder.is_dir():
         return folder

@@ -14,7 +14,8 @@ from nnunet_pdddpm.evaluation.report import format_tables, write_files
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables and write the files; exit with 1 and one sentence if the input does not allow it."""
+    """Print the tables and write the files; exit with 1 and one sentence if the input does not allow it, of all cases
+    (then nothing is written) or of some."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if not 0 <= args.nsd_tolerance < float('inf'):
@@ -23,13 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f'-np must be at least 1, got {args.np}')
     try:
         folders = open_folders(args.pred, args.ref, args.raters, args.djfile, args.pfile, args.chill)
-        results = evaluate_cases(folders, args.nsd_tolerance, args.np, not args.disable_progress_bar)
-        summary = summarise(folders, results, args.nsd_tolerance)
+        results, failed = evaluate_cases(folders, args.nsd_tolerance, args.np, not args.disable_progress_bar)
+        summary = summarise(folders, results, args.nsd_tolerance, failed)
         files = write_files(summary, args.o or args.pred)
     except (EvaluationError, OSError) as error:
         sys.exit(f'nnUNetv2_pdddpm_evaluate: {error}')
     print(format_tables(summary))
     print('Written: ' + ', '.join(map(str, files)))
+    if failed:
+        reasons = '; '.join(f'{case} ({why.removesuffix(".")})' for case, why in failed.items())
+        sys.exit(f'nnUNetv2_pdddpm_evaluate: {len(failed)} of {len(folders.cases)} cases could not be evaluated, the '
+                 f'others are done: {reasons}')
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,7 +21,7 @@ Means = dict[str, float]
 
 
 def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int = 1,
-                   progress_bar: bool = False) -> list[CaseResult]:
+                   progress_bar: bool = False) -> tuple[list[CaseResult], dict[str, str]]:
     """All cases, in their order.
 
     Args:
@@ -30,25 +30,43 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
         num_processes: cases that are worked on at once; 1 stays in this process.
         progress_bar: over the cases.
 
+    Returns:
+        What was measured; and of the cases of which a file is unreadable or does not fit the reference: case -> why.
+
     Raises:
-        EvaluationError: if a file is unreadable or does not fit its reference, or memory did not suffice.
+        EvaluationError: if no case can be evaluated, or memory did not suffice.
     """
-    work = partial(evaluate_case, folders, tolerance=tolerance)
+    work = partial(_result_or_reason, folders, tolerance)
     show = partial(tqdm, total=len(folders.cases), disable=not progress_bar)
     if min(num_processes, len(folders.cases)) == 1:
-        return list(show(map(work, folders.cases)))
-    with ProcessPoolExecutor(min(num_processes, len(folders.cases)), multiprocessing.get_context('spawn')) as pool:
-        try:
-            return list(show(pool.map(work, folders.cases)))
-        except BrokenProcessPool:
-            raise EvaluationError('A process was killed, probably for lack of memory: use fewer than '
-                                  f'-np {num_processes}.') from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        found = list(show(map(work, folders.cases)))
+    else:
+        with ProcessPoolExecutor(min(num_processes, len(folders.cases)), multiprocessing.get_context('spawn')) as pool:
+            try:
+                found = list(show(pool.map(work, folders.cases)))
+            except BrokenProcessPool:
+                raise EvaluationError('A process was killed, probably for lack of memory: use fewer than '
+                                      f'-np {num_processes}.') from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    failed = {case: of for case, of in zip(folders.cases, found, strict=True) if isinstance(of, str)}
+    if len(failed) == len(found):
+        others = f' The other {len(failed) - 1} cases cannot be evaluated either.' if len(failed) > 1 else ''
+        raise EvaluationError(f'{failed[folders.cases[0]]}{others}')
+    return [of for of in found if isinstance(of, CaseResult)], failed
 
 
-def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float) -> dict[str, Any]:
-    """What goes into evaluation.json: settings, means, and the cases.
+def _result_or_reason(folders: Folders, tolerance: float, case: str) -> CaseResult | str:
+    """What was measured of a case, or why nothing can be; an error that is none of its files ends the evaluation."""
+    try:
+        return evaluate_case(folders, case, tolerance)
+    except EvaluationError as error:
+        return str(error)
+
+
+def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float, failed: Mapping[str, str] | None = None
+              ) -> dict[str, Any]:
+    """What goes into evaluation.json: settings, means, the cases, and why others could not be evaluated.
 
     A mean over cases leaves out undefined values (nan). As in nnU-Net, `foreground_mean` is the mean over labels of
     these means, and undefined if one of them is.
@@ -77,9 +95,11 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float)
         'samples': sorted({int(result.values['samples']) for result in results}),
         'raters': sorted({int(result.values['raters']) for result in results}),
         'left_out': folders.left_out,
+        'doubtful': folders.doubtful,
         'not_computed': list(_not_computed(folders, results)),
         'cases': [{'case': r.case, **r.values, 'labels': r.labels, 'voxelwise': r.voxelwise,
                    'best_dice_per_rater': r.best_dice_per_rater} for r in results],
+        'failed': [{'case': case, 'error': why} for case, why in (failed or {}).items()],
     }
 
 
@@ -136,8 +156,10 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
     """One line for each group of metrics whose input is lacking, in all or in some cases."""
     voxelwise = [result.voxelwise.get('all', {}) for result in results]
     first_labels = [next(iter(result.labels.values())) for result in results]
-    for why in sorted(set(folders.other_masks.values())):
-        others = ', '.join(sorted(case for case, of in folders.other_masks.items() if of == why))
+    evaluated = {result.case for result in results}
+    others_of = {case: why for case, why in folders.other_masks.items() if case in evaluated}
+    for why in sorted(set(others_of.values())):
+        others = ', '.join(sorted(case for case, of in others_of.items() if of == why))
         yield f'estimates, intervals and error against uncertainty of {others}: the mask that is there {why}'
     for metrics, needs, there in (
             ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,7 @@ class Folders:
         other_masks: case -> what is wrong with its mask, if that is not known to be the one that the summary was made
             of; empty without a summary.
         left_out: a sentence for each kind of files that are not compared.
+        doubtful: a sentence for files that may not be what they are compared as.
     """
     predictions: Path
     references: Path
@@ -75,11 +77,12 @@ class Folders:
     summary: dict[str, dict[str, Any]]
     other_masks: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
 
     def sample_files(self, case: str) -> list[Path]:
         """The case's samples in order; empty if they were not saved."""
-        return sorted(file for file in images_in(self.predictions / 'samples', self.ending)
-                      if file.name[:-len(self.ending)].rpartition('_s')[0] == case)
+        sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(self.ending))
+        return [file for file in images_in(self.predictions / 'samples', self.ending) if sample.fullmatch(file.name)]
 
     def rater_files(self, case: str) -> dict[str, Path]:
         """The case's masks by rater; empty without a folder of raters.
@@ -108,6 +111,14 @@ class Folders:
                  if file.name not in {*references, DIAGRAM}]
         if alone:
             yield f'{len(alone)} masks in {self.predictions} have no reference: {listed(alone)}'
+
+    def ambiguous(self) -> Iterator[str]:
+        """A sentence for raters' masks whose name can be read in two ways, if there are some: the longer of the cases
+        that they may be of is no reference."""
+        if found := [f'{file.name} (of {case}, by {rater})' for case, rater, file in self._rater_masks()
+                     if case is not None and RATER in rater]:
+            yield (f'{len(found)} masks in {self.raters} have a rater with {RATER} in the name, unless a reference is '
+                   f'missing: {listed(found)}')
 
     def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
         """A label map; raises EvaluationError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
@@ -205,12 +216,12 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
         manager = PlansManager(plans_content).get_label_manager(dataset)
         ending = str(dataset['file_ending'])
         values = {name: value for name, value in dataset['labels'].items() if name not in ('background', 'ignore')}
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
+                                    else int(np.ravel(value)[0]) for name, value in values.items()}
+    except Exception as error:  # of whatever type: it lies in the files
         raise EvaluationError(f'dataset.json and plans.json do not fit together or are not those of a model '
                               f'({type(error).__name__}: {_in_one_line(error)}): name them with -djfile and -pfile.'
                               ) from error
-    labels: dict[str, Label] = {name: tuple(map(int, value)) if manager.has_regions and isinstance(value, list)
-                                else int(np.ravel(value)[0]) for name, value in values.items()}
     cases = _cases(predictions, references, ending, chill)
     entries = _read_summary(predictions / SUMMARY)
     summary = {case: entries[case] for case in cases
@@ -219,12 +230,13 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
               f'is not the one that {SUMMARY} was made of' for case in cases if case not in summary}
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
-                      _reader(dataset, references / f'{cases[0]}{ending}'), summary,
+                      _reader(dataset, [references / f'{case}{ending}' for case in cases]), summary,
                       others if (predictions / SUMMARY).is_file() else {})
     if raters is not None and not any(folders.rater_files(case) for case in cases):
         raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
                               f'{cases[0]}__1{ending}.')
     folders.left_out.extend(folders.not_compared())
+    folders.doubtful.extend(folders.ambiguous())
     return folders
 
 
@@ -240,12 +252,14 @@ def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> lis
     return predicted
 
 
-def _reader(dataset: dict[str, Any], example: Path) -> BaseReaderWriter:
+def _reader(dataset: dict[str, Any], examples: list[Path]) -> BaseReaderWriter:
+    """The first of nnU-Net's that can read one of the examples: some may be damaged."""
     with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of the readers that do not suit
-        try:
-            return determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)()
-        except RuntimeError:
-            raise EvaluationError(f"None of nnU-Net's readers can read {example}.") from None
+        for example in examples:
+            with contextlib.suppress(RuntimeError):
+                return determine_reader_writer_from_dataset_json(dataset, str(example), verbose=False)()
+    raise EvaluationError(f"None of nnU-Net's readers can read {examples[0]}"
+                          f'{", nor another of the references" if len(examples) > 1 else ""}.')
 
 
 def _read_json(file: Path, flag: str) -> dict[str, Any]:

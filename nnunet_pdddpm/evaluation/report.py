@@ -57,15 +57,18 @@ def write_files(summary: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _csv(summary: dict[str, Any]) -> str:
-    """One row per case and label; undefined and missing values are empty."""
+    """One row per case and label, and one per case that could not be evaluated; undefined and missing values are empty.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['case', 'label', *COLUMNS, 'samples', 'raters'])
+    writer.writerow(['case', 'label', *COLUMNS, 'samples', 'raters', *(['error'] if summary['failed'] else [])])
     for case in summary['cases']:
         for name, of in case['labels'].items():
             values = (of.get(column, np.nan) for column in COLUMNS)
             writer.writerow([case['case'], name, *('' if np.isnan(value) else f'{value:.6g}' for value in values),
-                             case['samples'], case['raters']])
+                             case['samples'], case['raters'], *([''] if summary['failed'] else [])])
+    for row in summary['failed']:
+        writer.writerow([row['case'], *[''] * (len(COLUMNS) + 3), row['error']])
     return text.getvalue()
 
 
@@ -132,6 +135,8 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
                                                      'correlation_parts', 'correlation_parts_reference'))
     for line in summary['left_out']:
         yield f'Not compared: {line}'
+    for line in summary['doubtful']:
+        yield f'Look at this: {line}'
     for line in summary['not_computed']:
         yield f'Not computed: {line}'
 

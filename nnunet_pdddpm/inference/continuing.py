@@ -2,33 +2,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_pdddpm.files import UNTOLD, identity
+from nnunet_pdddpm.files import UNTOLD
 from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_case, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
 Settings = Sequence[Mapping[str, Any]]
 NOT_COMPARED = 'model'
 """Path of a model in the settings of a row. The model itself is its weights, wherever they lie."""
-
-
-def image_identity(files: Sequence[str], previous: str | None = None) -> list[dict[str, Any]] | None:
-    """`identity` of what a case is predicted from; None if a file cannot be read.
-
-    Args:
-        files: the image's channels; the json beside them that holds the spacing of a tif belongs to them.
-        previous: mask of the previous stage of a cascade.
-    """
-    images = [*files, *([previous] if previous else [])]
-    beside = dict.fromkeys(re.sub(r'(_\d{4})?\.[^.]+$', '.json', file) for file in images)
-    try:
-        return [identity(Path(file)) for file in [*images, *(file for file in beside if os.path.isfile(file))]]
-    except OSError:
-        return None
 
 
 def difference(then: Settings, now: Settings) -> str:

@@ -20,14 +20,10 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
+from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse, clear_leftover
 from nnunet_pdddpm.inference.chunks import in_chunks
-from nnunet_pdddpm.inference.continuing import (
-    image_identity,
-    not_put_there,
-    refresh_summary,
-    refuse_other_settings,
-)
+from nnunet_pdddpm.inference.continuing import not_put_there, refresh_summary, refuse_other_settings
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
@@ -263,7 +259,7 @@ class PDDDPMPredictor(VolumePredictor):
                 print(f'Look at {Path(file).name}: {remark}.')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
-                                self.calibrated, queue, self._image_of(Path(file)), item.get('remarks', ()))
+                                self.calibrated, queue, item.get('image'), item.get('remarks', ()))
             with self._fails_alone(case, outputs):
                 self._predict_case(case, data)
                 under_way.append(case)
@@ -276,9 +272,6 @@ class PDDDPMPredictor(VolumePredictor):
             if not mask.is_file():
                 raise PredictionError(f'{mask} was written and is not there any more, nor may others be: something '
                                       f'else deletes files in {mask.parent}. Predict again with --continue_prediction.')
-
-    def _image_of(self, truncated: Path) -> list[dict[str, Any]] | None:
-        return image_identity(*self._files[truncated]) if truncated in self._files else None
 
     def _predict_case(self, case: CaseUnderWay, data: torch.Tensor) -> None:
         """Predict a case and hand it over; nothing of it, as large as a volume, is there afterwards."""

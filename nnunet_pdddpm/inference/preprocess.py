@@ -17,6 +17,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, spacing_damage
 from nnunet_pdddpm.inference.remarks import geometry_remarks, intensity_remarks
 
@@ -43,7 +44,8 @@ class CasePreprocessor:
     def __call__(self, files: Sequence[str], previous: str | None, output: str | None) -> dict[str, Any] | FailedCase:
         """The item that nnU-Net's predictor takes, with a numpy array as `data`; or why there is none.
 
-        Beside what nnU-Net's items have, it has `remarks`: what is odd about the image, a sentence each.
+        Beside what nnU-Net's items have, it has `remarks`: what is odd about the image, a sentence each; and `image`,
+        the `image_identity` of its files.
 
         Args:
             files: the image's channels.
@@ -75,12 +77,18 @@ class CasePreprocessor:
         if previous:
             with of_the_image(Path(previous).name):
                 mask = reader.read_seg(previous)[0]
-        preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
-        with of_the_image(', '.join(names), 'cannot be preprocessed'):
-            data, mask, properties = preprocessor.run_case_npy(image, mask, properties, self.plans_manager,
-                                                               self.configuration_manager, self.dataset_json)
-        with of_the_image(', '.join(names)):
-            remarks = geometry_remarks(reader, files, properties)
+            known = [0, *self.plans_manager.get_label_manager(self.dataset_json).all_labels]
+            if (unknown := mask[~np.isin(mask, known)]).size:  # nnU-Net takes them for background
+                raise UnusableImage(f'{Path(previous).name} of the previous stage has label values such as '
+                                    f'{np.format_float_positional(unknown[0], trim="-")} that the model does not know '
+                                    f'({", ".join(map(str, sorted(set(known))))})')
+        try:
+            with of_the_image(', '.join(names), 'cannot be preprocessed'):
+                data, mask, properties = self.by_nnunet(image, mask, properties)
+        except UnusableImage:
+            self.by_nnunet(*self.stand_in(len(image), previous is not None))  # what is raised here is of the program
+            raise
+        remarks = geometry_remarks(reader, files, properties)
         try:
             remarks += self.intensity_remarks(data)
         except UnusableImage as error:
@@ -89,7 +97,25 @@ class CasePreprocessor:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(mask[0], labels, data.dtype)))
         return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output,
-                'remarks': remarks}
+                'remarks': remarks, 'image': image_identity(files, previous)}
+
+    def by_nnunet(self, image: np.ndarray, mask: np.ndarray | None, properties: dict[str, Any]) -> tuple[Any, ...]:
+        """Image (channels, Z, Y, X), mask and properties as nnU-Net's preprocessor makes them of those that were read.
+        """
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
+        return preprocessor.run_case_npy(image, mask, properties, self.plans_manager, self.configuration_manager,
+                                         self.dataset_json)
+
+    def stand_in(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+        """An image with nothing wrong, as read: what is raised for it, too, does not lie in the image of a case."""
+        order = self.plans_manager.transpose_forward
+        along = {axis: (n, step) for axis, n, step in zip(  # 2d: of slices
+            order[::-1], self.configuration_manager.patch_size[::-1], self.configuration_manager.spacing[::-1],
+            strict=False)}
+        shape, spacing = zip(*(along.get(axis, (1, 1.0)) for axis in range(3)), strict=True)
+        image = np.random.default_rng(0).uniform(1, 255, (channels, *shape)).astype(np.float32)
+        # other voxels than the model's, which have to be resampled
+        return image, np.zeros((1, *shape), np.float32) if with_mask else None, {'spacing': [1.25 * n for n in spacing]}
 
     def intensity_remarks(self, data: np.ndarray) -> list[str]:
         """Of the normalised image (channels, Z, Y, X), see the function of that name."""

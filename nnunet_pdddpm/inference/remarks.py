@@ -114,6 +114,9 @@ def geometry_remarks(reader: Any, files: Sequence[str], properties: Mapping[str,
         reader: nnU-Net's.
         files: the channels.
         properties: from the reader.
+
+    Raises:
+        UnusableImage: if a file cannot be read again.
     """
     found = [f'{Path(file).name}: {said}' for file in files for said in _of_file(reader, Path(file))]
     if not files[0].endswith(NIFTI):
@@ -130,17 +133,19 @@ def _of_file(reader: Any, file: Path) -> Iterator[str]:
         yield 'pictures have no voxel size: a pixel counts as 1 mm, volumes are in 1000 pixels and not in ml'
     elif file.name.endswith(NIFTI):
         yield from _of_nifti(file)
-        if isinstance(reader, SimpleITKIO) and (bad := non_finite(file)):
+        with of_the_image(file.name):
+            bad = non_finite(file) if isinstance(reader, SimpleITKIO) else 0
+        if bad:
             yield f'{bad} voxels are NaN or infinite: they are read as 0'
     elif file.suffix in ORIGIN_KEYS:
-        with file.open('rb') as stream:
+        with of_the_image(file.name), file.open('rb') as stream:
             header = stream.read(1 << 16).partition(b'\n\n')[0] if file.suffix == '.nrrd' else stream.read(1 << 12)
         if not any(key in header for key in ORIGIN_KEYS[file.suffix]):
             yield 'it does not say where it lies: its origin counts as 0, a viewer may show the mask elsewhere'
 
 
 def _of_nifti(file: Path) -> Iterator[str]:
-    with opened(file) as stream:
+    with of_the_image(file.name), opened(file) as stream:
         header = read_header(stream.read(HEADER))
     if header is None:
         return

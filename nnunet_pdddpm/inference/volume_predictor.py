@@ -59,7 +59,13 @@ def refuse_unusable(file: Path) -> None:
     check_weights(weights, f'The model {file}')
     plans, dataset_json = (load_json(str(file.parents[1] / name)) for name in ('plans.json', 'dataset.json'))
     trained_with = checkpoint['init_args']
-    for what, (trained, here) in differences(trained_with, plans, trained_with['configuration'], dataset_json).items():
+    try:
+        differing = differences(trained_with, plans, trained_with['configuration'], dataset_json)
+    except Exception as error:  # of whatever type: it lies in the files
+        raise CheckpointError(f'The plans.json and dataset.json in {file.parents[1]} are not those of the model {file} '
+                              f'({type(error).__name__}: {error}). Put back the files that it was trained with.'
+                              ) from error
+    for what, (trained, here) in differing.items():
         raise CheckpointError(f'The model {file} does not fit the plans.json and dataset.json in {file.parents[1]}: '
                               f'{what} was {trained} when it was trained and is {here} there. Put back the files that '
                               f'it was trained with.')

@@ -67,9 +67,9 @@ def load_checkpoint(file: Path, what: str = 'stock model') -> dict[str, Any]:
         raise CheckpointError(f'The {what} {file} holds objects that nnU-Net does not write'
                               f'{f" ({found[1]})" if found else ""} and is not loaded: use a checkpoint written by '
                               f'nnUNetv2_train.') from error
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
-    except (RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of whatever type: it lies in the file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f'The {what} {file} cannot be read ({reason}); train or copy it again.') from error
     if not (isinstance(checkpoint, dict) and {'network_weights', 'init_args', 'trainer_name'} <= checkpoint.keys()

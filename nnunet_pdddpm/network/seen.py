@@ -34,20 +34,30 @@ class Seen:
         known = None if self.trained_on is None else self.trained_on | frozenset(map(case_hash, names))
         return Seen(known, self.stock_held_out)
 
-    def leaks(self, validation: Iterable[str], training: Iterable[str] = ()) -> str:
-        """What is wrong with cases as validation cases, a clause; empty if nothing is known to be.
+    def own(self, validation: Iterable[str], training: Iterable[str] = ()) -> list[str]:
+        """Those of the validation cases that the denoiser was trained on.
 
         `training`: those that the split in force trains on. Where it validates on some of them, that is on purpose.
         """
-        names, meant = sorted(validation), frozenset(training)
-        own = [name for name in names if self.trained_on is not None and case_hash(name) in self.trained_on
-               and name not in meant]
-        stock = [name for name in names if self.stock_held_out is not None
-                 and case_hash(name) not in self.stock_held_out]
-        if own:
-            return f'the model was trained on {_listed(own, names)}'
-        return (f'{_listed(stock, names)} are not among the cases that its stock model held out, so that was trained '
-                f'on them, unless they were added since') if stock else ''
+        meant = frozenset(training)
+        return [name for name in sorted(validation) if self.trained_on is not None
+                and case_hash(name) in self.trained_on and name not in meant]
+
+    def not_held_out(self, validation: Iterable[str]) -> list[str]:
+        """Those of the validation cases that the stock model did not hold out: it was trained on them, or they were
+        added since."""
+        return [name for name in sorted(validation) if self.stock_held_out is not None
+                and case_hash(name) not in self.stock_held_out]
+
+    def leaks(self, validation: Iterable[str], training: Iterable[str] = ()) -> str:
+        """What is wrong with cases as validation cases, a clause; empty if nothing is known to be. `training`: see
+        `own`."""
+        names = sorted(validation)
+        own, stock = self.own(names, training), self.not_held_out(names)
+        said = [f'the model was trained on {_listed(own, names)}'] * bool(own)
+        said += [f'{_listed(stock, names)} are not among the cases that its stock model held out, so that was trained '
+                 f'on them, unless they were added since'] * bool(stock)
+        return ', and '.join(said)
 
     def unknown(self) -> str:
         """What is not known, a sentence; empty if all is."""

@@ -1,10 +1,12 @@
 """PDDDPMTrainer: trains the denoiser that refines the user's own stock nnU-Net, within nnU-Net's hooks."""
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,7 @@ from nnunet_pdddpm.diffusion.levels import lowest_log_snr
 from nnunet_pdddpm.diffusion.measuring import LevelMeter, positions, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.files import writing
+from nnunet_pdddpm.image_files import images_in, listed
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
@@ -38,8 +41,9 @@ from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
+from nnunet_pdddpm.tuning.budget import enough
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases, require_unseen
+from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
 from nnunet_pdddpm.tuning.stored import CHECKPOINTS
@@ -167,6 +171,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._embed_stock_model()
         self._stock_checkpoint = None
         self._note_cases()
+        if self.current_epoch == 0 and (earlier := Path(self.output_folder, CHECKPOINTS[0])).is_file():
+            self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
+                                   f'with it, and --c takes it for the end of this one.')
         self._first_epoch = self.current_epoch
         if self.is_ddp:
             # At the end ranks wait for hours, if need be, which NCCL does not allow; gloo does. It is made now: where
@@ -175,21 +182,30 @@ class PDDDPMTrainer(nnUNetTrainer):
         super().on_train_start()
 
     def _note_cases(self) -> None:
-        """Note what the model is trained on; raises CheckpointError if it or its stock model has seen the validation
-        cases, but for those that the split in force means to validate and train on."""
+        """Note what the model is trained on, and say which validation cases it or its stock model has seen.
+
+        Raises:
+            CheckpointError: if the model was trained on cases that are to validate it now, but for those that the split
+                in force means to train on, too; or if the stock model has held out too few of them.
+        """
         training, validation = self.do_split()
         if not self._restored:
             stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
             self.refiner.seen = Seen.of([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
         if self.fold != 'all':
-            if leak := self.refiner.seen.leaks(validation, training):
+            seen, number = self.refiner.seen, len(validation)
+            leak, foreign = seen.leaks(validation, training), seen.not_held_out(validation)
+            if seen.own(validation, training) or not enough(number - len(foreign), number):
                 raise CheckpointError(f'By the present splits_final.json {leak}. Put back the one that was trained '
                                       f'with, or train the stock model again with this one, and then this model from '
                                       f'its beginning (without --c).')
+            if leak:
+                self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of a validation is '
+                                       f'not of held-out cases alone. The sampling settings and intervals of volumes '
+                                       f'are fitted to the others.')
             if both := trained_on_as_well(validation, training):
-                self.print_to_log_file(f'WARNING: {both}. What is measured on the validation cases is none of held-out '
-                                       f'cases, and the sampling settings and intervals of volumes are not fitted to '
-                                       f'them.')
+                self.print_to_log_file(f'WARNING: {both}. The Dice of a validation is not of held-out cases alone, and '
+                                       f'the sampling settings and intervals of volumes are not fitted to them.')
             if unknown := self.refiner.seen.unknown():
                 self.print_to_log_file(f'{unknown} If splits_final.json was changed since, what is measured on the '
                                        f'validation cases is wrong.')
@@ -332,11 +348,11 @@ class PDDDPMTrainer(nnUNetTrainer):
             self.print_to_log_file(f'{stay}tuning_share is 0.')
         elif self.disable_checkpointing:
             self.print_to_log_file(f'{stay}there is no checkpoint to tune.')
-        elif self.current_epoch == self._first_epoch and Path(self.output_folder, f'{SWEEP}.json').is_file():
+        elif self.current_epoch == self._first_epoch and self._is_tuned():
             self.print_to_log_file(f'{stay}they were tuned when training ended.')
         else:
-            # of an earlier training: --c would take it for this one's, if tuning is killed
-            Path(self.output_folder, f'{SWEEP}.json').unlink(missing_ok=True)
+            for ending in ('json', 'csv', 'png'):  # of an earlier training: they would be taken for this one's
+                Path(self.output_folder, f'{SWEEP}.{ending}').unlink(missing_ok=True)
             try:
                 predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
                 return tune(self, predictor, seconds, log=self.print_to_log_file)
@@ -347,6 +363,14 @@ class PDDDPMTrainer(nnUNetTrainer):
                     raise
                 self.print_to_log_file(f'{stay}there is not enough memory to tune them ({error}).')
         return None
+
+    def _is_tuned(self) -> bool:
+        """Whether the settings in the model are those that the sweep in its folder chose: it may be of another one."""
+        try:
+            chosen = json.loads(Path(self.output_folder, f'{SWEEP}.json').read_text())['chosen']
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return chosen == asdict(self.refiner.settings)
 
     # validation -----------------------------------------------------------------------------------------------------
 
@@ -388,13 +412,25 @@ class PDDDPMTrainer(nnUNetTrainer):
         """As nnU-Net's, with the averaged weights; then the intervals of volumes are calibrated on the same cases."""
         if self.fold != 'all' and (leak := self.refiner.seen.leaks(self.do_split()[1])):
             self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of this validation is '
-                                   f'none of held-out cases.')
+                                   f'not of held-out cases alone.')
+        foreign = self._masks_of_no_validation_case()
+        if foreign:
+            self.print_to_log_file(f'WARNING: {Path(self.output_folder, "validation")} holds {len(foreign)} masks of '
+                                   f'cases that this split does not validate on ({listed(foreign)}): they are of an '
+                                   f'earlier training, and summary.json there counts them. Take them away and validate '
+                                   f'again (--val).')
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             self._swap_average()
         self.calibrate_volumes()
+
+    def _masks_of_no_validation_case(self) -> list[str]:
+        """Names of masks in the folder of the validation that this one does not write."""
+        folder, ending = Path(self.output_folder, 'validation'), self.dataset_json['file_ending']
+        mine = {f'{case}{ending}' for case in self.do_split()[1]}
+        return [file.name for file in images_in(folder, ending) if file.name not in mine] if folder.is_dir() else []
 
     def calibrate_volumes(self) -> None:
         """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes
@@ -418,7 +454,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         try:
             cases = ValidationCases(self)
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
-            require_unseen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
+            leave_out_seen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
             return measure_volumes(predictor, cases, names[self.local_rank::dist.get_world_size()]
                                    if self.is_ddp else names)

@@ -8,6 +8,11 @@ import numpy as np
 FEWEST_CASES = 5
 
 
+def enough(cases: int, of: int) -> bool:
+    """Whether so many of the validation cases are enough to measure anything on: FEWEST_CASES, or all."""
+    return cases >= min(FEWEST_CASES, of)
+
+
 def cases_in(seconds: float, seconds_a_voxel: float, voxels: Sequence[int]) -> list[int]:
     """Indices of the cases on which there is time for everything.
 
@@ -17,10 +22,9 @@ def cases_in(seconds: float, seconds_a_voxel: float, voxels: Sequence[int]) -> l
         voxels: size of each case.
 
     Returns:
-        All of them or fewer, spread evenly, the first among them; none if FEWEST_CASES (or all, if they are fewer) take
-        longer.
+        All of them or fewer, spread evenly, the first among them; none if as few as are `enough` take longer.
     """
-    for number in range(len(voxels), min(FEWEST_CASES, len(voxels)) - 1, -1):
+    for number in (number for number in range(len(voxels), 0, -1) if enough(number, len(voxels))):
         cases = np.linspace(0, len(voxels) - 1, number).round().astype(int).tolist()
         if seconds_a_voxel * sum(voxels[i] for i in cases) <= seconds:
             return cases

@@ -45,8 +45,8 @@ def measure_volumes(predictor: VolumePredictor, cases: ValidationCases, names: S
         names: of those that are measured.
 
     Returns:
-        (names, C, fields) float32, see `intervals.FIELDS`. Empty for a case with ignored voxels, whose true volume is
-        not known, and for channels that stand for no label.
+        (names, C, fields) float32, see `intervals.FIELDS`. Empty for a case whose true volume is not known, as with
+        ignored voxels, and for channels that stand for no label.
     """
     scores = torch.zeros(len(names), predictor.refiner.num_channels, len(FIELDS))
     channels = label_channels(predictor.dataset_json, predictor.plans_manager)

@@ -1,7 +1,7 @@
 """The validation cases of a fold, as nnU-Net preprocessed them, and several raters' masks on the same grid."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
+from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.seen import stored_seen, trained_on_as_well
+from nnunet_pdddpm.tuning.budget import enough
 from nnunet_pdddpm.tuning.choice import TuningError
 
 if TYPE_CHECKING:
@@ -70,17 +72,29 @@ class ValidationCases:
         self.dataset_json, self.truth = trainer.dataset_json, Path(trainer.preprocessed_dataset_folder_base,
                                                                    'gt_segmentations')
         self._reader = trainer.plans_manager.image_reader_writer_class()
+        self.fold, self.log = trainer.fold, trainer.print_to_log_file
         self.raters = None if raters is None else self._open_raters(trainer, raters)
+        self._require_raters()
 
     def _open_raters(self, trainer: PDDDPMTrainer, raters: Path) -> Folders:
         model = Path(trainer.output_folder_base)
         folders = open_folders(self.truth, self.truth, raters, model / 'dataset.json', model / 'plans.json')
         for line in folders.left_out:
             trainer.print_to_log_file(f'Not compared: {line}')
-        if not any(folders.rater_files(name) for name in self.names):
-            raise TuningError(f'{raters} has no mask of any validation case of fold {trainer.fold}: name them '
-                              f'CASE__RATER{folders.ending}, such as {self.names[0]}__1{folders.ending}.')
+        for line in folders.doubtful:
+            trainer.print_to_log_file(f'Look at this: {line}')
         return folders
+
+    def keep(self, names: Collection[str]) -> None:
+        """Leave out all cases but these; raises TuningError if raters were named and have no mask of any of them."""
+        self.names = [name for name in self.names if name in names]
+        self._require_raters()
+
+    def _require_raters(self) -> None:
+        if self.raters is not None and not any(self.raters.rater_files(name) for name in self.names):
+            raise TuningError(f'{self.raters.raters} has no mask of any validation case of fold {self.fold} that can '
+                              f'be measured on: name them CASE__RATER{self.raters.ending}, such as '
+                              f'{self.names[0]}__1{self.raters.ending}.')
 
     def voxels(self, name: str) -> int:
         """Size of a case."""
@@ -97,8 +111,21 @@ class ValidationCases:
                     self._raters_of(name, properties, image.shape[1:]), properties, name)
 
     def true_volumes(self, name: str) -> dict[str, float] | None:
-        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored."""
-        labels, properties = self._reader.read_seg(str(self.truth / f'{name}{self.dataset_json["file_ending"]}'))
+        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored, and, which
+        is told, where it is damaged.
+
+        Its voxels are those of the image: nnU-Net copies the truth, and not the json that gives the size in a tif.
+        """
+        properties = self.dataset.load_case(name)[3]
+        file = self.truth / f'{name}{self.dataset_json["file_ending"]}'
+        try:
+            if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
+                raise UnusableImage(f'{file} {wrong}')
+            with of_the_image(str(file)):
+                labels, _ = self._reader.read_seg(str(file))
+        except UnusableImage as error:
+            self.log(f'The true volume of {name} is not known: {error}.')
+            return None
         if self.label_manager.ignore_label is not None and (labels == self.label_manager.ignore_label).any():
             return None
         voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
@@ -127,23 +154,28 @@ class ValidationCases:
         return masks
 
 
-def require_unseen(cases: ValidationCases, weights: Mapping[str, Any], log: Callable[[str], None]) -> None:
-    """Refuse validation cases that a model or its stock model was trained on; what is not known is told.
+def leave_out_seen(cases: ValidationCases, weights: Mapping[str, Any], log: Callable[[str], None]) -> None:
+    """Leave out validation cases that a model or its stock model may have been trained on.
 
     Args:
-        cases: the validation cases.
+        cases: the validation cases, those of a split.
         weights: state dict of the model.
-        log: told what is not known.
+        log: told what is left out, and what is not known.
 
     Raises:
-        TuningError: naming such cases.
+        TuningError: if too few cases remain.
     """
-    if both := trained_on_as_well(cases.names, cases.training):
-        raise TuningError(f'{both[0].upper()}{both[1:]}: nothing can be measured on them. A fold to tune and calibrate '
-                          f'has to validate on cases that it is not trained on.')
-    seen = stored_seen(weights)
-    if leak := seen.leaks(cases.names):
-        raise TuningError(f'By the present splits_final.json {leak}: nothing can be measured on them. Put back the '
-                          f'splits_final.json that the models were trained with, or train both again with this one.')
+    seen, names = stored_seen(weights), cases.names
+    leak, both = seen.leaks(names, cases.training), trained_on_as_well(names, cases.training)
+    wrong = '; '.join([f'by the present splits_final.json {leak}'] * bool(leak) + [both] * bool(both))
+    wrong = wrong[:1].upper() + wrong[1:]
+    left = set(names) - {*cases.training, *seen.own(names), *seen.not_held_out(names)}
+    if not enough(len(left), len(names)):
+        raise TuningError(f'{wrong}: nothing can be measured on them, and {len(left)} others are too few. Put back the '
+                          f'splits_final.json that the models were trained with, or train both again with one that '
+                          f'validates on other cases than it trains on.')
+    if wrong:
+        log(f'WARNING: {wrong}. Nothing is measured on them here, but on the {len(left)} others.')
     if unknown := seen.unknown():
         log(f'{unknown} If splits_final.json was changed since, what is measured on the validation cases is wrong.')
+    cases.keep(left)

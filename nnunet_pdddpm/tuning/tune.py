@@ -12,7 +12,7 @@ from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases, require_unseen
+from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
 from nnunet_pdddpm.tuning.choice import TuningError, choose_measured
 from nnunet_pdddpm.tuning.plain import plain_dice
 from nnunet_pdddpm.tuning.report import lines, write
@@ -54,12 +54,13 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
         log: told what was chosen, and what was left out.
 
     Raises:
-        TuningError: if there is nothing to tune on, or no time, or the model was trained on it. It is as before.
+        TuningError: if there is nothing to tune on, or no time, or too few cases that the model was not trained on. It
+            is as before.
         EvaluationError: if the raters' masks cannot be used.
         OSError: if the results cannot be written.
     """
     cases = ValidationCases(trainer, raters)
-    require_unseen(cases, predictor.list_of_parameters[0], log)
+    leave_out_seen(cases, predictor.list_of_parameters[0], log)
     measured = sweep(predictor, cases, seconds, progress=progress)
     settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
     folder = Path(trainer.output_folder)
@@ -80,12 +81,12 @@ def calibrate_fold(trainer: PDDDPMTrainer, device: torch.device, log: Callable[[
         log: told what came of it.
 
     Raises:
-        TuningError: if there are no validation cases, or the model was trained on some. It is as before.
+        TuningError: if there are too few validation cases that the model was not trained on. It is as before.
         OSError: if the model cannot be written.
     """
     cases = ValidationCases(trainer)
     folder = Path(trainer.output_folder)
     predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
-    require_unseen(cases, predictor.list_of_parameters[0], log)
+    leave_out_seen(cases, predictor.list_of_parameters[0], log)
     scores = measure_volumes(predictor, cases, cases_to_calibrate(cases.names))
     keep(folder / CHECKPOINTS[0], scores, label_channels(trainer.dataset_json, trainer.plans_manager), log)
