@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hippocampus import DATASET as HIPPOCAMPUS
-from hippocampus import HERE, find_data, nnunet_environment
+from hippocampus import find_data, nnunet_environment
 from integration import copy_cases
 
 LESION = 'Dataset006_MSLesion'
@@ -27,7 +27,7 @@ NUM_TRAINING, NUM_TEST = 45, 5
 
 
 class Run(NamedTuple):
-    """What is trained and predicted: a stock model of every fold, then PDDDPM of fold 0."""
+    """What is trained and predicted: a stock model, then PDDDPM, of fold 0."""
     dataset: str
     configuration: str
     patch_size: list[int]
@@ -90,17 +90,12 @@ def prepare(work: Path, data: str | None, all_runs: Sequence[Run] = RUNS) -> Non
         (preprocessed / 'splits_final.json').write_text(json.dumps(splits))
 
 
-def execute(work: Path, run: Run) -> list[str]:
-    """Train, validate and predict; the rows of the table."""
+def execute(work: Path, run: Run) -> None:
+    """Train, validate and predict; prints the rows of a table."""
     stock, refined = (f'{kind}{run.length}' for kind in ('nnUNetTrainer', 'PDDDPMTrainer'))
     model = ('-p', PLANS, '-device', 'cpu')
-    rows = []
-    for trainer, folds in ((stock, '012'), (refined, '0')):
-        for fold in folds:
-            training = measured(work, stock, 'nnUNetv2_train', run.dataset, run.configuration, fold, '-tr', trainer,
-                                *model)
-            if fold == '0':
-                of_fold_0 = training
+    for trainer in (stock, refined):
+        training = measured(work, stock, 'nnUNetv2_train', run.dataset, run.configuration, '0', '-tr', trainer, *model)
         validation = (work / 'nnUNet_results' / run.dataset / f'{trainer}__{PLANS}__{run.configuration}' / 'fold_0' /
                       'validation' / 'summary.json')
         dice = json.loads(validation.read_text())['foreground_mean']['Dice']
@@ -117,53 +112,23 @@ def execute(work: Path, run: Run) -> list[str]:
             if missing := [i.name for i in images if not (output / i.name.replace('_0000', '')).is_file()]:
                 sys.exit(f'{output} lacks the masks of {missing}.')
             patch = 'x'.join(map(str, run.patch_size))
-            rows.append(f'| {run.dataset[11:]} | {run.configuration}, patch {patch}, batch {run.batch_size} | '
-                        f'{trainer} | {of_fold_0[0]:.0f} | {of_fold_0[1]:.1f} | {dice:.3f} | '
+            print(f'| {run.dataset[11:]} | {run.configuration}, patch {patch}, batch {run.batch_size} | '
+                        f'{trainer} | {training[0]:.0f} | {training[1]:.1f} | {dice:.3f} | '
                         f'{" ".join([command, *flags])} | '
-                        f'{seconds / len(images):.0f} ({len(images)}) | {memory:.1f} |')
-            print(rows[-1], flush=True)
-    return rows
-
-
-def write_table(rows: list[str], file: Path) -> None:
-    import torch
-    file.write_text(f"""# Compatibility on real data
-
-    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/compatibility.py -o WORK
-
-Machine: {os.cpu_count()} CPU cores, no GPU used, torch {torch.__version__}. n = 1: every command was run once.
-HippocampusRegions is Medical Segmentation Decathlon Task04 with the regions whole = {{1, 2}} and posterior = {{2}},
-{NUM_TRAINING} training cases in three folds and {NUM_TEST} to predict. MSLesion has three channels of 182 x 218 x 182
-voxels and three cases, a fold each; the case of fold 0 is predicted whole. Reduced plans: four stages of
-{FEATURES} features. Token trainings: 100 iterations of stock and 50 of PDDDPM (hippocampus), 16 and 8
-(MSLesion), so the Dice says only that the path works. Stock models of all three folds first, for out-of-fold
-pre-segmentations. Seconds with the start of the program, and with mirroring but for MSLesion, whose trainers do
-without; memory is that of the largest process of a command. The machine was not idle: seconds are upper bounds.
-`nnUNetv2_pdddpm_predict` draws 8 samples and writes uncertainty, summary and report.
-
-| data set | configuration | trainer | training and validation of fold 0, s | GiB | Dice in validation | \
-prediction | s per case (cases) | GiB |
-|---|---|---|---|---|---|---|---|---|
-""" + '\n'.join(rows) + '\n')
+                        f'{seconds / len(images):.0f} ({len(images)}) | {memory:.1f} |', flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-data', help=f'folder that contains {HIPPOCAMPUS} and {LESION} (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, help="work folder: nnU-Net's three folders and predictions")
-    parser.add_argument('-table', default=str(HERE.parent / 'docs' / 'results' / 'compatibility.md'),
-                        help='the table to write')
     args = parser.parse_args()
     work = Path(args.o).resolve()
     prepare(work, args.data)
-    file = work / 'rows.json'
-    done = json.loads(file.read_text()) if file.is_file() else {}
+    print('| data set | configuration | trainer | training, s | GiB | Dice in validation | prediction '
+          '| s per case (cases) | GiB |', '|---' * 9 + '|', sep='\n', flush=True)
     for run in RUNS:
-        name = f'{run.dataset} {run.configuration}'
-        if name not in done:
-            done[name] = execute(work, run)
-            file.write_text(json.dumps(done))
-    write_table([row for rows in done.values() for row in rows], Path(args.table))
+        execute(work, run)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -82,25 +81,13 @@ def main() -> None:
     parser.add_argument('-data', help=f'folder that contains {DATASET} (or set NNUNET_PDDDPM_DATA)')
     parser.add_argument('-o', required=True, help="work folder: nnU-Net's three folders, predictions and logs")
     parser.add_argument('-d', nargs='+', type=int, choices=DATASETS, default=list(DATASETS), help='data sets to run')
-    parser.add_argument('-table', help='also write the table to this file')
     args = parser.parse_args()
     work = Path(args.o).resolve()
     copy_cases(find_data(args.data), work / 'nnUNet_raw' / DATASET, NUM_TRAINING, NUM_TEST)
     results = {}
     for dataset in sorted(args.d, reverse=True):
         results[dataset] = run_dataset(work, dataset)
-    text = table(results)
-    print(text)
-    if args.table:
-        import torch
-        Path(args.table).write_text(
-            f"# nnU-Net's integration test with PDDDPM\n\n    NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python "
-            f"benchmarks/integration.py -o WORK\n\nMachine: {os.cpu_count()} CPU cores, no GPU used, torch "
-            f"{torch.__version__}. Data: hippocampus (Medical Segmentation Decathlon Task04), {NUM_TRAINING} cases in "
-            f"3 folds and {NUM_TEST} for prediction, converted by nnU-Net's own scripts. Reduced plans: 3 stages of "
-            f"8 to 32 features, patches of 24x32x24 (3d_fullres, cascade), 16x24x16 (3d_lowres), 40x40 (2d). Stock: 80 "
-            f"iterations of AdamW, PDDDPM: 16; no mirroring. The Dice is no measure of either; it shows that the masks "
-            f"are those of trained models.\n\n{text}")
+    print(table(results))
     if any(done['failed'] for done in results.values()):
         sys.exit('Something failed, see above.')
 
