@@ -4,11 +4,14 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_network import EPS, X0, make_refiner, noisy_batch, patch
 from test_properties import pointwise_refiner, volume_predictor
+from test_resampling import export_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,8 +20,10 @@ from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits, hard_mask
 from nnunet_pdddpm.inference import chunks as chunks_module
 from nnunet_pdddpm.inference import volume_predictor as predictor_module
 from nnunet_pdddpm.inference import volume_sampling as volume_sampling_module
+from nnunet_pdddpm.inference.case import CaseUnderWay
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
+from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
@@ -163,6 +168,23 @@ def test_the_number_of_operators_depends_on_chunks_and_not_on_slices(monkeypatch
     assert 0 < of_a_step < 250  # with the denoiser's and the tile's
     monkeypatch.setattr(chunks_module, 'CHUNK_BYTES', 4 * 3 * 6 * 6 * 6)  # six slices
     assert count(48, 3) - count(48, 2) < 2 * (of_a_step + 8 * 120)
+
+
+# export
+
+@pytest.mark.parametrize('uncertainty', ['none', 'entropy', 'all'])
+def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, uncertainty):
+    predictor, handed_over = predictor_of(3, [4, 6, 6], CHAIN), []
+    export = export_of(3, (11, 8, 10), (11, 8, 10), (1.0,) * 3)
+    export = replace(export, folder=tmp_path / 'case', outputs=Outputs(uncertainty=uncertainty))
+    queue = SimpleNamespace(submit=lambda function, *args: handed_over.append((function, args)))
+    case = CaseUnderWay(export, tmp_path, 2, 1, [], {}, queue)
+    case.add_rest(predictor.predict_volume(image_of(11, 8, 10), case.add_sample if export.outputs.samples else None))
+    (function, (logits, stock, maps)), = handed_over
+    assert function == export.rest and logits.shape == (3, 11, 8, 10) and stock is None
+    assert set(maps) == {'none': set(), 'entropy': {'uncertainty'},
+                         'all': {'uncertainty', 'variance', 'mutual_information'}}[uncertainty]
+    assert case.counts.sample_sizes().shape == (2, 2)  # of the samples, which are counted where they are drawn
 
 
 # the choice of a device
