@@ -1,6 +1,7 @@
 """Samples in the grid of the image: nnU-Net's own masks, at a cost that does not grow with the number of classes."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,23 @@ def test_slices_and_other_resampling_are_nnunets_own():
     for export in (export_of(3, (6, 18, 16), (6, 26, 21), (0.6, 5.0, 0.7), slices=True),
                    export_of(3, (6, 18, 16), (9, 26, 21), (0.7, 0.7, 0.7), order=3)):
         assert np.array_equal(export.of_sample(logits), export.segmentation(logits))
+
+
+def test_mask_and_maps_are_the_same_with_nnunets_file_of_probabilities_and_without(tmp_path):
+    old, new, spacing = GRIDS['finer']
+    written, logits = [], logits_of(3, old)
+    export = export_of(3, old, new, spacing)
+    sitk_stuff = {'spacing': spacing[::-1], 'origin': [0.0] * 3, 'direction': np.eye(3).ravel().tolist()}
+    export.properties.update(sitk_stuff=sitk_stuff)
+    for probabilities in (True, False):
+        folder = tmp_path / str(probabilities)
+        folder.mkdir()
+        counted = replace(export, folder=folder, outputs=Outputs(probabilities, 'all')).rest(
+            logits, None, {'uncertainty': np.full(old, 0.5, np.float16)})
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+        assert [f'case.{ending}' in files for ending in ('npz', 'pkl')] == [probabilities] * 2
+        written.append((counted, {name: of for name, of in files.items() if name.endswith('.nii.gz')}))
+    assert written[0] == written[1] and len(written[0][1]) == 4  # mask, uncertainty, two labels
 
 
 @pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
