@@ -1,6 +1,7 @@
 """Seconds of prediction against stock nnU-Net's, at equal precision, with the hippocampus models of `hippocampus.py`.
 
-In turn on one machine, in one process: the preprocessed image to logits and maps, with mirroring, without files.
+In turn on one machine, in one process: the preprocessed image to logits and maps, with mirroring, without files. And
+the export of a synthetic volume of 25 classes to files, which needs no model: `-export` measures and prints that alone.
 """
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,6 +32,8 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
        for name, mask in (('their mean as the mask', OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)}}
 """Name -> trainer, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
 CASES, REPEATS = 10, 3
+CLASSES, GRID, IMAGE = 25, (160, 128, 128), (240, 192, 192)
+"""Of the volume that is exported: a CT scaled down, resampled from 1.5 to 1 mm."""
 
 
 def timed(device: torch.device, do: Callable[[], Any]) -> float:
@@ -80,6 +84,58 @@ def measure(work: Path, file: Path) -> None:
     file.write_text(json.dumps(seconds))
 
 
+def synthetic_logits(generator: torch.Generator, common: torch.Tensor) -> np.ndarray:
+    """Of a sample with 25 labels, (C, Z, Y, X) float16: smooth fields, most of them common to all samples."""
+    own = torch.randn(common.shape, generator=generator)
+    fields = torch.nn.functional.interpolate((8 * common + own)[None], GRID, mode='trilinear')[0]
+    return (fields - fields.amax(0)).clamp_(-13.8).half().numpy()
+
+
+def export_seconds() -> dict[str, float]:
+    """CPU seconds of one thread: stock nnU-Net's export of a mask; here that of mask and entropy map; of 8 samples."""
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_pdddpm.inference.export import CaseExport, Outputs
+    planned = {'architecture': {}, 'spacing': [1.5] * 3, 'resampling_fn_probabilities': 'resample_data_or_seg_to_shape',
+               'resampling_fn_probabilities_kwargs': {'is_seg': False, 'order': 1, 'order_z': 0,
+                                                      'force_separate_z': None}}
+    plans = PlansManager({'configurations': {'3d_fullres': planned}, 'image_reader_writer': 'SimpleITKIO',
+                          'label_manager': 'LabelManager', 'transpose_forward': [0, 1, 2],
+                          'transpose_backward': [0, 1, 2]})
+    labels = {'background': 0, **{f'label {i}': i for i in range(1, CLASSES)}}
+    description = {'labels': labels, 'file_ending': '.nii.gz'}
+    properties = {'spacing': [1.0] * 3, 'bbox_used_for_cropping': [[0, n] for n in IMAGE],
+                  'shape_before_cropping': IMAGE, 'shape_after_cropping_and_before_resampling': IMAGE,
+                  'sitk_stuff': {'spacing': [1.0] * 3, 'origin': [0.0] * 3, 'direction': np.eye(3).ravel().tolist()}}
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn((CLASSES, *(n // 32 for n in GRID)), generator=generator)
+    mask, *samples = (synthetic_logits(generator, common) for _ in range(9))
+    seconds = {}
+    torch.set_num_threads(1)
+
+    def measured(name: str, do: Callable[[], Any]) -> None:
+        start = time.process_time()
+        do()
+        seconds[name] = time.process_time() - start
+    with tempfile.TemporaryDirectory() as folder:
+        export = CaseExport(plans, plans.get_configuration('3d_fullres'), description, properties, Path(folder), 'case',
+                            Outputs(uncertainty='entropy', samples=True))
+        measured('stock', lambda: export_prediction_from_logits(
+            mask, properties, export.configuration_manager, plans, description, f'{folder}/stock', False, 1))
+        measured('rest', lambda: export.rest(mask, None, {'uncertainty': np.zeros(GRID, np.float16)}))
+        measured('samples', lambda: [export.sample(of, number) for number, of in enumerate(samples)])
+    return seconds
+
+
+def export_in_words() -> str:
+    """What the export of a synthetic volume takes."""
+    of = export_seconds()
+    return (f'Export of a synthetic volume of {CLASSES} classes, {GRID} voxels resampled to {IMAGE}, to files, on one '
+            f'thread: mask and entropy map {of["rest"]:.1f} s, 8 samples {of["samples"]:.1f} s, together '
+            f'{(of["rest"] + of["samples"]) / of["stock"]:.2f} times the {of["stock"]:.1f} s of stock nnU-Net\'s mask.')
+
+
 def write_table(seconds: dict[str, dict[str, list[float]]], file: Path) -> None:
     """The page."""
     lines = []
@@ -95,14 +151,20 @@ def write_table(seconds: dict[str, dict[str, list[float]]], file: Path) -> None:
         f'cases, {REPEATS} repeats in turn after one that is not counted: median, and the range of ratios. From the '
         "preprocessed image to logits and all maps, with mirroring, in one process; nnU-Net's reading, resampling and "
         'writing of files are not in it. Everything is in the precision named, chains and blind mask, too.',
-        '', '| precision | | seconds a case | of stock |', '|---|---|---|---|', *lines, '']))
+        '', '| precision | | seconds a case | of stock |', '|---|---|---|---|', *lines, '', export_in_words(), '']))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-o', required=True, help='work folder of hippocampus.py')
+    parser.add_argument('-o', help='work folder of hippocampus.py')
+    parser.add_argument('-export', action='store_true', help='print what export of a synthetic volume takes, no more')
     parser.add_argument('-table', default=str(results() / 'speed.md'), help='the table to write')
     args = parser.parse_args()
+    if args.export:
+        print(export_in_words())
+        return
+    if not args.o:
+        parser.error('the following argument is required: -o')
     work = Path(args.o).resolve()
     os.environ.update(nnunet_environment(work))
     sys.path.append(str(HERE / 'trainers'))

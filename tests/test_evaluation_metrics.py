@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 
 from nnunet_pdddpm.evaluation.calibration import (
-    adaptive_calibration_error,
+    Cells,
     area_under_risk_coverage,
     area_under_roc,
     correlation,
@@ -22,7 +22,7 @@ from nnunet_pdddpm.evaluation.calibration import (
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
 from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice, surface_points
-from nnunet_pdddpm.evaluation.voxelwise import of_classes, of_regions, stored_channels, stored_shape
+from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions, stored_channels, stored_shape
 
 MASKS = arrays(bool, (3, 4, 5))
 
@@ -178,13 +178,16 @@ def test_entropy_of_certain_voxels_is_zero():
 
 
 def test_regions_are_two_class_problems_of_their_own():
-    found = of_regions(np.array([[0.9, 0.2], [0.6, 0.0]]), np.array([[1, 0], [0, 0]], bool))
-    np.testing.assert_allclose(found.of_truth, [[0.9, 0.8], [0.4, 1.0]], rtol=1e-6)
-    assert found.correct.tolist() == [[True, True], [False, True]]
-    second = found.inside(np.array([False, True]))
-    assert second.confidence == pytest.approx([0.8, 1.0])
-    assert second.negative_log_likelihood == pytest.approx(-math.log(0.8) / 2)
-    assert second.entropy == pytest.approx([-(0.2 * math.log2(0.2) + 0.8 * math.log2(0.8)) / 2], abs=1e-4)
+    found = list(of_regions(np.array([[0.9, 0.2], [0.6, 0.0]]), np.array([[1, 0], [0, 0]], bool)))
+    np.testing.assert_allclose([of.of_truth for of in found], [[0.9, 0.8], [0.4, 1.0]], rtol=1e-6)
+    assert [of.correct.tolist() for of in found] == [[True, True], [False, True]]
+    together = Calibration()
+    for of in found:
+        together.add(of.inside(np.array([False, True])))
+    assert together.voxels == 2 and together.bins.count.sum() == 2
+    assert together.metrics == pytest.approx({
+        'nll': -math.log(0.8) / 2, 'brier': (0.04 + 0.04) / 2, 'ece': 0.1, 'adaptive_ece': 0.1}, abs=1e-6)
+    assert found[0].entropy[1] == pytest.approx(-(0.2 * math.log2(0.2) + 0.8 * math.log2(0.8)), abs=1e-4)
 
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
@@ -205,6 +208,49 @@ def test_memory_for_probabilities_does_not_grow_with_the_number_of_classes(tmp_p
     assert peaks[60] < 1.1 * peaks[3] + 2 ** 16
 
 
+def test_memory_for_probabilities_does_not_grow_with_the_number_of_regions():
+    shape, peaks = (20, 40, 50), {}
+    for regions in (3, 60):
+        probabilities = (np.random.default_rng(i).random(shape, np.float32) for i in range(regions))
+        truths = (np.random.default_rng(i + 1).random(shape) < 0.5 for i in range(regions))
+        found = Calibration()
+        tracemalloc.start()
+        for of in of_regions(probabilities, truths):
+            found.add(of.inside(np.ones(shape, bool)))
+        peaks[regions] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found.voxels == regions * np.prod(shape)
+        assert found.metrics['brier'] == pytest.approx(2 / 3, abs=0.01)  # of uniform ones that know nothing
+    assert peaks[60] < 1.1 * peaks[3] + 2 ** 16
+
+
+def adaptive(confidence, correct, bins):
+    """The error by its definition, for a number of voxels that the bins divide and no two of equal confidence."""
+    order = np.argsort(confidence)
+    parts = (np.array_split(of[order], bins) for of in (correct, confidence))
+    return sum(abs(c.sum() - p.sum()) for c, p in zip(*parts, strict=True)) / len(order)
+
+
+def cells(confidence, correct):
+    found = Cells()
+    found.add(confidence, correct)
+    return found
+
+
+@pytest.mark.parametrize('sharpness', [1, 8])
+def test_adaptive_error_by_cells_is_that_of_voxels_in_order(sharpness):
+    """Also where nearly all are nearly sure."""
+    rng = np.random.default_rng(0)
+    confidence = (1 - 0.5 * rng.random(150_000) ** sharpness).astype(np.float32)
+    correct = rng.random(150_000) < confidence ** 3
+    found = cells(confidence, correct).adaptive_calibration_error()
+    assert found == pytest.approx(adaptive(confidence, correct, 15), rel=1e-3)
+    parts = Cells()
+    for part in np.array_split(np.arange(150_000), 7):
+        parts.add(confidence[part], correct[part])
+    assert parts.adaptive_calibration_error() == pytest.approx(found, rel=1e-9)
+
+
 def test_expected_calibration_error_of_hand_worked_bins():
     confidence = np.array([0.55, 0.6, 0.9, 0.95, 1.0])
     correct = np.array([True, False, True, True, False])
@@ -214,7 +260,7 @@ def test_expected_calibration_error_of_hand_worked_bins():
     five = reliability(confidence, correct, bins=5)  # ]0.4, 0.6], ]0.8, 1]
     assert five.count.tolist() == [0, 0, 2, 0, 3]
     assert five.expected_calibration_error == pytest.approx((abs(1 - 1.15) + abs(2 - 2.85)) / 5)
-    assert adaptive_calibration_error(confidence, correct, bins=5) == pytest.approx(
+    assert cells(confidence, correct).adaptive_calibration_error(5) == pytest.approx(
         sum(abs(c - p) for c, p in zip(correct, confidence, strict=True)) / 5)
 
 
@@ -231,15 +277,15 @@ def test_calibration_errors_find_the_gap_between_confidence_and_accuracy(gap):
     confidence = rng.uniform(0.5 + gap, 1, 200_000)
     correct = rng.random(200_000) < confidence - gap
     assert reliability(confidence, correct).expected_calibration_error == pytest.approx(gap, abs=0.01)
-    assert adaptive_calibration_error(confidence, correct) == pytest.approx(gap, abs=0.01)
+    assert cells(confidence, correct).adaptive_calibration_error() == pytest.approx(gap, abs=0.01)
 
 
 @given(st.permutations(range(12)), st.integers(1, 20))
 def test_adaptive_error_does_not_depend_on_the_order_of_voxels_of_equal_confidence(order, bins):
     confidence = np.repeat([0.6, 0.8, 0.9], 4)
     correct = np.array([1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0], bool)
-    shuffled = adaptive_calibration_error(confidence[list(order)], correct[list(order)], bins)
-    assert shuffled == pytest.approx(adaptive_calibration_error(confidence, correct, bins))
+    shuffled = cells(confidence[list(order)], correct[list(order)]).adaptive_calibration_error(bins)
+    assert shuffled == pytest.approx(cells(confidence, correct).adaptive_calibration_error(bins))
 
 
 def test_risk_coverage_of_hand_worked_voxels():

@@ -4,11 +4,19 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import test_cuda
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_network import EPS, X0, make_refiner, noisy_batch, patch
 from test_properties import pointwise_refiner, volume_predictor
+from test_resampling import export_of
+from test_tune import Labels
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,13 +25,19 @@ from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits, hard_mask
 from nnunet_pdddpm.inference import chunks as chunks_module
 from nnunet_pdddpm.inference import volume_predictor as predictor_module
 from nnunet_pdddpm.inference import volume_sampling as volume_sampling_module
+from nnunet_pdddpm.inference.case import CaseUnderWay
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
+from nnunet_pdddpm.inference.counting import VoxelCounter, tally
+from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_sampling import volume_noise
+from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.tuning.scores import Truth
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 CHAIN = SamplingSettings(samples=2, steps=2, dependence=0.5, mask_stock=0.25, mask_blind=0.25)
@@ -165,6 +179,23 @@ def test_the_number_of_operators_depends_on_chunks_and_not_on_slices(monkeypatch
     assert count(48, 3) - count(48, 2) < 2 * (of_a_step + 8 * 120)
 
 
+# export
+
+@pytest.mark.parametrize('uncertainty', ['none', 'entropy', 'all'])
+def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, uncertainty):
+    predictor, handed_over = predictor_of(3, [4, 6, 6], CHAIN), []
+    export = export_of(3, (11, 8, 10), (11, 8, 10), (1.0,) * 3)
+    export = replace(export, folder=tmp_path / 'case', outputs=Outputs(uncertainty=uncertainty))
+    queue = SimpleNamespace(submit=lambda function, *args: handed_over.append((function, args)))
+    case = CaseUnderWay(export, tmp_path, 2, 1, [], {}, queue)
+    case.add_rest(predictor.predict_volume(image_of(11, 8, 10), case.add_sample if export.outputs.samples else None))
+    (function, (logits, stock, maps)), = handed_over
+    assert function == export.rest and logits.shape == (3, 11, 8, 10) and stock is None
+    assert set(maps) == {'none': set(), 'entropy': {'uncertainty'},
+                         'all': {'uncertainty', 'variance', 'mutual_information'}}[uncertainty]
+    assert case.counts.sample_sizes().shape == (2, 2)  # of the samples, which are counted where they are drawn
+
+
 # the choice of a device
 
 @pytest.fixture
@@ -270,12 +301,78 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
         monkeypatch.setattr(volume, 'parts', lambda settings: parts)
         volume.start_fold()
         spread = Spread(volume.shape, 2, 1, regions, CUDA)
+        counts = VoxelCounter(predictor.label_manager, foreground_labels(predictor.dataset_json),
+                              tuple(slice(0, n) for n in volume.shape[1:]))
         at = volume.sample(sampling, 0, 2)
         shifts = predictor.refiner.end_shifts(sampling, 0, 2, parts.number)
         for z in chunks(volume.shape):
             p = at(z)
             logits = drawn_logits(p, regions, shifts, parts.at(z))
-            spread.add(0, z, p, hard_mask(logits, regions))
+            mask = hard_mask(logits, regions)
+            spread.add(0, z, p, mask)
+            counts.add(0, z, mask, parts.at(z), parts.number)
         spread.end_of_fold(1)
+        assert counts.tables[0].device.type == 'cuda'
         assert {values.device.type for values in spread.maps().values()} == {'cuda'}
+        assert copies.seen == []
+
+
+def test_voxels_are_counted_as_by_bincount():
+    values = torch.tensor([3, 0, 3, 1, 3])
+    assert tally(values, 6).tolist() == torch.bincount(values, minlength=6).tolist() == [1, 1, 0, 3, 0, 0]
+    assert tally(values, 4, torch.tensor([1, 0, 0, 1, 1])).tolist() == [0, 1, 0, 2]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Within `fake_gpu`: how often the host asks a tensor on the GPU for a number, which it then makes up."""
+    seen = []
+
+    def told(make_up):
+        return lambda tensor: (seen.append(tuple(tensor.shape)), make_up(tensor))[1]
+    monkeypatch.setattr(torch.Tensor, '__float__', told(lambda tensor: 0.5))
+    monkeypatch.setattr(torch.Tensor, 'numpy', told(lambda tensor: np.zeros(tensor.shape)))
+    return seen
+
+
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+def test_scores_of_a_case_on_a_gpu_are_made_there_and_asked_for_once(waits, regions):
+    """Where labels are to be ignored, too, whatever the number of samples."""
+    shape, samples = (4, 6, 5), 5
+    labels = np.random.default_rng(0).integers(0, 4, shape)
+    with fake_gpu() as copies:
+        truth = Truth(labels, Labels([(1, 2), 2], 3, 2) if regions else Labels(ignore=3), CUDA, [labels])
+        p = torch.empty((truth.num_classes, *shape), device=CUDA)
+        parts, shifts = torch.zeros(shape, dtype=torch.int32, device=CUDA), torch.zeros((len(p), 2))
+        assert waits == copies.seen == []
+        truth.score(p)
+        assert waits == [(), ()]  # Dice and likelihood
+        truth.set_parts(p)
+        del waits[:], copies.seen[:]
+        truth.energy([truth.drawn(p, shifts, parts) for _ in range(samples)])
+        assert len(copies.seen) == len(waits) == 2  # volumes, and distances of all pairs
+
+
+@pytest.mark.parametrize('labels', test_cuda.LABELS)
+def test_a_training_batch_on_a_gpu_is_made_there(tmp_path, monkeypatch, labels):
+    """Only whether anything is to be ignored is asked for."""
+    for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results'):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    stock = test_cuda.make_trainer(nnUNetTrainer, labels, 'cpu', tmp_path)
+    stock.save_checkpoint(str(Path(stock.output_folder) / 'checkpoint_final.pth'))
+    trainer = test_cuda.make_trainer(PDDDPMTrainer, labels, 'cpu', tmp_path)
+    trainer.on_train_epoch_start()
+    batch, asked, levels = test_cuda.make_batch(trainer, labels), [], trainer.draw_levels(1)
+    monkeypatch.setattr(trainer, 'draw_levels', lambda number: levels)  # in main memory, as it should be
+    with fake_gpu() as copies:
+        to_fake_gpu(trainer.refiner)
+        trainer.device, trainer.noise_generator = CUDA, None
+        for name, value in (('__bool__', True), ('__int__', 1)):  # fake tensors have none in main memory, either
+            monkeypatch.setattr(torch.Tensor, name, lambda of, value=value: (asked.append(of.device.type), value)[1])
+        image, target = (torch.empty_like(of, device=CUDA) for of in (batch['data'], batch['target'][0]))
+        noisy, noise = trainer.make_noisy_batch(image, target)
+        assert {part.device.type for part in (*noisy, noise)} == {'cuda'} and copies.seen == []
+        assert asked.count('cuda') == (labels == 'ignore')
+        output = trainer.refiner(noisy)
+        assert {of.device.type for of in (output if isinstance(output, (list, tuple)) else [output])} == {'cuda'}
         assert copies.seen == []

@@ -11,6 +11,9 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 NUM_BINS = 15
+CELL_BITS = 12
+"""Last binary digits of a float32 that make no difference to a cell."""
+NUM_CELLS = (int(np.float32(1).view(np.int32)) >> CELL_BITS) + 1
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,34 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BIN
                        np.bincount(index, correct, bins))
 
 
-def adaptive_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS) -> float:
-    """ECE with bins of equal numbers of voxels (adaptive ECE, Nguyen and O'Connor, arXiv 1508.05154).
+class Cells:
+    """Sums over any number of voxels, in cells of confidence so fine that they stand for the voxels in order.
 
-    Arguments as `reliability`. Voxels of equal confidence that straddle two bins are shared between them.
+    A cell holds the voxels whose 1 - confidence has the same twelve leading binary digits.
     """
-    order, shared = _sorted_and_shared(confidence, correct)
-    gaps = (g.sum() for g in np.array_split(shared - confidence[order], min(bins, len(order))))
-    return float(sum(abs(gap) for gap in gaps) / len(order))
+
+    def __init__(self) -> None:
+        self.count, self.confidence, self.correct = np.zeros((3, NUM_CELLS))
+        """(NUM_CELLS,) of each cell, the most confident first: voxels, sum of confidences, voxels that are correct."""
+
+    def add(self, confidence: np.ndarray, correct: np.ndarray) -> None:
+        """Further voxels, as `reliability` takes them."""
+        doubt = np.clip(1 - np.asarray(confidence, np.float32), 0, 1)
+        cell = doubt.view(np.int32) >> CELL_BITS
+        self.count += np.bincount(cell, minlength=NUM_CELLS)
+        self.confidence += np.bincount(cell, confidence, NUM_CELLS)
+        self.correct += np.bincount(cell, correct, NUM_CELLS)
+
+    def adaptive_calibration_error(self, bins: int = NUM_BINS) -> float:
+        """ECE with bins of equal numbers of voxels (adaptive ECE, Nguyen and O'Connor, arXiv 1508.05154).
+
+        Voxels of a cell that straddle two bins are shared between them.
+        """
+        gaps = np.concatenate([[0], np.cumsum((self.correct - self.confidence)[::-1])])
+        voxels = np.concatenate([[0], np.cumsum(self.count[::-1])])
+        number = min(bins, int(voxels[-1]))
+        of_bins = np.diff(np.interp(np.linspace(0, voxels[-1], number + 1), voxels, gaps))
+        return float(np.abs(of_bins).sum() / voxels[-1])
 
 
 def area_under_risk_coverage(uncertainty: np.ndarray, wrong: np.ndarray) -> float:

@@ -10,10 +10,8 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, region_or_
 
 from nnunet_pdddpm.evaluation.calibration import (
     Reliability,
-    adaptive_calibration_error,
     area_under_risk_coverage,
     area_under_roc,
-    reliability,
 )
 from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
 from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
@@ -21,7 +19,7 @@ from nnunet_pdddpm.evaluation.parts import Figures, measure
 from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
-from nnunet_pdddpm.evaluation.voxelwise import Voxelwise, of_classes, of_regions
+from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""
@@ -111,40 +109,39 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
     folders = data.folders
     npz = folders.predictions / f'{data.name}.npz'
     map_file = folders.predictions / 'uncertainty' / f'{data.name}_uncertainty{folders.ending}'
-    of_voxels = _of_voxels(data, npz) if npz.is_file() else None
     uncertainty = folders.read_map(map_file, data.reference) if map_file.is_file() else None
     foreground = data.valid & (data.reference.array > 0)
+    places = {'all': data.valid, 'near': data.valid & _box_around(foreground, data.reference.spacing)}
+    calibration, entropy = _of_probabilities(data, npz, places) if npz.is_file() else ({}, None)
+    uncertainty = entropy if uncertainty is None else uncertainty
     wrong = np.zeros(data.valid.shape, bool)
     for label in folders.labels.values():
         wrong |= data.mask(data.reference, label) != data.mask(data.prediction, label)
-    for name, voxels in (('all', data.valid), ('near', data.valid & _box_around(foreground, data.reference.spacing))):
+    for name, voxels in places.items():
         metrics: dict[str, float] = {}
-        here = None if uncertainty is None else uncertainty[voxels]
-        if of_voxels is not None and voxels.any():
-            inside = of_voxels.inside(voxels)
-            metrics, result.bins[name] = _calibration(inside)
-            here = inside.entropy if here is None else here
-        if here is not None and voxels.any() and data.name not in folders.other_masks:
-            metrics |= {'aurc': area_under_risk_coverage(here, wrong[voxels]),
-                        'auroc': area_under_roc(here, wrong[voxels])}
+        if name in calibration and voxels.any():
+            metrics, result.bins[name] = calibration[name].metrics, calibration[name].bins
+        if uncertainty is not None and voxels.any() and data.name not in folders.other_masks:
+            metrics |= {'aurc': area_under_risk_coverage(uncertainty[voxels], wrong[voxels]),
+                        'auroc': area_under_roc(uncertainty[voxels], wrong[voxels])}
         if metrics:
             result.voxelwise[name] = {'voxels': int(np.count_nonzero(voxels)), **metrics}
 
 
-def _of_voxels(data: _Case, npz: Path) -> Voxelwise:
-    """What the probabilities in a file say against the reference."""
-    channels = data.folders.read_probabilities(npz, data.reference)
-    if not data.folders.has_regions:
-        return of_classes(channels, data.reference.array)
-    return of_regions(channels, (region_or_label_to_mask(data.reference.array, label)
-                                 for label in data.folders.labels.values()))
-
-
-def _calibration(inside: Voxelwise) -> tuple[dict[str, float], Reliability]:
-    """Metrics and bins of some voxels."""
-    bins = reliability(inside.confidence, inside.correct)
-    return {'nll': inside.negative_log_likelihood, 'brier': inside.brier, 'ece': bins.expected_calibration_error,
-            'adaptive_ece': adaptive_calibration_error(inside.confidence, inside.correct)}, bins
+def _of_probabilities(data: _Case, npz: Path, places: dict[str, np.ndarray]
+                      ) -> tuple[dict[str, Calibration], np.ndarray]:
+    """What the probabilities in a file say against the reference: in each place, a mask (z, y, x), and their entropy
+    (z, y, x), of regions the mean over them."""
+    channels, labels = data.folders.read_probabilities(npz, data.reference), data.folders.labels.values()
+    problems = of_regions(channels, (region_or_label_to_mask(data.reference.array, label) for label in labels)) \
+        if data.folders.has_regions else [of_classes(channels, data.reference.array)]
+    calibration, entropy, number = {name: Calibration() for name in places}, np.zeros(data.valid.shape, np.float32), 0
+    for problem in problems:
+        for name, voxels in places.items():
+            calibration[name].add(problem.inside(voxels))
+        entropy += problem.entropy
+        number += 1
+    return calibration, entropy / np.float32(number)
 
 
 def _box_around(foreground: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:

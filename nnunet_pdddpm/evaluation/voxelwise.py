@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_pdddpm.evaluation.calibration import Cells, reliability
+
 SMALLEST_PROBABILITY = 1e-6
 """Probabilities are clipped to this before the logarithm: float16 files hold exact zeros."""
 
 
 @dataclass(frozen=True)
 class Voxelwise:
-    """Of every voxel; a region-based model poses one two-class problem a region, in the region or not.
-
-    The first four are (z, y, x), of regions (R, z, y, x).
-    """
+    """Of every voxel, arrays (z, y, x)."""
     confidence: np.ndarray
     """Probability of the most likely class."""
     correct: np.ndarray
@@ -28,11 +27,11 @@ class Voxelwise:
     squares: np.ndarray
     """Squared probabilities, summed over the classes."""
     entropy: np.ndarray
-    """(z, y, x) in [0, 1]: 0 certain, 1 all classes equally likely; the mean over regions."""
+    """In [0, 1]: 0 certain, 1 all classes equally likely."""
 
     def inside(self, voxels: np.ndarray) -> Voxelwise:
         """Of the voxels of a mask (z, y, x), each field as one axis."""
-        return Voxelwise(*(of[..., voxels].reshape(-1) for of in (
+        return Voxelwise(*(of[voxels] for of in (
             self.confidence, self.correct, self.of_truth, self.squares, self.entropy)))
 
     @property
@@ -66,12 +65,37 @@ def of_classes(channels: Iterable[np.ndarray], truth: np.ndarray) -> Voxelwise:
     return Voxelwise(confidence, likeliest == truth, of_truth, squares, entropy / np.float32(np.log(classes)))
 
 
-def of_regions(channels: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> Voxelwise:
-    """Of the probabilities (z, y, x) of each region, and the voxels (z, y, x) bool in each region."""
-    problems = [of_classes((1 - p, p), inside.astype(np.uint8)) for p, inside in zip(channels, truths, strict=True)]
-    return Voxelwise(np.stack([of.confidence for of in problems]), np.stack([of.correct for of in problems]),
-                     np.stack([of.of_truth for of in problems]), np.stack([of.squares for of in problems]),
-                     np.mean([of.entropy for of in problems], 0))
+def of_regions(channels: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> Iterator[Voxelwise]:
+    """Of one region after the other, each of which is a two-class problem, in the region or not.
+
+    Args:
+        channels: (z, y, x) probabilities of each region.
+        truths: (z, y, x) bool, the voxels in each region.
+    """
+    return (of_classes((1 - p, p), inside.astype(np.uint8)) for p, inside in zip(channels, truths, strict=True))
+
+
+class Calibration:
+    """What says whether probabilities mean what they say, summed over the voxels of any number of problems."""
+
+    def __init__(self) -> None:
+        self.voxels, self.log_likelihood, self.squared_error = 0, 0.0, 0.0
+        self.bins, self.cells = reliability(np.zeros(0), np.zeros(0, bool)), Cells()
+
+    def add(self, of: Voxelwise) -> None:
+        """Some voxels, each field as one axis."""
+        if number := len(of.confidence):
+            self.voxels += number
+            self.log_likelihood -= number * of.negative_log_likelihood
+            self.squared_error += number * of.brier
+            self.bins += reliability(of.confidence, of.correct)
+            self.cells.add(of.confidence, of.correct)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of at least one voxel."""
+        return {'nll': -self.log_likelihood / self.voxels, 'brier': self.squared_error / self.voxels,
+                'ece': self.bins.expected_calibration_error, 'adaptive_ece': self.cells.adaptive_calibration_error()}
 
 
 def _entropy_term(p: np.ndarray) -> np.ndarray:

@@ -14,6 +14,21 @@ from nnunet_pdddpm.inference.chunks import in_chunks, inside
 from nnunet_pdddpm.inference.intervals import Features
 
 
+def tally(values: Tensor, number: int, weights: Tensor | None = None) -> Tensor:
+    """How often each of the numbers 0 to `number` - 1 is there, (number,) int64 on the values' device.
+
+    `torch.bincount` would wait for a GPU to learn the largest one.
+
+    Args:
+        values: (N,) integers.
+        number: above all of them.
+        weights: (N,) int64 that are summed in the place of ones.
+    """
+    if weights is None:
+        weights = torch.ones(1, dtype=torch.int64, device=values.device).expand(len(values))
+    return torch.zeros(number, dtype=torch.int64, device=values.device).scatter_add_(0, values.long(), weights)
+
+
 class VoxelCounter:
     """Counts of one volume: of the masks of single models, and of every sample, whole and object by object."""
 
@@ -28,7 +43,8 @@ class VoxelCounter:
         self.manager, self.labels, self.box = label_manager, labels, box
         self.masks: list[np.ndarray] = []
         """Of each model: voxels of each label, (labels,)."""
-        self.highest = max(max(of) for of in labels.values())
+        written = label_manager.regions_class_order if label_manager.has_regions else label_manager.all_labels
+        self.number = 1 + max([*written, *(max(of) for of in labels.values())])  # of the values that a mask may have
         self.tables: dict[int, Tensor] = {}
         self._consensus: np.ndarray | None = None
 
@@ -73,8 +89,8 @@ class VoxelCounter:
         values = self._label_map(mask[..., here, y, x]).flatten()
         if index is not None:
             values = values * number + index[here, y, x].flatten()
-        counted = torch.bincount(values, minlength=(1 + self.highest) * number)[:(1 + self.highest) * number]
-        return counted.reshape(-1, number) if not len(table) else table + counted.reshape(-1, number)
+        counted = tally(values, self.number * number).reshape(-1, number)
+        return counted if not len(table) else table + counted
 
     def _of_labels(self, table: Tensor) -> np.ndarray:
         """(values, number) -> (labels, number)"""

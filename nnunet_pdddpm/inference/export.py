@@ -25,6 +25,7 @@ from scipy import ndimage
 from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.image_files import damage, full_scale
+from nnunet_pdddpm.inference.resampling import axes_of, resampled_classes, resampled_regions
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 
 
@@ -74,9 +75,9 @@ class CaseExport:
         return files + [file for file in beside if isinstance(self._reader(), Tiff3DIO) and file.is_file()]
 
     def sample(self, logits: np.ndarray, number: int) -> None:
-        """The mask of one sample, logits (C, Z, Y, X), as a file."""
+        """The mask of one sample, logits (C, Z, Y, X) whose largest of classes is 0, as a file."""
         with writing(self.folder):
-            self._write_labels(self.segmentation(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
+            self._write_labels(self.of_sample(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
 
     def rest(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
              ) -> dict[str, dict[str, int | None]]:
@@ -106,9 +107,17 @@ class CaseExport:
         """The files of `rest`; the mask as it was read back, and the stock model's."""
         file = self.folder / self.case
         all_maps = self.outputs.uncertainty == 'all'
-        export_prediction_from_logits(logits, self.properties, self.configuration_manager, self.plans_manager,
-                                      self.dataset_json, str(file), self.outputs.probabilities or all_maps)
-        refuse_torn(Path(str(file) + self.dataset_json['file_ending']))
+        if all_maps and not self.outputs.probabilities:  # nnU-Net would compress them into a file first
+            labels, probabilities = self._converted(logits, return_probabilities=True)
+            self._write_labels(labels, file)
+            self._write_probability_maps(probabilities)
+            del labels, probabilities
+        else:
+            export_prediction_from_logits(logits, self.properties, self.configuration_manager, self.plans_manager,
+                                          self.dataset_json, str(file), self.outputs.probabilities)
+            refuse_torn(Path(str(file) + self.dataset_json['file_ending']))
+            if all_maps:
+                self._write_probability_maps(np.load(f'{file}.npz')['probabilities'])
         mask = self._reader().read_seg(str(file) + self.dataset_json['file_ending'])[0][0]
         stock = None if stock_logits is None else self.segmentation(stock_logits)
         if stock is not None:
@@ -118,15 +127,34 @@ class CaseExport:
             resampled = self._to_image(np.stack([maps[name] for name in names]))
             for name, values in zip(names, resampled, strict=True):
                 self._write_map(values, name)
-        if all_maps:
-            self._write_probability_maps(Path(f'{file}.npz'))
         return mask, stock
 
     def segmentation(self, logits: np.ndarray) -> np.ndarray:
         """Label map of the original image for logits (C, Z, Y, X), by nnU-Net's own rules."""
+        labels: np.ndarray = self._converted(logits)
+        return labels
+
+    def _converted(self, logits: np.ndarray, **kwargs: bool) -> Any:
         return convert_predicted_logits_to_segmentation_with_correct_shape(
             logits, self.plans_manager, self.configuration_manager,
-            self.plans_manager.get_label_manager(self.dataset_json), self.properties)
+            self.plans_manager.get_label_manager(self.dataset_json), self.properties, **kwargs)
+
+    def of_sample(self, logits: np.ndarray) -> np.ndarray:
+        """The same as `segmentation`, with little to compute, for the logits of a sample: see `resampling`."""
+        properties, manager = self.properties, self.plans_manager.get_label_manager(self.dataset_json)
+        axes = axes_of(self.configuration_manager.resampling_fn_probabilities, logits.shape[1:], *self._grid())
+        if axes is None:
+            return self.segmentation(logits)
+        whole = np.zeros(properties['shape_before_cropping'],
+                         np.uint8 if len(manager.foreground_labels) < 255 else np.uint16)
+        if manager.has_regions:
+            inside = np.zeros(properties['shape_after_cropping_and_before_resampling'], whole.dtype)
+            for label, region in zip(manager.regions_class_order, resampled_regions(logits, axes), strict=True):
+                inside[region] = label
+        else:
+            inside = resampled_classes(logits, axes)
+        insert_crop_into_image(whole, inside, properties['bbox_used_for_cropping'])
+        return whole.transpose(self.plans_manager.transpose_backward)
 
     def labels(self) -> dict[str, tuple[int, ...]]:
         """Name of each label or region -> the values that it has in a mask."""
@@ -150,27 +178,27 @@ class CaseExport:
         self._reader().write_seg(labels, str(file), self.properties)
         refuse_torn(file)
 
+    def _grid(self) -> tuple[Any, list[float], list[float]]:
+        """What nnU-Net resamples to: the crop's shape, spacing of the network's grid, and of the image."""
+        original = [self.properties['spacing'][i] for i in self.plans_manager.transpose_forward]
+        shape = self.properties['shape_after_cropping_and_before_resampling']
+        spacing = list(self.configuration_manager.spacing)
+        return shape, spacing if len(spacing) == len(shape) else [original[0], *spacing], original
+
     def _to_image(self, maps: np.ndarray) -> np.ndarray:
         """Maps (M, Z, Y, X) of the network's grid resampled as nnU-Net resamples probabilities; 0 outside the crop."""
-        properties, forward = self.properties, self.plans_manager.transpose_forward
-        original = [properties['spacing'][i] for i in forward]
-        shape = properties['shape_after_cropping_and_before_resampling']
-        spacing = list(self.configuration_manager.spacing)
-        spacing = spacing if len(spacing) == len(shape) else [original[0], *spacing]
-        resampled = self.configuration_manager.resampling_fn_probabilities(maps, shape, spacing, original)
+        properties = self.properties
+        resampled = self.configuration_manager.resampling_fn_probabilities(maps, *self._grid())
         whole = np.zeros((len(maps), *properties['shape_before_cropping']), np.float32)
         for map_, values in zip(whole, np.asarray(resampled, np.float32), strict=True):
             insert_crop_into_image(map_, values, properties['bbox_used_for_cropping'])
         return whole.transpose([0, *(1 + i for i in self.plans_manager.transpose_backward)])
 
-    def _write_probability_maps(self, file: Path) -> None:
-        probabilities = np.load(file)['probabilities']
+    def _write_probability_maps(self, probabilities: np.ndarray) -> None:
+        """Of each label, by probabilities (C, z, y, x)."""
         maps = probability_maps(self.labels())
         for name, channel in label_channels(self.dataset_json, self.plans_manager).items():
             self._write_map(probabilities[channel], maps[name])
-        if not self.outputs.probabilities:
-            file.unlink()
-            file.with_suffix('.pkl').unlink()
 
     def _write_map(self, values: np.ndarray, name: str) -> None:
         """Values (z, y, x) in [0, 1] as float32 image `uncertainty/CASE_NAME` in the geometry of the input image.

@@ -63,21 +63,19 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
         ahead: deque[Future[Tensor]] = deque()
 
         def field(count: int) -> Tensor:
-            if pool is None:
-                xi = torch.empty((count, *slice_shape))
-                for of_slice in xi:
-                    of_slice.copy_(_drawn(slice_shape, next(seeds)))
-            else:
+            xi = torch.empty((count, *slice_shape), pin_memory=device.type == 'cuda')  # a copy is then not waited for
+            if pool is not None:
                 ahead.extend(pool.submit(_drawn, slice_shape, of)
                              for of in itertools.islice(seeds, count + threads - len(ahead)))
-                xi = torch.stack([ahead.popleft().result() for _ in range(count)])
+            for of_slice in xi:
+                of_slice.copy_(_drawn(slice_shape, next(seeds)) if pool is None else ahead.popleft().result())
             if correlation > 0:
                 for eps in xi:
                     if before:
                         eps.copy_(correlation * before[0] + math.sqrt(1 - correlation ** 2) * eps)
                     before[:] = [eps]
                 before[:] = [before[0].clone()]  # not the whole chunk
-            return xi.to(device).movedim(0, 1)
+            return xi.to(device, non_blocking=True).movedim(0, 1)
         return field
     return start
 

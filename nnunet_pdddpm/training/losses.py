@@ -52,7 +52,7 @@ class DenoisingLoss(nn.Module):
                 measured = torch.stack([of.detach() if isinstance(of, Tensor) else output.new_tensor(torch.nan)
                                         for of in of_items])
                 if target.shape[1] > output.shape[1]:  # regions, and behind them what is to be ignored
-                    ignored = target[noisy.to(target.device), -1].flatten(1).bool().all(1)
+                    ignored = target[noisy.nonzero()[:, 0].to(target.device), -1].flatten(1).bool().all(1)
                     measured = measured.masked_fill(ignored, torch.nan)
                 self.measured = measured
             loss = loss + share * sum(of_items, start=output[..., :0].sum()) / len(of_items)

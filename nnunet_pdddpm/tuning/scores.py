@@ -17,6 +17,7 @@ from nnunet_pdddpm.evaluation.scores import kernel_score
 from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import POSSIBLE
+from nnunet_pdddpm.inference.counting import tally
 
 OCTANTS = 8
 
@@ -38,7 +39,7 @@ class Truth:
         self.num_classes = label_manager.num_segmentation_heads
         self.device = device
         ignore = label_manager.ignore_label
-        self.valid = None if ignore is None else torch.from_numpy(labels != ignore).to(device)
+        self.valid = None if ignore is None else torch.from_numpy(np.flatnonzero(labels != ignore)).to(device)
         self.truth = self._channels(labels)
         self.raters = [self._channels(rater) for rater in raters]
 
@@ -52,7 +53,7 @@ class Truth:
 
     def _voxels(self, values: Tensor) -> Tensor:
         """(C, Z, Y, X) -> (C, N)"""
-        return values.flatten(1) if self.valid is None else values[:, self.valid]
+        return values.flatten(1) if self.valid is None else values.flatten(1).index_select(1, self.valid)
 
     def drawn(self, probabilities: Tensor, shifts: Tensor, parts: Tensor | None = None) -> Tensor:
         """The mask of a sample, of its probabilities (C, Z, Y, X), what draws it (C, J), and the parts (Z, Y, X) of the
@@ -89,8 +90,7 @@ class Truth:
 
     def _dice(self, hard: Tensor) -> float:
         both, sizes = self._overlap(self.truth, hard)
-        there = sizes > 0
-        return float((2 * both[there] / sizes[there]).mean()) if there.any() else float('nan')
+        return float((2 * both / sizes).nanmean())  # nan is a label that neither has
 
     def set_parts(self, probabilities: Tensor) -> None:
         """Say by the stock model's probabilities (C, Z, Y, X) where the parts are whose volumes are scored.
@@ -107,10 +107,10 @@ class Truth:
     def part_volumes(self, mask: Tensor) -> Tensor:
         """(labels, OCTANTS) volumes of the parts of a mask, in units of the label: see `set_parts`."""
         if self.regions is not None:
-            volumes = torch.stack([torch.bincount(self.part[of], minlength=OCTANTS) for of in mask])
+            volumes = torch.stack([tally(self.part, OCTANTS, of.long()) for of in mask])
         else:
             together = mask.long() * OCTANTS + self.part
-            volumes = torch.bincount(together, minlength=OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
+            volumes = tally(together, OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
         return volumes.double() / self.unit[:, None]
 
     def energy(self, samples: Sequence[Tensor]) -> tuple[float, float]:
@@ -129,8 +129,10 @@ class Truth:
         volumes = torch.stack([self.part_volumes(mask) for mask in masks]).cpu().numpy()
         apart = np.linalg.norm(volumes[:, None] - volumes[None], axis=-1)  # (masks, masks, labels)
         shapes = np.zeros((len(masks), len(masks)))
-        for i, j in combinations(range(len(masks)), 2):
-            shapes[i, j] = shapes[j, i] = self._distance(masks[i], masks[j])
+        pairs = list(combinations(range(len(masks)), 2))
+        of_pairs = torch.stack([self._distance(masks[i], masks[j]) for i, j in pairs]).cpu().numpy()
+        for (i, j), distance in zip(pairs, of_pairs, strict=True):
+            shapes[i, j] = shapes[j, i] = distance
         distances = shapes + (apart / (1 + apart)).mean(-1)
         iou = 1 - shapes
         return (kernel_score(distances[:n, n:], distances[:n, :n]),
@@ -138,15 +140,15 @@ class Truth:
 
     def _sizes(self, mask: Tensor) -> Tensor:
         """Voxels of each label (or region)."""
-        return mask.sum(1) if self.regions is not None else torch.bincount(mask.long(), minlength=self.num_classes)[1:]
+        return mask.sum(1) if self.regions is not None else tally(mask, self.num_classes)[1:]
 
-    def _distance(self, one: Tensor, other: Tensor) -> float:
+    def _distance(self, one: Tensor, other: Tensor) -> Tensor:
         """1 - IoU, mean over labels (or regions); two masks without a label agree on it."""
         both, sizes = self._overlap(one, other)
         union = sizes - both
-        return float(torch.where(union > 0, 1 - both / union.clamp(min=1), 0).mean())
+        return torch.where(union > 0, 1 - both / union.clamp(min=1), 0).mean()
 
     def _overlap(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """For each label (or region) the voxels that both masks give to it, and the sum of those that either does."""
-        both = one & other if self.regions is not None else one[one == other]
+        both = one & other if self.regions is not None else torch.where(one == other, one, 0)  # 0 is not counted
         return self._sizes(both), self._sizes(one) + self._sizes(other)
