@@ -51,7 +51,7 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 MAPS = {'stock': 'stock', 'longer': 'stock trained longer', 'ensemble': 'stock, ensemble of the 3 trainings',
         'second': 'second network, cross-entropy alone', 'blind': 'PDDDPM, blind mask'}
-SAMPLES, FOR_MEAN = 8, 64
+SAMPLES, FOR_MEAN = 8, 16
 """Of an image: independent samples, and draws of which the mean probability of chains and SSN is."""
 CHAINS = ((0.6, 1), (0.8, 2), (1.0, 2), (1.0, 5))
 AS_TUNED = 'PDDDPM as tuned, with mirroring'
