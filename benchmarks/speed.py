@@ -12,15 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hippocampus import HERE, PDDDPM_TRAINER, STOCK_TRAINER, nnunet_environment
-from scale import DEVICE, commit, machine, results
+from hippocampus import CONFIGURATION, DATASET, HERE, PDDDPM_TRAINER, STOCK_TRAINER, nnunet_environment
+from scale import DEVICE, PLANS, commit, machine, results
 
 OF_SAMPLES = {'mask_stock': 0.0, 'mask_blind': 0.0}
 OF_BLIND = {'mask_stock': 0.0, 'mask_blind': 1.0}
@@ -31,7 +31,8 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
        (PDDDPM_TRAINER, {**mask, 'samples_from': 'chain', 'start': 0.8, 'steps': steps, 'samples': 8})
        for name, mask in (('their mean as the mask', OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)}}
 """Name -> trainer, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
-CASES, REPEATS = 10, 3
+CASES, REPEATS, TRAINING_STEPS = 6, 3, 12
+STEPS = ('training step of stock', 'training step of PDDDPM')
 CLASSES, GRID, IMAGE = 25, (160, 128, 128), (240, 192, 192)
 """Of the volume that is exported: a CT scaled down, resampled from 1.5 to 1 mm."""
 
@@ -81,7 +82,39 @@ def measure(work: Path, file: Path) -> None:
                     mean = float(np.mean([timed(device, partial(predict, image)) for image in images]))
                 if repeat:  # the first one is not counted
                     of[name].append(mean)
+        seconds[precision].update(training_steps(work, device, context))
     file.write_text(json.dumps(seconds))
+
+
+def training_steps(work: Path, device: torch.device, context: Callable[[], AbstractContextManager[Any]]
+                   ) -> dict[str, list[float]]:
+    """Seconds of a training step on one batch, of stock and PDDDPM in turn."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+
+    class nnUNetTrainerSpeed(nnUNetTrainer):
+        """With a folder of its own."""
+
+    class PDDDPMTrainerSpeed(PDDDPMTrainer):
+        """With a folder of its own."""
+    os.environ['nnUNet_n_proc_DA'] = '0'
+    folder = work / 'nnUNet_preprocessed' / DATASET
+    plans, description = (json.loads((folder / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
+    trainers: dict[str, Any] = {STEPS[0]: nnUNetTrainerSpeed, STEPS[1]: PDDDPMTrainerSpeed}
+    for name, kind in trainers.items():
+        trainers[name] = trainer = kind({**plans, 'continue_training': False}, CONFIGURATION, 0, description, device)
+        trainer.initialize()
+        batch = next(trainer.get_dataloaders()[0])
+        trainer.on_train_epoch_start()
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for step in range(3 + TRAINING_STEPS):
+        for name, trainer in trainers.items():
+            with context():
+                taken = timed(device, partial(trainer.train_step, batch))
+            if step >= 3:
+                seconds[name].append(taken)
+    return seconds
 
 
 def synthetic_logits(generator: torch.Generator, common: torch.Tensor) -> np.ndarray:
@@ -140,9 +173,8 @@ def write_table(seconds: dict[str, dict[str, list[float]]], file: Path) -> None:
     """The page."""
     lines = []
     for precision, of in seconds.items():
-        stock = np.array(of[next(iter(WAYS))])
         for name, values in of.items():
-            ratio = np.array(values) / stock
+            ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(WAYS))])
             lines.append(f'| {precision} | {name} | {np.median(values):.2f} | {np.median(ratio):.2f} '
                          f'({ratio.min():.2f} to {ratio.max():.2f}) |')
     file.write_text('\n'.join([
@@ -150,8 +182,10 @@ def write_table(seconds: dict[str, dict[str, list[float]]], file: Path) -> None:
         f'Commit {commit()}. Machine: {machine()}. Models of fold 0 of [hippocampus.md](hippocampus.md), {CASES} test '
         f'cases, {REPEATS} repeats in turn after one that is not counted: median, and the range of ratios. From the '
         "preprocessed image to logits and all maps, with mirroring, in one process; nnU-Net's reading, resampling and "
-        'writing of files are not in it. Everything is in the precision named, chains and blind mask, too.',
-        '', '| precision | | seconds a case | of stock |', '|---|---|---|---|', *lines, '', export_in_words(), '']))
+        'writing of files are not in it. Everything is in the precision named, chains and blind mask, too. Training: '
+        f'{TRAINING_STEPS} steps in turn on one batch of two patches, without data loading.',
+        '', '| precision | | seconds a case, or a step | of stock |', '|---|---|---|---|', *lines,
+        '', export_in_words(), '']))
 
 
 def main() -> None:
