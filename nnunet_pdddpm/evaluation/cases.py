@@ -14,12 +14,13 @@ from nnunet_pdddpm.evaluation.calibration import (
     area_under_roc,
 )
 from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
-from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs, voxel_volume_ml
+from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs
 from nnunet_pdddpm.evaluation.parts import Figures, measure
 from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions
+from nnunet_pdddpm.image_files import voxel_volume_ml
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""

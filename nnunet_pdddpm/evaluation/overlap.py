@@ -1,27 +1,11 @@
 """Overlap of masks: volumes, intersection over union of many pairs at once, lesion-wise F1."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from scipy import ndimage
 
 CHUNK = 2 ** 20
 """Voxels that one matrix product takes: their count is exact in float32."""
-PLACEHOLDER_THICKNESS = 999
-"""nnU-Net reads a 2D image as one slice that is this many times as thick as its pixels are wide."""
-
-
-def voxel_volume_ml(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """Volume of a voxel in ml.
-
-    Args:
-        shape: (z, y, x) voxels.
-        spacing: (z, y, x) in mm as nnU-Net's readers give it. A 2D image has no thickness, only nnU-Net's placeholder:
-            it counts as 1 mm thick.
-    """
-    is_2d = len(shape) == 3 and shape[0] == 1 and np.isclose(spacing[0], PLACEHOLDER_THICKNESS * max(spacing[1:]))
-    return float(np.prod(spacing[1:] if is_2d else spacing)) / 1000
 
 
 def iou_matrix(one: np.ndarray, other: np.ndarray) -> np.ndarray:

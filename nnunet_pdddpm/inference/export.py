@@ -22,9 +22,8 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy import ndimage
 
-from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.image_files import damage, full_scale
+from nnunet_pdddpm.image_files import damage, full_scale, voxel_volume_ml
 from nnunet_pdddpm.inference.resampling import axes_of, resampled_classes, resampled_regions
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
 
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
-from nnunet_pdddpm.evaluation.overlap import voxel_volume_ml
-from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image
+from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, voxel_volume_ml
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.seen import stored_seen, trained_on_as_well
 from nnunet_pdddpm.tuning.budget import enough
 from nnunet_pdddpm.tuning.choice import TuningError
-
-if TYPE_CHECKING:
-    from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Case:
 class ValidationCases:
     """Reads them as the trainer's `perform_actual_validation` does."""
 
-    def __init__(self, trainer: PDDDPMTrainer, raters: Path | None = None) -> None:
+    def __init__(self, trainer: nnUNetTrainer, raters: Path | None = None) -> None:
         """
         Args:
             trainer: of the fold; it need not be initialised.
@@ -76,7 +73,7 @@ class ValidationCases:
         self.raters = None if raters is None else self._open_raters(trainer, raters)
         self._require_raters()
 
-    def _open_raters(self, trainer: PDDDPMTrainer, raters: Path) -> Folders:
+    def _open_raters(self, trainer: nnUNetTrainer, raters: Path) -> Folders:
         model = Path(trainer.output_folder_base)
         folders = open_folders(self.truth, self.truth, raters, model / 'dataset.json', model / 'plans.json')
         for line in folders.left_out:

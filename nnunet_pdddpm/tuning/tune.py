@@ -4,9 +4,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
@@ -18,9 +18,6 @@ from nnunet_pdddpm.tuning.plain import plain_dice
 from nnunet_pdddpm.tuning.report import lines, write
 from nnunet_pdddpm.tuning.stored import CHECKPOINTS, store
 from nnunet_pdddpm.tuning.sweep import sweep
-
-if TYPE_CHECKING:
-    from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 
 
 def open_model(model_folder: Path, fold: int | str, device: torch.device) -> VolumePredictor:
@@ -41,7 +38,7 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
     return predictor
 
 
-def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
+def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
          progress: bool = False, log: Callable[[str], None] = print) -> SamplingSettings:
     """Find the sampling settings of a trained fold on its validation cases, report them and put them into the model.
 
@@ -72,7 +69,7 @@ def tune(trainer: PDDDPMTrainer, predictor: VolumePredictor, seconds: float | No
     return settings
 
 
-def calibrate_fold(trainer: PDDDPMTrainer, device: torch.device, log: Callable[[str], None] = print) -> None:
+def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[str], None] = print) -> None:
     """Calibrate the intervals of volumes of a trained fold on its validation cases, and put that into the model.
 
     Args:

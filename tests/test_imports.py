@@ -1,0 +1,46 @@
+"""The arrows between the packages point one way, and no module imports another in a circle, not even for its types."""
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import nnunet_pdddpm
+
+ROOT = Path(nnunet_pdddpm.__file__).parent
+MODULES = {'.'.join(('nnunet_pdddpm', *file.relative_to(ROOT).with_suffix('').parts)).removesuffix('.__init__'): file
+           for file in ROOT.rglob('*.py')}
+BASE = {'cpu', 'files', 'image_files', 'labels', 'memory', 'versions'}
+MAY_USE = {'diffusion': set(), 'network': {'diffusion'}, 'evaluation': set(), 'inference': {'diffusion', 'network'},
+           'report': {'inference'}, 'demo': {'inference'},
+           'tuning': {'diffusion', 'network', 'inference', 'evaluation'},
+           'training': {'diffusion', 'network', 'tuning'},
+           'commands': {'network', 'inference', 'evaluation', 'report', 'demo', 'tuning', 'training'}}
+"""Package -> those that it may import, beside the modules of BASE."""
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('nnunet_pdddpm'):
+            found |= {f'{node.module}.{name.name}' if f'{node.module}.{name.name}' in MODULES else node.module
+                      for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name in MODULES}
+    return found
+
+
+def test_the_arrows_between_packages():
+    for module, file in MODULES.items():
+        package, *_ = (*module.split('.')[1:], 'nnunet_pdddpm')
+        if package in ('nnunet_pdddpm', 'py'):
+            continue
+        used = {(*other.split('.')[1:], '')[0] for other in imported(file)} - {'', package} - BASE
+        assert used <= MAY_USE.get(package, set()), (module, used)
+
+
+def test_no_module_imports_another_in_a_circle():
+    graph = {module: imported(file) - {module} for module, file in MODULES.items()}
+    assert len(graph) > 50 and sum(map(len, graph.values())) > 100
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
