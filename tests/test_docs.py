@@ -62,7 +62,7 @@ def test_flags_of_the_commands_are_theirs(page, flags):
 
 
 def test_the_table_of_settings_has_their_ranges_and_defaults():
-    text = (ROOT / 'README.md').read_text()
+    text = (ROOT / 'docs' / 'settings.md').read_text()
     rows = [[cell.strip() for cell in line.strip('|').split('|')]
             for line in text.splitlines() if line.startswith('| `')]
     stated = {}
