@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy import ndimage
 from scipy.special import entr
 from torch import Tensor
 
+from nnunet_pdddpm.diffusion.drawing import hard_mask
 from nnunet_pdddpm.inference.chunks import in_chunks, inside
+from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.spread import UNSURE, Spread
 
 FEATURES = ('expected', 'samples', 'stock', 'entropy', 'surest', 'surface', 'volume', 'components', 'brightness',
@@ -100,17 +101,17 @@ def pairwise_dice(masks: Sequence[np.ndarray]) -> float | None:
     return 2 * sum(int((one & other).sum()) for one, other in pairs) / size if size else None
 
 
-def label_map(logits: Iterable[tuple[slice, Tensor]], manager: LabelManager, box: tuple[slice, ...]) -> np.ndarray:
+def label_map(logits: Iterable[tuple[slice, Tensor]], counter: VoxelCounter, box: tuple[slice, ...]) -> np.ndarray:
     """nnU-Net's labels (Z, Y, X) uint16 of a volume without padding.
 
     Args:
         logits: slices of the padded volume, and logits (C, slices, Y, X) in them.
-        manager: of the data set.
+        counter: that knows nnU-Net's rule.
         box: (Z, Y, X) of the volume without padding.
     """
     whole = _nothing(box)
     for z, values in logits:
-        _put_labels(whole, z, values, manager, box)
+        _put_labels(whole, z, values, counter, box)
     return whole
 
 
@@ -118,37 +119,37 @@ def _nothing(box: tuple[slice, ...]) -> np.ndarray:
     return np.zeros([of.stop - of.start for of in box], np.uint16)
 
 
-def _put_labels(whole: np.ndarray, z: slice, logits: Tensor, manager: LabelManager, box: tuple[slice, ...]) -> None:
+def _put_labels(whole: np.ndarray, z: slice, logits: Tensor, counter: VoxelCounter, box: tuple[slice, ...]) -> None:
     (here, there), (_, y, x) = inside(z, box[0]), box
-    if there.stop > there.start:
-        whole[there] = np.asarray(manager.convert_logits_to_segmentation(logits[:, here, y, x].float().cpu()))
+    mask = hard_mask(logits[:, here, y, x], counter.manager.has_regions)
+    whole[there] = counter.label_map(mask).cpu().numpy()
 
 
 class QualityMeter:
     """Collects, while one volume is predicted, what its labels' quality is told by."""
 
-    def __init__(self, manager: LabelManager, labels: Mapping[str, tuple[int, tuple[int, ...]]],
-                 box: tuple[slice, ...]) -> None:
+    def __init__(self, counter: VoxelCounter, channels: Mapping[str, int], box: tuple[slice, ...]) -> None:
         """
         Args:
-            manager: of the data set.
-            labels: name of each label or region -> its channel, and the values that it has in a mask.
+            counter: of the volume.
+            channels: name of each label or region -> its channel.
             box: (Z, Y, X) of the volume without padding.
         """
-        self.manager, self.labels, self.box = manager, labels, box
+        self.counter, self.box = counter, box
+        self.labels = {name: (channel, counter.labels[name]) for name, channel in channels.items()}
         self.stock: np.ndarray | None = None
         self.fold_masks: list[np.ndarray] = []
         """Labels (Z, Y, X) of each model's mask."""
 
     def set_stock(self, logits: Tensor) -> None:
         """The stock model's logits (C, Z, Y, X), padded, without mirroring."""
-        self.stock = label_map(in_chunks(logits), self.manager, self.box)
+        self.stock = label_map(in_chunks(logits), self.counter, self.box)
 
     def noted(self, logits: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         """The same slices and logits, of the mask of one model; its labels are kept."""
         whole = _nothing(self.box)
         for z, values in logits:
-            _put_labels(whole, z, values, self.manager, self.box)
+            _put_labels(whole, z, values, self.counter, self.box)
             yield z, values
         self.fold_masks.append(whole)
 

@@ -219,9 +219,7 @@ class VolumePredictor(nnUNetPredictor):
         del image
         spread = Spread(volume.shape, self.num_samples, folds, self.refiner.regions, device)
         counts = VoxelCounter(self.label_manager, foreground_labels(self.dataset_json), unpad[1:])
-        channels, values = label_channels(self.dataset_json, self.plans_manager), foreground_labels(self.dataset_json)
-        quality = QualityMeter(self.label_manager, {name: (channels[name], values[name]) for name in channels},
-                               unpad[1:])
+        quality = QualityMeter(counts, label_channels(self.dataset_json, self.plans_manager), unpad[1:])
         stock, mask = _Sum(), _Sum()  # over the folds
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)
