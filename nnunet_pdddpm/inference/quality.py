@@ -1,7 +1,7 @@
 """What a prediction has anyway that may tell how good its mask is: numbers of each label, in the network's grid."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -51,7 +51,7 @@ def label_features(mask: np.ndarray, p: np.ndarray, image: np.ndarray, stock: np
     Args:
         mask: (Z, Y, X) bool.
         p: its mean probabilities (Z, Y, X).
-        image: (image channels, Z, Y, X), normalised.
+        image: (image channels, Z, Y, X), as the networks get it.
         stock: (Z, Y, X) bool, the stock model's mask without mirroring.
         expected: estimated Dice of the mask by p, see `Spread.estimated_dice`.
         samples: Dice between the samples.
@@ -128,15 +128,16 @@ def _put_labels(whole: np.ndarray, z: slice, logits: Tensor, counter: VoxelCount
 class QualityMeter:
     """Collects, while one volume is predicted, what its labels' quality is told by."""
 
-    def __init__(self, counter: VoxelCounter, channels: Mapping[str, int], box: tuple[slice, ...]) -> None:
+    def __init__(self, counter: VoxelCounter, box: tuple[slice, ...]) -> None:
         """
         Args:
             counter: of the volume.
-            channels: name of each label or region -> its channel.
             box: (Z, Y, X) of the volume without padding.
         """
         self.counter, self.box = counter, box
-        self.labels = {name: (channel, counter.labels[name]) for name, channel in channels.items()}
+        manager = counter.manager
+        self.channels = {name: i if manager.has_regions else manager.all_labels.index(values[0])
+                         for i, (name, values) in enumerate(counter.labels.items())}
         self.stock: np.ndarray | None = None
         self.fold_masks: list[np.ndarray] = []
         """Labels (Z, Y, X) of each model's mask."""
@@ -157,18 +158,19 @@ class QualityMeter:
         """Of each label.
 
         Args:
-            image: (image channels, Z, Y, X), normalised, without the previous stage of a cascade.
+            image: (image channels, Z, Y, X), as the networks get it.
             logits: of the mask (C, Z, Y, X), without padding.
             spread: of the samples, without padding.
         """
         if self.stock is None:
             return {name: LabelQuality(None, pairwise_dice([np.isin(mask, values) for mask in self.fold_masks]))
-                    for name, (_, values) in self.labels.items()}
+                    for name, values in self.counter.labels.items()}
         mask, = self.fold_masks
         estimated = spread.estimated_dice(logits)
         found = {}
-        for name, (channel, values) in self.labels.items():
-            expected, features = estimated[channel], None
+        for name, values in self.counter.labels.items():
+            channel, features = self.channels[name], None
+            expected = estimated[channel]
             if expected is not None:
                 samples = spread.pairwise_dice(channel)
                 features = label_features(np.isin(mask, values), spread.mean[channel].cpu().numpy(), image,

@@ -22,12 +22,11 @@ from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
-from nnunet_pdddpm.inference.preprocess import num_channels
 from nnunet_pdddpm.inference.quality import QualityMeter
 from nnunet_pdddpm.inference.room import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
-from nnunet_pdddpm.labels import foreground_labels, label_channels
+from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.checkpoint import (
     PRESEGMENTER,
     CheckpointError,
@@ -219,7 +218,7 @@ class VolumePredictor(nnUNetPredictor):
         del image
         spread = Spread(volume.shape, self.num_samples, folds, self.refiner.regions, device)
         counts = VoxelCounter(self.label_manager, foreground_labels(self.dataset_json), unpad[1:])
-        quality = QualityMeter(counts, label_channels(self.dataset_json, self.plans_manager), unpad[1:])
+        quality = QualityMeter(counts, unpad[1:])
         stock, mask = _Sum(), _Sum()  # over the folds
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)
@@ -246,7 +245,7 @@ class VolumePredictor(nnUNetPredictor):
         if folds > 1:
             counts.set_consensus(logits)
         of_stock = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
-        of_labels = quality.of_labels(data[:num_channels(self.dataset_json)].cpu().numpy(), logits, spread)
+        of_labels = quality.of_labels(data.cpu().numpy(), logits, spread)
         return VolumePrediction(of_stock, logits, spread, volume.network_calls, sum(volume.refined_tiles) / folds,
                                 time.perf_counter() - start, counts, of_labels)
 
