@@ -17,6 +17,7 @@ from sklearn.linear_model import Ridge
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands.predict import main_modelfolder
+from nnunet_pdddpm.inference.predictor import INFINITE
 from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import (
     CLEAN,
@@ -193,7 +194,7 @@ FLAGS = ('-f', '0', '-device', 'cpu', '-npp', '0', '-nps', '0', '--disable_progr
 
 @dataclass
 class MadeUpCases:
-    """Validation cases of noise; the truth of the first ones is known."""
+    """Validation cases of noise."""
     names: list[str] = field(default_factory=lambda: [f'v{i}' for i in range(9)])
 
     def load(self, name: str) -> Case:
@@ -251,6 +252,19 @@ def test_an_order_is_measured_stored_and_told(model, tmp_path, capsys):
     rows_, page = predict(model, tmp_path / 'out')
     assert said[-1] in capsys.readouterr().out and said[-1] in page
     assert {row['order']['words'] for row in rows_.values()} == {said[-1]}
+
+
+def test_copies_of_which_the_networks_make_no_numbers_are_left_out(model, monkeypatch):
+    cases = MadeUpCases()
+    predictor = open_for_calibration(model, 0, torch.device('cpu'), 'checkpoint_final.pth')
+    as_they_are, predict_volume = [cases.load(name).image for name in cases.names], predictor.predict_volume
+
+    def overflowing(image: torch.Tensor, **kwargs):
+        if not any(torch.equal(image, of) for of in as_they_are):
+            raise RuntimeError(f'{INFINITE}. Aborting.')
+        return predict_volume(image, **kwargs)
+    monkeypatch.setattr(predictor, 'predict_volume', overflowing)
+    assert len(measure(predictor, cases, cases.names).quality) == 9
 
 
 def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path):

@@ -16,6 +16,7 @@ from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FEWEST_SCORES, FIELDS, Calibrated, Features, calibrate
+from nnunet_pdddpm.inference.predictor import INFINITE
 from nnunet_pdddpm.inference.quality import label_map, overlap
 from nnunet_pdddpm.inference.ranking import CLEAN, FEWEST_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
@@ -72,7 +73,6 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         first, step: only every so many of them are measured, from this one on.
     """
     channels = label_channels(predictor.dataset_json, predictor.plans_manager)
-    schemes, families = predictor.configuration_manager.normalization_schemes, list(ARTEFACTS)
     volumes, quality, seconds, copies = [], [], 0.0, first
     for number in range(first, len(names), step):
         case = cases.load(names[number])
@@ -90,16 +90,28 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         for _ in range(COPIES if len(names) >= FEWEST_CASES else 0):
             if duration > seconds:
                 break
-            family, strength = copies % len(families), copies // len(families) % STRENGTHS
-            image = with_artefact(case.image.numpy(), families[family], strength, schemes, [number, copies])
             start = time.perf_counter()
-            prediction = predictor.predict_volume(torch.from_numpy(image), case=case.name, stock=False)
+            quality += _copy(predictor, case, number, copies)
             seconds -= time.perf_counter() - start
-            quality.append(quality_row(predictor, case, prediction, number, CLEAN + 1 + family))
             copies += step
     empty = torch.zeros(0, predictor.refiner.num_channels, QUALITY_FIELDS)
     return Measured(torch.stack(volumes) if volumes else empty[..., :len(FIELDS)],
                     torch.stack(quality) if quality else empty)
+
+
+def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> list[Tensor]:
+    """The row of a case, with that number, with an artefact; families and strengths take turns over the copies. None if
+    the networks make no numbers of it."""
+    family, strength = copy % len(ARTEFACTS), copy // len(ARTEFACTS) % STRENGTHS
+    image = with_artefact(case.image.numpy(), list(ARTEFACTS)[family], strength,
+                          predictor.configuration_manager.normalization_schemes, [number, copy])
+    try:
+        prediction = predictor.predict_volume(torch.from_numpy(image), case=case.name, stock=False)
+    except RuntimeError as error:
+        if INFINITE not in str(error):
+            raise
+        return []
+    return [quality_row(predictor, case, prediction, number, CLEAN + 1 + family)]
 
 
 def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePrediction, number: int, kind: int
@@ -121,7 +133,7 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
     counted = np.ones(mask.shape, bool) if manager.ignore_label is None else case.labels != manager.ignore_label
     for name, channel in label_channels(predictor.dataset_json, predictor.plans_manager).items():
         features = prediction.quality[name].features
-        if features is not None:
+        if features is not None and np.isfinite(features).all():  # a checkpoint with others would be refused
             dice = overlap(np.isin(mask, values[name]) & counted, np.isin(case.labels, values[name]) & counted)
             row[channel] = torch.tensor([kind, number, dice, *features])
     return row
