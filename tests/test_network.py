@@ -520,6 +520,7 @@ def test_settings_levels_and_weights_travel_in_the_state_dict(kind, regions):
     refiner.store_levels(measured_table(), cross_entropy, count)
     refiner.configure(OTHER, regions)
     refiner.calibration[:2, 1] = torch.arange(14.0).reshape(2, 7)
+    refiner.quality[3, 1] = torch.arange(14.0)
     fresh = make_refiner(kind, settings=SamplingSettings(), regions=not regions, seed=7)
     fresh.load_state_dict(refiner.state_dict())
     assert fresh.settings == stored_settings(fresh.state_dict()) == OTHER
@@ -528,9 +529,10 @@ def test_settings_levels_and_weights_travel_in_the_state_dict(kind, regions):
     assert fresh.table.share == pytest.approx(measured_table().share, abs=1e-7)
     assert torch.equal(fresh.level_cross_entropy, cross_entropy) and torch.equal(fresh.level_count, count)
     assert fresh.regions == regions and torch.equal(fresh.calibration, refiner.calibration)
+    assert torch.equal(fresh.quality, refiner.quality)
     assert torch.equal(fresh(patch(kind)), refiner(patch(kind)))
     refiner.configure(OTHER, regions)
-    assert not refiner.calibration.any()  # it was of other settings
+    assert not refiner.calibration.any() and not refiner.quality.any()  # they were of other settings
 
 
 def test_a_table_that_is_stored_is_used_as_it_will_be_loaded():

@@ -401,7 +401,8 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
                                 r'it, 9 are needed', values['interval_missing'])
             of_interval = {'volume_ml_low', 'volume_ml_high', 'interval_level', 'interval_cases', 'interval_unit'}
             assert {values[key] for key in of_interval} == {None}
-            of_model = {'estimated_dice', 'interval_missing', 'pairwise_dice', 'uncertain_share'} | of_interval
+            of_model = {'estimated_dice', 'estimated_dice_low', 'interval_missing', 'pairwise_dice', 'uncertain_share',
+                        *(['folds_dice'] if folds == 2 else [])} | of_interval
             assert values.keys() == expected.keys() | of_model
             values = {key: value for key, value in values.items() if not isinstance(value, str)}
             known = values['pairwise_dice'] is not None
@@ -412,7 +413,8 @@ def test_the_summary_is_what_the_files_say(folds, predicted, two_folds, source):
                 assert lines[case, name][key] == '' if value is None else \
                     float(lines[case, name][key]) == pytest.approx(value), (case, name, key)
         dices = [v['estimated_dice'] for v in row['labels'].values() if v['estimated_dice'] is not None]
-        assert row['estimated_dice'] == pytest.approx(np.mean(dices))
+        assert row['estimated_dice'] == pytest.approx(np.mean(dices)) and row['estimated_dice_low'] is None
+        assert row['order']['by'] == ('folds_dice' if folds == 2 else 'estimated_dice')
         assert float(lines[case, 'organ']['case_seconds']) > 0
 
 

@@ -312,7 +312,7 @@ def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock
     assert resumed['current_epoch'] == uninterrupted['current_epoch'] == 2
     for name, value in uninterrupted['network_weights'].items():
         # the command has validated, too
-        assert torch.equal(resumed['network_weights'][name], value) or name == 'calibration', name
+        assert torch.equal(resumed['network_weights'][name], value) or name in ('calibration', 'quality'), name
     assert set(LEVELS) <= uninterrupted['network_weights'].keys()  # table and meter
     assert not torch.equal(half['level_share'], uninterrupted['network_weights']['level_share'])
     moved, expected = (c['optimizer_state']['denoiser_before_averaging'] for c in (resumed, uninterrupted))
@@ -387,7 +387,8 @@ def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_th
     trainer.refiner.configure(SamplingSettings(start=0.3), False)  # as another model's would be
     other = refined.model(REFINED) / 'fold_1' / 'checkpoint_final.pth'
     load_pretrained_weights(trainer.network, str(other))
-    trainer.refiner.calibration.fill_(2)  # as if the other model had calibrated intervals
+    trainer.refiner.calibration.fill_(2)  # as if the other model had calibrated intervals, and an order
+    trainer.refiner.quality.fill_(2)
     assert trainer.refiner.level_count.sum() > 0
     trainer.on_train_start()
     stock = weights(refined.model(STOCK), 0)['network_weights']
@@ -395,7 +396,8 @@ def test_pretrained_weights_reach_the_denoiser_and_leave_the_presegmenter_and_th
         assert torch.equal(value, stock[name]), name
     name = 'denoiser.unet.encoder.stages.0.0.convs.0.conv.mask_conv.weight'
     assert torch.equal(trainer.network.state_dict()[name], weights(refined.model(REFINED), 1)['network_weights'][name])
-    assert trainer.refiner.settings == trainer.sampling and not trainer.refiner.calibration.any()
+    assert trainer.refiner.settings == trainer.sampling
+    assert not trainer.refiner.calibration.any() and not trainer.refiner.quality.any()
     assert not trainer.refiner.level_count.any() and not trainer.meter.count.any()  # levels are measured anew
 
 

@@ -75,8 +75,9 @@ def test_continuing_a_training_whose_validation_had_too_little_memory_only_valid
     assert log_of(fold).count('Epoch 0') == 1 and (fold / 'validation' / 'summary.json').is_file()
     assert after['current_epoch'] == before['current_epoch'] == 1
     for name, value in before['network_weights'].items():
-        assert torch.equal(value, after['network_weights'][name]) or name == 'calibration', name
-    assert after['network_weights']['calibration'].any() and not before['network_weights']['calibration'].any()
+        assert torch.equal(value, after['network_weights'][name]) or name in ('calibration', 'quality'), name
+    for measured in ('calibration', 'quality'):
+        assert after['network_weights'][measured].any() and not before['network_weights'][measured].any()
 
 
 def test_without_checkpointing_nothing_is_written_but_the_validation(fold):

@@ -774,7 +774,7 @@ def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_ag
         assert after['logging'] == before[name]['logging'] and after['current_epoch'] == before[name]['current_epoch']
         changed = [key for key, value in after['network_weights'].items()
                    if not torch.equal(value, before[name]['network_weights'][key])]
-        assert changed and all(key.startswith(SETTING) or key == 'calibration' for key in changed)
+        assert changed and all(key.startswith(SETTING) or key in ('calibration', 'quality') for key in changed)
         moved = before[name]['optimizer_state']['denoiser_before_averaging']
         for key, value in after['optimizer_state']['denoiser_before_averaging'].items():
             assert torch.equal(value, moved[key])

@@ -19,11 +19,13 @@ from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy
 from nnunet_pdddpm.inference.intervals import ByMask
 from nnunet_pdddpm.inference.preprocess import end_with_parent
+from nnunet_pdddpm.inference.ranking import FOLDS, Ranking
 from nnunet_pdddpm.inference.summary import (
     CASES,
     FAILED,
     interval,
     mean_of_known,
+    missing_intervals,
     sample_volumes,
     versions,
     write_case,
@@ -112,7 +114,7 @@ class CaseUnderWay:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
-                 settings: list[dict[str, Any]], calibrated: Mapping[str, ByMask], queue: ExportQueue,
+                 settings: list[dict[str, Any]], calibrated: Mapping[str, ByMask], ranking: Ranking, queue: ExportQueue,
                  image: list[dict[str, Any]] | None = None,
                  remarks: Sequence[str] = ()) -> None:
         """
@@ -123,6 +125,7 @@ class CaseUnderWay:
             num_folds: sample number i comes from model i modulo this.
             settings: of the models, for the summary.
             calibrated: label -> what its intervals are made of, or why there are none.
+            ranking: what cases are sorted by.
             queue: where exports run.
             image: `identity` of its files, for the summary; None if not known.
             remarks: what is odd about the image, for the summary.
@@ -131,7 +134,7 @@ class CaseUnderWay:
             OutputInUse: if another process is at the same case.
         """
         self.export, self.output, self.queue, self.settings = export, output, queue, settings
-        self.calibrated, self.image, self.remarks = calibrated, image, list(remarks)
+        self.calibrated, self.ranking, self.image, self.remarks = calibrated, ranking, image, list(remarks)
         self.folds = [i % num_folds for i in range(num_samples)]
         self.samples: dict[int, Future[None]] = {}
         export.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,12 +160,23 @@ class CaseUnderWay:
         self.counts = prediction.counts
         self.voxel_ml = grid_voxel_ml(self.export.properties, prediction.logits.shape[1:],
                                       self.export.voxel_volume_ml())
-        estimated = spread.estimated_dice(prediction.logits)
-        self.labels = {name: {'estimated_dice': estimated[channel], 'pairwise_dice': spread.pairwise_dice(channel),
+        judged = self.ranking.judge(prediction.quality)
+        expected = spread.estimated_dice(prediction.logits)
+        estimated = {name: judged.labels.get(name, (expected[channel], None))
+                     for name, channel in self.channels.items()}
+        folds = {name: {'folds_dice': of.folds_dice} for name, of in prediction.quality.items()
+                 if self.ranking.by == FOLDS}
+        self.labels = {name: {'estimated_dice': estimated[name][0], 'estimated_dice_low': estimated[name][1],
+                              'pairwise_dice': spread.pairwise_dice(channel), **folds.get(name, {}),
                               'uncertain_share': spread.unsure_share([channel])}
                        for name, channel in self.channels.items()}
+        self.flags = list(judged.flags)
         self.row = {'case': self.export.case, 'remarks': self.remarks,
-                    'estimated_dice': mean_of_known([of['estimated_dice'] for of in self.labels.values()]),
+                    'order': {'by': self.ranking.key, 'words': self.ranking.words()},
+                    'estimated_dice': judged.estimate if judged.estimate is not None else mean_of_known(
+                        [of['estimated_dice'] for of in self.labels.values()]),
+                    'estimated_dice_low': judged.low,
+                    **({'folds_dice': mean_of_known([of['folds_dice'] for of in folds.values()])} if folds else {}),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
                     'network_calls': prediction.network_calls,
@@ -186,7 +200,9 @@ class CaseUnderWay:
             future.result()
         labels = self._volumes(self.rest.result())
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
-        write_case(folder / CASES, {**self.row, 'image': self.image, 'mask': identity(folder / mask), 'labels': labels})
+        flags = [*self.flags, *missing_intervals(labels)]
+        write_case(folder / CASES, {**self.row, 'flags': flags, 'image': self.image, 'mask': identity(folder / mask),
+                                    'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
         files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]

@@ -86,7 +86,7 @@ class VoxelCounter:
         """Add to a table (values, number) the voxels of slices in the box that have a value, by nnU-Net's own rule, in
         each of the parts that `index` names. It stays where the mask is."""
         here, (_, y, x) = inside(z, self.box[0])[0], self.box
-        values = self._label_map(mask[..., here, y, x]).flatten()
+        values = self.label_map(mask[..., here, y, x]).flatten()
         if index is not None:
             values = values * number + index[here, y, x].flatten()
         counted = tally(values, self.number * number).reshape(-1, number)
@@ -97,7 +97,7 @@ class VoxelCounter:
         of_values = table.cpu().numpy()
         return np.stack([of_values[list(of)].sum(0) for of in self.labels.values()])
 
-    def _label_map(self, mask: Tensor) -> Tensor:
+    def label_map(self, mask: Tensor) -> Tensor:
         """As nnU-Net's `convert_logits_to_segmentation`: the classes' labels, or regions one over the other; int64."""
         if not self.manager.has_regions:
             no_mask = [0]  # of NaN

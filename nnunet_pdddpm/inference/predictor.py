@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,13 +27,14 @@ from nnunet_pdddpm.inference.continuing import not_put_there, refresh_summary, r
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
+from nnunet_pdddpm.inference.ranking import FOLDS, NOT_MEASURED, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.inference.summary import has_failed, read_case, write_failure
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import checksum
-from nnunet_pdddpm.network.refiner import CALIBRATION, stored_settings
+from nnunet_pdddpm.network.refiner import CALIBRATION, QUALITY, stored_settings
 
 INFINITE = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
@@ -75,6 +76,8 @@ class PDDDPMPredictor(VolumePredictor):
         self.failed: dict[str, str] = {}  # case -> why it could not be predicted, in the last prediction
         self.calibrated: dict[str, ByMask] = {}
         """Label -> what the intervals of its volumes are made of, or why there are none."""
+        self.ranking = NOT_MEASURED
+        """What cases are sorted by."""
         self.weights: list[str] = []
         """Identity of each model: checksum of all that it holds, both networks, levels, calibration and settings."""
         self._files: dict[Path, tuple[list[str], str | None]] = {}
@@ -86,26 +89,21 @@ class PDDDPMPredictor(VolumePredictor):
         for file in (folder / 'plans.json', folder / 'dataset.json'):
             require_json(file)
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        self.calibrated = self._calibrated()
+        self.calibrated, self.ranking = self._calibrated(), self._ranking()
         self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
         reasons = dict.fromkeys(of.found for of in self.calibrated.values() if isinstance(of.found, str))
         for reason in reasons:
             names = [name for name, of in self.calibrated.items() if of.found == reason]
             which = 'Volumes have' if len(names) == len(self.calibrated) else f'Volumes of {", ".join(names)} have'
             print(f'{which} no calibrated interval: {reason}.')
+        print(self.ranking.words())
 
     def _calibrated(self) -> dict[str, ByMask]:
         """Label -> what its intervals are made of, or why there are none."""
         channels = label_channels(self.dataset_json, self.plans_manager)
         scores = [parameters[CALIBRATION].numpy() for parameters in self.list_of_parameters]
-        stored = [stored_settings(parameters) for parameters in self.list_of_parameters]
         drawn = [int(of[..., FIELDS.index('samples')].max()) for of in scores]
-        here = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
-        draws_alike = here and all(
-            now.drawing == then.drawing and self.num_samples // len(scores) == number
-            for now, then, number in zip(self.fold_settings, stored, drawn, strict=True))
-        mask_alike = here and all(now.mask_made_of == then.mask_made_of and (draws_alike or not now.needs_samples)
-                                  for now, then in zip(self.fold_settings, stored, strict=True))
+        mask_alike, draws_alike = self._as_in_validation(drawn)
         if not any(drawn):
             reason = 'the model is not calibrated (nnUNetv2_pdddpm_tune does it, or nnUNetv2_train --val)'
             return dict.fromkeys(channels, ByMask(reason, reason))
@@ -114,6 +112,31 @@ class PDDDPMPredictor(VolumePredictor):
             return dict.fromkeys(channels, ByMask(reason, reason))
         return {name: calibrate_by_mask([of[:, channel] for of in scores], draws_alike and len(scores) == 1)
                 for name, channel in channels.items()}
+
+    def _as_in_validation(self, drawn: Sequence[int]) -> tuple[bool, bool]:
+        """Whether masks are made, and samples drawn, as on the validation cases.
+
+        `drawn`: number of samples of each model there.
+        """
+        stored = [stored_settings(parameters) for parameters in self.list_of_parameters]
+        here = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
+        draws_alike = here and all(
+            now.drawing == then.drawing and self.num_samples // len(stored) == number
+            for now, then, number in zip(self.fold_settings, stored, drawn, strict=True))
+        mask_alike = here and all(now.mask_made_of == then.mask_made_of and (draws_alike or not now.needs_samples)
+                                  for now, then in zip(self.fold_settings, stored, strict=True))
+        return mask_alike, draws_alike
+
+    def _ranking(self) -> Ranking:
+        """What cases are sorted by."""
+        if len(self.list_of_parameters) > 1:
+            return Ranking(FOLDS)
+        weights, = self.list_of_parameters
+        channels = label_channels(self.dataset_json, self.plans_manager)
+        found = ranking_of(weights[QUALITY].numpy(), channels) if QUALITY in weights else NOT_MEASURED
+        if found.scores is not None and not all(self._as_in_validation([stored_settings(weights).samples])):
+            return Ranking(UNMEASURED, 'masks and samples are not made as in validation')
+        return found
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
@@ -259,7 +282,7 @@ class PDDDPMPredictor(VolumePredictor):
                 print(f'Look at {Path(file).name}: {remark}.')
             case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
-                                self.calibrated, queue, item.get('image'), item.get('remarks', ()))
+                                self.calibrated, self.ranking, queue, item.get('image'), item.get('remarks', ()))
             with self._fails_alone(case, outputs):
                 self._predict_case(case, data)
                 under_way.append(case)

@@ -84,6 +84,15 @@ def mean_of_known(dices: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def missing_intervals(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which labels of a case have no calibrated interval of their volume, and why: a clause for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, of in labels.items():
+        if (reason := of.get('interval_missing')) is not None:
+            names.setdefault(reason, []).append(name)
+    return [f'{", ".join(of)}: volume without a calibrated interval, {reason}' for reason, of in names.items()]
+
+
 def write_case(folder: Path, row: Mapping[str, Any]) -> None:
     """Row of a finished case as `CASE.json` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +189,9 @@ def versions() -> dict[str, str]:
 def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]] = ()) -> str:
     """One line for every case and label, and one for every case that could not be predicted."""
     lines = [{'case': row['case'], 'label': name, **values, 'case_remarks': '; '.join(row.get('remarks', ())),
-              **{f'case_{key}': row.get(key)
-                 for key in ('estimated_dice', 'uncertain_share', 'refined_tiles', 'seconds')},
+              'case_flags': '; '.join(row.get('flags', ())),
+              **{f'case_{key}': row.get(key) for key in ('estimated_dice', 'estimated_dice_low', 'uncertain_share',
+                                                         'refined_tiles', 'seconds')},
               **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},
               **_flat_settings(row['settings']), **row['versions']}
              for row in rows for name, values in row['labels'].items()] + [dict(row) for row in failed]

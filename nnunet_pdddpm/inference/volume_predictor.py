@@ -22,6 +22,7 @@ from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
+from nnunet_pdddpm.inference.quality import QualityMeter
 from nnunet_pdddpm.inference.room import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
@@ -227,6 +228,7 @@ class VolumePredictor(nnUNetPredictor):
         del image
         spread = Spread(volume.shape, self.num_samples, folds, self.refiner.regions, device)
         counts = VoxelCounter(self.label_manager, foreground_labels(self.dataset_json), unpad[1:])
+        quality = QualityMeter(counts, unpad[1:])
         stock, mask = _Sum(), _Sum()  # over the folds
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)
@@ -240,7 +242,7 @@ class VolumePredictor(nnUNetPredictor):
             volume.expect(settings, samples, self.num_samples)
             for sample in samples:
                 self._draw(volume, settings, sample, spread, counts, on_sample)
-            self._add_mask(volume, settings, spread, len(samples), counts, mask)
+            self._add_mask(volume, settings, spread, len(samples), counts, mask, quality)
             spread.end_of_fold(len(samples))
         volume.progress.close()
         spread.crop(unpad[1:])
@@ -253,8 +255,9 @@ class VolumePredictor(nnUNetPredictor):
         if folds > 1:
             counts.set_consensus(logits)
         of_stock = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
+        of_labels = quality.of_labels(data.cpu().numpy(), logits, spread)
         return VolumePrediction(of_stock, logits, spread, volume.network_calls, sum(volume.refined_tiles) / folds,
-                                time.perf_counter() - start, counts)
+                                time.perf_counter() - start, counts, of_labels)
 
     def _draw(self, volume: Volume, settings: SamplingSettings, sample: int, spread: Spread, counts: VoxelCounter,
               on_sample: OnSample | None) -> None:
@@ -291,20 +294,23 @@ class VolumePredictor(nnUNetPredictor):
         return 'blind' if blind else 'mixed'
 
     def _add_mask(self, volume: Volume, settings: SamplingSettings, spread: Spread, samples: int, counts: VoxelCounter,
-                  mask: _Sum) -> None:
-        """The mask of the model whose samples have been drawn: counted, and added to the sum (C, Z, Y, X) on the CPU of
-        logits of the blind mask, or of mixed probabilities."""
+                  mask: _Sum, quality: QualityMeter) -> None:
+        """The mask of the model whose samples have been drawn: counted, compared with the others, and added to the sum
+        (C, Z, Y, X) on the CPU of logits of the blind mask, or of mixed probabilities."""
         of = self._mask_of()
         blind = volume.blind(settings.blind_temperature) if settings.mask_blind > 0 and not settings.is_stock else None
         if of == 'stock':
-            counts.add_mask(in_chunks(volume.stock_logits))
+            counts.add_mask(quality.noted(in_chunks(volume.stock_logits)))
         elif of == 'blind' and blind is not None:
             mask.add(blind.cpu())
-            counts.add_mask(in_chunks(blind))
+            counts.add_mask(quality.noted(in_chunks(blind)))
         else:
             if not mask.started:
                 mask.add(torch.zeros(volume.shape))
-            counts.add_mask(self._mixed(volume, settings, blind, lambda z: spread.mean_of_fold(z, samples), mask.total))
+            mixed = self._mixed(volume, settings, blind, lambda z: spread.mean_of_fold(z, samples), mask.total)
+            counts.add_mask(quality.noted(mixed))
+        if len(self.fold_settings) == 1 < self.num_samples:  # the start is there: objects were found in it
+            quality.set_stock(volume.start_logits)
 
     def _mixed(self, volume: Volume, settings: SamplingSettings, blind: Tensor | None,
                of_samples: Callable[[slice], Tensor], total: Tensor) -> Iterator[tuple[slice, Tensor]]:

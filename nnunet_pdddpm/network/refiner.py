@@ -1,6 +1,7 @@
 """The one network that nnU-Net sees: the frozen stock network, the denoiser, and how to sample."""
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ SETTING = 'setting_'  # prefix of the sampling settings in the state dict
 CALIBRATION = 'calibration'
 """In the state dict: what is known of the volumes of validation cases, see `inference.intervals.FIELDS`."""
 CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 7
+QUALITY = 'quality'
+"""In the state dict: Dice of validation cases and what may tell it, see `inference.ranking.FIELDS`."""
+QUALITY_ROWS, QUALITY_FIELDS = 768, 14
 BLIND = 5.0
 """What the blind level is below the lowest log SNR."""
 LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
@@ -74,6 +78,7 @@ class Refiner(nn.Module):
 
     has_regions: Tensor
     calibration: Tensor
+    quality: Tensor
 
     def __init__(self, presegmenter: nn.Module, unet: nn.Module, num_channels: int, design: DiffusionDesign) -> None:
         """
@@ -90,6 +95,7 @@ class Refiner(nn.Module):
         self.denoiser = Denoiser(unet, num_channels)
         self.register_buffer('has_regions', torch.tensor(False))
         self.register_buffer(CALIBRATION, torch.zeros(CALIBRATION_CASES, num_channels, CALIBRATION_FIELDS))
+        self.register_buffer(QUALITY, torch.zeros(QUALITY_ROWS, num_channels, QUALITY_FIELDS))
         for name in LEVELS:
             self.register_buffer(name, torch.zeros(design.nodes))
         for name, value in as_numbers(SamplingSettings()).items():
@@ -117,6 +123,7 @@ class Refiner(nn.Module):
             getattr(self, SETTING + name).fill_(value)
         self.has_regions.fill_(has_regions)
         self.calibration.zero_()
+        self.quality.zero_()
         self.use_stored_settings()
 
     def store_levels(self, table: LevelTable, cross_entropy: Tensor | None = None, count: Tensor | None = None) -> None:
@@ -144,7 +151,7 @@ class Refiner(nn.Module):
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         self.seen = stored_seen(state_dict)
         before = self.settings
-        result = super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict(with_quality(state_dict, self.quality), strict, assign)
         self.use_stored_settings()
         stored = self.settings
         self.settings = effective_settings(stored)
@@ -342,6 +349,17 @@ def refuse_earlier(weights: Mapping[str, Any], source: str) -> None:
     if not {LEVELS[0], SETTING + 'start', CALIBRATION} <= weights.keys():
         raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
                               f'otherwise: train it again with this version.')
+
+
+def with_quality(weights: Mapping[str, Any], empty: Tensor) -> Mapping[str, Any]:
+    """A refiner's state dict; of a version that measured no quality, with an empty one, of the shape of `empty`."""
+    if QUALITY in weights:
+        return weights
+    found = OrderedDict(weights)
+    found[QUALITY] = torch.zeros_like(empty)
+    if hasattr(weights, '_metadata'):
+        found._metadata = weights._metadata  # type: ignore[attr-defined]
+    return found
 
 
 def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:

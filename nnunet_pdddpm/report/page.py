@@ -81,7 +81,9 @@ def _page(folder: Path, images: Mapping[str, Sequence[Path]], summary: dict[str,
         dataset=plans.get('dataset_name', folder.name), missing=_with_reasons(missing),
         not_shown=sum(entry['case'] not in images for entry in summary['cases']),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
-        failed=summary.get('failed', []), uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
+        failed=summary.get('failed', []), order=text.about_order(entries),
+        ranked=any(text.ranked_by(entry) for entry in entries),
+        uncertainty_colour=f'rgba{(*UNCERTAINTY_COLOUR, MAX_ALPHA)}')
     return page, missing
 
 
@@ -93,5 +95,5 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.PackageLoader('nnunet_pdddpm.report', ''), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(plain=text.plain, percent=text.percent, volume=text.volume, interval=text.interval,
-                               finite=text.finite, sortable=text.sortable)
+                               finite=text.finite, sortable=text.sortable, bound=text.bound)
     return environment.get_template('report.html.jinja')

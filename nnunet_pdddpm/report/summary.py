@@ -47,10 +47,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str], ending: str
                    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The entries of cases in the order of review, worst estimated quality first; and which have none, and why.
+    """The entries of cases in the order of review; and which have none, and why.
 
-    A case without an estimate comes before all others, for nothing vouches for it; of equal ones, the one with more
-    uncertain voxels comes first. What the summary lists as failed is in neither.
+    What the summary lists as failed is in neither.
     """
     by_name = {entry['case']: entry for entry in summary['cases']}
     failed = {entry['case'] for entry in summary.get('failed', [])}
@@ -70,9 +69,27 @@ def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str
 
 
 def review_order(entry: Mapping[str, Any]) -> tuple[float, float, str]:
-    """Key that sorts the summary's entries so that the case to look at first is first."""
-    quality, share = finite(entry.get('estimated_dice')), finite(entry.get('uncertain_share'))
+    """Key that sorts the summary's entries so that the case to look at first is first: by what the summary says.
+
+    A case without that comes before all others, for nothing vouches for it; of equal ones, the one with more uncertain
+    voxels comes first. Where nothing ranks, cases are sorted by name.
+    """
+    by = ranked_by(entry)
+    if by is None:
+        return 0.0, 0.0, entry['case']
+    quality, share = finite(entry.get(by)), finite(entry.get('uncertain_share'))
     return (-math.inf if quality is None else quality), -(share or 0.0), entry['case']
+
+
+def ranked_by(entry: Mapping[str, Any]) -> str | None:
+    """Key of the number that an entry is sorted by; None if nothing ranks."""
+    by = entry.get('order', {'by': 'estimated_dice'})['by']
+    return None if by is None else str(by)
+
+
+def about_order(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How cases are sorted and how well that worked in validation, a sentence or two for each way."""
+    return list(dict.fromkeys(entry['order']['words'] for entry in entries if 'order' in entry))
 
 
 def finite(value: Any) -> float | None:
@@ -90,6 +107,12 @@ def plain(value: Any, digits: int = 2) -> str:
     """A number for reading; a dash for what is none."""
     number = finite(value)
     return '–' if number is None else f'{number:.{digits}f}'
+
+
+def bound(of: Mapping[str, Any]) -> str:
+    """The lower bound of an estimated Dice, for reading behind it; '' where there is none."""
+    low = finite(of.get('estimated_dice_low'))
+    return '' if low is None else f' (at least {low:.2f})'
 
 
 def percent(value: Any) -> str:

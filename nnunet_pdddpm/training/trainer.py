@@ -42,7 +42,7 @@ from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_fil
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.tuning.budget import enough
-from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
+from nnunet_pdddpm.tuning.calibration import Measured, cases_to_calibrate, keep, measure, open_for_calibration
 from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
 from nnunet_pdddpm.tuning.choice import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
@@ -232,7 +232,8 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """As nnU-Net's; the noise starts at the same place in this epoch whether training was interrupted or not."""
         super().on_train_epoch_start()
-        self.refiner.calibration.zero_()  # of weights that change now
+        for measured in (self.refiner.calibration, self.refiner.quality):  # of weights that change now
+            measured.zero_()
         seed = (self.noise_seed * 100_003 + self.current_epoch) * 1_009 + self.local_rank
         self.level_generator.manual_seed(seed)
         self.noise_generator.manual_seed(seed + 500)
@@ -434,11 +435,11 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     def calibrate_volumes(self) -> None:
         """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes
-        compare with the true ones."""
+        compare with the true ones, and by what their masks can be sorted."""
         file = Path(self.output_folder, self._checkpoint)
         if not file.is_file():
             return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint.')
-        scores: list[Any] = [self._volumes_of_my_cases(file)]
+        scores: list[Any] = [self._measured_on_my_cases(file)]
         if self.is_ddp:
             mine, scores = scores[0], [None] * dist.get_world_size()
             dist.all_gather_object(scores, mine)
@@ -446,18 +447,18 @@ class PDDDPMTrainer(nnUNetTrainer):
             reason = next(of for of in scores if isinstance(of, str))
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
         if self.local_rank == 0:
-            keep(file, torch.cat(scores), label_channels(self.dataset_json, self.plans_manager),
-                 self.print_to_log_file)
+            keep(file, Measured(*(torch.cat(of) for of in zip(*scores, strict=True))),
+                 label_channels(self.dataset_json, self.plans_manager), self.print_to_log_file)
 
-    def _volumes_of_my_cases(self, file: Path) -> Tensor | str:
+    def _measured_on_my_cases(self, file: Path) -> Measured | str:
         """Scores of this process's share of the validation cases; or why there are none."""
         try:
             cases = ValidationCases(self)
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
             leave_out_seen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
-            return measure_volumes(predictor, cases, names[self.local_rank::dist.get_world_size()]
-                                   if self.is_ddp else names)
+            return measure(predictor, cases, names, *(
+                (self.local_rank, dist.get_world_size()) if self.is_ddp else ()))
         except (TuningError, CheckpointError) as error:
             return str(error)
         except MEMORY_ERRORS as error:

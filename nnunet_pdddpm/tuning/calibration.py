@@ -1,22 +1,36 @@
-"""What the volumes of validation cases are and what the model says of them: the scores that intervals are made of."""
+"""What the volumes and the Dice of validation cases are, and what the model says of them: the scores that intervals and
+the order of cases are made of."""
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from torch import Tensor
 
+from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
+from nnunet_pdddpm.inference.predictor import INFINITE
+from nnunet_pdddpm.inference.quality import label_map, overlap
+from nnunet_pdddpm.inference.ranking import CLEAN, FEWEST_CASES, ranking_of
+from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
-from nnunet_pdddpm.network.refiner import CALIBRATION_CASES, stored_settings
-from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.network.refiner import CALIBRATION_CASES, QUALITY_FIELDS, stored_settings
+from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
+from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.stored import store_calibration
+
+COPIES = 2
+"""Of a validation case with simulated artefacts, at most."""
+SECONDS_A_CASE = 20.0
+"""That predicting them may take, on average."""
 
 
 def open_for_calibration(model_folder: Path, fold: int | str, device: torch.device, checkpoint: str
@@ -36,33 +50,98 @@ def cases_to_calibrate(names: Sequence[str]) -> list[str]:
     return [names[i] for i in np.linspace(0, len(names) - 1, CALIBRATION_CASES).round().astype(int)]
 
 
-def measure_volumes(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[str]) -> Tensor:
-    """Predict cases as `nnUNetv2_pdddpm_predict` does, and note their volumes.
+class Measured(NamedTuple):
+    """What is known of validation cases."""
+    volumes: Tensor
+    """(cases, C, fields) float32, see `intervals.FIELDS`. Empty for a case with ignored voxels, whose true volume is
+    not known, and for channels that stand for no label."""
+    quality: Tensor
+    """(rows, C, fields) float32, see `ranking.FIELDS`: a row for a case and for each copy of it with an artefact."""
+
+
+def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[str], first: int = 0, step: int = 1
+            ) -> Measured:
+    """Predict cases as `nnUNetv2_pdddpm_predict` does, and note their volumes and what tells how good the masks are.
+
+    Where the cases are enough to find an order by, copies of them with simulated artefacts are predicted too, at most
+    COPIES a case, as long as that takes at most SECONDS_A_CASE for each.
 
     Args:
         predictor: of one model, see `open_for_calibration`.
         cases: of its fold.
         names: of those that are measured.
-
-    Returns:
-        (names, C, fields) float32, see `intervals.FIELDS`. Empty for a case whose true volume is not known, as with
-        ignored voxels, and for channels that stand for no label.
+        first, step: only every so many of them are measured, from this one on.
     """
-    scores = torch.zeros(len(names), predictor.refiner.num_channels, len(FIELDS))
     channels = label_channels(predictor.dataset_json, predictor.plans_manager)
-    for row, name in zip(scores, names, strict=True):
-        true = cases.true_volumes(name)
-        if true is None:
-            continue
-        for (label, channel), of in zip(channels.items(), _features(predictor, cases, name), strict=True):
-            row[channel] = torch.tensor([true[label], *(float(value[0]) for value in of), predictor.num_samples])
-    return scores
+    volumes, quality, seconds, copies = [], [], 0.0, first
+    for number in range(first, len(names), step):
+        case = cases.load(names[number])
+        volumes.append(torch.zeros(predictor.refiner.num_channels, len(FIELDS)))
+        start = time.perf_counter()
+        prediction = predictor.predict_volume(case.image, case=case.name, stock=False)
+        duration = time.perf_counter() - start
+        if (true := cases.true_volumes(case.name)) is not None:
+            of_labels = _features(predictor, cases, case, prediction)
+            for (label, channel), of in zip(channels.items(), of_labels, strict=True):
+                volumes[-1][channel] = torch.tensor([true[label], *(float(v[0]) for v in of), predictor.num_samples])
+        quality.append(quality_row(predictor, case, prediction, number, CLEAN))
+        del prediction
+        seconds += SECONDS_A_CASE
+        for _ in range(COPIES if len(names) >= FEWEST_CASES else 0):
+            if duration > seconds:
+                break
+            start = time.perf_counter()
+            quality += _copy(predictor, case, number, copies)
+            seconds -= time.perf_counter() - start
+            copies += step
+    empty = torch.zeros(0, predictor.refiner.num_channels, QUALITY_FIELDS)
+    return Measured(torch.stack(volumes) if volumes else empty[..., :len(FIELDS)],
+                    torch.stack(quality) if quality else empty)
 
 
-def _features(predictor: VolumePredictor, cases: ValidationCases, name: str) -> list[Features]:
-    """Of a case, for each label. Nothing of its prediction, as large as a volume, is there afterwards."""
-    case = cases.load(name)
-    prediction = predictor.predict_volume(case.image, case=name, stock=False)
+def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> list[Tensor]:
+    """The row of a case, with that number, with an artefact; families and strengths take turns over the copies. None if
+    the networks make no numbers of it."""
+    family, strength = copy % len(ARTEFACTS), copy // len(ARTEFACTS) % STRENGTHS
+    image = with_artefact(case.image.numpy(), list(ARTEFACTS)[family], strength,
+                          predictor.configuration_manager.normalization_schemes, [number, copy])
+    try:
+        prediction = predictor.predict_volume(torch.from_numpy(image), case=case.name, stock=False)
+    except RuntimeError as error:
+        if INFINITE not in str(error):
+            raise
+        return []
+    return [quality_row(predictor, case, prediction, number, CLEAN + 1 + family)]
+
+
+def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePrediction, number: int, kind: int
+                ) -> Tensor:
+    """Of a predicted case, (C, fields) float32, see `ranking.FIELDS`; empty for labels that have neither truth nor
+    estimate. Voxels to be ignored do not count.
+
+    Args:
+        predictor: that has predicted it.
+        case: with the truth in the network's grid.
+        prediction: of its image, or of a copy.
+        number: of the case.
+        kind: `ranking.CLEAN`, or that and the number of the artefact's family, counted from 1.
+    """
+    row = torch.zeros(predictor.refiner.num_channels, QUALITY_FIELDS)
+    manager, values = predictor.label_manager, foreground_labels(predictor.dataset_json)
+    mask = label_map(in_chunks(prediction.logits), prediction.counts,
+                     tuple(slice(0, n) for n in prediction.logits.shape[1:]))
+    counted = np.ones(mask.shape, bool) if manager.ignore_label is None else case.labels != manager.ignore_label
+    for name, channel in label_channels(predictor.dataset_json, predictor.plans_manager).items():
+        features = prediction.quality[name].features
+        if features is not None and np.isfinite(features).all():  # a checkpoint with others would be refused
+            dice = overlap(np.isin(mask, values[name]) & counted, np.isin(case.labels, values[name]) & counted)
+            row[channel] = torch.tensor([kind, number, dice, *features])
+    return row
+
+
+def _features(predictor: VolumePredictor, cases: ValidationCases, case: Case, prediction: VolumePrediction
+              ) -> list[Features]:
+    """What intervals of a predicted case's volumes are made of, for each label."""
     mask = convert_predicted_logits_to_segmentation_with_correct_shape(
         as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
         predictor.label_manager, case.properties)
@@ -93,8 +172,9 @@ def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
     return f'{np.mean(widths):.3g} ml wide for a volume of {known[:, 0].mean():.3g} ml, on average'
 
 
-def keep(file: Path, scores: Tensor, channels: dict[str, int], log: Callable[[str], None]) -> None:
-    """Put the scores (cases, C, fields) into a checkpoint, and say what intervals they give."""
-    store_calibration(file, scores)
-    for line in lines(scores, channels):
+def keep(file: Path, measured: Measured, channels: dict[str, int], log: Callable[[str], None]) -> None:
+    """Put what was measured into a checkpoint, and say what intervals and what order of cases it gives."""
+    store_calibration(file, *measured)
+    for line in lines(measured.volumes, channels):
         log(line)
+    log(ranking_of(measured.quality.numpy(), channels).words())

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
-from nnunet_pdddpm.network.refiner import CALIBRATION, SETTING, refuse_earlier
+from nnunet_pdddpm.network.refiner import (
+    CALIBRATION,
+    QUALITY,
+    QUALITY_FIELDS,
+    QUALITY_ROWS,
+    SETTING,
+    refuse_earlier,
+)
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 
 CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
@@ -37,16 +44,19 @@ def store(fold_folder: Path, settings: SamplingSettings) -> list[Path]:
         for name, value in as_numbers(settings).items():
             weights[SETTING + name].fill_(value)
         weights[CALIBRATION].zero_()
+        if QUALITY in weights:  # else it is of a version that measured none
+            weights[QUALITY].zero_()
         _replace(file, checkpoint)
     return files
 
 
-def store_calibration(file: Path, calibration: Tensor) -> None:
-    """Put what is known of the volumes of validation cases into a checkpoint.
+def store_calibration(file: Path, calibration: Tensor, quality: Tensor | None = None) -> None:
+    """Put what is known of the volumes of validation cases, and of their masks' quality, into a checkpoint.
 
     Args:
         file: the checkpoint.
         calibration: (cases, C, fields), see `inference.intervals.FIELDS`.
+        quality: (rows, C, fields), see `inference.ranking.FIELDS`; None for none.
 
     Raises:
         CheckpointError: if it cannot be read, or is no PDDDPM model of this version.
@@ -56,6 +66,10 @@ def store_calibration(file: Path, calibration: Tensor) -> None:
     stored = checkpoint['network_weights'][CALIBRATION]
     stored.zero_()
     stored[:len(calibration)] = calibration
+    rows = torch.zeros(QUALITY_ROWS, stored.shape[1], QUALITY_FIELDS)
+    if quality is not None:
+        rows[:len(quality)] = quality
+    checkpoint['network_weights'][QUALITY] = rows
     _replace(file, checkpoint)
 
 

@@ -11,7 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure_volumes, open_for_calibration
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure, open_for_calibration
 from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
 from nnunet_pdddpm.tuning.choice import TuningError, choose_measured
 from nnunet_pdddpm.tuning.plain import plain_dice
@@ -85,5 +85,5 @@ def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[
     folder = Path(trainer.output_folder)
     predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
     leave_out_seen(cases, predictor.list_of_parameters[0], log)
-    scores = measure_volumes(predictor, cases, cases_to_calibrate(cases.names))
-    keep(folder / CHECKPOINTS[0], scores, label_channels(trainer.dataset_json, trainer.plans_manager), log)
+    measured = measure(predictor, cases, cases_to_calibrate(cases.names))
+    keep(folder / CHECKPOINTS[0], measured, label_channels(trainer.dataset_json, trainer.plans_manager), log)

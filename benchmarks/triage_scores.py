@@ -1,0 +1,40 @@
+"""How good an order of cases is: areas under the risk-coverage curve, and how soon failures come."""
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import rankdata
+
+
+def aurc(score: np.ndarray, dice: np.ndarray) -> float:
+    """Area under the curve of the mean risk 1 - Dice of the cases kept against their share (Zenk et al. 2024, arXiv
+    2406.03323): cases with a high score (n,) are kept longest, cases with equal scores in every order.
+    """
+    risk, order = 1 - dice, np.argsort(-score, kind='stable')
+    values, start, count = np.unique(-score[order], return_index=True, return_counts=True)
+    means = np.repeat(np.add.reduceat(risk[order], start) / count, count)
+    return float((np.cumsum(means) / np.arange(1, len(risk) + 1)).mean())
+
+
+def excess_aurc(score: np.ndarray, dice: np.ndarray) -> float:
+    """AURC beyond that of the best order."""
+    return aurc(score, dice) - aurc(dice, dice)
+
+
+def normalised_aurc(score: np.ndarray, dice: np.ndarray) -> float:
+    """Excess AURC over that of a random order: 0 for the best one, 1 for one at random."""
+    best = aurc(dice, dice)
+    room = float((1 - dice).mean()) - best
+    return (aurc(score, dice) - best) / room if room > 0 else 0.0
+
+
+def spearman(score: np.ndarray, dice: np.ndarray) -> float:
+    """Rank correlation; 0 where all values of one are equal."""
+    a, b = rankdata(score), rankdata(dice)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
+def failures_found(score: np.ndarray, dice: np.ndarray, failed: float, share: float) -> float:
+    """Share of the failures, cases with a Dice below `failed`, that is in the first `share` of the list, lowest score
+    first."""
+    first = np.argsort(score, kind='stable')[:round(share * len(score))]
+    return float((dice[first] < failed).sum() / max((dice < failed).sum(), 1))
