@@ -30,6 +30,7 @@ from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.counting import VoxelCounter, tally
 from nnunet_pdddpm.inference.export import Outputs
+from nnunet_pdddpm.inference.ranking import NOT_MEASURED
 from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
@@ -187,7 +188,7 @@ def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, u
     export = export_of(3, (11, 8, 10), (11, 8, 10), (1.0,) * 3)
     export = replace(export, folder=tmp_path / 'case', outputs=Outputs(uncertainty=uncertainty))
     queue = SimpleNamespace(submit=lambda function, *args: handed_over.append((function, args)))
-    case = CaseUnderWay(export, tmp_path, 2, 1, [], {}, queue)
+    case = CaseUnderWay(export, tmp_path, 2, 1, [], {}, NOT_MEASURED, queue)
     case.add_rest(predictor.predict_volume(image_of(11, 8, 10), case.add_sample if export.outputs.samples else None))
     (function, (logits, stock, maps)), = handed_over
     assert function == export.rest and logits.shape == (3, 11, 8, 10) and stock is None
@@ -358,6 +359,7 @@ def test_a_training_batch_on_a_gpu_is_made_there(tmp_path, monkeypatch, labels):
     """Only whether anything is to be ignored is asked for."""
     for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results'):
         monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv('nnUNet_pdddpm_presegmenter', 'nnUNetTrainer')
     stock = test_cuda.make_trainer(nnUNetTrainer, labels, 'cpu', tmp_path)
     stock.save_checkpoint(str(Path(stock.output_folder) / 'checkpoint_final.pth'))
     trainer = test_cuda.make_trainer(PDDDPMTrainer, labels, 'cpu', tmp_path)
