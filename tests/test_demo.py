@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from matplotlib.image import imread
 
 from nnunet_pdddpm.demo.phantom import ORIGIN, SPACING, make_case, oblique_direction, write_dataset
-from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice, volume_lines
+from nnunet_pdddpm.demo.report import dice_of_cases, draw_figure, format_table, mean_dice, volume_lines
 
 
 def test_phantoms_are_seeded_nested_and_lie_obliquely(tmp_path):
@@ -49,6 +49,10 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
         sitk.WriteImage(image, str(predictions / 'pdddpm' / file.name))
         uncertainty = predictions / 'samples' / 'uncertainty' / file.name.replace('.nii.gz', '_uncertainty.nii.gz')
         uncertainty.parent.mkdir(parents=True, exist_ok=True)
+        sample = predictions / 'samples' / 'samples' / file.name.replace('.nii.gz', '_s00.nii.gz')
+        sample.parent.mkdir(exist_ok=True)
+        for path in (sample, predictions / 'samples' / file.name):
+            sitk.WriteImage(image, str(path))
         sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32) / 2, str(uncertainty))
     labels = {'organ': 1, 'lesion': 2}
     dice = {name: mean_dice(raw / 'labelsTs', predictions / name, labels) for name in ('stock', 'pdddpm')}
@@ -61,6 +65,9 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
     table = format_table({'dice': dice, 'seconds_per_case': seconds, 'cases': 2}).splitlines()
     assert table[1].split()[-4:] == ['1.0000', '1.0000', '1.0000', '1.0']
     assert table[2].split()[-4:] == [f'{value:.4f}' for value in dice['pdddpm'].values()] + ['2.5']
+    mean_dice(raw / 'labelsTs', predictions / 'samples', labels)
+    assert dice_of_cases(predictions / 'samples') == pytest.approx(
+        dict(zip(('phantom_000', 'phantom_001'), np.mean(expected, 1), strict=True)))
     draw_figure(raw, predictions, tmp_path / 'demo.png', num_cases=2)
     assert imread(tmp_path / 'demo.png').std() > 0.05
 

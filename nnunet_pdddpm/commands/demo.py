@@ -107,7 +107,7 @@ def main() -> None:
     for trainer in (STOCK, PDDDPM):
         demo.train(trainer)
     seconds = {'stock': demo.predict(STOCK, 'stock'), 'pdddpm': demo.predict(PDDDPM, 'pdddpm'),
-               'samples': demo.predict(PDDDPM, 'samples', 'nnUNetv2_pdddpm_predict', '--report')}
+               'samples': demo.predict(PDDDPM, 'samples', 'nnUNetv2_pdddpm_predict', '--save_samples', '--report')}
 
     truth, predictions = demo.raw / 'labelsTs', demo.folder / 'predictions'
     foreground = {name: label for name, label in LABELS.items() if label > 0}

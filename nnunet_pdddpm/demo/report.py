@@ -75,34 +75,56 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
     return [*lines, f'The true volume is in {", and in ".join(counts)}.']
 
 
+def dice_of_cases(predictions: Path) -> dict[str, float]:
+    """Case -> Dice, mean over the labels, as `mean_dice` has left it in the folder's summary.json."""
+    cases = json.loads((predictions / 'summary.json').read_text())['metric_per_case']
+    return {Path(case['reference_file']).name[:-len('.nii.gz')]:
+            float(np.mean([of['Dice'] for of in case['metrics'].values()])) for case in cases}
+
+
 def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:
-    """PNG with image, truth, stock mask, PDDDPM's mask and uncertainty side by side, one row a case.
+    """PNG with a row a case, from the worst to the best: outlines of truth and stock mask, of truth and this package's
+    mask, and of the samples, on the image; and the entropy.
 
     Args:
         raw: raw data set with imagesTs and labelsTs.
-        predictions: folder with `stock`, `pdddpm`, and `samples` with uncertainty maps.
+        predictions: folder with `stock` and, by `nnUNetv2_pdddpm_predict`, `samples` with samples and uncertainty maps,
+            both evaluated by `mean_dice`.
         file: the PNG to write.
-        num_cases: rows.
+        num_cases: rows; with more than one the worst and the best are among them.
     """
-    cases = sorted(p.name[:-len('.nii.gz')] for p in (raw / 'labelsTs').glob('*.nii.gz'))[:num_cases]
-    titles = ['image', 'truth', 'stock nnU-Net', 'PDDDPM', 'uncertainty']
-    figure, axes = plt.subplots(len(cases), len(titles), figsize=(2.6 * len(titles), 2.9 * len(cases)), squeeze=False)
+    dice = {name: dice_of_cases(predictions / name) for name in ('stock', 'samples')}
+    order = sorted(dice['samples'], key=lambda case: dice['samples'][case])
+    cases = [order[round(i)] for i in np.linspace(0, len(order) - 1, num_cases)]
+    figure, axes = plt.subplots(len(cases), 4, figsize=(11, 3 * len(cases)), squeeze=False)
     for row, case in zip(axes, cases, strict=True):
-        image, truth, stock, pdddpm = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (
-            raw / 'imagesTs' / f'{case}_0000.nii.gz', raw / 'labelsTs' / f'{case}.nii.gz',
-            predictions / 'stock' / f'{case}.nii.gz', predictions / 'pdddpm' / f'{case}.nii.gz'))
-        uncertainty = sitk.GetArrayFromImage(sitk.ReadImage(
-            str(predictions / 'samples' / 'uncertainty' / f'{case}_uncertainty.nii.gz')))
-        z = int(np.argmax((truth == 2).sum((1, 2))))
-        row[0].imshow(image[z], cmap='gray')
-        row[0].set_ylabel(case)
-        for axis, mask in zip(row[1:4], (truth, stock, pdddpm), strict=True):
-            axis.imshow(mask[z], vmin=0, vmax=2, cmap='viridis', interpolation='nearest')
-        row[4].imshow(uncertainty[z], vmin=0, vmax=1, cmap='magma')
+        def read(path: Path) -> np.ndarray:
+            return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        truth = read(raw / 'labelsTs' / f'{case}.nii.gz')
+        z = int(np.argmax((truth > 1).sum((1, 2))))
+        image = read(raw / 'imagesTs' / f'{case}_0000.nii.gz')[z]
         for axis in row:
+            axis.imshow(image, cmap='gray')
             axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
+        for axis, (name, title) in zip(row, (('stock', 'stock nnU-Net'), ('samples', 'PDDDPM')), strict=False):
+            _outline(axis, truth[z], 'C2', 1.5)
+            _outline(axis, read(predictions / name / f'{case}.nii.gz')[z], 'C1', 1.5)
+            axis.set_title(f'{title} (orange), truth (green)', fontsize=9)
+            axis.set_xlabel(f'Dice {dice[name][case]:.3f}', fontsize=9)
+        samples = sorted((predictions / 'samples' / 'samples').glob(f'{case}_s*.nii.gz'))
+        for sample in samples:
+            _outline(row[2], read(sample)[z], 'C0', 0.6)
+        row[2].set_title(f'{len(samples)} samples', fontsize=9)
+        entropy = read(predictions / 'samples' / 'uncertainty' / f'{case}_uncertainty.nii.gz')[z]
+        row[3].imshow(np.ma.masked_less(entropy, 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
+        row[3].set_title('uncertainty (entropy)', fontsize=9)
+        row[0].set_ylabel(case, fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _outline(axis: Any, labels: np.ndarray, colour: str, width: float) -> None:
+    """Of each label and all above it, where a slice has both."""
+    for label in range(1, int(labels.max()) + 1):
+        axis.contour(labels >= label, [0.5], colors=colour, linewidths=width)
