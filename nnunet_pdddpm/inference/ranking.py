@@ -232,7 +232,7 @@ class Ranking:
             return ("Cases are sorted by how far the models' masks agree (Dice). How well that works is not measured: "
                     'each model was trained on validation cases of the others.')
         if self.scores is None:
-            return (f'Cases are sorted by the Dice that the probabilities let expect. How well that works is not '
+            return (f'Cases are sorted by the Dice that is expected from the probabilities. How well that works is not '
                     f'measured: {self.reason}.')
         of, bound = self.scores, self.scores.bound
         number = f'{of.cases} validation cases' + (
@@ -243,7 +243,8 @@ class Ranking:
             return (f'Cases are not ranked: on {number} no estimate of the Dice has a rank correlation with it that is '
                     f'above 0 ({correlation}).')
         how = 'a lower bound of the Dice, by a regression on what the prediction says' if self.by == REGRESSION else \
-            'a lower bound of the Dice that the probabilities let expect: no regression on more was better'
+            ('a lower bound of the Dice that is expected from the probabilities; a regression on more did not rank '
+             'better')
         return (f'Cases are sorted by {how}. Rank correlation with the Dice {correlation} on {number}; {of.clean:.2f} '
                 f'on the cases as they are; by the probabilities alone {of.probabilities:.2f}. The lower bound is to '
                 f'hold in {100 * LEVEL:.0f} % and held in {100 * bound.held:.0f} %.')
