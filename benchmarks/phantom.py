@@ -48,7 +48,7 @@ share of the objects in the samples whose IoU with the nearest shape is at least
 summed differences between the frequencies of the shapes and their probabilities. GED²: with pairs of a mask with
 itself. NLL and Dice are those of the samples' mean where there is a chain. Calls: of the denoiser, for a sample.
 
-## Two objects, {two} images
+{number}## Two objects, {two} images
 
 | | calls | GED² | Δ | one of the shapes | frequency error | correlation | NLL | Δ | Dice of the mean | Δ |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -183,9 +183,12 @@ def lines(work: Path, objects: int) -> list[str]:
 def write_table(work: Path, file: Path, number: int, batch_size: int) -> None:
     """The page of a training with so many images."""
     import phantom_trainers
+    trainings = len(list((work / 'measured').glob(f'levels__{DENOISER}__*.json')))
     text = TEXT.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, features=FEATURES, cases=number,
                        arguments='' if (number, batch_size) == (NUM_CASES, BATCH_SIZE) else
                        f' -images {number} -batch {batch_size} -table docs/results/{file.name}', batch=batch_size,
+                       number='' if trainings == NUM_FOLDS else
+                       f'Trained so far: {trainings} of the {NUM_FOLDS} folds, which gives no verdict.\n\n',
                        stock=phantom_trainers.nnUNetTrainerPhantom.iterations * 3,
                        others=phantom_trainers.Phantom.iterations * 3, samples=16, validation=NUM_VALIDATION,
                        two=NUM_TEST[2]) + '\n'.join(lines(work, 2))
