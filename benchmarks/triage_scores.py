@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
+
+from nnunet_pdddpm.evaluation.calibration import area_under_risk_coverage
+from nnunet_pdddpm.inference.ranking import rank_correlation
 
 
 def aurc(score: np.ndarray, dice: np.ndarray) -> float:
     """Area under the curve of the mean risk 1 - Dice of the cases kept against their share (Zenk et al. 2024, arXiv
     2406.03323): cases with a high score (n,) are kept longest, cases with equal scores in every order.
     """
-    risk, order = 1 - dice, np.argsort(-score, kind='stable')
-    values, start, count = np.unique(-score[order], return_index=True, return_counts=True)
-    means = np.repeat(np.add.reduceat(risk[order], start) / count, count)
-    return float((np.cumsum(means) / np.arange(1, len(risk) + 1)).mean())
+    return area_under_risk_coverage(-score, 1 - dice)
 
 
 def excess_aurc(score: np.ndarray, dice: np.ndarray) -> float:
@@ -29,8 +28,7 @@ def normalised_aurc(score: np.ndarray, dice: np.ndarray) -> float:
 
 def spearman(score: np.ndarray, dice: np.ndarray) -> float:
     """Rank correlation; 0 where all values of one are equal."""
-    a, b = rankdata(score), rankdata(dice)
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+    return rank_correlation(score, dice)
 
 
 def failures_found(score: np.ndarray, dice: np.ndarray, failed: float, share: float) -> float:

@@ -24,8 +24,7 @@ def imported(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('nnunet_pdddpm'):
-            found |= {f'{node.module}.{name.name}' if f'{node.module}.{name.name}' in MODULES else node.module
-                      for name in node.names}
+            found |= {node.module, *(f'{node.module}.{name.name}' for name in node.names)} & MODULES.keys()
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names if name.name in MODULES}
     return found

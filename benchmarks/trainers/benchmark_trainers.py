@@ -72,6 +72,26 @@ class SeededEpochs:
         super().on_epoch_start()
 
 
+class OneThread(SeededEpochs):
+    """Mixin: one thread, and the fold as the seed: trainings of a fold see the same patches in the same order."""
+
+    iterations = 250
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = self.iterations
+        self.num_val_iterations_per_epoch = 1
+        self.seed = fold
+        if isinstance(self, PDDDPMTrainer):
+            self.noise_seed += fold
+
+    def initialize(self):
+        torch.set_num_threads(1)
+        self.logger.plot_progress_png = lambda output_folder: None  # would take a seventh of the time
+        super().initialize()
+
+
 class NoDiffusion:
     """Mixin: a second network without diffusion, which never sees a mask, trained with cross-entropy alone."""
 

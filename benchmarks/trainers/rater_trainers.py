@@ -6,7 +6,7 @@ import os
 from unittest.mock import patch
 
 import torch
-from benchmark_trainers import NoDiffusion, SeededEpochs, ShortCPUTraining, nnUNetTrainerBenchmarkLonger
+from benchmark_trainers import NoDiffusion, OneThread, ShortCPUTraining, nnUNetTrainerBenchmarkLonger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
@@ -20,24 +20,11 @@ from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 RANK, SQUARE = 10, 64
 
 
-class Raters(SeededEpochs, ShortCPUTraining):
+class Raters(OneThread, ShortCPUTraining):
     """Mixin: see the module's docstring."""
 
     epochs = 2
-
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = int(os.environ.get('benchmark_iterations', 2)) // self.epochs
-        self.num_val_iterations_per_epoch = 1
-        self.seed = fold
-        if isinstance(self, PDDDPMTrainer):
-            self.noise_seed += fold
-
-    def initialize(self):
-        torch.set_num_threads(1)
-        self.logger.plot_progress_png = lambda output_folder: None
-        super().initialize()
+    iterations = int(os.environ.get('benchmark_iterations', 2)) // epochs
 
 
 class nnUNetTrainerRaters(Raters, nnUNetTrainer):

@@ -84,7 +84,7 @@ def area_under_risk_coverage(uncertainty: np.ndarray, wrong: np.ndarray) -> floa
     Args:
         uncertainty: (N,) any scale, higher is less certain. Voxels of equal uncertainty come in random order: the
             result is the expectation over it.
-        wrong: (N,) bool.
+        wrong: (N,) bool; or of whole cases their risk in [0, 1].
 
     Returns:
         Value in [0, 1], lower is better; it can be no better than the error rate allows.

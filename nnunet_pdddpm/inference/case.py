@@ -161,11 +161,10 @@ class CaseUnderWay:
         self.voxel_ml = grid_voxel_ml(self.export.properties, prediction.logits.shape[1:],
                                       self.export.voxel_volume_ml())
         judged = self.ranking.judge(prediction.quality)
-        expected = spread.estimated_dice(prediction.logits)
-        estimated = {name: judged.labels.get(name, (expected[channel], None))
+        estimated = {name: judged.labels.get(name, (prediction.quality.expected[channel], None))
                      for name, channel in self.channels.items()}
         folds = {name: {'folds_dice': of.folds_dice} for name, of in prediction.quality.items()
-                 if self.ranking.by == FOLDS}
+                 } if self.ranking.by == FOLDS else {}
         self.labels = {name: {'estimated_dice': estimated[name][0], 'estimated_dice_low': estimated[name][1],
                               'pairwise_dice': spread.pairwise_dice(channel), **folds.get(name, {}),
                               'uncertain_share': spread.unsure_share([channel])}

@@ -1,8 +1,9 @@
 """What a prediction has anyway that may tell how good its mask is: numbers of each label, in the network's grid."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -125,55 +126,89 @@ def _put_labels(whole: np.ndarray, z: slice, logits: Tensor, counter: VoxelCount
     whole[there] = counter.label_map(mask).cpu().numpy()
 
 
-class QualityMeter:
-    """Collects, while one volume is predicted, what its labels' quality is told by."""
+class Qualities(Mapping[str, LabelQuality]):
+    """Of each label, found when it is asked for: with many labels that takes long, and few orders ask for them."""
 
-    def __init__(self, counter: VoxelCounter, box: tuple[slice, ...]) -> None:
+    def __init__(self, counter: VoxelCounter, image: np.ndarray, logits: Tensor, spread: Spread,
+                 stock: np.ndarray | None, fold_masks: Sequence[np.ndarray]) -> None:
+        """
+        Args:
+            counter: of the volume.
+            image: (image channels, Z, Y, X), as the networks get it.
+            logits: of the mask (C, Z, Y, X), without padding.
+            spread: of the samples, without padding.
+            stock: labels (Z, Y, X) of the stock model's mask, without mirroring; None for several models or one sample.
+            fold_masks: labels (Z, Y, X) of each model's mask, if there are several.
+        """
+        self.counter, self.image, self.logits, self.spread = counter, image, logits, spread
+        self.stock, self.fold_masks = stock, fold_masks
+        self._found: dict[str, LabelQuality] = {}
+
+    def __getitem__(self, name: str) -> LabelQuality:
+        if name not in self._found:
+            self._found[name] = LabelQuality(self._features(name), self._folds_dice(name))
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counter.labels)
+
+    def __len__(self) -> int:
+        return len(self.counter.labels)
+
+    @cached_property
+    def expected(self) -> list[float | None]:
+        """Of each channel, see `Spread.estimated_dice`."""
+        return self.spread.estimated_dice(self.logits)
+
+    @cached_property
+    def _mask(self) -> np.ndarray:
+        """Labels (Z, Y, X)."""
+        return label_map(in_chunks(self.logits), self.counter, tuple(slice(0, n) for n in self.logits.shape[1:]))
+
+    def _features(self, name: str) -> np.ndarray | None:
+        if self.stock is None:
+            return None
+        manager, values = self.counter.manager, self.counter.labels[name]
+        channel = list(self.counter.labels).index(name) if manager.has_regions else manager.all_labels.index(values[0])
+        expected, samples = self.expected[channel], self.spread.pairwise_dice(channel)
+        if expected is None:
+            return None
+        return label_features(np.isin(self._mask, values), self.spread.mean[channel].cpu().numpy(), self.image,
+                              np.isin(self.stock, values), expected, 0.0 if samples is None else samples)
+
+    def _folds_dice(self, name: str) -> float | None:
+        return pairwise_dice([np.isin(mask, self.counter.labels[name]) for mask in self.fold_masks])
+
+
+class QualityMeter:
+    """Collects, while one volume is predicted, what its labels' quality is told by and is not there afterwards."""
+
+    def __init__(self, counter: VoxelCounter, box: tuple[slice, ...], several: bool) -> None:
         """
         Args:
             counter: of the volume.
             box: (Z, Y, X) of the volume without padding.
+            several: whether several models predict.
         """
-        self.counter, self.box = counter, box
-        manager = counter.manager
-        self.channels = {name: i if manager.has_regions else manager.all_labels.index(values[0])
-                         for i, (name, values) in enumerate(counter.labels.items())}
+        self.counter, self.box, self.several = counter, box, several
         self.stock: np.ndarray | None = None
         self.fold_masks: list[np.ndarray] = []
-        """Labels (Z, Y, X) of each model's mask."""
+        """Labels (Z, Y, X) of each of several models' masks."""
 
     def set_stock(self, logits: Tensor) -> None:
         """The stock model's logits (C, Z, Y, X), padded, without mirroring."""
         self.stock = label_map(in_chunks(logits), self.counter, self.box)
 
     def noted(self, logits: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
-        """The same slices and logits, of the mask of one model; its labels are kept."""
-        whole = _nothing(self.box)
+        """The same slices and logits, of the mask of one model; of several its labels are kept."""
+        whole = _nothing(self.box) if self.several else None
         for z, values in logits:
-            _put_labels(whole, z, values, self.counter, self.box)
+            if whole is not None:
+                _put_labels(whole, z, values, self.counter, self.box)
             yield z, values
-        self.fold_masks.append(whole)
+        if whole is not None:
+            self.fold_masks.append(whole)
 
-    def of_labels(self, image: np.ndarray, logits: Tensor, spread: Spread) -> dict[str, LabelQuality]:
-        """Of each label.
-
-        Args:
-            image: (image channels, Z, Y, X), as the networks get it.
-            logits: of the mask (C, Z, Y, X), without padding.
-            spread: of the samples, without padding.
-        """
-        if self.stock is None:
-            return {name: LabelQuality(None, pairwise_dice([np.isin(mask, values) for mask in self.fold_masks]))
-                    for name, values in self.counter.labels.items()}
-        mask, = self.fold_masks
-        estimated = spread.estimated_dice(logits)
-        found = {}
-        for name, values in self.counter.labels.items():
-            channel, features = self.channels[name], None
-            expected = estimated[channel]
-            if expected is not None:
-                samples = spread.pairwise_dice(channel)
-                features = label_features(np.isin(mask, values), spread.mean[channel].cpu().numpy(), image,
-                                          np.isin(self.stock, values), expected, 0.0 if samples is None else samples)
-            found[name] = LabelQuality(features, None)
-        return found
+    def of_labels(self, image: np.ndarray, logits: Tensor, spread: Spread) -> Qualities:
+        """Of each label, see `Qualities`."""
+        return Qualities(self.counter, image, logits, spread, self.stock, self.fold_masks)

@@ -15,7 +15,7 @@ from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_around
 from nnunet_pdddpm.inference.counting import VoxelCounter
-from nnunet_pdddpm.inference.quality import LabelQuality
+from nnunet_pdddpm.inference.quality import Qualities
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.tiling import Tile, tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -81,7 +81,7 @@ class VolumePrediction:
     """Wall clock time of all this."""
     counts: VoxelCounter
     """Voxels of the labels in mask and samples."""
-    quality: dict[str, LabelQuality]
+    quality: Qualities
     """Of each label: what may tell how good its mask is."""
 
 

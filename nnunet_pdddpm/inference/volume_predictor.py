@@ -228,7 +228,7 @@ class VolumePredictor(nnUNetPredictor):
         del image
         spread = Spread(volume.shape, self.num_samples, folds, self.refiner.regions, device)
         counts = VoxelCounter(self.label_manager, foreground_labels(self.dataset_json), unpad[1:])
-        quality = QualityMeter(counts, unpad[1:])
+        quality = QualityMeter(counts, unpad[1:], folds > 1)
         stock, mask = _Sum(), _Sum()  # over the folds
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)

@@ -8,10 +8,10 @@ from typing import Any
 import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+import nnunet_pdddpm.report.summary as text
 from nnunet_pdddpm.files import write_atomically
 from nnunet_pdddpm.image_files import UnusableImage
 from nnunet_pdddpm.labels import foreground_labels
-from nnunet_pdddpm.report import summary as text
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR
 from nnunet_pdddpm.report.views import make_view
 from nnunet_pdddpm.report.volumes import existing, read_case
