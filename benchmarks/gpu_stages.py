@@ -6,18 +6,20 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import hippocampus as benchmark
 import torch
-from benchmark_trainers import ShortCPUTraining
-from gpu_trainers import PDDDPMTrainerGPU, PDDDPMTrainerGPUSecond, nnUNetTrainerGPU, nnUNetTrainerGPULonger
+from benchmark_trainers import PDDDPMTrainerGPU, PDDDPMTrainerGPUSecond, nnUNetTrainerGPU, nnUNetTrainerGPULonger
+from datasets import hippocampus as benchmark
+from gpu_run import Run
+from machine import PLANS
+from nnunet import find_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from scale import PLANS
 from speed import timed
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -30,10 +32,10 @@ from nnunet_pdddpm.network.refiner import Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 
-if TYPE_CHECKING:
-    from gpu import Run
-
-CONFIGURATION = benchmark.CONFIGURATION
+HIPPOCAMPUS = replace(benchmark.HIPPOCAMPUS, family='GPU')
+CONFIGURATION = HIPPOCAMPUS.configuration
+NETWORKS: dict[type, str] = {nnUNetTrainerGPU: 'stock', nnUNetTrainerGPULonger: 'longer', PDDDPMTrainerGPU: 'denoiser',
+                             PDDDPMTrainerGPUSecond: 'second'}
 OF_SAMPLES: dict[str, Any] = {'mask_stock': 0.0, 'mask_blind': 0.0}
 
 
@@ -266,7 +268,7 @@ def iterations(run: Run, compiled: bool) -> None:
 
 # hippocampus ---------------------------------------------------------------------------------------------------------
 
-ROWS: dict[str, tuple[type[ShortCPUTraining], dict[str, Any]]] = {
+ROWS: dict[str, tuple[type, dict[str, Any]]] = {
     'stock': (nnUNetTrainerGPU, {}), 'blind': (PDDDPMTrainerGPU, {}), 'samples': (PDDDPMTrainerGPU, OF_SAMPLES),
     'longer': (nnUNetTrainerGPULonger, {}), 'second': (PDDDPMTrainerGPUSecond, {'samples': 1})}
 
@@ -285,20 +287,20 @@ def hippocampus(run: Run) -> None:
 def prepare(run: Run) -> None:
     """Test cases split off, planned and preprocessed. Of a dry run: made up, with smaller plans."""
     if not run.tiny:
-        return benchmark.prepare(run.work, benchmark.find_data(run.data))
-    size, source = size_of(run), run.work / 'made_up' / benchmark.DATASET
+        return benchmark.prepare(run.work, find_data(run.data, HIPPOCAMPUS.title, 'dataset.json'), of=HIPPOCAMPUS)
+    size, source = size_of(run), run.work / 'made_up' / HIPPOCAMPUS.title
     if not (source / 'dataset.json').is_file():
         write_dataset(source, num_training=6, num_test=0, shape=(16, 20, 18))
-    benchmark.prepare(run.work, source, num_test=2)
-    file = run.work / 'nnUNet_preprocessed' / benchmark.DATASET / f'{PLANS}.json'
+    benchmark.prepare(run.work, source, num_test=2, of=HIPPOCAMPUS)
+    file = HIPPOCAMPUS.preprocessed(run.work) / f'{PLANS}.json'
     plans, small = json.loads(file.read_text()), synthetic(size, 3)[0]['configurations'][CONFIGURATION]
     plans['configurations'][CONFIGURATION].update({name: small[name] for name in ('architecture', 'patch_size')})
     file.write_text(json.dumps(plans))
 
 
-def make_trainer(run: Run, kind: type[ShortCPUTraining], iterations: int) -> Any:
+def make_trainer(run: Run, kind: type, iterations: int) -> Any:
     """A trainer of the fold, for so many iterations."""
-    folder = run.work / 'nnUNet_preprocessed' / benchmark.DATASET
+    folder = HIPPOCAMPUS.preprocessed(run.work)
     plans, description = (json.loads((folder / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
     trainer: Any = kind({**plans, 'continue_training': False}, CONFIGURATION, 0, description, run.device)
     trainer.num_epochs = size_of(run).epochs
@@ -319,7 +321,7 @@ def planned(run: Run, row: str) -> dict[str, Any]:
     return {'an_iteration': of_each, 'iterations': max(1, min(int(share * run.left / of_all), most) // epochs) * epochs}
 
 
-def seconds_an_iteration(run: Run, kind: type[ShortCPUTraining]) -> float:
+def seconds_an_iteration(run: Run, kind: type) -> float:
     """Mean, data loading included, without the first ones: batches are loaded before them, cuDNN tries algorithms."""
     trainer = make_trainer(run, kind, 1)
     trainer.initialize()
@@ -337,10 +339,10 @@ def seconds_an_iteration(run: Run, kind: type[ShortCPUTraining]) -> float:
                 loader._finish()
 
 
-def trained_and_scored(run: Run, kind: type[ShortCPUTraining], settings: dict[str, Any], iterations: int
+def trained_and_scored(run: Run, kind: type, settings: dict[str, Any], iterations: int
                        ) -> dict[str, Any]:
     """Train it to its end, unless that is done, and score the test cases."""
-    final = benchmark.fold_folder(run.work, kind.__name__, 0) / 'checkpoint_final.pth'
+    final = HIPPOCAMPUS.checkpoint(run.work, NETWORKS[kind], 0)
     if not final.is_file():
         make_trainer(run, kind, iterations).run_training()
     return {'iterations': iterations, 'checkpoint_MB': round(final.stat().st_size / 1e6, 1),
@@ -348,15 +350,15 @@ def trained_and_scored(run: Run, kind: type[ShortCPUTraining], settings: dict[st
 
 
 @torch.inference_mode()
-def scored(run: Run, kind: type[ShortCPUTraining], settings: dict[str, Any]) -> dict[str, Any]:
+def scored(run: Run, kind: type, settings: dict[str, Any]) -> dict[str, Any]:
     """Dice and NLL of every test case, with mirroring, and the seconds of the network part."""
-    from hippocampus_rows import cases, names_of, open_model, score  # reads nnU-Net's folders from the environment
+    from volumes import cases, score
     refined = issubclass(kind, PDDDPMTrainer)
-    predictor = open_model(lambda **kwargs: VolumePredictor(overrides=settings, **kwargs) if refined else
-                           nnUNetPredictor(**kwargs), run.work, kind.__name__, (0,))
+    predictor = HIPPOCAMPUS.open(run.work, NETWORKS[kind], [0], VolumePredictor if refined else nnUNetPredictor,
+                                 **({'overrides': settings} if refined else {}))
     result: dict[str, list[float]] = {'dice': [], 'nll': [], 'seconds': []}
     predicted: list[Tensor] = []
-    run.cases = run.cases or cases(predictor, run.work, 'Ts', names_of(run.work, None))
+    run.cases = run.cases or list(cases(predictor, run.work, 'Ts', benchmark.names(run.work)))
     for _, image, truth in run.cases:
         seconds = timed(run.device, lambda image=image: predicted.append(
             predictor.predict_logits_from_preprocessed_data(image)))

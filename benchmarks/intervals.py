@@ -1,197 +1,187 @@
 """Intervals of volumes: how many true volumes they hold, and how wide they are, by the ways to make them.
 
-Needs the trained models of `hippocampus.py`, `phantom.py` and `raters.py`, in their work folders.
+Needs the trained models of the benchmarks hippocampus, phantom, nuclei and cells in their work folders.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import images
 import numpy as np
-import phantom
-import raters
 import torch
-from hippocampus import HERE, NUM_FOLDS, PDDDPM_TRAINER, fold_folder, nnunet_environment, volume_row
-from phantom_data import phantom as draw_phantom
-from scale import commit, machine, results
+from datasets.hippocampus import CHANNELS, HIPPOCAMPUS
+from datasets.images import Image, ImageSet
+from datasets.phantom import GRIDS, PHANTOM, as_image
+from datasets.phantom_drawing import phantom
+from datasets.raters import RATER_SETS
+from page import write
 from statistics_of_trainings import files_of_trainings, spread
+from volumes import rows as rows_of_volumes
+from volumes import volume_row
 
-from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
-from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, errors_by
-from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.network.refiner import CALIBRATION
 from nnunet_pdddpm.network.settings import SamplingSettings
 
+STAGES = ('measure', 'table')
 SAMPLES = 8
 CALIBRATION_IMAGES, TEST_IMAGES, PHANTOM_SEED = 50, 150, 600_000
 """Phantoms of each number of objects."""
-RATER_SETS = {'nuclei': 'Nuclei, total area', 'cells': 'Cells, total area'}
 Rows = list[dict[str, list[float]]]
 """Of cases: the `FIELDS` of a label, and the volumes of the samples."""
 Ends = tuple[float, float]
+TITLES = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, posterior',
+          **{f'{objects}_objects': f'Phantom, total of {objects} objects' for objects in GRIDS},
+          'nuclei': 'Nuclei, total area', 'cells': 'Cells, total area'}
+RATERS = {'nuclei': 5, 'cells': 10}
+"""Rows of an image, one after the other, that belong together."""
+SPLITS = 100
 WAYS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
         '2.5 to 97.5 % quantiles of 8 samples')
 
 
-def features(case: dict[str, list[float]]) -> Features:
-    """Of a row."""
-    return Features(*(np.array([value]) for value in case['fields'][1:6]))
+def arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Folders of the trained models."""
+    for of in ('hippocampus', 'phantom', 'raters'):
+        parser.add_argument(f'-{of}', type=Path, help=f'work folder of {of.replace("raters", "nuclei and cells")}')
 
 
-@torch.inference_mode()
-def of_phantoms(work: Path, fold: int, objects: int) -> tuple[Rows, Rows]:
-    """Rows to calibrate by and to test: blind mask, and samples by a chain of one step, object by object; without
-    mirroring."""
-    from phantom_samplers import open_model, opened, temperatures
-    predictor = open_model(phantom.folder(work, phantom.DENOISER), fold)
-    validation = [draw_phantom(phantom.VALIDATION_SEED + i) for i in range(phantom.NUM_VALIDATION)]
-    settings = replace(temperatures(predictor, validation), start=0.6, steps=1, dependence=0.0, samples=SAMPLES)
-    cases = [draw_phantom(PHANTOM_SEED + i, *phantom.GRIDS[objects]) for i in range(CALIBRATION_IMAGES + TEST_IMAGES)]
-    rows = [row for i, case in enumerate(cases)
-            for row in rows_of(opened(predictor, case), settings.for_case(str(i)), [float(case.truth.sum())])]
+def run(name: str, args: argparse.Namespace) -> None:
+    """The stages that are asked for."""
+    into = Path(args.o).resolve()
+    if 'measure' in args.stages:
+        measure(args, into)
+    if 'table' in args.stages:
+        write_page(into, args.page)
+
+
+def measure(args: argparse.Namespace, into: Path) -> None:
+    """Rows of every data set and training as `DATA__FOLD.json`: lists of calibration and test rows; kept if there."""
+    into.mkdir(parents=True, exist_ok=True)
+
+    def keep(name: str, fold: int, make: Callable[[], tuple[Rows, Rows]]) -> None:
+        if not (file := into / f'{name}__{fold}.json').is_file():
+            print(name, 'fold', fold, flush=True)
+            file.write_text(json.dumps(make()))
+    for fold in args.folds:
+        if args.hippocampus:
+            for label, channel in CHANNELS.items():
+                keep(label, fold, lambda i=channel, f=fold: of_hippocampus(args.hippocampus.resolve(), f, i))
+        for objects, grid in GRIDS.items() if args.phantom else ():
+            many = (as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES))
+            keep(f'{objects}_objects', fold, lambda m=many, f=fold: divided(of_images(
+                PHANTOM, args.phantom.resolve(), None, f, m)))
+        for name in ('nuclei', 'cells') if args.raters else ():
+            keep(name, fold, lambda of=RATER_SETS[name], f=fold: of_raters(of, args.raters.resolve(), args.data, f))
+
+
+def divided(rows: Rows) -> tuple[Rows, Rows]:
+    """To calibrate by, and to test."""
     return rows[:CALIBRATION_IMAGES], rows[CALIBRATION_IMAGES:]
 
 
-def rows_of(volume: Volume, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
+@torch.inference_mode()
+def of_images(of: ImageSet, work: Path, data: str | None, fold: int, on: Iterable[Image]) -> Rows:
+    """Rows of images, one for each true area: blind mask, and samples by a chain of one step, object by object; without
+    mirroring."""
+    images.here(of, work)
+    from image_models import Models, Row
+    models = Models(of, work, fold, of.validation(data, fold))
+    settings = replace(models.settings(Row('', dependence=0.0)), samples=SAMPLES)
+    return [row for image in on for row in rows_of(models.opened(image), settings.for_case(image.name),
+                                                   image.masks.sum((1, 2)).astype(float).tolist())]
+
+
+def rows_of(volume: object, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
     """Of one image's foreground, in pixels, against each of its true areas."""
-    predictor = volume.predictor
+    from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
+    from nnunet_pdddpm.inference.counting import VoxelCounter
+    predictor, everything = volume.predictor, slice(0, volume.shape[1])
     counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
     for sample in range(SAMPLES):
         p, parts = volume.whole_sample(settings, sample, SAMPLES), volume.parts(settings)
         shifts = predictor.refiner.end_shifts(settings, sample, SAMPLES, parts.number)
         objects = volume.objects(settings.temperature)
         mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
-        counter.add(sample, slice(0, volume.shape[1]), mask, objects.index, objects.number)
-    counter.add_mask([(slice(0, volume.shape[1]), volume.blind())])
+        counter.add(sample, everything, mask, objects.index, objects.number)
+    counter.add_mask([(everything, volume.blind())])
     features_of, sizes = counter.features(np.ones(1))[0], counter.sample_sizes()[:, 0].astype(float)
     return [volume_row(true, features_of, sizes) for true in truths]
 
 
-@torch.inference_mode()
-def of_raters(of: raters.RaterSet, work: Path, data: Path, fold: int) -> tuple[Rows, Rows]:
-    """Rows of validation and test images, one for each rater's area; drawn as those of phantoms."""
-    from raters_rows import Models, images_of, rows
-    test, validation = raters.split(of, data)
-    models = Models(of, work, fold, images_of(of, data, validation[fold]))
-    row = next(row for row in rows() if row.title == 'PDDDPM, start 0.6, 1 step')
-    settings = replace(models.settings(row), dependence=0.0, samples=SAMPLES)
-
-    def of_images(images: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Rows:
-        return [one for name, pixels, masks in images
-                for one in rows_of(models.opened((name, pixels, masks), row), settings.for_case(name),
-                                   masks.sum((1, 2)).astype(float).tolist())]
-    return of_images(models.validation), of_images(images_of(of, data, test))
+def of_raters(of: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
+    """Of validation and test images, one for each rater's area."""
+    test = next(iter(of.tests(data).values()))
+    return (of_images(of, work, data, fold, of.validation(data, fold)), of_images(of, work, data, fold, test))
 
 
-def of_hippocampus(work: Path, fold: int) -> dict[str, tuple[Rows, Rows]]:
-    """Label -> rows of the fold's validation cases, as its checkpoint has them, and of the test cases."""
-    checkpoint = fold_folder(work, PDDDPM_TRAINER, fold) / 'checkpoint_final.pth'
-    scores = torch.load(checkpoint, map_location='cpu', weights_only=False)['network_weights'][CALIBRATION]
-    test = json.loads((work / 'measured' / f'tuned__{fold}.json').read_text())
-    return {label: ([{'fields': case.tolist(), 'samples': []} for case in scores[:, 1 + i].double() if case[-1] > 0],
-                    [case['volumes'][i] for case in test]) for i, label in enumerate(('Anterior', 'Posterior'))}
-
-
-def measure(hippocampus_work: Path | None, phantom_work: Path | None, raters_work: Path | None, data: str | None,
-            into: Path) -> None:
-    """Rows of every data set and training as `DATA__FOLD.json`: lists of calibration and test rows; kept if there."""
-    into.mkdir(parents=True, exist_ok=True)
-    for fold in range(NUM_FOLDS):
-        if hippocampus_work is not None and not (into / f'Posterior__{fold}.json').is_file():
-            for label, both in of_hippocampus(hippocampus_work, fold).items():
-                (into / f'{label}__{fold}.json').write_text(json.dumps(both))
-        for objects in phantom.GRIDS:
-            file = into / f'{objects}_objects__{fold}.json'
-            if phantom_work is not None and not file.is_file():
-                os.environ.update({**nnunet_environment(phantom_work), **phantom.VARIABLES})
-                file.write_text(json.dumps(of_phantoms(phantom_work, fold, objects)))
-        for name in RATER_SETS if raters_work is not None else ():
-            file, of = into / f'{name}__{fold}.json', raters.SETS[name]
-            if not file.is_file():
-                os.environ.update({**nnunet_environment(raters_work), **of.variables})
-                found = of_raters(of, raters_work, raters.find_data(data, of.folder, 'raters'), fold)
-                file.write_text(json.dumps(found))
+def of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows]:
+    """Of the fold's validation cases, as its checkpoint has them, and of the test cases."""
+    scores = HIPPOCAMPUS.weights(work, 'denoiser', fold)[CALIBRATION][:, channel].double()
+    tuned = next(row for row in rows_of_volumes()[0] if row.title == 'PDDDPM as tuned')
+    test = json.loads((work / 'measured' / f'{tuned.name}__{fold}.json').read_text())
+    return ([{'fields': case.tolist(), 'samples': []} for case in scores if case[-1] > 0],
+            [case['volumes'][channel - 1] for case in test])
 
 
 def ways(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends | None]]:
     """Name -> what makes the interval of a test case."""
     scores = np.array([case['fields'] for case in calibration])
-    true, of = scores[:, 0], Features(*scores[:, 1:6].T)
-    relative = Rule('volume')
+    true, of, relative = scores[:, 0], Features(*scores[:, 1:6].T), Rule('volume')
     errors = errors_by(relative, true, of)
     assert errors is not None
     made = [calibrate([scores], True), calibrate([scores], False),
             Calibrated(relative, errors, np.zeros(len(errors), int))]
 
     def calibrated(by: Calibrated | None) -> Callable[[dict[str, list[float]]], Ends | None]:
-        return lambda case: None if by is None else by.interval(features(case))
+        return lambda case: None if by is None else by.interval(
+            Features(*(np.array([value]) for value in case['fields'][1:6])))
     return dict(zip(WAYS, (*map(calibrated, made), lambda case: (min(case['samples']), max(case['samples'])),
                            lambda case: tuple(np.quantile(case['samples'], [0.025, 0.975]))), strict=True))
 
 
-def table(into: Path, name: str) -> list[str]:
-    """Lines of a data set: coverage and mean width, mean and standard deviation over trainings."""
-    inside, width = ({way: [] for way in WAYS} for _ in range(2))  # of the trainings
+def held(make: Callable[[dict[str, list[float]]], Ends | None], test: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Of each test case: whether the interval holds the true volume, and its width over the mean true volume, in %."""
+    true = np.array([case['fields'][0] for case in test])
+    low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T
+    return 100.0 * ((low <= true) & (true <= high)), 100 * (high - low) / true.mean()
+
+
+def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, float]:
+    """Coverage where all rows are divided anew, into as many to calibrate by: without the luck of one division."""
+    rows, rng = np.array([*calibration, *test]), np.random.default_rng(0)
+    inside: dict[str, list[float]] = {way: [] for way in WAYS[:3]}  # those that need calibration
+    for _ in range(SPLITS):
+        order = rng.permutation(len(rows) // together)[:, None] * together + np.arange(together)
+        shuffled = rows[order.ravel()]
+        made = ways(shuffled[:len(calibration)].tolist())
+        for way, found in inside.items():
+            found.append(held(made[way], shuffled[len(calibration):].tolist())[0].mean())
+    return {way: float(np.mean(found)) for way, found in inside.items()}
+
+
+def table(into: Path, name: str) -> str:
+    """Of a data set: coverage and mean width, mean and standard deviation over trainings."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {way: [] for way in WAYS}
     for file in files_of_trainings(into, name):
         calibration, test = json.loads(file.read_text())
-        true = np.array([case['fields'][0] for case in test])
+        divided_anew = over_splits(calibration, test, RATERS.get(name, 1))
         for way, make in ways(calibration).items():
-            low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T
-            inside[way].append(100.0 * ((low <= true) & (true <= high)))
-            width[way].append(100 * (high - low) / true.mean())
-    return [f'| {way} | {spread(np.array(inside[way]), 1)} % | {spread(np.array(width[way]), 1)} % |' for way in WAYS]
-
-
-NOTES = {
-    ('Anterior', 'Posterior'): 'Hippocampus: the trainings of [hippocampus.md](hippocampus.md), calibrated on the 50 '
-                               'validation cases of the fold, tested on the 50 test cases.',
-    tuple(f'{objects}_objects' for objects in phantom.GRIDS):
-        f'Phantoms: the trainings of [phantom.md](phantom.md), calibrated on {CALIBRATION_IMAGES} images, tested on '
-        f'{TEST_IMAGES}, none of which was trained on; samples of one step from start 0.6, an object at a time.',
-    tuple(RATER_SETS): 'Nuclei and cells: the trainings of [nuclei.md](nuclei.md) and [cells.md](cells.md), calibrated '
-                       'on the validation images of the fold, tested on the test images, each with every rater\'s area '
-                       'as a true one: as many cases, which are not independent; samples as those of phantoms.'}
-"""Names of data -> how they were measured."""
+            found[way].append((*held(make, test), divided_anew.get(way, np.nan)))
+    lines = ['| interval | holds the true volume | divided anew | width |', '|---|---|---|---|']
+    for way, of_trainings in found.items():
+        inside, width, anew = (np.array(of) for of in zip(*of_trainings, strict=True))
+        divided_anew = '' if np.isnan(anew).any() else f'{spread(anew[:, None], 1)} %'
+        lines.append(f'| {way} | {spread(inside, 1)} % | {divided_anew} | {spread(width, 1)} % |')
+    return '\n'.join([f'## {TITLES[name]}', '', *lines])
 
 
 def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
-    names = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, posterior',
-             **{f'{objects}_objects': f'Phantom, total of {objects} objects' for objects in phantom.GRIDS}}
-    names = {name: title for name, title in {**names, **RATER_SETS}.items() if list(into.glob(f'{name}__*.json'))}
-    text = ['# Intervals of volumes: coverage and width', '',
-            '    .venv/bin/python benchmarks/intervals.py -hippocampus WORK -phantom WORK -raters WORK -o WORK', '',
-            f'Commit {commit()}. Machine: {machine()}. Three trainings each.',
-            *(note for of, note in NOTES.items() if {*of} & {*names}),
-            'Stock and blind masks in float32, chains in bfloat16 where the CPU has it. ± is the standard deviation '
-            'over trainings, all tested on the same images; by the number of these images alone, 50 or 150, a coverage '
-            'of 95 % has a standard error of 3 or 2 %. Width: mean over the mean true volume.', '']
-    for name, title in names.items():
-        text += [f'## {title}', '', '| interval | holds the true volume | width |', '|---|---|---|',
-                 *table(into, name), '']
-    file.write_text('\n'.join(text))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-hippocampus', type=Path, help='work folder of hippocampus.py')
-    parser.add_argument('-phantom', type=Path, help='work folder of phantom.py')
-    parser.add_argument('-raters', type=Path, help='work folder of raters.py, with nuclei and cells')
-    parser.add_argument('-data', help='folder that contains the sets of raters.py (or set NNUNET_PDDDPM_DATA)')
-    parser.add_argument('-o', required=True, type=Path, help='folder of the measurements; those there are kept')
-    parser.add_argument('-table', type=Path, default=results() / 'intervals.md', help='the page to write')
-    args = parser.parse_args()
-    sys.path.append(str(HERE / 'trainers'))
-    torch.set_num_threads(1)
-    measure(*(work and work.resolve() for work in (args.hippocampus, args.phantom, args.raters)), args.data, args.o)
-    write_page(args.o, args.table)
-
-
-if __name__ == '__main__':
-    main()
+    measured = [name for name in TITLES if list(into.glob(f'{name}__*.json'))]
+    write(file, 'intervals', calibration=CALIBRATION_IMAGES, test=TEST_IMAGES, splits=SPLITS,
+          tables='\n\n'.join(table(into, name) for name in measured))

@@ -1,4 +1,4 @@
-"""Seconds of prediction against stock nnU-Net's, at equal precision, with the hippocampus models of `hippocampus.py`.
+"""Seconds of prediction against stock nnU-Net's, at equal precision, with the models of the benchmark hippocampus.
 
 In turn on one machine, in one process: the preprocessed image to logits and maps, with mirroring, without files. And
 the export of a synthetic volume of 25 classes to files, which needs no model: `-export` measures and prints that alone.
@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from hippocampus import CONFIGURATION, DATASET, HERE, PDDDPM_TRAINER, STOCK_TRAINER, nnunet_environment
-from scale import DEVICE, PLANS, commit, machine, results
+from datasets.hippocampus import HIPPOCAMPUS, names
+from machine import DEVICE, PLANS, commit, machine, results
 
 OF_SAMPLES = {'mask_stock': 0.0, 'mask_blind': 0.0}
 OF_BLIND = {'mask_stock': 0.0, 'mask_blind': 1.0}
 WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    'stock `nnUNetv2_predict`': (STOCK_TRAINER, None),
-    '`nnUNetv2_predict -tr PDDDPMTrainer`, blind mask': (PDDDPM_TRAINER, None),
+    'stock `nnUNetv2_predict`': ('stock', None),
+    '`nnUNetv2_predict -tr PDDDPMTrainer`, blind mask': ('denoiser', None),
     **{f'8 samples, {steps} step{"s" if steps > 1 else ""}, {name}, all maps':
-       (PDDDPM_TRAINER, {**mask, 'samples_from': 'chain', 'start': 0.8, 'steps': steps, 'samples': 8})
+       ('denoiser', {**mask, 'samples_from': 'chain', 'start': 0.8, 'steps': steps, 'samples': 8})
        for name, mask in (('their mean as the mask', OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)}}
-"""Name -> trainer, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
+"""Name -> network, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
 CASES, REPEATS, TRAINING_STEPS = 6, 3, 12
 STEPS = ('training step of stock', 'training step of PDDDPM')
 CLASSES, GRID, IMAGE = 25, (160, 128, 128), (240, 192, 192)
@@ -49,15 +49,15 @@ def timed(device: torch.device, do: Callable[[], Any]) -> float:
 
 def predictors(work: Path) -> dict[str, Callable[[torch.Tensor], Any]]:
     """Of every way: what predicts a preprocessed image."""
-    from hippocampus_rows import open_model
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 
-    def of(trainer: str, settings: dict[str, Any] | None) -> Callable[[torch.Tensor], Any]:
+    def of(network: str, settings: dict[str, Any] | None) -> Callable[[torch.Tensor], Any]:
         if settings is None:
-            return open_model(nnUNetPredictor, work, trainer, (0,)).predict_logits_from_preprocessed_data
-        predictor = open_model(lambda **kwargs: VolumePredictor(overrides=settings, **kwargs), work, trainer, (0,))
+            opened = HIPPOCAMPUS.open(work, network, [0], nnUNetPredictor)
+            return opened.predict_logits_from_preprocessed_data
+        predictor = HIPPOCAMPUS.open(work, network, [0], VolumePredictor, overrides=settings)
         predictor.bfloat16 = False  # the same precision for all
         return lambda image: predictor.predict_volume(image, case='case', stock=False).spread.maps()
     return {name: of(*way) for name, way in WAYS.items()}
@@ -65,10 +65,10 @@ def predictors(work: Path) -> dict[str, Callable[[torch.Tensor], Any]]:
 
 def measure(work: Path, file: Path) -> None:
     """Seconds of every way, precision, repeat and case, as a file."""
-    from hippocampus_rows import cases, names_of, open_model
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-    opened = open_model(nnUNetPredictor, work, STOCK_TRAINER, (0,))
-    images = [image for _, image, _ in cases(opened, work, 'Ts', names_of(work, None)[:CASES])]
+    from volumes import cases
+    opened = HIPPOCAMPUS.open(work, 'stock', [0], nnUNetPredictor)
+    images = [image for _, image, _ in cases(opened, work, 'Ts', names(work)[:CASES])]
     device, all_ways = torch.device(DEVICE), predictors(work)
     seconds: dict[str, dict[str, list[float]]] = {}
     # nnU-Net autocasts by itself on a GPU
@@ -99,11 +99,12 @@ def training_steps(work: Path, device: torch.device, context: Callable[[], Abstr
     class PDDDPMTrainerSpeed(PDDDPMTrainer):
         """With a folder of its own."""
     os.environ['nnUNet_n_proc_DA'] = '0'
-    folder = work / 'nnUNet_preprocessed' / DATASET
+    folder = HIPPOCAMPUS.preprocessed(work)
     plans, description = (json.loads((folder / f'{name}.json').read_text()) for name in (PLANS, 'dataset'))
     trainers: dict[str, Any] = {STEPS[0]: nnUNetTrainerSpeed, STEPS[1]: PDDDPMTrainerSpeed}
     for name, kind in trainers.items():
-        trainers[name] = trainer = kind({**plans, 'continue_training': False}, CONFIGURATION, 0, description, device)
+        trainers[name] = trainer = kind({**plans, 'continue_training': False}, HIPPOCAMPUS.configuration, 0,
+                                        description, device)
         trainer.initialize()
         batch = next(trainer.get_dataloaders()[0])
         trainer.on_train_epoch_start()
@@ -190,7 +191,7 @@ def write_table(seconds: dict[str, dict[str, list[float]]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-o', help='work folder of hippocampus.py')
+    parser.add_argument('-o', help='work folder of the benchmark hippocampus')
     parser.add_argument('-export', action='store_true', help='print what export of a synthetic volume takes, no more')
     parser.add_argument('-table', default=str(results() / 'speed.md'), help='the table to write')
     args = parser.parse_args()
@@ -200,8 +201,8 @@ def main() -> None:
     if not args.o:
         parser.error('the following argument is required: -o')
     work = Path(args.o).resolve()
-    os.environ.update(nnunet_environment(work))
-    sys.path.append(str(HERE / 'trainers'))
+    os.environ.update(HIPPOCAMPUS.environment(work))
+    sys.path.append(str(Path(__file__).parent / 'trainers'))
     file = work / 'speed.json'
     if not file.is_file():
         measure(work, file)

@@ -1,6 +1,7 @@
 """Means and intervals whose unit is the training: cases within a training are averaged first."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from scipy import stats
 
 def files_of_trainings(folder: Path, name: str, ending: str = '.json') -> list[Path]:
     """Files `NAME__FOLD ENDING` of the trainings 0, 1, ..., in this order; raises ValueError if one is missing."""
-    files = list(folder.glob(f'{name}__*{ending}'))
+    pattern = re.compile(re.escape(name) + r'__\d+' + re.escape(ending))
+    files = [file for file in folder.iterdir() if pattern.fullmatch(file.name)]
     expected = [folder / f'{name}__{fold}{ending}' for fold in range(len(files))]
     if {*files} != {*expected}:
         raise ValueError(f'{folder} lacks one of {", ".join(file.name for file in expected)}.')

@@ -1,6 +1,6 @@
-"""Which case to look at first: orders of test cases with artefacts, on the trained hippocampus models.
+"""Which case to look at first: orders of test cases with artefacts, by the trained models of hippocampus and nuclei.
 
-Needs the work folder of `hippocampus.py`, of which nothing is changed.
+Needs the work folders of these benchmarks, in which nothing is changed.
 """
 from __future__ import annotations
 
@@ -8,203 +8,163 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hippocampus import HERE, nnunet_environment
-from scale import commit, machine, results
-from scipy.special import expit
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from triage_artefacts import FAMILIES
-from triage_scores import aurc, excess_aurc, failures_found, normalised_aurc, spearman
+from artefacts import FAMILIES
+from datasets.versions import CLEAN, SUBJECTS, Case, Subject, versions
+from machine import DEVICE, PLANS
+from nnunet import HERE, NUM_FOLDS
 
-from nnunet_pdddpm.inference.quality import LabelQuality
-from nnunet_pdddpm.inference.ranking import CLEAN as CLEAN_KIND
-from nnunet_pdddpm.inference.ranking import EVERY, KIND, LabelModel, Ranking, of_case, ranking_of
-
-CHANNELS = {'Anterior': 1, 'Posterior': 2}
-CLEAN = 'clean'
-FAILED = 0.8
-FIRST = (0.1, 0.2)
-RESAMPLINGS, SEED = 1000, 25
-COMPONENTS = 10
-FEWEST = 8
-"""Versions of a family below which its rank correlation says nothing."""
-TODAY, PACKAGE, FOLDS = "the probabilities' expected Dice", 'as the package does it', 'pairwise Dice of 3 stock folds'
-REGRESSION, ENTROPY, DISTANCE = 'the regression', 'mean entropy', 'Mahalanobis distance of deep features'
+STAGES = ('measure', 'table')
+POOLED_CASES = 60
+"""Training cases whose deep features are known, at most."""
 
 
-@dataclass(frozen=True)
-class Tests:
-    """Predicted versions of test cases: arrays (versions,)."""
-    dice: np.ndarray
-    cases: np.ndarray
-    families: np.ndarray
-    scores: dict[str, np.ndarray]
-    """Order -> what is the smaller the earlier a case is to be looked at."""
-    lows: np.ndarray
-    """Lower bounds of the Dice."""
+def arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Folders of the trained models."""
+    for of in SUBJECTS:
+        parser.add_argument(f'-{of}', type=Path, help=f'work folder of {of}')
 
 
-def read_tests(into: Path, ranking: Ranking, fitted_on: np.ndarray) -> Tests:
-    """All that is measured."""
-    versions = [(file.stem, key.rsplit(' ', 1)[0], of) for file in sorted((into / 'test').glob('*.json'))
-                for key, of in json.loads(file.read_text()).items()]
-    dice = np.array([np.mean([label['dice'] for label in of['labels'].values()]) for *_, of in versions])
-    judged = [ranking.judge(qualities(of)) for *_, of in versions]
-    regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], EVERY)
-                  for name, channel in CHANNELS.items()}
-    scores = {PACKAGE: np.array([low(one.low) for one in judged]),
-              REGRESSION: np.array([by_models(regression, of) for *_, of in versions]),
-              TODAY: np.array([np.mean([expit(label['features'][0]) if label['features'] else 0
-                                        for label in of['labels'].values()]) for *_, of in versions]),
-              FOLDS: np.array([np.mean([label['folds'] or 0 for label in of['labels'].values()])
-                               for *_, of in versions]),
-              ENTROPY: -np.array([of['entropy'] for *_, of in versions])}
-    if (into / 'pooled.json').is_file():
-        distance = mahalanobis(np.array(json.loads((into / 'pooled.json').read_text())))
-        scores[DISTANCE] = -distance(np.array([of['pooled'] for *_, of in versions]))
-    return Tests(dice, np.array([name for name, *_ in versions]), np.array([family for _, family, _ in versions]),
-                 scores, scores[PACKAGE])
-
-
-def low(bound: float | None) -> float:
-    """Where a case without a bound is sorted."""
-    return -1.0 if bound is None else bound
-
-
-def qualities(of: dict[str, Any]) -> dict[str, LabelQuality]:
-    """Of a measured version."""
-    return {name: LabelQuality(None if label['features'] is None else np.array(label['features']), None)
-            for name, label in of['labels'].items()}
-
-
-def by_models(models: dict[str, LabelModel], of: dict[str, Any]) -> float:
-    """Estimated Dice of a version, as a logit; it is used whether or not validation chooses it."""
-    known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
-             for name, label in qualities(of).items() if label.features is not None]
-    return float(of_case(*np.array(known).T[:, None])[0][0]) if known else -10.0
-
-
-def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Distance of features (n, F) to those of training cases: PCA, then Ledoit and Wolf's covariance."""
-    components = PCA(COMPONENTS, random_state=0).fit(training)
-    covariance = LedoitWolf().fit(components.transform(training))
-    return lambda features: covariance.mahalanobis(components.transform(features))
-
-
-def resamplings(tests: Tests) -> list[np.ndarray]:
-    """Versions of test cases drawn with replacement, all versions of a case together."""
-    rng, names = np.random.default_rng(SEED), np.unique(tests.cases)
-    rows = {name: np.flatnonzero(tests.cases == name) for name in names}
-    return [np.concatenate([rows[name] for name in rng.choice(names, len(names))]) for _ in range(RESAMPLINGS)]
-
-
-def interval(values: Sequence[float]) -> str:
-    """95 % of resampled values."""
-    first, last = np.quantile(values, [0.025, 0.975])
-    return f'({first:.3f} to {last:.3f})'
-
-
-def pooled_table(tests: Tests) -> list[str]:
-    """Lines: scores of each order over all versions, the difference to the stock folds, and whether that is a gain."""
-    lines = ['| order | AURC | excess | normalised AURC | difference to the stock folds | Spearman | failures in the '
-             'first 10 % | first 20 % |', '|---|---|---|---|---|---|---|---|']
-    draws = resamplings(tests)
-    drawn = {name: np.array([normalised_aurc(of[i], tests.dice[i]) for i in draws])
-             for name, of in tests.scores.items()}
-    of_folds = normalised_aurc(tests.scores[FOLDS], tests.dice)
-    for name, score in tests.scores.items():
-        value = normalised_aurc(score, tests.dice)
-        difference = '' if name == FOLDS else f'{value - of_folds:+.3f} {interval(drawn[name] - drawn[FOLDS])}'
-        found = ' | '.join(f'{100 * failures_found(score, tests.dice, FAILED, share):.0f} %' for share in FIRST)
-        lines.append(f'| {name} | {aurc(score, tests.dice):.4f} | {excess_aurc(score, tests.dice):.4f} | {value:.3f} '
-                     f'{interval(drawn[name])} | {difference} | {spearman(score, tests.dice):.2f} | {found} |')
-    gains = drawn[PACKAGE] - drawn[FOLDS]
-    said = 'is reached' if np.quantile(gains, 0.975) < 0 else 'is not reached'
-    return [*lines, '', f'The goal, a normalised AURC below that of the stock folds by more than its interval at a '
-                        f'third of their cost, {said}: {100 * np.mean(gains < 0):.0f} % of the resamplings are below.']
-
-
-def family_table(tests: Tests) -> list[str]:
-    """Lines: Spearman of each order in each family of which there are enough versions."""
-    lines = ['| | versions | mean Dice | below 0.8 | ' + ' | '.join(tests.scores) + ' | lower bound held |',
-             '|---|---|---|---|' + '---|' * (len(tests.scores) + 1)]
-    for family in (CLEAN, *FAMILIES):
-        here = tests.families == family
-        dice = tests.dice[here]
-        lines.append(f'| {family} | {here.sum()} | {dice.mean():.3f} | {(dice < FAILED).sum()} | '
-                     + ' | '.join(f'{spearman(of[here], dice):.2f}' if here.sum() >= FEWEST else '–'
-                                  for of in tests.scores.values())
-                     + f' | {100 * (dice >= tests.lows[here]).mean():.0f} % |')
-    return lines
-
-
-def clean_difference(tests: Tests) -> str:
-    """Spearman of the package's order less today's, on the images as they are."""
-    def better(i: np.ndarray) -> float:
-        i = i[tests.families[i] == CLEAN]
-        return spearman(tests.scores[PACKAGE][i], tests.dice[i]) - spearman(tests.scores[TODAY][i], tests.dice[i])
-    return f'{better(np.arange(len(tests.dice))):+.3f} {interval([better(i) for i in resamplings(tests)])}'
-
-
-def write_page(into: Path, file: Path) -> None:
-    """Of what is measured."""
-    fitted_on = np.array(json.loads((into / 'fit.json').read_text()))
-    ranking = ranking_of(fitted_on, CHANNELS)
-    tests = read_tests(into, ranking, fitted_on)
-    kinds = fitted_on[..., KIND].max(1)
-    held = 100 * (tests.dice >= tests.lows).mean()
-    text = ['# Which case to look at first', '',
-            '    .venv/bin/python benchmarks/triage.py -hippocampus WORK -o WORK', '',
-            f'Commit {commit()}. Machine: {machine()}. The hippocampus models of [hippocampus.md](hippocampus.md), '
-            f'fold 0: one training. All without mirroring, so that {len(tests.dice)} versions of '
-            f'{len(np.unique(tests.cases))} test cases could be predicted: each as it is, '
-            f'and with some of {len(FAMILIES)} families of artefacts; families and three strengths take turns. They '
-            f'are made on the raw images, in other forms than those that the package fits on '
-            f'(`benchmarks/triage_artefacts.py`, `nnunet_pdddpm/tuning/artefacts.py`). Every order is of the same '
-            f'masks, those of PDDDPM, and judged by their Dice, the mean over two labels. Intervals: 95 %, bootstrap '
-            f'over cases with all their versions together. The regression\'s penalty was chosen on the validation rows '
-            f'of this training, and one of its features was exchanged after 20 versions of two of these test cases had '
-            f'been seen: its row is no fair test.', '',
-            f'What the package says after validation on {(kinds == CLEAN_KIND).sum()} cases and '
-            f'{(kinds > CLEAN_KIND).sum()} copies: "{ranking.words()}"', '',
-            'Normalised AURC: 0 is the best order, 1 one at random. The regression is shown whether or not validation '
-            'chose it. Failures: Dice below 0.8.', '', '## All versions together', '', *pooled_table(tests), '',
-            f'The lower bound is to hold in 90 % of the versions and held in {held:.0f} %.', '',
-            '## Spearman by family', '', *family_table(tests), '',
-            f"On the images as they are, the package's order less that of the probabilities' expected Dice: "
-            f'{clean_difference(tests)}.', '']
-    file.write_text('\n'.join(text))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-hippocampus', type=Path, required=True, help='work folder of hippocampus.py')
-    parser.add_argument('-o', type=Path, required=True, help='folder of the measurements; those there are kept')
-    parser.add_argument('-cases', type=int, default=50, help='test cases (default %(default)s)')
-    parser.add_argument('-rounds', type=int, default=2, help='artefacts of each case, up to 27 (default %(default)s)')
-    parser.add_argument('-table', type=Path, default=results() / 'triage.md', help='the page to write')
-    parser.add_argument('--stages', nargs='+', choices=('measure', 'table'), default=['measure', 'table'])
-    args = parser.parse_args()
-    work, into = args.hippocampus.resolve(), args.o.resolve()
-    os.environ.update(nnunet_environment(work))
-    sys.path.append(str(HERE / 'trainers'))
+def run(name: str, args: argparse.Namespace) -> None:
+    """The stages that are asked for."""
+    into = Path(args.o).resolve()
     torch.set_num_threads(1)
-    if 'measure' in args.stages:
-        from triage_rows import measure_pooled, measure_tests, measure_validation  # reads nnU-Net's folders
-        into.mkdir(parents=True, exist_ok=True)
-        measure_validation(work, into)
-        measure_pooled(work, into)
-        measure_tests(work, into, args.cases, args.rounds)
+    for subject in SUBJECTS.values() if 'measure' in args.stages else ():
+        if (work := getattr(args, subject.name)) is not None:
+            for fold in args.folds:
+                measure(subject, work.resolve(), args.data, fold, into / f'{subject.name}__{fold}')
     if 'table' in args.stages:
-        write_page(into, args.table)
+        from triage_page import write_page
+        write_page(into, args.page)
 
 
-if __name__ == '__main__':
-    main()
+def measure(of: Subject, work: Path, data: str | None, fold: int, into: Path) -> None:
+    """All that is known of the validation cases, of training cases, and of the versions of the test cases."""
+    os.environ.update(of.dataset.environment(work))
+    sys.path.append(str(HERE / 'trainers'))
+    (into / 'test').mkdir(parents=True, exist_ok=True)
+    models = Models(of, work, fold)
+    measure_validation(models, into / 'fit.json')
+    measure_pooled(models, into / 'pooled.json')
+    measure_tests(models, data, into / 'test')
+
+
+class Models:
+    """The PDDDPM model of a fold, which holds that of stock, and the other folds of stock; without mirroring."""
+
+    def __init__(self, of: Subject, work: Path, fold: int) -> None:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        from nnunet_pdddpm.tuning.calibration import open_for_calibration
+        self.of, self.work, self.fold = of, work, fold
+        self.predictor = open_for_calibration(of.dataset.model(work, 'denoiser'), fold, torch.device(DEVICE),
+                                              'checkpoint_final.pth')
+        self.stock = [of.dataset.open(work, 'stock', [other], nnUNetPredictor)
+                      for other in range(NUM_FOLDS) if other != fold]
+        for model in (self.predictor, *self.stock):
+            model.use_mirroring = False
+
+    def trainer(self) -> Any:
+        """Of the fold."""
+        from nnunetv2.run.run_training import get_trainer_from_args
+        of = self.of.dataset
+        return get_trainer_from_args(of.title, of.configuration, self.fold, of.trainer('denoiser'), PLANS,
+                                     device=torch.device(DEVICE))
+
+
+def measure_validation(models: Models, file: Path) -> None:
+    """Rows that the order is fitted on, as training makes them."""
+    from nnunet_pdddpm.tuning.calibration import measure as measure_cases
+    from nnunet_pdddpm.tuning.cases import ValidationCases
+    if not file.is_file():
+        cases = ValidationCases(models.trainer())
+        file.write_text(json.dumps(measure_cases(models.predictor, cases, cases.names).quality.tolist()))
+
+
+@torch.inference_mode()
+def measure_pooled(models: Models, file: Path) -> None:
+    """Deep features of training cases."""
+    if file.is_file():
+        return
+    predictor, trainer = models.predictor, models.trainer()
+    trainer.do_split()  # which finds out how the cases are stored
+    train = models.of.dataset.splits(models.work)[models.fold]['train'][:POOLED_CASES]
+    dataset, found = trainer.dataset_class(trainer.preprocessed_dataset_folder, train, None), []
+    predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
+    for name in dataset.identifiers:
+        with Pooled(predictor) as pooled, predictor.presegmenting(False):
+            predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(dataset.load_case(name)[0][:])))
+        found.append(pooled.mean())
+    file.write_text(json.dumps(found))
+
+
+class Pooled:
+    """Within it: the stock model's deepest features, averaged over each tile."""
+
+    def __init__(self, predictor: Any) -> None:
+        self.encoder, self.tiles = predictor.refiner.presegmenter.encoder, []
+
+    def __enter__(self) -> Pooled:
+        self.hook = self.encoder.register_forward_hook(lambda module, inputs, skips: self.tiles.append(
+            skips[-1].float().mean((0, *range(2, skips[-1].ndim)))))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hook.remove()
+
+    def mean(self) -> list[float]:
+        """Over tiles."""
+        return torch.stack(self.tiles).mean(0).tolist()
+
+
+@torch.inference_mode()
+def measure_tests(models: Models, data: str | None, into: Path) -> None:
+    """What is known of the test cases' versions, a file for each case; versions that are there are left alone."""
+    for number, case in enumerate(models.of.tests(models.work, data, models.predictor)):
+        file = into / f'{case[0]}.json'
+        found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        for family, strength in versions(number, models.of.rounds):
+            if (key := f'{family} {strength}') not in found:
+                found[key] = measure_version(models, case, number, family, strength)
+                file.write_text(json.dumps(found))
+
+
+def measure_version(models: Models, case: Case, number: int, family: str, strength: int) -> dict[str, Any]:
+    """Of one image: Dice and features of each label, mean entropy, the stock folds' Dice, deep features."""
+    from nnunet_pdddpm.inference.quality import pairwise_dice
+    predictor, (name, image, truth, properties) = models.predictor, case
+    if family != CLEAN:
+        rng = np.random.default_rng([number, list(FAMILIES).index(family), strength])
+        bad = FAMILIES[family](image[0].squeeze().astype(np.float64), strength, rng)
+        image = bad.reshape(image.shape).astype(np.float32)
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    pixels, labels, _ = preprocessor.run_case_npy(image, truth, {**properties}, predictor.plans_manager,
+                                                  predictor.configuration_manager, predictor.dataset_json)
+    preprocessed = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
+    with Pooled(predictor) as pooled:
+        prediction = predictor.predict_volume(preprocessed, case=name)
+    mask, own = prediction.logits.argmax(0).numpy(), prediction.presegmentation
+    assert own is not None
+    masks = [logits.argmax(0).numpy() for logits in (own.float(), *(
+        model.predict_logits_from_preprocessed_data(preprocessed) for model in models.stock))]
+    return {'labels': {label: {
+        'dice': dice(mask == value, labels[0] == value, truth[0] == value),
+        'features': features(prediction.quality[label].features),
+        'folds': pairwise_dice([m == value for m in masks])} for label, value in models.of.labels.items()},
+        'entropy': float(prediction.spread.maps()['uncertainty'].mean()), 'pooled': pooled.mean()}
+
+
+def features(of: np.ndarray | None) -> Sequence[float] | None:
+    """As JSON has them."""
+    return None if of is None else of.tolist()
+
+
+def dice(mask: np.ndarray, cropped: np.ndarray, truth: np.ndarray) -> float:
+    """Of a mask and the truth, in the network's grid and whole: voxels are as large in both."""
+    size = mask.sum() + truth.sum()
+    return 2 * float((mask & cropped).sum()) / float(size) if size else 1.0

@@ -32,6 +32,7 @@ def test_fewer_than_three_trainings_have_no_interval_and_others_are_not_paired()
 def test_the_trainings_of_a_row_are_in_order_and_none_is_missing(tmp_path):
     for fold in range(11):
         (tmp_path / f'row__{fold}.json').touch()
+        (tmp_path / f'row__longer__{fold}.json').touch()
     assert [file.name for file in files_of_trainings(tmp_path, 'row')][8:] == ['row__8.json', 'row__9.json',
                                                                               'row__10.json']
     (tmp_path / 'row__3.json').unlink()

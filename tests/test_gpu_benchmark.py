@@ -37,13 +37,13 @@ def dry_run(gpu, tmp_path_factory):
     arguments = ['-o', str(root / 'gpu.json'), '-work', str(root / 'work'), '-device', 'cpu', '-scale', 'tiny',
                  '-minutes', '60', '-commit', 'abc1234', '--stages']
 
-    def in_process(work, *command, **variables):
+    def in_process(dataset, work, *command, **variables):
         with patch.dict(os.environ, nnUNet_n_proc_DA='1'):  # the planner takes it for its number of threads
             succeed_in_process(*command)
     with in_this_process():
-        import hippocampus
+        from nnunet import Dataset
         one = f'{gpu.TESTS}::test_nnunets_own_predictor_gives_the_blind_mask_as_on_a_cpu'
-        with patch.object(hippocampus, 'call', in_process), patch.object(gpu, 'TESTS', one):
+        with patch.object(Dataset, 'call', in_process), patch.object(gpu, 'TESTS', one):
             gpu.main([*arguments, *gpu.STAGES])
     return root / 'gpu.json', arguments
 

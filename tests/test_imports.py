@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import nnunet_pdddpm
 
@@ -19,15 +22,15 @@ MAY_USE = {'diffusion': set(), 'network': {'diffusion'}, 'evaluation': set(), 'i
 """Package -> those that it may import, beside the modules of BASE."""
 
 
-def imported(file: Path) -> set[str]:
-    """Modules of this package that a file imports anywhere in it."""
+def imported(file: Path, modules: Iterable[str] = MODULES) -> set[str]:
+    """Those of the modules that a file imports anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('nnunet_pdddpm'):
-            found |= {node.module, *(f'{node.module}.{name.name}' for name in node.names)} & MODULES.keys()
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f'{node.module}.{name.name}' for name in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names if name.name in MODULES}
-    return found
+            found |= {name.name for name in node.names}
+    return found & {*modules}
 
 
 def test_the_arrows_between_packages():
@@ -43,3 +46,13 @@ def test_no_module_imports_another_in_a_circle():
     graph = {module: imported(file) - {module} for module, file in MODULES.items()}
     assert len(graph) > 50 and sum(map(len, graph.values())) > 100
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_benchmark_imports_another_in_a_circle():
+    folder = Path(__file__).parent.parent / 'benchmarks'
+    if not folder.is_dir():
+        pytest.skip('the benchmarks are not beside the tests')
+    files = {'.'.join(file.relative_to(folder).with_suffix('').parts): file for file in folder.rglob('*.py')}
+    graph = {module: imported(file, files) - {module} for module, file in files.items()}
+    assert len(graph) > 10 and sum(map(len, graph.values())) > 20
+    TopologicalSorter(graph).prepare()

@@ -20,12 +20,12 @@ def module(name: str) -> ModuleType:
 
 @pytest.fixture(scope='module')
 def scores() -> ModuleType:
-    return module('triage_scores')
+    return module('orders')
 
 
 @pytest.fixture(scope='module')
 def artefacts() -> ModuleType:
-    return module('triage_artefacts')
+    return module('artefacts')
 
 
 DICE = np.array([0.9, 0.6, 0.8, 0.5])
@@ -56,9 +56,10 @@ def test_ranks_and_failures_by_hand(scores):
     assert scores.failures_found(-DICE, DICE, 0.7, 0.5) == 0
 
 
-def test_every_family_changes_an_image_more_with_its_strength_and_keeps_its_shape(artefacts):
-    image = np.random.default_rng(0).gamma(4, 50, (12, 20, 16))
-    image[4:8, 6:14, 5:11] += 300
+@pytest.mark.parametrize('shape', [(12, 20, 16), (40, 32)])
+def test_every_family_changes_an_image_more_with_its_strength_and_keeps_its_shape(artefacts, shape):
+    image = np.random.default_rng(0).gamma(4, 50, shape)
+    image[tuple(slice(n // 3, n // 3 * 2) for n in shape)] += 300
     for name, make in artefacts.FAMILIES.items():
         made = [make(image, strength, np.random.default_rng(1)) for strength in range(artefacts.STRENGTHS)]
         for of in made:

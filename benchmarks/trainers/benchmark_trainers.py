@@ -1,36 +1,39 @@
 """Short trainers for the benchmarks, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
 
-On a CPU with instructions for bfloat16 all use autocast (nnU-Net trains in fp32 there), which halves the time of an
-iteration. 250 iterations an epoch, as nnU-Net has them: ten epochs of stock training; four of refinement; and, as the
-control, the stock model trained for those four epochs more. On a GPU (BENCHMARK_DEVICE=cuda) there are 25 times as many
-epochs. Validation is left out, since the benchmark measures on its own cases.
+The environment variables `benchmark_epochs` and `benchmark_iterations` (of an epoch) say how long they train. On a CPU
+with instructions for bfloat16 all use autocast (nnU-Net trains in fp32 there), which halves the time of an iteration.
+Validation is left out: the benchmarks measure on cases of their own.
+
+A family has, under its name, stock nnU-Net, the control (the trained stock model, trained on for as many iterations as
+the denoiser), the denoiser, and a second network without diffusion.
 """
 import os
-from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from ssn import StochasticSegmentationTraining
 
 from nnunet_pdddpm.cpu import cpu_has_bfloat16
+from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
-from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 
-LONGER = 25 if os.environ.get('BENCHMARK_DEVICE', 'cpu') != 'cpu' else 1
+SQUARE = 64
 
 
-class ShortCPUTraining:
+class ShortTraining:
     """Mixin: see the module's docstring."""
-
-    epochs = 4 * LONGER
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = self.epochs
-        self.num_val_iterations_per_epoch = 10
+        self.num_epochs = int(os.environ.get('benchmark_epochs', 1))
+        self.num_iterations_per_epoch = int(os.environ.get('benchmark_iterations', 250))
+        self.num_val_iterations_per_epoch = 1
         self.tuning_share = 0  # the benchmarks name their settings
+        self.logger.plot_progress_png = lambda output_folder: None  # would take a seventh of the time
 
     def train_step(self, batch: dict) -> dict:
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu' and cpu_has_bfloat16()):
@@ -40,56 +43,44 @@ class ShortCPUTraining:
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=self.device.type == 'cpu' and cpu_has_bfloat16()):
             return super().validation_step(batch)
 
+    def save_checkpoint(self, filename: str) -> None:
+        if not filename.endswith('checkpoint_best.pth'):  # nothing uses it
+            super().save_checkpoint(filename)
+
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         pass
 
 
-class nnUNetTrainerBenchmark(ShortCPUTraining, nnUNetTrainer):
-    epochs = 10 * LONGER
+class OneThread:
+    """Mixin: one thread, and the fold as the seed: trainings of a fold see the same patches in the same order.
 
-
-class nnUNetTrainerBenchmarkLonger(ShortCPUTraining, nnUNetTrainer):
-    """The control: the trained stock model of the fold, trained on with a new learning rate schedule."""
-
-    def initialize(self):
-        super().initialize()
-        context = TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
-        self.network.load_state_dict(context.stock_checkpoint(self.fold)['network_weights'])
-
-
-class SeededEpochs:
-    """Mixin: data drawn alike in every run. Needs `nnUNet_n_proc_DA=0`: data workers have seeds of their own."""
-
-    seed = 0
-
-    def initialize(self):
-        torch.manual_seed(1000 * self.seed)
-        super().initialize()
-
-    def on_epoch_start(self):
-        np.random.seed(1000 * self.seed + self.current_epoch)
-        torch.manual_seed(1000 * self.seed + self.current_epoch)
-        super().on_epoch_start()
-
-
-class OneThread(SeededEpochs):
-    """Mixin: one thread, and the fold as the seed: trainings of a fold see the same patches in the same order."""
-
-    iterations = 250
+    Needs `nnUNet_n_proc_DA=0`: data workers have seeds of their own.
+    """
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = self.iterations
-        self.num_val_iterations_per_epoch = 1
-        self.seed = fold
         if isinstance(self, PDDDPMTrainer):
             self.noise_seed += fold
 
     def initialize(self):
         torch.set_num_threads(1)
-        self.logger.plot_progress_png = lambda output_folder: None  # would take a seventh of the time
+        torch.manual_seed(1000 * self.fold)
         super().initialize()
+
+    def on_epoch_start(self):
+        np.random.seed(1000 * self.fold + self.current_epoch)
+        torch.manual_seed(1000 * self.fold + self.current_epoch)
+        super().on_epoch_start()
+
+
+class FromStock:
+    """Mixin: the trained stock model of the fold, trained on with a new learning rate schedule."""
+
+    def initialize(self):
+        super().initialize()
+        context = TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
+        self.network.load_state_dict(context.stock_checkpoint(self.fold)['network_weights'])
 
 
 class NoDiffusion:
@@ -109,25 +100,36 @@ class NoDiffusion:
         pass
 
 
-class PDDDPMTrainerBenchmark(ShortCPUTraining, PDDDPMTrainer):
-    """The default."""
+def shared_noise(white: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """White noise (B, C, Y, X), of whose variance a fifth is given to a number for the whole image, and a fifth to one
+    for each square of SQUARE pixels."""
+    *many, height, width = white.shape
+    squares = torch.randn((*many, -(-height // SQUARE), -(-width // SQUARE)), generator=generator)
+    squares = squares.repeat_interleave(SQUARE, -2).repeat_interleave(SQUARE, -1)[..., :height, :width]
+    constant = torch.randn((*many, 1, 1), generator=generator)
+    return 0.6 ** 0.5 * white + 0.2 ** 0.5 * (squares + constant).to(white.device)
 
 
-class PDDDPMTrainerBenchmarkSecond(NoDiffusion, PDDDPMTrainerBenchmark):
-    pass
+class SharedNoise:
+    """Mixin: with noise that is shared over the image in part."""
+
+    def make_noisy_batch(self, image, target):
+        def q(x0, log_snr, noise):
+            return q_sample(x0, log_snr, shared_noise(noise, self.level_generator))
+        with patch('nnunet_pdddpm.training.trainer.q_sample', q):
+            return super().make_noisy_batch(image, target)
 
 
-class PaperCPUTraining(ShortCPUTraining):
-    """Mixin: the published method, from scratch as there, for as many iterations as the others. Two steps in training's
-    own validation, which nothing here depends on: 1,500 network calls would take longer than the training."""
-
-    def validation_step(self, batch: dict) -> dict:
-        settings, self.refiner.settings = self.refiner.settings, replace(self.refiner.settings, steps=2, mask_samples=1)
-        try:
-            return super().validation_step(batch)
-        finally:
-            self.refiner.settings = settings
+def add(name: str, *bases: type) -> None:
+    """A trainer that nnU-Net finds by its name."""
+    globals()[name] = type(name, bases, {'__module__': __name__})
 
 
-class PDDDPMTrainerBenchmarkPaper(PaperCPUTraining, PDDDPMTrainerPaper):
-    pass
+for family, *mixins in (('Benchmark', ShortTraining), ('GPU', ShortTraining), ('Phantom', OneThread, ShortTraining),
+                        ('Raters', OneThread, ShortTraining)):
+    add(f'nnUNetTrainer{family}', *mixins, nnUNetTrainer)
+    add(f'nnUNetTrainer{family}Longer', *mixins, FromStock, nnUNetTrainer)
+    add(f'nnUNetTrainer{family}SSN', *mixins, StochasticSegmentationTraining, nnUNetTrainer)
+    add(f'PDDDPMTrainer{family}', *mixins, PDDDPMTrainer)
+    add(f'PDDDPMTrainer{family}Second', NoDiffusion, *mixins, PDDDPMTrainer)
+    add(f'PDDDPMTrainer{family}SharedNoise', SharedNoise, *mixins, PDDDPMTrainer)

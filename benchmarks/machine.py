@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -18,8 +17,6 @@ FULL = DEVICE != 'cpu'
 PLANS = 'nnUNetPlans' if FULL else 'nnUNetPlansReduced'
 PLANS_IN_WORDS = 'Full plans' if FULL else 'Reduced plans'
 AUTOCAST = "nnU-Net's autocast" if FULL else 'bf16 autocast' if cpu_has_bfloat16() else 'fp32'
-SECONDS = 'seconds' if FULL else 'CPU seconds'
-seconds_now = time.perf_counter if FULL else time.process_time
 
 if FULL and not torch.cuda.is_available():
     sys.exit(f'BENCHMARK_DEVICE={DEVICE}, but torch finds no GPU: unset it to run the reduced benchmarks on the CPU.')

@@ -1,71 +1,19 @@
-"""Trainers of `raters.py`, found by nnU-Net through `nnUNet_extTrainer=benchmarks/trainers`.
-
-The environment variable `benchmark_iterations` says how many iterations, in two epochs. One thread and fixed seeds.
-"""
-import os
-from unittest.mock import patch
-
+"""Stochastic segmentation networks (Monteiro et al. 2020, arXiv 2006.06015), a baseline of the benchmarks."""
 import torch
-from benchmark_trainers import NoDiffusion, OneThread, ShortCPUTraining, nnUNetTrainerBenchmarkLonger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
-from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 
-RANK, SQUARE = 10, 64
-
-
-class Raters(OneThread, ShortCPUTraining):
-    """Mixin: see the module's docstring."""
-
-    epochs = 2
-    iterations = int(os.environ.get('benchmark_iterations', 2)) // epochs
-
-
-class nnUNetTrainerRaters(Raters, nnUNetTrainer):
-    """Stock."""
-
-
-class nnUNetTrainerRatersLonger(Raters, nnUNetTrainerBenchmarkLonger):
-    """The control: the trained stock model of the fold, trained on."""
-
-
-class PDDDPMTrainerRaters(Raters, PDDDPMTrainer):
-    """The default."""
-
-
-class PDDDPMTrainerRatersSecond(NoDiffusion, PDDDPMTrainerRaters):
-    """The second network without diffusion, trained with cross-entropy alone."""
-
-
-def shared_noise(white: Tensor, generator: torch.Generator) -> Tensor:
-    """White noise (B, C, Y, X), of whose variance a fifth is given to a number for the whole image, and a fifth to one
-    for each square of SQUARE pixels."""
-    *many, height, width = white.shape
-    squares = torch.randn((*many, -(-height // SQUARE), -(-width // SQUARE)), generator=generator)
-    squares = squares.repeat_interleave(SQUARE, -2).repeat_interleave(SQUARE, -1)[..., :height, :width]
-    constant = torch.randn((*many, 1, 1), generator=generator)
-    return 0.6 ** 0.5 * white + 0.2 ** 0.5 * (squares + constant).to(white.device)
-
-
-class PDDDPMTrainerRatersSharedNoise(PDDDPMTrainerRaters):
-    """With noise that is shared over the image in part: see `shared_noise`."""
-
-    def make_noisy_batch(self, image, target):
-        def q(x0, log_snr, noise):
-            return q_sample(x0, log_snr, shared_noise(noise, self.level_generator))
-        with patch('nnunet_pdddpm.training.trainer.q_sample', q):
-            return super().make_noisy_batch(image, target)
+RANK = 10
 
 
 class StochasticSegmentation(nn.Module):
-    """Mean logits, a factor of low rank and a diagonal of the logits' covariance, by one network of the plan
-    (Monteiro et al. 2020, arXiv 2006.06015)."""
+    """Mean logits, a factor of low rank and a diagonal of the logits' covariance, by one network of the plan."""
 
     def __init__(self, unet: nn.Module, num_classes: int):
         super().__init__()
@@ -106,8 +54,8 @@ class StochasticLoss(nn.Module):
             return -(torch.logsumexp(likelihood, 0) - torch.log(torch.tensor(20.0))).mean() / target.shape[1]
 
 
-class nnUNetTrainerRatersSSN(Raters, nnUNetTrainer):
-    """Stochastic segmentation network of rank 10: from stock's weights, with the denoiser's optimiser, learning rates
+class StochasticSegmentationTraining:
+    """Mixin: a network of rank 10, from stock's weights, with the denoiser's optimiser, learning rates
     and averaged weights."""
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
@@ -140,7 +88,6 @@ class nnUNetTrainerRatersSSN(Raters, nnUNetTrainer):
 
     def initialize(self):
         super().initialize()
-        from nnunet_pdddpm.training.presegmenters import TrainingContext
         context = TrainingContext(self.plans_manager.plans, self.configuration_name, self.dataset_json)
         stock, own = context.stock_checkpoint(self.fold)['network_weights'], self.network.unet.state_dict()
         for name, values in own.items():

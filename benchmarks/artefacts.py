@@ -1,4 +1,4 @@
-"""What makes test images of `triage.py` bad: raw ones, and in other forms than the artefacts that are fitted on."""
+"""What makes test images of `triage.py` bad, 2D and 3D: raw ones, and in other forms than the artefacts fitted on."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -61,8 +61,10 @@ def motion(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarray
 
 def bursts(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarray:
     """Stripes of two standard deviations, other ones in each of 30, 60 and 100 % of the slices."""
-    found, (y, z) = x.copy(), np.meshgrid(*(np.arange(n) / n for n in x.shape[1:]), indexing='ij')
-    for plane in found:
+    found = x.copy()
+    slices = found if x.ndim == 3 else found[:, None]  # rows of a 2D image
+    y, z = np.meshgrid(*(np.arange(n) / n for n in slices.shape[1:]), indexing='ij')
+    for plane in slices:
         if rng.random() < (0.3, 0.6, 1.0)[strength]:
             a, b = rng.integers(3, 12, 2)
             plane += 2 * x.std() * np.cos(2 * np.pi * (a * y + b * z + rng.random()))

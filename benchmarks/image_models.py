@@ -1,0 +1,226 @@
+"""Ways to draw masks of 2D images: the rows of `rows.toml`, and the trained networks that draw them."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import tomllib
+import torch
+from datasets.images import Image, ImageSet
+from image_scores import energy_of_parts
+from nnunet import NUM_FOLDS
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+
+from nnunet_pdddpm.diffusion.drawing import drawn_mask
+from nnunet_pdddpm.inference import volume as volume_module
+from nnunet_pdddpm.inference.volume import Volume
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.inference.volume_sampling import Field, volume_noise
+from nnunet_pdddpm.network.refiner import stored_settings
+from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.tuning.sweep import DEPENDENCES
+from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
+
+DRAWS = 16
+"""Of which the mean probability of chains and of the SSN is; the first of them are the samples."""
+BLIND = ('second', 'blind')
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to draw masks: see `rows.toml`."""
+    title: str
+    map: str | None = None
+    network: str = 'denoiser'
+    temperature: bool = True
+    dependence: float | str = 1.0
+    start: float = 0.6
+    steps: int = 1
+    start_mask: str = 'drawn'
+    redraw: int = 1
+    one_size: bool = False
+
+    @property
+    def calls(self) -> str:
+        """Of a network beside the stock model, for a sample."""
+        if self.map is not None:
+            return str(int(self.map not in ('stock', 'ensemble')))
+        return {'tuned': '', 'ssn': '1'}.get(self.network, str(self.steps))
+
+    @property
+    def name(self) -> str:
+        """In the names of files."""
+        return ''.join(c if c.isalnum() else '_' for c in self.title)
+
+
+def rows(kind: str) -> tuple[list[Row], str]:
+    """Of `phantom` or `raters`, and the title of the row that the others are compared with."""
+    of = tomllib.loads((Path(__file__).parent / 'rows.toml').read_text())[kind]
+    return [Row(**row) for row in of['rows']], of['base']
+
+
+class Models:
+    """The networks of one training, and what is fitted on its validation images."""
+
+    def __init__(self, of: ImageSet, work: Path, fold: int, validation: Sequence[Image]) -> None:
+        self.of, self.work, self.fold, self.validation = of, work, fold, validation
+        self._weights = cache(lambda network, fold: of.dataset.weights(work, network, fold))
+        self.predictor, self.temperature = cache(self._open), cache(self._fit_temperature)
+        self.dependence, self.temperature_of_ssn = cache(self._fit_dependence), cache(self._fit_temperature_of_ssn)
+        self._maps: dict[tuple[str, bytes], Tensor] = {}
+
+    def _open(self, network: str) -> VolumePredictor:
+        """`tuned`: with the mirroring and tiles that the denoiser was tuned with."""
+        tuned = network == 'tuned'
+        predictor = self.of.dataset.open(self.work, 'denoiser' if tuned else network, [self.fold], VolumePredictor,
+                                         use_mirroring=tuned)
+        predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
+        if self.of.whole and not tuned:
+            shapes = [image.pixels.shape for image in self.validation]
+            predictor.configuration_manager.configuration['patch_size'] = [max(of) for of in zip(*shapes, strict=True)]
+        return predictor
+
+    def opened(self, image: Image, network: str = 'denoiser') -> Volume:
+        """An image as nnU-Net preprocesses it (z-scores), pre-segmented."""
+        pixels = image.pixels.astype(np.float32)
+        predictor = self.predictor(network)
+        volume = Volume(predictor, torch.from_numpy(((pixels - pixels.mean()) / pixels.std())[None, None]),
+                        torch.device('cpu'))
+        volume.start_fold()
+        return volume
+
+    def map(self, name: str, image: Image) -> Tensor:
+        """Logits (C, 1, Y, X), padded, of an image."""
+        key = name, image.pixels.tobytes()
+        if key not in self._maps:
+            self._maps[key] = self._map(name, image)
+        return self._maps[key]
+
+    def _map(self, name: str, image: Image) -> Tensor:
+        if name in BLIND:
+            return self.opened(image, 'second' if name == 'second' else 'denoiser').blind().float()
+        predictor = self.predictor('denoiser')
+        own, probabilities = predictor.list_of_parameters[0], []
+        for fold in range(NUM_FOLDS) if name == 'ensemble' else [self.fold]:
+            weights = self._weights('longer' if name == 'longer' else 'stock', fold)
+            predictor.refiner.presegmenter.load_state_dict(weights)
+            probabilities.append(self.opened(image).stock_logits.float().softmax(0))
+        predictor.refiner.load_state_dict(own)
+        return torch.stack(probabilities).mean(0).clamp(1e-12).log()
+
+    def _fit_temperature(self, name: str) -> float:
+        """That of stock for the ensemble, of which two networks have seen the validation images."""
+        of_images = []
+        for image in self.validation:
+            z = self.map('stock' if name == 'ensemble' else name, image)
+            z, share = inner(z[1, 0] - z[0, 0], image), torch.from_numpy(image.masks.mean(0)).float()
+            of_images.append(np.array([float(binary_cross_entropy_with_logits(z / t, share)) for t in GRID]))
+        return fit_temperature(of_images)
+
+    def expected(self, image: Image) -> np.ndarray:
+        """Stock probabilities (Y, X) under their temperature."""
+        return inner((self.map('stock', image) / self.temperature('stock')).softmax(0)[1, 0].numpy(), image)
+
+    def settings(self, row: Row) -> SamplingSettings:
+        """Fitted as the row says."""
+        if row.network == 'tuned':
+            return stored_settings(self.predictor('denoiser').list_of_parameters[0])
+        temperature = self.temperature(row.map or 'stock') if row.temperature else 1.0
+        dependence = self.dependence(row) if row.dependence == 'fitted' else float(row.dependence)
+        return SamplingSettings(samples_from='chain' if row.map is None else 'stock', temperature=temperature,
+                                blind_temperature=self.temperature('blind'), dependence=dependence, start=row.start,
+                                steps=row.steps, start_mask=row.start_mask, redraw=row.redraw)
+
+    def _fit_dependence(self, row: Row) -> float:
+        """That with the lowest energy score of the parts' areas."""
+        settings = self.settings(replace(row, dependence=1.0))
+
+        def energy(dependence: float) -> float:
+            drawn = [self.draw(image, row, replace(settings, dependence=dependence), self.of.samples)[0]
+                     for image in self.validation]
+            return float(np.mean([energy_of_parts(image, masks, self.expected(image))
+                                  for image, masks in zip(self.validation, drawn, strict=True)]))
+        return min(DEPENDENCES, key=energy)
+
+    def samples(self, image: Image, row: Row, settings: SamplingSettings) -> tuple[np.ndarray, np.ndarray]:
+        """Independent masks (n, Y, X) bool, and their mean probability (Y, X): exact where they are of a map."""
+        exact = row.map is not None or row.network != 'ssn' and settings.samples_from != 'chain'
+        masks, mean = self.draw(image, row, settings, self.of.samples if exact else max(self.of.samples, DRAWS))
+        return masks[:self.of.samples], mean
+
+    def draw(self, image: Image, row: Row, settings: SamplingSettings, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """So many."""
+        if row.network == 'ssn':
+            logits = self._logits_of_ssn(image, number) / (self.temperature_of_ssn() if row.temperature else 1.0)
+            return (inner((logits[:, 1] > logits[:, 0]).numpy(), image),
+                    inner(logits.softmax(1)[:, 1].mean(0).double().numpy(), image))
+        volume = self.opened(image, row.network)
+        if row.map is not None:
+            volume.stock_logits = volume._start_logits = self.map(row.map, image)
+        shared = row.network == 'shared'
+        with patch.object(volume_module, 'volume_noise', _shared_noise) if shared else nullcontext():
+            masks, mean = drawn(volume, settings.for_case(image.name), number)
+        return inner(masks, image), inner(mean, image)
+
+    def _logits_of_ssn(self, image: Image, number: int) -> Tensor:
+        padded = self.opened(image).image[None, :, 0]
+        torch.manual_seed(int.from_bytes(hashlib.blake2s(image.name.encode(), digest_size=4).digest(), 'big'))
+        self.ssn.train()  # it then gives all that the distribution is made of
+        return self.ssn.distribution(self.ssn(padded)).sample((number,)).reshape(number, 2, *padded.shape[2:])
+
+    def _fit_temperature_of_ssn(self) -> float:
+        of_images = []
+        for image in self.validation:
+            logits, share = self._logits_of_ssn(image, DRAWS), torch.from_numpy(image.masks.mean(0)).float()
+            means = (inner((logits / t).softmax(1)[:, 1].mean(0), image).clamp(1e-6, 1 - 1e-6) for t in GRID)
+            of_images.append(np.array([float(binary_cross_entropy(mean, share)) for mean in means]))
+        return fit_temperature(of_images)
+
+    @cached_property
+    def ssn(self) -> torch.nn.Module:
+        """Stochastic segmentation network."""
+        from ssn import StochasticSegmentationTraining
+        predictor = self.predictor('denoiser')
+        network = StochasticSegmentationTraining.build_network_architecture(
+            predictor.plans_manager, predictor.configuration_manager, 1, 2, False)
+        network.load_state_dict(self._weights('ssn', self.fold))
+        return network
+
+
+@torch.inference_mode()
+def drawn(volume: Volume, settings: SamplingSettings, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many masks (n, Y, X) bool, independent of each other, and their mean probability (Y, X)."""
+    refiner, masks, mean = volume.refiner, [], 0
+    for sample in range(number):
+        p = volume.whole_sample(settings, sample, None)
+        parts = volume.parts(settings)
+        shifts = refiner.end_shifts(settings, sample, None, parts.number)
+        masks.append(drawn_mask(p[:, 0], refiner.regions, shifts, parts.at(0))[1].numpy() > 0)
+        mean = mean + p[1, 0].double().numpy() / number
+    return np.stack(masks), mean
+
+
+def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], Field]:
+    """As `volume_noise` of one slice, with the noise of that trainer."""
+    from benchmark_trainers import shared_noise
+    start = volume_noise(shape, seed, sample, *arguments)
+    generator = torch.Generator().manual_seed(seed + 7919 * sample)
+
+    def field() -> Field:
+        white = start()
+        return lambda count: shared_noise(white(count).movedim(1, 0), generator).movedim(0, 1)
+    return field
+
+
+def inner(values: Tensor | np.ndarray, like: Image) -> Tensor | np.ndarray:
+    """Without the padding (nnU-Net's: the smaller half before) of an image: the last two axes."""
+    y, x = ((n - of) // 2 for n, of in zip(values.shape[-2:], like.pixels.shape, strict=True))
+    return values[..., y:y + like.pixels.shape[0], x:x + like.pixels.shape[1]]

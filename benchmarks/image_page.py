@@ -1,0 +1,122 @@
+"""Pages of `images.py`."""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from datasets.images import ImageSet
+from datasets.phantom import NUM_TEST, NUM_VALIDATION, PHANTOM
+from datasets.raters import RaterSet
+from image_models import DRAWS, Row, rows
+from image_scores import against_truth, exact_map
+from page import Column, Line, Scores, forest, table, write
+from statistics_of_trainings import files_of_trainings
+
+from nnunet_pdddpm.evaluation.scores import spread_and_correlation
+
+EXACT_SETS = 10
+
+
+def read(work: Path, name: str, row: Row) -> Scores:
+    """Of the test images and trainings; empty if it is not measured."""
+    found = [json.loads(file.read_text())['scores'] for file in files_of_trainings(work / 'measured',
+                                                                                   f'{name}__{row.name}')]
+    metrics = found[0][0] if found else {}
+    scores = {metric: np.array([[image[metric] for image in of] for of in found])
+              for metric in metrics if not metric.startswith('areas')}
+    if 'areas' in metrics:
+        spreads = [spread_and_correlation([(np.array(image['areas']), np.array(image['areas_of_raters']))
+                                           for image in of]) for of in found]
+        scores.update({metric: np.array([[of[metric]] for of in spreads]) for metric in spreads[0]})
+    return scores
+
+
+def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
+    """Of the rows that are measured."""
+    found = [(row, read(work, name, row)) for row in of]
+    return [Line(row.title, scores, row.calls, ' (one model)' if row.map == 'ensemble' else None)
+            for row, scores in found if scores]
+
+
+def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> None:
+    """Of what is measured."""
+    network = of.dataset.planned(work)
+    common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
+              'features': network['architecture']['arch_kwargs']['features_per_stage'],
+              'stock': of.dataset.epochs[0] * of.dataset.iterations[0],
+              'others': of.dataset.epochs[1] * of.dataset.iterations[1], 'figure': f'{args.page.stem}.png'}
+    if of.kind == 'phantom':
+        of_phantoms(of, work, args, common)
+    else:
+        of_raters(of, work, args, common)
+
+
+RATERS = (Column('GED²', 'ged'), Column('CRPS of the area', 'crps'),
+          Column('CRPS of the number of objects', 'components'), Column('energy of quadrants', 'energy'),
+          Column('HM-IoU', 'hm_iou', delta=False), Column('sd ratio', 'sd_ratio', 2, False),
+          Column('correlation', 'correlation', 2, False))
+OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice'), Column('F1 of objects', 'f1'))
+
+
+def of_raters(of: RaterSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
+    """Page of masks of several people."""
+    table_rows, base_title = rows('raters')
+    found = lines(work, of.label, table_rows)
+    base = next(line.scores for line in found if line.title == base_title)
+    patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
+    forest(found, RATERS[0], base, args.page.with_suffix('.png'))
+    write(args.page, 'raters', **common, patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
+          train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), minutes=of.dataset.tuning_minutes,
+          tuned=of.dataset.tuned(work), correlation=base['correlation_reference'].mean(),
+          of_samples=table(found, RATERS, base), of_mean=table(found, OF_MEAN, base))
+
+
+def correlation(scores: Scores) -> np.ndarray:
+    """Of the objects of a sample, pooled over images: (trainings, 1)."""
+    return (scores['covariance'].sum(1) / np.maximum(scores['variance_objects'].sum(1), 1e-12))[:, None]
+
+
+def sd_ratio(scores: Scores) -> np.ndarray:
+    """Of the total over the exact one: (trainings, 1)."""
+    return np.sqrt(scores['variance'].mean(1) / scores['true_variance'].mean(1))[:, None]
+
+
+SHAPES = (Column('one of the shapes', 'clean', delta=False), Column('frequency error', 'frequency_error', delta=False),
+          Column('correlation of the objects', correlation, 2, False))
+TWO = (Column('GED²', 'ged', 4), *SHAPES, Column('NLL', 'nll', 4), Column('Dice of the mean', 'dice', 4))
+MANY = (Column('CRPS of the total', 'crps', 4), Column('sd ratio', sd_ratio, 2, False), *SHAPES)
+
+
+def exact(name: str) -> Scores:
+    """Of exact samples, with the exact probability map: the mean of ten sets, as one training."""
+    images = PHANTOM.tests()[name]
+
+    def of_set(repeat: int) -> list[dict[str, float]]:
+        found = []
+        for number, image in enumerate(images):
+            rng = np.random.default_rng(100 * number + repeat + 1)
+            masks = np.stack([image.known.draw(rng) for _ in range(PHANTOM.samples)])
+            found.append(against_truth(image.known, masks, exact_map(image.known), number))
+        return found
+    sets = [of_set(repeat) for repeat in range(EXACT_SETS)]
+    return {metric: np.mean([[image[metric] for image in one] for one in sets], 0, keepdims=True)
+            for metric in sets[0][0]}
+
+
+def of_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
+    """Page of phantoms."""
+    table_rows, base_title = rows('phantom')
+    tables = {}
+    for number in NUM_TEST:
+        found = lines(work, f'phantom_{number}', [row for row in table_rows if number == 2 or not row.one_size])
+        base = next(line.scores for line in found if line.title == base_title)
+        ideal = Line('exact samples', exact(f'phantom_{number}'), '', '')
+        tables[f'of_{number}'] = table([*found, ideal], TWO if number == 2 else MANY, base)
+        if number == 2:
+            forest(found, TWO[0], base, args.page.with_suffix('.png'))
+    default = args.images == PHANTOM.number
+    write(args.page, 'phantom', **common, **tables, number=args.images, validation=NUM_VALIDATION, two=NUM_TEST[2],
+          eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if default else
+          f' -images {args.images} -batch {args.batch} -page docs/results/{args.page.name}')

@@ -1,0 +1,158 @@
+"""Page of `triage.py`: how good each order of the test cases is."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from artefacts import FAMILIES
+from datasets.versions import CLEAN, SUBJECTS, Subject
+from orders import aurc, excess_aurc, failures_found, normalised_aurc, spearman
+from page import write
+from scipy.special import expit
+from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
+from statistics_of_trainings import difference, spread
+
+from nnunet_pdddpm.inference.quality import LabelQuality
+from nnunet_pdddpm.inference.ranking import EVERY, KIND, LabelModel, Ranking, of_case, ranking_of
+
+FAILED, FIRST = 0.8, (0.1, 0.2)
+RESAMPLINGS, SEED = 1000, 25
+COMPONENTS = 10
+FEWEST = 8
+"""Versions of a family below which its rank correlation says nothing."""
+TODAY, PACKAGE, FOLDS = "the probabilities' expected Dice", 'as the package does it', 'pairwise Dice of 3 stock folds'
+REGRESSION, ENTROPY, DISTANCE = 'the regression', 'mean entropy', 'Mahalanobis distance of deep features'
+
+
+@dataclass(frozen=True)
+class Training:
+    """Predicted versions of test cases, of one training: arrays (versions,)."""
+    dice: np.ndarray
+    cases: np.ndarray
+    families: np.ndarray
+    scores: dict[str, np.ndarray]
+    """Order -> what is the smaller the earlier a case is to be looked at."""
+    ranking: Ranking
+
+    def drawn(self) -> list[np.ndarray]:
+        """Versions drawn with replacement, all versions of a case together."""
+        rng, names = np.random.default_rng(SEED), np.unique(self.cases)
+        rows = {name: np.flatnonzero(self.cases == name) for name in names}
+        return [np.concatenate([rows[name] for name in rng.choice(names, len(names))]) for _ in range(RESAMPLINGS)]
+
+
+def read(of: Subject, into: Path) -> Training:
+    """All that is measured of one."""
+    fitted_on = np.array(json.loads((into / 'fit.json').read_text()))
+    ranking = ranking_of(fitted_on, of.labels)
+    versions = [(file.stem, key.rsplit(' ', 1)[0], one) for file in sorted((into / 'test').glob('*.json'))
+                for key, one in json.loads(file.read_text()).items()]
+    found, labels = [one for *_, one in versions], [[*one['labels'].values()] for *_, one in versions]
+    regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], EVERY)
+                  for name, channel in of.labels.items()}
+    distance = mahalanobis(np.array(json.loads((into / 'pooled.json').read_text())))
+    bounds = [ranking.judge(qualities(one)).low for one in found]
+    scores = {PACKAGE: np.array([-1.0 if low is None else low for low in bounds]),
+              REGRESSION: np.array([by_models(regression, one) for one in found]),
+              TODAY: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
+                               for of_labels in labels]),
+              FOLDS: np.array([np.mean([one['folds'] or 0 for one in of_labels]) for of_labels in labels]),
+              ENTROPY: -np.array([one['entropy'] for one in found]),
+              DISTANCE: -distance(np.array([one['pooled'] for one in found]))}
+    return Training(np.array([np.mean([one['dice'] for one in of_labels]) for of_labels in labels]),
+                    np.array([name for name, *_ in versions]), np.array([family for _, family, _ in versions]), scores,
+                    ranking)
+
+
+def qualities(of: dict[str, Any]) -> dict[str, LabelQuality]:
+    """Of a measured version."""
+    return {name: LabelQuality(None if label['features'] is None else np.array(label['features']), None)
+            for name, label in of['labels'].items()}
+
+
+def by_models(models: dict[str, LabelModel], of: dict[str, Any]) -> float:
+    """Estimated Dice of a version, as a logit; it is used whether or not validation chooses it."""
+    known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
+             for name, label in qualities(of).items() if label.features is not None]
+    return float(of_case(*np.array(known).T[:, None])[0][0]) if known else -10.0
+
+
+def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Distance of features (n, F) to those of training cases: PCA, then Ledoit and Wolf's covariance."""
+    components = PCA(min(COMPONENTS, *training.shape), random_state=0).fit(training)
+    covariance = LedoitWolf().fit(components.transform(training))
+    return lambda features: covariance.mahalanobis(components.transform(features))
+
+
+def interval(values: np.ndarray) -> str:
+    """95 % of resampled values."""
+    return '({:.3f} to {:.3f})'.format(*np.quantile(values, [0.025, 0.975]))
+
+
+def pooled_table(trainings: list[Training]) -> list[str]:
+    """Scores of each order over all versions, and the difference to the stock folds; intervals by Student's t over
+    three trainings, else by a bootstrap over cases."""
+    metrics: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+        'normalised AURC': normalised_aurc, 'AURC': aurc, 'excess': excess_aurc, 'Spearman': spearman,
+        **{f'failures in the first {100 * share:.0f} %': lambda score, dice, s=share: failures_found(
+            score, dice, FAILED, s) for share in FIRST}}
+    text = [f'| order | difference to the stock folds | {" | ".join(metrics)} |', '|---' * (2 + len(metrics)) + '|']
+    for name in trainings[0].scores:
+        values = {metric: np.array([[of(one.scores[name], one.dice)] for one in trainings])
+                  for metric, of in metrics.items()}
+        text.append(f'| {name} | {"" if name == FOLDS else against_folds(trainings, name)} | '
+                    + ' | '.join(spread(value) for value in values.values()) + ' |')
+    return text
+
+
+def against_folds(trainings: list[Training], name: str) -> str:
+    """Normalised AURC less that of the stock folds."""
+    both = [np.array([[normalised_aurc(one.scores[order], one.dice)] for one in trainings]) for order in (name, FOLDS)]
+    if len(trainings) > 2:
+        return difference(*both)
+    one = trainings[0]
+    resampled = np.array([normalised_aurc(one.scores[name][i], one.dice[i])
+                          - normalised_aurc(one.scores[FOLDS][i], one.dice[i]) for i in one.drawn()])
+    return f'{(both[0] - both[1]).mean():+.3f} {interval(resampled)}, bootstrap over cases'
+
+
+def family_table(trainings: list[Training]) -> list[str]:
+    """Spearman of each order in each family of which there are enough versions, mean over trainings."""
+    orders = list(trainings[0].scores)
+    text = ['| | versions | mean Dice | below 0.8 | ' + ' | '.join(orders) + ' | lower bound held |',
+            '|---' * (5 + len(orders)) + '|']
+    for family in (CLEAN, *FAMILIES):
+        of = [(one, one.families == family) for one in trainings]
+        dice = np.concatenate([one.dice[here] for one, here in of])
+        low = np.concatenate([one.scores[PACKAGE][here] for one, here in of])
+        cells = [f'{np.mean([spearman(one.scores[name][here], one.dice[here]) for one, here in of]):.2f}'
+                 if of[0][1].sum() >= FEWEST else '–' for name in orders]
+        text.append(f'| {family} | {of[0][1].sum()} | {dice.mean():.3f} | {100 * (dice < FAILED).mean():.0f} % | '
+                    + ' | '.join(cells) + f' | {100 * (dice >= low).mean():.0f} % |')
+    return text
+
+
+def section(of: Subject, trainings: list[Training]) -> str:
+    """Of one data set."""
+    one = trainings[0]
+    held = 100 * np.mean([np.mean(each.dice >= each.scores[PACKAGE]) for each in trainings])
+    said = [f'- fold {fold}: "{each.ranking.words()}"' for fold, each in enumerate(trainings)]
+    return '\n'.join([
+        f'## {of.name.capitalize()}', '',
+        f'{len(one.dice)} versions of {len(np.unique(one.cases))} test cases, {len(trainings)} '
+        f'training{"s" * (len(trainings) > 1)}. What the package says after validation:', '', *said, '',
+        *pooled_table(trainings), '',
+        f'The lower bound is to hold in 90 % of the versions and held in {held:.0f} %.', '',
+        'Spearman by family:', '', *family_table(trainings)])
+
+
+def write_page(into: Path, file: Path) -> None:
+    """Of what is measured."""
+    found = [(of, [read(of, folder) for folder in sorted(into.glob(f'{of.name}__*'))]) for of in SUBJECTS.values()]
+    write(file, 'triage', families=len(FAMILIES),
+          sections='\n\n'.join(section(of, trainings) for of, trainings in found if trainings))

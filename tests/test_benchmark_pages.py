@@ -1,0 +1,102 @@
+"""Pages of `benchmarks/run.py`, of made-up measurements: every row is in its table, with differences to the base."""
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason='rows.toml is read by tomllib of Python 3.11')
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def planned(of, work: Path, patch: list[int]) -> None:
+    """What the page says of plans and splits."""
+    preprocessed = of.preprocessed(work)
+    preprocessed.mkdir(parents=True)
+    configuration = {'patch_size': patch, 'batch_size': 2, 'architecture': {'arch_kwargs': {'features_per_stage': [8]}}}
+    (preprocessed / 'nnUNetPlansReduced.json').write_text(json.dumps(
+        {'configurations': {of.configuration: configuration}}))
+    (preprocessed / 'splits_final.json').write_text(json.dumps([{'train': ['one-a', 'one-b', 'two-a'], 'val': []}]))
+    (work / 'measured').mkdir()
+
+
+def measured(metrics: tuple[str, ...], rng: np.random.Generator, images: int = 4) -> list[dict[str, float]]:
+    return [dict(zip(metrics, rng.random(len(metrics)).tolist(), strict=True)) for _ in range(images)]
+
+
+def rows_of(page: Path) -> dict[str, list[str]]:
+    """First column -> cells, of the first table that has it."""
+    lines = [line.strip('| ').split(' | ') for line in page.read_text().splitlines() if line.startswith('| ')]
+    return {cells[0]: cells for cells in reversed(lines)}
+
+
+@pytest.mark.parametrize('name', ['phantom', 'nuclei'])
+def test_page_of_images(name, tmp_path):
+    models, page = import_module('image_models'), import_module('image_page')
+    of = import_module('datasets.phantom').PHANTOM if name == 'phantom' else \
+        import_module('datasets.raters').RATER_SETS[name]
+    planned(of.dataset, tmp_path, [8, 8])
+    rng = np.random.default_rng(0)
+    sets = {'phantom': ['phantom_2', 'phantom_8', 'phantom_20'], 'nuclei': ['nucleus']}[name]
+    metrics = {'phantom': ('ged', 'clean', 'frequency_error', 'covariance', 'variance_objects', 'nll', 'dice', 'crps',
+                           'variance', 'true_variance'),
+               'nuclei': ('ged', 'hm_iou', 'nll', 'ece', 'dice', 'f1', 'crps', 'components', 'energy')}[name]
+    rows, base = models.rows(of.kind)
+    assert len({row.name for row in rows}) == len(rows) and base in {row.title for row in rows}
+    for row in rows:
+        for one in sets:
+            for fold in range(3):
+                scores = measured(metrics, rng)
+                for image in scores if name == 'nuclei' else ():
+                    image.update(areas=rng.random((3, 4)).tolist(), areas_of_raters=rng.random((5, 4)).tolist())
+                (tmp_path / 'measured' / f'{one}__{row.name}__{fold}.json').write_text(json.dumps({'scores': scores}))
+    file = tmp_path / f'{name}.md'
+    page.write_page(name, of, tmp_path, Namespace(page=file, images=1800, batch=4))
+    table = rows_of(file)
+    assert {row.title for row in rows} <= table.keys()
+    assert table[base][3] == '' and ' to ' in table[rows[0].title][3]
+    assert file.with_suffix('.png').stat().st_size > 5000
+
+
+def test_page_of_volumes(tmp_path):
+    volumes, of = import_module('volumes'), import_module('datasets.hippocampus').HIPPOCAMPUS
+    planned(of, tmp_path, [8, 8, 8])
+    rows, base = volumes.rows()
+    rng = np.random.default_rng(0)
+    for row in rows[:-1]:
+        for fold in range(1 if row.ensemble else 3):
+            (tmp_path / 'measured' / f'{row.name}__{fold}.json').write_text(json.dumps(measured(('dice', 'nll'), rng)))
+    volumes.write_page(tmp_path, tmp_path / 'page.md')
+    table = rows_of(tmp_path / 'page.md')
+    assert {row.title for row in rows[:-1]} <= table.keys()
+    assert table[base][2] == '' and '(one model)' in table['stock, ensemble of the 3 folds'][1]
+    assert f'Not measured yet: {rows[-1].title}.' in (tmp_path / 'page.md').read_text()
+
+
+def test_page_of_intervals(tmp_path, monkeypatch):
+    intervals = import_module('intervals')
+    monkeypatch.setattr(intervals, 'SPLITS', 10)
+    rng = np.random.default_rng(0)
+
+    def case() -> dict[str, list[float]]:
+        true = float(rng.gamma(5, 2))
+        volume = true * float(np.exp(0.1 * rng.normal()))
+        return {'fields': [true, volume, 0.1 * volume, 0.05 * volume, 0.05 * volume, volume / 3, 8.0],
+                'samples': (volume * np.exp(0.02 * rng.normal(size=8))).tolist()}
+    for fold in range(3):
+        (tmp_path / f'8_objects__{fold}.json').write_text(json.dumps([[case() for _ in range(n)] for n in (50, 80)]))
+    intervals.write_page(tmp_path, tmp_path / 'page.md')
+    table = rows_of(tmp_path / 'page.md')
+    inside, anew = (float(table['as the package does it'][i].split(' ')[0]) for i in (1, 2))
+    assert 85 < inside <= 100 and 92 < anew < 99
+    assert float(table['range of 8 samples'][1].split(' ')[0]) < 60
