@@ -40,8 +40,8 @@ def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
             for row, scores in found if scores]
 
 
-def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> None:
-    """Of what is measured."""
+def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, tests: str | None = None) -> None:
+    """Of what is measured, on the benchmark's own test images or others."""
     network = of.dataset.planned(work)
     common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
@@ -50,7 +50,7 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace) ->
     if of.kind == 'phantom':
         of_phantoms(of, work, args, common)
     else:
-        of_raters(of, work, args, common)
+        of_raters(of, work, args.page, common, tests or of.label)
 
 
 RATERS = (Column('GED²', 'ged'), Column('CRPS of the area', 'crps'),
@@ -60,14 +60,14 @@ RATERS = (Column('GED²', 'ged'), Column('CRPS of the area', 'crps'),
 OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice'), Column('F1 of objects', 'f1'))
 
 
-def of_raters(of: RaterSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
+def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
     """Page of masks of several people."""
     table_rows, base_title = rows('raters')
-    found = lines(work, of.label, table_rows)
+    found = lines(work, tests, table_rows)
     base = next(line.scores for line in found if line.title == base_title)
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
-    forest(found, RATERS[0], base, args.page.with_suffix('.png'))
-    write(args.page, 'raters', **common, patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
+    forest(found, RATERS[0], base, page.with_suffix('.png'))
+    write(page, 'raters', **common, patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
           train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), minutes=of.dataset.tuning_minutes,
           tuned=of.dataset.tuned(work), correlation=base['correlation_reference'].mean(),
           of_samples=table(found, RATERS, base), of_mean=table(found, OF_MEAN, base))

@@ -6,16 +6,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from datasets.images import Image, ImageSet
 from datasets.phantom import PHANTOM
 from datasets.raters import RATER_SETS
+from machine import results
 from nnunet import HERE, NUM_FOLDS
 
-STAGES = ('prepare', 'train', 'tune', 'measure', 'table')
+STAGES = ('prepare', 'train', 'tune', 'measure', 'table', 'evaluate')
+ON_DEMAND = ('evaluate',)
+"""Of raters: `-data` is a folder with `images` and `raters`, all of whose images are scored; they make a page."""
 
 
 def arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -38,11 +41,26 @@ def run(name: str, args: argparse.Namespace) -> None:
             of.dataset.train(work, network, fold)
         if 'tune' in args.stages:
             of.tune(work, fold)
+    if 'evaluate' in args.stages:
+        evaluate(name, of, work, args)
+        return
     if 'measure' in args.stages:
-        measure(of, work, args.data, args.folds)
+        measure(of, work, of.tests(args.data), args.folds)
     if 'table' in args.stages:
         from image_page import write_page
         write_page(name, of, work, args)
+
+
+def evaluate(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> None:
+    """Score all images of a folder; their page is in the work folder unless another is named."""
+    if name == 'phantom' or args.data is None:
+        sys.exit("The stage evaluate is for masks of several people; -data must name a folder with images and raters.")
+    folder = Path(args.data).resolve()
+    tests = f'{folder.name}_of_{of.label}'
+    measure(of, work, {tests: of.images(folder)}, args.folds)
+    from image_page import write_page
+    args.page = work / f'{tests}.md' if args.page == results() / f'{name}.md' else args.page
+    write_page(name, of, work, args, tests)
 
 
 def here(of: ImageSet, work: Path) -> None:
@@ -53,15 +71,16 @@ def here(of: ImageSet, work: Path) -> None:
 
 
 @torch.inference_mode()
-def measure(of: ImageSet, work: Path, data: str | None, folds: Sequence[int] = range(NUM_FOLDS)) -> None:
+def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
+            folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Scores of every row, training and test image, as `measured/SET__ROW__FOLD.json`; what is there is left alone."""
     here(of, work)
     from image_models import Models, rows
-    results, tests = work / 'measured', of.tests(data)
+    results = work / 'measured'
     results.mkdir(exist_ok=True)
     table = [row for row in rows(of.kind)[0] if row.network != 'shared' or 'shared' in of.networks]
     for fold in folds:
-        models = Models(of, work, fold, of.validation(data, fold))
+        models = Models(of, work, fold, of.validation(work, fold))
         for row in table:
             for number, (name, images) in enumerate(tests.items()):
                 file = results / f'{name}__{row.name}__{fold}.json'

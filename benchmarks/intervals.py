@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, into: Path) -> None:
         for objects, grid in GRIDS.items() if args.phantom else ():
             many = (as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES))
             keep(f'{objects}_objects', fold, lambda m=many, f=fold: divided(of_images(
-                PHANTOM, args.phantom.resolve(), None, f, m)))
+                PHANTOM, args.phantom.resolve(), f, m)))
         for name in ('nuclei', 'cells') if args.raters else ():
             keep(name, fold, lambda of=RATER_SETS[name], f=fold: of_raters(of, args.raters.resolve(), args.data, f))
 
@@ -85,12 +85,12 @@ def divided(rows: Rows) -> tuple[Rows, Rows]:
 
 
 @torch.inference_mode()
-def of_images(of: ImageSet, work: Path, data: str | None, fold: int, on: Iterable[Image]) -> Rows:
+def of_images(of: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> Rows:
     """Rows of images, one for each true area: blind mask, and samples by a chain of one step, object by object; without
     mirroring."""
     images.here(of, work)
     from image_models import Models, Row
-    models = Models(of, work, fold, of.validation(data, fold))
+    models = Models(of, work, fold, of.validation(work, fold))
     settings = replace(models.settings(Row('', dependence=0.0)), samples=SAMPLES)
     return [row for image in on for row in rows_of(models.opened(image), settings.for_case(image.name),
                                                    image.masks.sum((1, 2)).astype(float).tolist())]
@@ -116,7 +116,7 @@ def rows_of(volume: object, settings: SamplingSettings, truths: Sequence[float])
 def of_raters(of: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
     """Of validation and test images, one for each rater's area."""
     test = next(iter(of.tests(data).values()))
-    return (of_images(of, work, data, fold, of.validation(data, fold)), of_images(of, work, data, fold, test))
+    return of_images(of, work, fold, of.validation(work, fold)), of_images(of, work, fold, test)
 
 
 def of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows]:

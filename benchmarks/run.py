@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
                              help='to write (default %(default)s)')
         command.add_argument('-folds', type=int, nargs='+', default=list(range(NUM_FOLDS)),
                              help='trainings (default: all)')
-        command.add_argument('--stages', nargs='+', choices=benchmark.STAGES, default=list(benchmark.STAGES))
+        command.add_argument('--stages', nargs='+', choices=benchmark.STAGES,
+                             default=[of for of in benchmark.STAGES if of not in getattr(benchmark, 'ON_DEMAND', ())])
         benchmark.arguments(command, name)
     args = parser.parse_args(arguments)
     import_module(MODULES[args.name]).run(args.name, args)

@@ -39,7 +39,7 @@ class ImageSet(Protocol):
     def prepare(self, work: Path, data: str | None) -> None:
         """A raw data set, planned and preprocessed."""
 
-    def validation(self, data: str | None, fold: int) -> Sequence[Image]:
+    def validation(self, work: Path, fold: int) -> Sequence[Image]:
         """On which temperatures and the like are fitted."""
 
     def tests(self, data: str | None) -> Mapping[str, Sequence[Image]]:

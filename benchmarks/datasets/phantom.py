@@ -48,7 +48,7 @@ class PhantomSet:
             self.dataset.plan(work, description('object', self.number), [
                 ([name for i, name in enumerate(names) if i % NUM_FOLDS != fold], of) for fold, of in enumerate(folds)])
 
-    def validation(self, data: str | None = None, fold: int = 0) -> Sequence[Image]:
+    def validation(self, work: Path, fold: int) -> Sequence[Image]:
         """The same of every training."""
         return [as_image(i, phantom(VALIDATION_SEED + i)) for i in range(NUM_VALIDATION)]
 

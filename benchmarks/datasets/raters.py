@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,27 +62,37 @@ class RaterSet:
             test, rest = units[:number], units[number:]
         return sorted(sum(test, [])), [sorted(sum(rest[fold::NUM_FOLDS], [])) for fold in range(NUM_FOLDS)]
 
-    def masks(self, data: str | None, image: str) -> dict[str, np.ndarray]:
+    def masks(self, folder: Path, image: str) -> dict[str, np.ndarray]:
         """Name of the file -> (Y, X) bool, shrunk: at least half of the pixels."""
-        files = sorted((find_data(data, self.folder, 'raters') / 'raters').glob(f'{image}__*.png'))
+        files = sorted((folder / 'raters').glob(f'{image}__*.png'))
         return {file.stem: shrunk(io.imread(file).astype(float), self.shrink) >= 0.5 for file in files}
 
-    def pixels(self, data: str | None, image: str) -> np.ndarray:
+    def pixels(self, folder: Path, image: str) -> np.ndarray:
         """(Y, X) float, shrunk."""
-        file = find_data(data, self.folder, 'raters') / 'images' / f'{image}.png'
-        return shrunk(io.imread(file).astype(float), self.shrink)
+        return shrunk(io.imread(folder / 'images' / f'{image}.png').astype(float), self.shrink)
 
-    def images(self, data: str | None, names: Sequence[str]) -> Sequence[Image]:
-        """With all raters' masks."""
-        return [Image(name, self.pixels(data, name), np.stack(list(self.masks(data, name).values()))) for name in names]
+    def images(self, folder: Path, names: Sequence[str] | None = None) -> Sequence[Image]:
+        """Of a folder with `images` and `raters`: all, or some, with all raters' masks."""
+        names = sorted(file.stem for file in (folder / 'images').glob('*.png')) if names is None else names
+        masks = {name: list(self.masks(folder, name).values()) for name in names}
+        if not names or not all(masks.values()):
+            lacking = next((name for name in names if not masks[name]), 'IMAGE')
+            sys.exit(f'{folder} lacks images/{lacking}.png or raters/{lacking}__RATER.png.')
+        return [Image(name, self.pixels(folder, name), np.stack(masks[name])) for name in names]
 
-    def validation(self, data: str | None, fold: int) -> Sequence[Image]:
-        """Of a fold."""
-        return self.images(data, self.split(data)[1][fold])
+    def validation(self, work: Path, fold: int) -> Sequence[Image]:
+        """Of a fold, from nnU-Net's raw data."""
+        raw, cases = self.dataset.raw(work), self.dataset.splits(work)[fold]['val']
+        of_images: dict[str, list[str]] = {}
+        for case in cases:
+            of_images.setdefault(case.rsplit('-', 1)[0], []).append(case)
+        return [Image(name, io.imread(raw / 'imagesTr' / f'{of[0]}_0000.png').astype(float),
+                      np.stack([io.imread(raw / 'labelsTr' / f'{case}.png') > 0 for case in of]))
+                for name, of in of_images.items()]
 
     def tests(self, data: str | None) -> Mapping[str, Sequence[Image]]:
         """One set."""
-        return {self.label: self.images(data, self.split(data)[0])}
+        return {self.label: self.images(find_data(data, self.folder, 'raters'), self.split(data)[0])}
 
     def raters_of_cases(self, work: Path) -> Path:
         """Folder in which every case, an image with one rater's mask, has the masks of all."""
@@ -92,12 +103,13 @@ class RaterSet:
         if self.dataset.is_prepared(work):
             return
         folds, raw, every = self.split(data)[1], self.dataset.raw(work), self.raters_of_cases(work)
+        folder = find_data(data, self.folder, 'raters')
         every.mkdir(parents=True, exist_ok=True)
         cases: dict[str, list[str]] = {}
 
         def of_raters() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
             for image in sum(folds, []):
-                pixels, masks = np.round(self.pixels(data, image)), self.masks(data, image)
+                pixels, masks = np.round(self.pixels(folder, image)), self.masks(folder, image)
                 cases[image] = [name.replace('__', '-') for name in masks]
                 for case, mask in zip(cases[image], masks.values(), strict=True):
                     yield case, pixels, mask
