@@ -404,7 +404,7 @@ def test_nothing_of_a_case_is_alive_when_the_next_one_begins(tmp_path, monkeypat
         return result
     monkeypatch.setattr(Volume, '__init__', begin)
     monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', predicted)
-    predict(tmp_path / 'raw' / 'imagesTs', tmp_path / 'out', '-sure', '0.9')
+    predict(tmp_path / 'raw' / 'imagesTs', tmp_path / 'out')
     assert len(alive) == 3 * 4
 
 

@@ -292,7 +292,6 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
     monkeypatch.setattr('nnunet_pdddpm.inference.volume_sampling.all_cpus', lambda: 1)
     monkeypatch.setattr('nnunet_pdddpm.inference.volume.compute_gaussian',
                         lambda size, device, **kwargs: torch.ones(tuple(size), device=device))
-    monkeypatch.setattr(Volume, '_choose_tiles', lambda self: vars(self).update(tiles=self.all_tiles, covered=False))
     with fake_gpu() as copies:
         to_fake_gpu(predictor.refiner)
         predictor.device = CUDA

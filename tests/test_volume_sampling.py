@@ -133,17 +133,6 @@ def test_fused_tiles_are_the_weighted_mean_in_any_order():
     np.testing.assert_allclose(in_2d[0, :, 0, 0].numpy(), range(9), rtol=1e-6)
 
 
-def test_where_no_tile_is_other_values_stand():
-    shape = (2, 3, 8, 8)
-    tile = (slice(None), slice(0, 2), slice(2, 6), slice(0, 4))
-    values = -torch.arange(3.0).reshape(1, 3, 1, 1).expand(shape)
-    result = fused([(tile, torch.full((2, 2, 4, 4), 5.0))], shape, torch.rand(2, 4, 4) + 0.1, CPU,
-                   lambda z: values[:, z])
-    expected = values.clone()
-    expected[tile] = 5
-    torch.testing.assert_close(result, expected)
-
-
 TILE, VOLUME = (8, 8, 16), (8, 8, 72)
 
 
@@ -458,7 +447,7 @@ def a_row(folder, number, folds=1):
     settings = [{'start': 0.6, 'steps': 1 + fold, 'samples_from': 'chain', 'slice_correlation': 0.9}
                 for fold in range(folds)]
     return {'case': f'case_{number:03d}', 'estimated_dice': None, 'uncertain_share': 0.25, 'num_samples': 2,
-            'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number}, 'refined_tiles': 1.0,
+            'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number},
             'seconds': 1.5, 'versions': {'torch': '2'}, 'mask': identity(mask),
             'labels': {name: {'volume_ml': number + 0.5, 'pairwise_dice': None} for name in ('organ', 'a, b')}}
 

@@ -111,9 +111,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument('-slice_correlation', type=float, default=0.9,
                           help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s; no '
                                'variable)')
-    sampling.add_argument('-sure', type=float, default=1.0,
-                          help="tiles in which the stock model's probability of every voxel's label is this or more "
-                               'keep its result; above 0.5, 1 refines all (default: %(default)s; no variable)')
 
     outputs = parser.add_argument_group('further outputs')
     outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',
@@ -211,7 +208,7 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
         tile_step_size=args.step_size, use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device, device=prepare_device(args.device),
         verbose=args.verbose, verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar,
-        overrides=overrides, slice_correlation=args.slice_correlation, sure=args.sure,
+        overrides=overrides, slice_correlation=args.slice_correlation,
         outputs=Outputs(uncertainty='entropy' if args.report and args.uncertainty == 'none' else args.uncertainty,
                         samples=args.save_samples, presegmentation=args.save_presegmentation or args.report))
     folder = args.m if hasattr(args, 'm') else model_folder(args)

@@ -178,8 +178,7 @@ class CaseUnderWay:
                     **({'folds_dice': mean_of_known([of['folds_dice'] for of in folds.values()])} if folds else {}),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
-                    'network_calls': prediction.network_calls,
-                    'refined_tiles': round(prediction.refined_tiles, 4), 'seconds': round(prediction.seconds, 3),
+                    'network_calls': prediction.network_calls, 'seconds': round(prediction.seconds, 3),
                     'versions': versions()}
         maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
         if self.export.outputs.uncertainty == 'entropy':

@@ -52,7 +52,7 @@ CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
 """Types of the errors at which a case may fail alone."""
 
 
-TUNED_WITH = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9, 'sure': 1.0}
+TUNED_WITH = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9}
 """The defaults of a predictor, which the tuning's has."""
 
 
@@ -140,7 +140,7 @@ class PDDDPMPredictor(VolumePredictor):
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
-        of_all = {'slice_correlation': self.slice_correlation, 'sure': self.sure, 'step_size': self.tile_step_size,
+        of_all = {'slice_correlation': self.slice_correlation, 'step_size': self.tile_step_size,
                   'mirroring': self.use_mirroring}
         return [{'model': self.model, 'fold': fold, 'weights': weights, **asdict(settings), **of_all}
                 for fold, weights, settings in zip(self.folds, self.weights, self.fold_settings, strict=True)]

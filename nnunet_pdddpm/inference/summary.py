@@ -191,7 +191,7 @@ def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]
     lines = [{'case': row['case'], 'label': name, **values, 'case_remarks': '; '.join(row.get('remarks', ())),
               'case_flags': '; '.join(row.get('flags', ())),
               **{f'case_{key}': row.get(key) for key in ('estimated_dice', 'estimated_dice_low', 'uncertain_share',
-                                                         'refined_tiles', 'seconds')},
+                                                         'seconds')},
               **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},
               **_flat_settings(row['settings']), **row['versions']}
              for row in rows for name, values in row['labels'].items()] + [dict(row) for row in failed]

@@ -17,9 +17,9 @@ from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_a
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.quality import Qualities
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.tiling import Tile, tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_sampling import (
     Finished,
+    Tile,
     fuse_tiles,
     mirrorings,
     mirrorings_of_sample,
@@ -50,7 +50,6 @@ class Networks(Protocol):
     # this package's
     refiner: Refiner
     fold_settings: list[SamplingSettings]
-    sure: float
     slice_correlation: float
     tile_batch: int
 
@@ -75,8 +74,6 @@ class VolumePrediction:
     """Of the samples, without padding."""
     network_calls: dict[str, int]
     """Forward passes of a tile (in 2d, of a tile of a slice): stock and denoiser."""
-    refined_tiles: float
-    """Share of nnU-Net's tiles that were denoised: those around voxels of which the stock model is unsure."""
     seconds: float
     """Wall clock time of all this."""
     counts: VoxelCounter
@@ -92,7 +89,7 @@ class Volume:
         """`image`: (image channels, Z, Y, X), not smaller than a tile; `device`: of the volume's arrays."""
         self.predictor, self.refiner, self.device = predictor, predictor.refiner, device
         self.image = image.to(device)
-        self.all_tiles: list[Tile] = predictor._internal_get_sliding_window_slicers(image.shape[1:])
+        self.tiles: list[Tile] = predictor._internal_get_sliding_window_slicers(image.shape[1:])
         self.shape = (predictor.label_manager.num_segmentation_heads, *image.shape[1:])
         patch_size = tuple(predictor.configuration_manager.patch_size)
         self.weight = compute_gaussian(patch_size, value_scaling_factor=10, dtype=torch.float32, device=device) \
@@ -101,8 +98,6 @@ class Volume:
         self.slice_correlation = predictor.slice_correlation if len(patch_size) == 2 else 0.0
         self.progress = tqdm(desc='Sampling', total=0, disable=not predictor.allow_tqdm)
         self.network_calls = {'stock': 0, 'denoiser': 0}
-        self.tiles: list[Tile] = []  # that are refined
-        self.refined_tiles: list[float] = []  # their share, by fold
 
     def start_fold(self, mirrored: bool = True) -> None:
         """Pre-segment by the model that has just been loaded.
@@ -116,10 +111,8 @@ class Volume:
         if not mirrored or len(self.mirrorings) == 1:
             self._start_logits = self.stock_logits
         self.refiner.to(self.predictor.device).eval()
-        self.temperature = 1.0  # of the sample that is being drawn
         self._objects: dict[float, Parts] = {}  # by temperature
         self._parts: dict[float, Parts] = {}
-        self._choose_tiles()
 
     def forget_mirrored(self) -> None:
         """Nothing more is made of mirrored stock logits."""
@@ -138,18 +131,8 @@ class Volume:
         """Stock logits (C, Z, Y, X) float16."""
         with self.predictor.presegmenting(mirrored):
             logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
-        self.network_calls['stock'] += len(self.all_tiles) * (len(self.mirrorings) if mirrored else 1)
+        self.network_calls['stock'] += len(self.tiles) * (len(self.mirrorings) if mirrored else 1)
         return logits
-
-    def _choose_tiles(self) -> None:
-        unsure = unsure_voxels(self.stock_logits, self.refiner.regions, self.predictor.sure)
-        self.tiles = tiles_around(unsure, self.predictor.configuration_manager.patch_size,
-                                  self.predictor._internal_get_sliding_window_slicers)
-        self.refined_tiles.append(len(self.tiles) / len(self.all_tiles))
-        covered = torch.zeros(self.shape[1:], dtype=torch.bool, device=self.device)
-        for tile in self.tiles:
-            covered[tile[1:]] = True
-        self.covered = bool(covered.all())
 
     def expect(self, settings: SamplingSettings, draws: Sequence[int], of: int) -> None:
         """Tell the progress bar that draws with these numbers, of so many, are to come."""
@@ -174,7 +157,7 @@ class Volume:
             with self.predictor.blind(temperature):
                 logits = self.predictor.predict_sliding_window_return_logits(self.image)
             self._blind[temperature] = logits.to(self.device)
-            self.network_calls['denoiser'] += len(self.all_tiles) * len(self.mirrorings)
+            self.network_calls['denoiser'] += len(self.tiles) * len(self.mirrorings)
             self.refiner.to(self.predictor.device).eval()
         return self._blind[temperature]
 
@@ -203,11 +186,11 @@ class Volume:
         if settings.samples_from == 'blind':
             blind = self.blind(settings.blind_temperature)
             return lambda z: self.probabilities_at(blind, z)
-        if settings.samples_from == 'stock' or settings.start == 0 or not self.tiles:
+        if settings.samples_from == 'stock' or settings.start == 0:
             return lambda z: self.probabilities_at(self.stock_logits, z, settings.temperature)
         mirrored = self.mirrorings_of(sample, samples)
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
-        parts, self.temperature, start_logits = self.parts(settings), settings.temperature, self.start_logits
+        parts, start_logits = self.parts(settings), self.start_logits
         shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
         x = refine_volume(
             lambda x, level: self.denoise(x, level, mirrored),
@@ -225,14 +208,8 @@ class Volume:
         return p
 
     def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[Finished]:
-        """Estimate of the clean coded mask, fused over tiles and mirrorings; outside them the stock's. See
-        `fuse_tiles`."""
-        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device,
-                          None if self.covered else self._coded_stock)
-
-    def _coded_stock(self, z: slice) -> Tensor:
-        """(C, slices, Y, X), what stands where no tile is refined."""
-        return self.refiner.design.coding.encode(self.probabilities_at(self.stock_logits, z, self.temperature))
+        """Estimate of the clean coded mask, fused over tiles and mirrorings, see `fuse_tiles`."""
+        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device)
 
     def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
         """Of logits (C, Z, Y, X) over a temperature, in some slices: (C, slices, Y, X) float32."""

@@ -84,24 +84,19 @@ class VolumePredictor(nnUNetPredictor):
     use_mirroring: bool
 
     def __init__(self, *args: Any, overrides: Mapping[str, Value] | None = None,
-                 slice_correlation: float = 0.9, sure: float = 1.0, **kwargs: Any) -> None:
+                 slice_correlation: float = 0.9, **kwargs: Any) -> None:
         """
         Args:
             args, kwargs: of nnUNetPredictor.
             overrides: sampling settings in the place of the model's, by name.
             slice_correlation: of the noise of neighbouring slices, for configurations that segment slices (2d).
-            sure: probability of its label from which on the stock model is taken to be sure of a voxel; tiles without
-                an unsure one keep the stock model's result. From 1 on everything is refined.
 
         Raises:
-            PredictionError: if the correlation lies outside [0, 1], or sure outside (0.5, 1].
+            PredictionError: if the correlation lies outside [0, 1].
         """
         super().__init__(*args, **kwargs)
         if not 0 <= slice_correlation <= 1:
             raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
-        if not 0.5 < sure <= 1:
-            raise PredictionError(f'sure={sure} is out of range: it must lie above 0.5 and not above 1.')
-        self.sure = sure
         self.tile_batch = 4 if self.device.type == 'cuda' else 1  # on a CPU more at a time are not faster
         self.overrides = dict(overrides or {})
         self.slice_correlation = slice_correlation
@@ -199,7 +194,7 @@ class VolumePredictor(nnUNetPredictor):
     @property
     def _needs_stock(self) -> bool:
         """Whether mask or samples are made of the stock model's own result, which is more than a start."""
-        return self.sure < 1 or any(settings.needs_stock for settings in self.fold_settings)
+        return any(settings.needs_stock for settings in self.fold_settings)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the arrays of an image (image channels, Z, Y, X) fit on the GPU beside the networks; says if not."""
@@ -236,7 +231,7 @@ class VolumePredictor(nnUNetPredictor):
             volume.start_fold(mirrored_stock)
             if mirrored_stock:
                 stock.add(volume.stock_logits.cpu())
-                if not settings.needs_stock and self.sure == 1:
+                if not settings.needs_stock:
                     volume.forget_mirrored()
             samples = range(fold, self.num_samples, folds)
             volume.expect(settings, samples, self.num_samples)
@@ -256,8 +251,8 @@ class VolumePredictor(nnUNetPredictor):
             counts.set_consensus(logits)
         of_stock = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
         of_labels = quality.of_labels(data.cpu().numpy(), logits, spread)
-        return VolumePrediction(of_stock, logits, spread, volume.network_calls, sum(volume.refined_tiles) / folds,
-                                time.perf_counter() - start, counts, of_labels)
+        return VolumePrediction(of_stock, logits, spread, volume.network_calls, time.perf_counter() - start, counts,
+                                of_labels)
 
     def _draw(self, volume: Volume, settings: SamplingSettings, sample: int, spread: Spread, counts: VoxelCounter,
               on_sample: OnSample | None) -> None:

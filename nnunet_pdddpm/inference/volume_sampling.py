@@ -20,8 +20,9 @@ from nnunet_pdddpm.cpu import all_cpus
 from nnunet_pdddpm.diffusion.levels import CLEAN
 from nnunet_pdddpm.diffusion.process import ForwardProcess
 from nnunet_pdddpm.inference.chunks import chunks, slices_in_chunk
-from nnunet_pdddpm.inference.tiling import Tile
 
+Tile = tuple[slice | int, ...]
+"""Index into a volume (C, Z, Y, X), as nnU-Net's sliding window makes it."""
 Field = Callable[[int], Tensor]
 """A noise field that comes in order: the next so many slices of it, (C, slices, Y, X)."""
 Finished = tuple[slice, Tensor]
@@ -118,9 +119,9 @@ def refine_volume(denoise: Callable[[Tensor, float], Iterable[Finished]], proces
     return x
 
 
-def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], weight: Tensor, device: torch.device,
-               elsewhere: Callable[[slice], Tensor] | None = None) -> Iterator[Finished]:
-    """Weighted mean over overlapping tiles, float32 on `device`: slices in order, once no tile is to come in them.
+def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], weight: Tensor, device: torch.device
+               ) -> Iterator[Finished]:
+    """Weighted mean over tiles that cover a volume, float32 on `device`: slices in order, once all their tiles are in.
 
     What is kept is as many slices as a tile and a chunk have: slice z lies at place z modulo their number.
 
@@ -130,7 +131,6 @@ def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], w
         shape: (C, Z, Y, X).
         weight: of the voxels of a tile, positive: nnU-Net's Gaussian, or 1.
         device: of the volume.
-        elsewhere: slices -> values (C, slices, Y, X), which stand where no tile is; None if tiles cover the volume.
 
     Yields:
         Slices, and their values; these are overwritten when the next ones are asked for.
@@ -144,8 +144,6 @@ def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], w
             for z, place in _in_ring(whole.start, whole.stop, places):
                 values, weights = total[:, place], total_weight[place]
                 values.div_(weights)
-                if elsewhere is not None:
-                    values.copy_(torch.where(weights > 0, values, elsewhere(z)))
                 yield z, values
                 values.zero_()
                 weights.zero_()

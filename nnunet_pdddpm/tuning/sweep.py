@@ -120,7 +120,7 @@ class _CaseSweep:
     def new_passes(self) -> float:
         """Passes of the denoiser over the volume since this was last asked."""
         calls, self.network_calls['denoiser'] = self.network_calls['denoiser'], 0
-        return calls / len(self.volume.all_tiles)
+        return calls / len(self.volume.tiles)
 
     def logits(self, of: str) -> Tensor:
         """(C, Z, Y, X) of the 'stock' model or the 'blind' mask, without padding."""
