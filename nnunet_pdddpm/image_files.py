@@ -25,23 +25,9 @@ APPLE_DOUBLE = b'\x00\x05\x16\x07'
 SENTENCES = (RuntimeError, ValueError, ArithmeticError, AssertionError, OSError, EOFError)
 """Errors of readers and preprocessors whose text can stand alone; that of others is a key or nothing."""
 LARGEST = float(np.finfo(float).max)
-PLACEHOLDER_THICKNESS = 999
-"""nnU-Net reads a 2D image as one slice that is this many times as thick as its pixels are wide."""
 CUT = 'is truncated or damaged'
 HEADER = 540
 """Bytes of the longer header, NIfTI-2's."""
-
-
-def voxel_volume_ml(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """Volume of a voxel in ml.
-
-    Args:
-        shape: (z, y, x) voxels.
-        spacing: (z, y, x) in mm as nnU-Net's readers give it. A 2D image has no thickness, only nnU-Net's placeholder:
-            it counts as 1 mm thick.
-    """
-    is_2d = len(shape) == 3 and shape[0] == 1 and np.isclose(spacing[0], PLACEHOLDER_THICKNESS * max(spacing[1:]))
-    return float(np.prod(spacing[1:] if is_2d else spacing)) / 1000
 
 
 def full_scale(ending: str) -> int:

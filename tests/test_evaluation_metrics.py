@@ -23,7 +23,7 @@ from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix, lesion_f1,
 from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice, surface_points
 from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions, stored_channels, stored_shape
-from nnunet_pdddpm.image_files import voxel_volume_ml
+from nnunet_pdddpm.geometry import voxel_volume_ml
 
 MASKS = arrays(bool, (3, 4, 5))
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from nnunet_pdddpm.inference.intervals import (
-    FEWEST_SCORES,
     FIELDS,
+    MIN_INTERVAL_CASES,
     RULES,
     SAMPLE_SCALES,
     Calibrated,
@@ -70,7 +70,7 @@ def coverage(rng: np.random.Generator, kind: str, number: int, with_samples: boo
 
 
 @pytest.mark.parametrize('kind', ['organ', 'lesions'])
-@pytest.mark.parametrize('number', [FEWEST_SCORES, 19, 60])
+@pytest.mark.parametrize('number', [MIN_INTERVAL_CASES, 19, 60])
 def test_the_true_volume_is_inside_as_often_as_the_level_says(kind, number):
     """Within 2 %, also where the rule is chosen on the same errors."""
     found, _ = coverage(np.random.default_rng(number), kind, number, True)
@@ -177,7 +177,7 @@ def test_without_samples_drawn_alike_no_rule_uses_them():
 
 
 def test_too_few_cases_and_empty_rows_give_no_interval():
-    rows = cases(np.random.default_rng(2), FEWEST_SCORES, 'organ')
+    rows = cases(np.random.default_rng(2), MIN_INTERVAL_CASES, 'organ')
     assert calibrate([rows], True).level == 0.9
     rows[0, FIELDS.index('samples')] = 0  # its true volume is not known
     assert calibrate([rows], True) is None

@@ -23,7 +23,7 @@ from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_nu
 from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
-from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.stored import store
 
 ENDING = '.nii.gz'

@@ -742,7 +742,7 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
         found_in(8)
     with pytest.raises(TuningError):
         found_in(3 * up_to_three + first_look - 1)
-    monkeypatch.setattr(budget_module, 'FEWEST_CASES', 2)
+    monkeypatch.setattr(budget_module, 'MIN_TUNING_CASES', 2)
     found = found_in(3 * up_to_three + first_look - 1)
     assert found.cases == ['0', '2'] and found.cases_left_out == ['1']
     assert len(found.masks[0].dice) == len(found.samples[0].energy) == 2

@@ -19,7 +19,7 @@ from nnunet_pdddpm.diffusion.process import Ancestral, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
 from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_case, write_summary
+from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_row, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
     fuse_tiles,
     mirrorings,
@@ -454,7 +454,7 @@ def a_row(folder, number, folds=1):
 
 def write_some(folder, start):
     for number in range(start, 40, 4):
-        write_case(folder / 'pdddpm_cases', a_row(folder, number))
+        write_row(folder / 'pdddpm_cases', a_row(folder, number))
         write_summary(folder)
 
 
@@ -479,7 +479,7 @@ def test_four_processes_share_one_summary(tmp_path):
 
 
 def test_settings_that_differ_between_folds_are_both_told(tmp_path):
-    write_case(tmp_path / 'pdddpm_cases', a_row(tmp_path, 0, folds=2))
+    write_row(tmp_path / 'pdddpm_cases', a_row(tmp_path, 0, folds=2))
     write_summary(tmp_path)
     line = next(csv.DictReader((tmp_path / 'pdddpm_summary.csv').open(newline='')))
     assert (line['start'], line['steps'], line['samples_from']) == ('0.6', '1/2', 'chain')

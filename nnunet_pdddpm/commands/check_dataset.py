@@ -13,10 +13,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import refuse_earlier, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
-from nnunet_pdddpm.training.presegmenters import CHECKPOINT, TrainingContext, checkpoint_file
+from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 
 TRAINER = 'PDDDPMTrainer'
@@ -217,7 +218,7 @@ def environment_problem(settings: SamplingSettings | None = None) -> str:
 
 def trained_folds(model_folder: Path) -> list[int | str]:
     """Folds whose training is finished, in order, `all` last."""
-    names = [file.parent.name[len('fold_'):] for file in model_folder.glob(f'fold_*/{CHECKPOINT}')]
+    names = [file.parent.name[len('fold_'):] for file in model_folder.glob(f'fold_*/{FINAL_CHECKPOINT}')]
     return [*sorted(int(name) for name in names if name.isdecimal()), *(name for name in names if name == 'all')]
 
 

@@ -8,10 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-from nnunetv2.utilities.file_path_utilities import get_output_folder
-
+from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
 from nnunet_pdddpm.inference.continuing import others_in, refresh_summary
 from nnunet_pdddpm.inference.export import Outputs
@@ -74,9 +72,9 @@ def add_input_and_output(parser: argparse.ArgumentParser) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What both commands have: the flags of their stock namesakes with the same meaning, then those of sampling."""
     stock = parser.add_argument_group('as in nnUNetv2_predict')
-    stock.add_argument('-f', nargs='+', type=fold, default=[0, 1, 2, 3, 4],
+    stock.add_argument('-f', nargs='+', type=parse_fold, default=[0, 1, 2, 3, 4],
                        help='folds, numbers from 0 or all (default: 0 1 2 3 4)')
-    stock.add_argument('-chk', default='checkpoint_final.pth', help='checkpoint (default: %(default)s)')
+    stock.add_argument('-chk', default=FINAL_CHECKPOINT, help='checkpoint (default: %(default)s)')
     stock.add_argument('-step_size', type=float, default=0.5,
                        help='of the sliding window, of a tile; above 0, not above 1 (default: %(default)s)')
     stock.add_argument('--disable_tta', action='store_true', help='no mirroring (default: as in training)')
@@ -122,11 +120,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument('--report', action='store_true',
                          help='report.html, worst cases first; with --uncertainty and --save_presegmentation '
                               '(default: not)')
-
-
-def fold(text: str) -> int | str:
-    """A fold's number, or `all`."""
-    return text if text == 'all' else int(text)
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -231,28 +224,6 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
     if others := others_in(Path(args.o), cases, predictor.settings_for_summary()):
         print(f'{args.o} also holds masks of another model or of other settings, which stay: {", ".join(others)}.')
     return predictor, images, unusable if args.part_id == 0 else {}
-
-
-def model_folder(args: argparse.Namespace, dataset: str = '-d') -> str:
-    """Folder of the model that -d, -c, -tr and -p name; `dataset`: what the first of them is called."""
-    try:
-        return str(get_output_folder(args.d, args.tr, args.p, args.c))
-    except RuntimeError as error:
-        named = [str(name) for name in find_candidate_datasets(int(args.d))]
-        what = f'{len(named)} data sets have the id {args.d} ({", ".join(named)}): name one of them in {dataset}, or' \
-            if named else f'There is no data set with the id {args.d}: correct {dataset}, or'
-        raise PredictionError(f'{what} the variables nnUNet_results, nnUNet_raw and nnUNet_preprocessed.') from error
-
-
-def prepare_device(name: str) -> torch.device:
-    """The device, with the number of threads that nnU-Net's commands use on it."""
-    if name == 'cuda' and not torch.cuda.is_available() or name == 'mps' and not torch.backends.mps.is_available():
-        raise PredictionError(f'There is no {name} device here: name another with -device, such as -device cpu.')
-    if name == 'cpu':
-        torch.set_num_threads(os.cpu_count() or 1)
-    elif name == 'cuda':
-        torch.set_num_threads(1)
-    return torch.device(name)
 
 
 def case_name(files: Sequence[str], predictor: PDDDPMPredictor) -> str:

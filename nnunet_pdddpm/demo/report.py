@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.inference.intervals import in_percent
 
 matplotlib.use('agg')
@@ -50,7 +51,7 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         truth: folder of label maps of the same names.
         labels: name to value of the labels.
     """
-    cases = json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']
+    cases = json.loads((predictions / SUMMARY).read_text())['cases']
     number = cases[0]['num_samples']
     of_samples = f'range of {number} samples'
     lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{of_samples:<22}{"true":>8}']

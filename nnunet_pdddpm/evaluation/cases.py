@@ -20,7 +20,7 @@ from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squ
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions
-from nnunet_pdddpm.image_files import voxel_volume_ml
+from nnunet_pdddpm.geometry import voxel_volume_ml
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
 from nnunet_pdddpm.evaluation.cases import MARGIN_MM, CaseResult, evaluate_case
-from nnunet_pdddpm.evaluation.folders import SUMMARY, EvaluationError, Folders
+from nnunet_pdddpm.evaluation.folders import EvaluationError, Folders
 from nnunet_pdddpm.evaluation.parts import Figures
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
+from nnunet_pdddpm.file_names import SUMMARY
 
 Means = dict[str, float]
 

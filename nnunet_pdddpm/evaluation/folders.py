@@ -16,6 +16,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import UNTOLD, is_that_file
 from nnunet_pdddpm.image_files import (
     UnusableImage,
@@ -29,7 +30,6 @@ from nnunet_pdddpm.image_files import (
 )
 
 Label = Union[int, tuple[int, ...]]
-SUMMARY = 'pdddpm_summary.json'
 DIAGRAM = 'evaluation_reliability.png'
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from nnunet_pdddpm.files import identity
-from nnunet_pdddpm.inference.counting import grid_voxel_ml
+from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy
 from nnunet_pdddpm.inference.intervals import ByMask
 from nnunet_pdddpm.inference.preprocess import end_with_parent
@@ -28,7 +28,7 @@ from nnunet_pdddpm.inference.summary import (
     missing_intervals,
     sample_volumes,
     versions,
-    write_case,
+    write_row,
 )
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.labels import label_channels
@@ -158,8 +158,8 @@ class CaseUnderWay:
         spread = prediction.spread
         self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
         self.counts = prediction.counts
-        self.voxel_ml = grid_voxel_ml(self.export.properties, prediction.logits.shape[1:],
-                                      self.export.voxel_volume_ml())
+        self.grid_voxel_ml = grid_voxel_ml(self.export.properties, self.export.plans_manager.transpose_backward,
+                                           prediction.logits.shape[1:])
         judged = self.ranking.judge(prediction.quality)
         estimated = {name: judged.labels.get(name, (prediction.quality.expected[channel], None))
                      for name, channel in self.channels.items()}
@@ -199,7 +199,7 @@ class CaseUnderWay:
         labels = self._volumes(self.rest.result())
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
         flags = [*self.flags, *missing_intervals(labels)]
-        write_case(folder / CASES, {**self.row, 'flags': flags, 'image': self.image, 'mask': identity(folder / mask),
+        write_row(folder / CASES, {**self.row, 'flags': flags, 'image': self.image, 'mask': identity(folder / mask),
                                     'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
@@ -212,8 +212,9 @@ class CaseUnderWay:
 
     def _volumes(self, counted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Label -> its part of the summary; `counted`: in the original image, see `CaseExport.rest`."""
-        ml = self.export.voxel_volume_ml()
-        voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]), self.voxel_ml)
+        ml = image_voxel_ml(self.export.properties, self.export.plans_manager.transpose_backward)
+        voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]),
+                                        self.grid_voxel_ml)
         sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
         return {name: {'volume_ml': counted[name]['voxels'] * ml,
                        **interval(self.calibrated[name].of(features[i]), features[i]),

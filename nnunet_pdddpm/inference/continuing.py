@@ -1,13 +1,13 @@
 """What lies in an output folder already: is it of this model, of these images, and is the mask the one put there?"""
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import UNTOLD
-from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_case, write_summary
+from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_row, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
 Settings = Sequence[Mapping[str, Any]]
@@ -28,7 +28,7 @@ def difference(then: Settings, now: Settings) -> str:
 
 def refuse_other_settings(output: Path, case: str, settings: Settings) -> None:
     """Raise PredictionError if a case in the folder was predicted with another model or other settings."""
-    row = read_case(output, case)
+    row = read_row(output, case)
     if row is not None and (how := difference(row['settings'], settings)):
         raise PredictionError(f'{output} holds {case} predicted {how}. Name another output folder, or predict all of '
                               f'it again without --continue_prediction.')
@@ -38,7 +38,7 @@ def not_put_there(mask: Path, case: str) -> str:
     """Why the mask of a case is none that a prediction put there; empty if it is one, or is not there."""
     if not mask.is_file():
         return ''
-    row = read_case(mask.parent, case)
+    row = read_row(mask.parent, case)
     if row is None and (mask.parent / CASES / f'{case}.json').is_file():
         return ''  # put there, but the row was torn by a loss of power: the case is predicted again
     if row is None:
@@ -50,7 +50,7 @@ def not_put_there(mask: Path, case: str) -> str:
 
 def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[str]:
     """Finished cases of a folder that are not among `cases` and were predicted with another model or settings."""
-    rows = {file.stem: read_case(output, file.stem) for file in sorted((output / CASES).glob('*.json'))
+    rows = {file.stem: read_row(output, file.stem) for file in sorted((output / CASES).glob('*.json'))
             if file.stem not in cases}
     return [case for case, row in rows.items() if row is not None and difference(row['settings'], settings)]
 
@@ -58,9 +58,9 @@ def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[
 def refresh_summary(output: Path) -> None:
     """`write_summary`, and a line about the masks that it leaves out."""
     changed = write_summary(output)
-    untold = [case for case in changed if 'mask' not in (read_case(output, case) or {})]
+    untold = [case for case in changed if 'mask' not in (read_row(output, case) or {})]
     for cases, why in (([case for case in changed if case not in untold], 'is not the one that was predicted'),
                        (untold, UNTOLD)):
         if cases:
-            print(f'{os.path.join(output, "pdddpm_summary.json")} leaves out {", ".join(cases)}: the mask that is '
+            print(f'{output / SUMMARY} leaves out {", ".join(cases)}: the mask that is '
                   f'there {why}.')

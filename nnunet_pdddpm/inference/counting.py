@@ -1,8 +1,7 @@
 """Voxels of each label in masks and samples, counted in the network's grid."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -140,15 +139,3 @@ class VoxelCounter:
         return [Features(masks[:, i], total[:, i].mean(keepdims=True), total[:, i].std(ddof=1, keepdims=True),
                          (sd[i] ** 2).sum(keepdims=True), sd[i].sum(keepdims=True) ** 2)
                 for i in range(len(self.labels))]
-
-
-def grid_voxel_ml(properties: Mapping[str, Any], shape: Sequence[int], image_voxel_ml: float) -> float:
-    """Volume of a voxel of the network's grid in ml.
-
-    Args:
-        properties: of the preprocessed image, as nnU-Net's preprocessor gives them.
-        shape: (Z, Y, X) of the preprocessed image.
-        image_voxel_ml: volume of a voxel of the original image.
-    """
-    cropped = properties['shape_after_cropping_and_before_resampling']
-    return image_voxel_ml * float(np.prod(np.asarray(cropped, float)) / np.prod(np.asarray(shape, float)))

@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from scipy import ndimage
 
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.image_files import damage, full_scale, voxel_volume_ml
+from nnunet_pdddpm.image_files import damage, full_scale
 from nnunet_pdddpm.inference.resampling import axes_of, resampled_classes, resampled_regions
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 
@@ -162,11 +162,6 @@ class CaseExport:
     def sizes(self, labels: np.ndarray) -> dict[str, int]:
         """Voxels of each label or region in a mask."""
         return {name: int(np.isin(labels, values).sum()) for name, values in self.labels().items()}
-
-    def voxel_volume_ml(self) -> float:
-        """Of the original image."""
-        shape = self.properties['shape_before_cropping']
-        return voxel_volume_ml([shape[i] for i in self.plans_manager.transpose_backward], self.properties['spacing'])
 
     def _reader(self) -> Any:
         return self.plans_manager.image_reader_writer_class()

@@ -16,10 +16,10 @@ FIELDS = ('true', 'mask', 'mean', 'sd', 'sum_of_squares', 'square_of_sum', 'samp
 """Of a case and a label: the true volume; the volume of the mask; mean and standard deviation of the samples' volumes;
 of the samples' standard deviations s_j in the single objects, sum s_j^2 and (sum s_j)^2; and the number of samples, 0
 where the row is empty."""
-LEVEL = 0.95
-FEWEST_SCORES = 9
+COVERAGE = 0.95
+MIN_INTERVAL_CASES = 9
 """Validation cases below which there is no interval: with n of them the widest honest level is n / (n + 1)."""
-MANY_SCORES = 39
+MIN_RULE_CASES = 39
 """Scores from which on the rule is chosen by them: chosen by fewer, intervals hold 2 to 4 % fewer true volumes than
 promised. From one more on each end can have a quantile of its own: 2.5 % of 40 is one."""
 
@@ -143,14 +143,14 @@ class ByMask:
 
 
 def honest_level(number: int) -> float:
-    """LEVEL, or what so many errors can promise at most."""
-    return min(LEVEL, number / (number + 1))
+    """COVERAGE, or what so many errors can promise at most."""
+    return min(COVERAGE, number / (number + 1))
 
 
 def rank_of(number: int, own_tails: bool) -> int:
     """Which of the smallest (and which of the largest) of n ends is taken: floor(a (n + 1)), at least the first, where
     a = 5 % are to be missed, or half of them at each end."""
-    share = (1 - LEVEL) / (2 if own_tails else 1)
+    share = (1 - COVERAGE) / (2 if own_tails else 1)
     return max(1, math.floor(share * (number + 1) + 1e-9))
 
 
@@ -198,7 +198,8 @@ def interval_scores(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray:
 def choose_rule(true: np.ndarray, of: Features, with_samples: bool) -> Rule:
     """The rule with the lowest mean interval score, each case by the errors of the others; of equal ones the simpler.
 
-    Of fewer than MANY_SCORES cases: errors relative to the volume, or constant ones where a mask is empty by mistake.
+    Fewer than MIN_RULE_CASES cases choose nothing: errors are relative to the volume, or constant where a mask is empty
+    by mistake.
 
     Args:
         true: (n,) ml.
@@ -207,8 +208,8 @@ def choose_rule(true: np.ndarray, of: Features, with_samples: bool) -> Rule:
     """
     typical = float(np.median(true[true > 0])) if (true > 0).any() else 1.0
     usable = [replace(rule, typical=typical) for rule in RULES if (with_samples or not rule.uses_samples)
-              and (len(true) > MANY_SCORES or not rule.own_tails)]
-    if len(true) < MANY_SCORES:
+              and (len(true) > MIN_RULE_CASES or not rule.own_tails)]
+    if len(true) < MIN_RULE_CASES:
         constant, relative = usable[:2]
         errors = errors_by(relative, true, of)
         return relative if errors is not None and np.isfinite(errors).all() else constant
@@ -222,8 +223,8 @@ def calibrate_by_mask(scores: Sequence[np.ndarray], with_samples: bool) -> ByMas
         of_kind = [of[(of[:, FIELDS.index('mask')] > 0) == which] for of in scores]
         number = sum(int((of[:, FIELDS.index('samples')] > 0).sum()) for of in of_kind)
         made.append(calibrate(of_kind, with_samples) or
-                    f'the true volume is known of {number} validation cases whose mask {words}, {FEWEST_SCORES} are '
-                    f'needed')
+                    f'the true volume is known of {number} validation cases whose mask {words}, '
+                    f'{MIN_INTERVAL_CASES} are needed')
     return ByMask(*made)
 
 
@@ -233,7 +234,7 @@ def in_percent(level: float) -> str:
 
 
 def calibrate(scores: Sequence[np.ndarray], with_samples: bool) -> Calibrated | None:
-    """The rule and the errors of a label; None for fewer than FEWEST_SCORES.
+    """The rule and the errors of a label; None for fewer than MIN_INTERVAL_CASES.
 
     Args:
         scores: of each model that predicts, (cases, FIELDS); rows without samples are empty.
@@ -241,7 +242,7 @@ def calibrate(scores: Sequence[np.ndarray], with_samples: bool) -> Calibrated | 
     """
     known = [of[of[:, FIELDS.index('samples')] > 0] for of in scores]
     rows = np.concatenate(known).astype(float)
-    if len(rows) < FEWEST_SCORES:
+    if len(rows) < MIN_INTERVAL_CASES:
         return None
     true, of = rows[:, 0], Features(*rows[:, 1:6].T)
     rule = choose_rule(true, of, with_samples)

@@ -28,7 +28,7 @@ from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.ranking import FOLDS, NOT_MEASURED, UNMEASURED, Ranking, ranking_of
-from nnunet_pdddpm.inference.summary import has_failed, read_case, write_failure
+from nnunet_pdddpm.inference.summary import has_failed, read_row, write_failure
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 from nnunet_pdddpm.labels import label_channels
@@ -192,7 +192,7 @@ class PDDDPMPredictor(VolumePredictor):
 
     def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
         self.refuse_others(truncated)
-        row = read_case(truncated.parent, truncated.name)
+        row = read_row(truncated.parent, truncated.name)
         export = self._export(truncated, {}, save_probabilities)
         done = row is not None and not has_failed(truncated.parent, truncated.name) and all(
             (truncated.parent / file).is_file() for file in export.files(self.num_samples))

@@ -20,9 +20,9 @@ FIELDS = ('kind', 'case', 'dice', *FEATURES)
 with an artefact, a number for each family; the number of the case; its Dice, and what tells it."""
 KIND, CASE, DICE = range(3)
 CLEAN = 1
-FEWEST_CASES = 9
+MIN_RANKING_CASES = 9
 """Validation cases with a label below which there is no order."""
-LEVEL = 0.9
+BOUND_COVERAGE = 0.9
 """Share of cases in which the Dice is to be at least its lower bound."""
 PENALTY = 0.7
 """Of the ridge regression, for each row: far from what it was fitted on it should say little."""
@@ -140,9 +140,11 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def lower_quantile(errors: np.ndarray) -> float:
-    """Error below which at most 1 - LEVEL lie: the conformal one, floor((1 - LEVEL) (n + 1)) of the smallest; minus
-    infinity for fewer than nine."""
-    rank = math.floor((1 - LEVEL) * (len(errors) + 1) + 1e-9)
+    """Conformal quantile: the error of rank floor((1 - BOUND_COVERAGE) (n + 1)), the smallest first.
+
+    Minus infinity for fewer than nine errors.
+    """
+    rank = math.floor((1 - BOUND_COVERAGE) * (len(errors) + 1) + 1e-9)
     return float(np.sort(errors)[rank - 1]) if rank else -math.inf
 
 
@@ -247,7 +249,7 @@ class Ranking:
              'better')
         return (f'Cases are sorted by {how}. Rank correlation with the Dice {correlation} on {number}; {of.clean:.2f} '
                 f'on the cases as they are; by the probabilities alone {of.probabilities:.2f}. The lower bound is to '
-                f'hold in {100 * LEVEL:.0f} % and held in {100 * bound.held:.0f} %.')
+                f'hold in {100 * BOUND_COVERAGE:.0f} % and held in {100 * bound.held:.0f} %.')
 
     def judge(self, qualities: Mapping[str, LabelQuality]) -> Judgement:
         """What is said of a case, by what is known of its labels."""
@@ -307,10 +309,10 @@ def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
     """The order that rows (rows, C, FIELDS) of validation cases give; `channels`: of each label."""
     known = rows[(rows[..., KIND] > 0).any(1)].astype(float)
     enough = {name: channel for name, channel in channels.items()
-              if (known[:, channel, KIND] == CLEAN).sum() >= FEWEST_CASES}
+              if (known[:, channel, KIND] == CLEAN).sum() >= MIN_RANKING_CASES}
     if not enough:
         number = max([int((known[:, channel, KIND] == CLEAN).sum()) for channel in channels.values()], default=0)
-        return Ranking(UNMEASURED, f'the Dice is known of {number} validation cases, {FEWEST_CASES} are needed'
+        return Ranking(UNMEASURED, f'the Dice is known of {number} validation cases, {MIN_RANKING_CASES} are needed'
                        ) if number else NOT_MEASURED
     known = known[:, list(enough.values())]
     known = known[(known[..., KIND] > 0).any(1)]

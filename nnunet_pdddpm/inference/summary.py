@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import is_that_file, write_atomically
 from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
@@ -23,7 +24,7 @@ CASES = 'pdddpm_cases'
 """Folder with one file per finished case, from which the summary is made: parts of a prediction share it."""
 FAILED = f'{CASES}/failed'
 """Folder with one file per case that could not be predicted and has not been since."""
-SUMMARY = 'pdddpm_summary'
+TABLE = 'pdddpm_summary.csv'
 
 
 def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | None]:
@@ -93,19 +94,19 @@ def missing_intervals(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f'{", ".join(of)}: volume without a calibrated interval, {reason}' for reason, of in names.items()]
 
 
-def write_case(folder: Path, row: Mapping[str, Any]) -> None:
+def write_row(folder: Path, row: Mapping[str, Any]) -> None:
     """Row of a finished case as `CASE.json` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder, {f'{row["case"]}.json': json.dumps(row, indent=2)})
 
 
-def read_case(output: Path, case: str) -> dict[str, Any] | None:
+def read_row(output: Path, case: str) -> dict[str, Any] | None:
     """Row of a finished case in an output folder, if there is one."""
     file = output / CASES / f'{case}.json'
-    return _read_row(file) if file.is_file() else None
+    return _load_row(file) if file.is_file() else None
 
 
-def _read_row(file: Path) -> dict[str, Any] | None:
+def _load_row(file: Path) -> dict[str, Any] | None:
     """What the file of a case holds; None, which is said, if that is nothing, as after a loss of power."""
     try:
         row = json.loads(file.read_text())
@@ -152,7 +153,7 @@ def write_summary(output: Path) -> list[str]:
         found = []
         for file in there[0]:
             with suppress(FileNotFoundError):  # a failure that another process has just taken back
-                if (row := _read_row(file)) is not None:
+                if (row := _load_row(file)) is not None:
                     found.append(row)
         failed = [{'case': row['case'], 'error': row['error']} for row in found if 'error' in row and _is_there(row)]
         without = {row['case'] for row in failed}  # what an earlier prediction left of them is of another image
@@ -161,8 +162,7 @@ def write_summary(output: Path) -> list[str]:
         changed = [row['case'] for row in done if row not in rows and (
             'mask' not in row or row['mask']['file'] in there[1])]
         content = {'cases': rows, **({'failed': failed} if failed else {})}
-        write_atomically(output, {f'{SUMMARY}.json': json.dumps(content, indent=2),
-                                  f'{SUMMARY}.csv': _table(rows, failed)})
+        write_atomically(output, {SUMMARY: json.dumps(content, indent=2), TABLE: _table(rows, failed)})
         written = there  # a case that another process has finished meanwhile: once more
     return changed
 
@@ -170,7 +170,8 @@ def write_summary(output: Path) -> list[str]:
 def _what_is_there(output: Path) -> tuple[list[Path], list[str]]:
     """Files of the rows, and names of the files in the folder that are in place and not made of them."""
     rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
-    return rows, sorted(file.name for file in output.iterdir() if not file.name.startswith(('.', SUMMARY)))
+    names = sorted(file.name for file in output.iterdir() if not file.name.startswith('.'))
+    return rows, [name for name in names if name not in (SUMMARY, TABLE)]
 
 
 def _is_there(failure: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_pdddpm.cpu import all_cpus, cpu_has_bfloat16, threads
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
@@ -107,7 +108,7 @@ class VolumePredictor(nnUNetPredictor):
         self.num_samples = 0
 
     def initialize_from_trained_model_folder(self, model_training_output_dir: str, use_folds: Any,
-                                             checkpoint_name: str = 'checkpoint_final.pth') -> None:
+                                             checkpoint_name: str = FINAL_CHECKPOINT) -> None:
         """As nnUNetPredictor's.
 
         Raises:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import UNTOLD, is_that_file
 from nnunet_pdddpm.inference.intervals import in_percent
 from nnunet_pdddpm.report.volumes import existing
 
-SUMMARY = 'pdddpm_summary.json'
 BIN_WIDTHS = (0.01, 0.02, 0.05, 0.1)
 MAX_BINS = 12
 

@@ -12,11 +12,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
 
 DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
-CHECKPOINT = 'checkpoint_final.pth'
 
 
 class PresegmenterError(CheckpointError):
@@ -43,7 +43,7 @@ def presegmenter_folder(dataset_name: str, plans_name: str, configuration: str) 
 
 def checkpoint_file(model_folder: Path, fold: int | str) -> Path:
     """Path of a fold's final checkpoint, whether it exists or not."""
-    return model_folder / f'fold_{fold}' / CHECKPOINT
+    return model_folder / f'fold_{fold}' / FINAL_CHECKPOINT
 
 
 def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], configuration: str, fold: int | str,

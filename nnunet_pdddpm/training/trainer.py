@@ -26,6 +26,7 @@ from nnunet_pdddpm.diffusion.coding import harden, one_hot
 from nnunet_pdddpm.diffusion.levels import lowest_log_snr
 from nnunet_pdddpm.diffusion.measuring import LevelMeter, positions, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.image_files import images_in, listed
 from nnunet_pdddpm.labels import label_channels
@@ -44,9 +45,8 @@ from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.tuning.budget import enough
 from nnunet_pdddpm.tuning.calibration import Measured, cases_to_calibrate, keep, measure, open_for_calibration
 from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
-from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.report import NAME as SWEEP
-from nnunet_pdddpm.tuning.stored import CHECKPOINTS
 from nnunet_pdddpm.tuning.tune import open_model, tune
 from nnunet_pdddpm.versions import require_nnunet
 
@@ -89,7 +89,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._restored = False
         self._previous_stage_told = False
         self._average_in_network = False
-        self._checkpoint = CHECKPOINTS[0]  # whose weights are in the network when training has ended
+        self._checkpoint = FINAL_CHECKPOINT  # whose weights are in the network when training has ended
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._embed_stock_model()
         self._stock_checkpoint = None
         self._note_cases()
-        if self.current_epoch == 0 and (earlier := Path(self.output_folder, CHECKPOINTS[0])).is_file():
+        if self.current_epoch == 0 and (earlier := Path(self.output_folder, FINAL_CHECKPOINT)).is_file():
             self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
                                    f'with it, and --c takes it for the end of this one.')
         self._first_epoch = self.current_epoch
@@ -332,7 +332,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """As nnU-Net's; then the sampling settings are tuned, with which nnU-Net goes on to validate."""
         super().on_train_end()
-        self._checkpoint = CHECKPOINTS[0]
+        self._checkpoint = FINAL_CHECKPOINT
         choice = [self.tune_sampling() if self.local_rank == 0 else None]
         if self._gloo is not None:
             dist.broadcast_object_list(choice, 0, self._gloo)

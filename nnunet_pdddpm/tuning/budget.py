@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FEWEST_CASES = 5
+MIN_TUNING_CASES = 5
 
 
 def enough(cases: int, of: int) -> bool:
-    """Whether so many of the validation cases are enough to measure anything on: FEWEST_CASES, or all."""
-    return cases >= min(FEWEST_CASES, of)
+    """Whether so many of the validation cases are enough to measure anything on: MIN_TUNING_CASES, or all."""
+    return cases >= min(MIN_TUNING_CASES, of)
 
 
 def cases_in(seconds: float, seconds_a_voxel: float, voxels: Sequence[int]) -> list[int]:

@@ -12,13 +12,13 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from torch import Tensor
 
+from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
-from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
 from nnunet_pdddpm.inference.predictor import INFINITE
 from nnunet_pdddpm.inference.quality import label_map, overlap
-from nnunet_pdddpm.inference.ranking import CLEAN, FEWEST_CASES, ranking_of
+from nnunet_pdddpm.inference.ranking import CLEAN, MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
@@ -81,13 +81,13 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         prediction = predictor.predict_volume(case.image, case=case.name, stock=False)
         duration = time.perf_counter() - start
         if (true := cases.true_volumes(case.name)) is not None:
-            of_labels = _features(predictor, cases, case, prediction)
+            of_labels = _features(predictor, case, prediction)
             for (label, channel), of in zip(channels.items(), of_labels, strict=True):
                 volumes[-1][channel] = torch.tensor([true[label], *(float(v[0]) for v in of), predictor.num_samples])
         quality.append(quality_row(predictor, case, prediction, number, CLEAN))
         del prediction
         seconds += SECONDS_A_CASE
-        for _ in range(COPIES if len(names) >= FEWEST_CASES else 0):
+        for _ in range(COPIES if len(names) >= MIN_RANKING_CASES else 0):
             if duration > seconds:
                 break
             start = time.perf_counter()
@@ -139,17 +139,17 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
     return row
 
 
-def _features(predictor: VolumePredictor, cases: ValidationCases, case: Case, prediction: VolumePrediction
-              ) -> list[Features]:
+def _features(predictor: VolumePredictor, case: Case, prediction: VolumePrediction) -> list[Features]:
     """What intervals of a predicted case's volumes are made of, for each label."""
     mask = convert_predicted_logits_to_segmentation_with_correct_shape(
         as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
         predictor.label_manager, case.properties)
-    ml = cases.voxel_ml(case)
+    backward = predictor.plans_manager.transpose_backward
+    ml = image_voxel_ml(case.properties, backward)
     mask_ml = np.array([np.isin(mask, values).sum() * ml
                         for values in foreground_labels(predictor.dataset_json).values()])
     return prediction.counts.features(prediction.counts.voxel_ml(
-        mask_ml, grid_voxel_ml(case.properties, case.image.shape[1:], ml)))
+        mask_ml, grid_voxel_ml(case.properties, backward, case.image.shape[1:])))
 
 
 def lines(scores: Tensor, channels: dict[str, int]) -> list[str]:

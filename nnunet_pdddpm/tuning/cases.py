@@ -13,11 +13,12 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch import Tensor
 
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
-from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, voxel_volume_ml
+from nnunet_pdddpm.geometry import voxel_volume_ml
+from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.seen import stored_seen, trained_on_as_well
 from nnunet_pdddpm.tuning.budget import enough
-from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.errors import TuningError
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,6 @@ class ValidationCases:
         voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
         return {label: float(np.isin(labels, values).sum()) * voxel
                 for label, values in foreground_labels(self.dataset_json).items()}
-
-    def voxel_ml(self, case: Case) -> float:
-        """Volume of a voxel of the original image."""
-        shape = case.properties['shape_before_cropping']
-        return voxel_volume_ml([shape[i] for i in self.plans.transpose_backward], case.properties['spacing'])
 
     def _raters_of(self, name: str, properties: dict[str, Any], shape: tuple[int, ...]) -> list[np.ndarray]:
         """The raters' masks, transposed, cropped and resampled as nnU-Net's preprocessor does with a truth."""

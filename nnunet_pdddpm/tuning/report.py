@@ -15,7 +15,7 @@ import numpy as np
 from nnunet_pdddpm.files import without_nan, write_atomically
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.choice import (
-    LEVEL,
+    CONFIDENCE,
     MaskRow,
     SampleRow,
     difference_interval,
@@ -115,7 +115,7 @@ def _summary(sweep: Sweep, settings: SamplingSettings, plain: float) -> dict[str
             'seconds': round(sweep.seconds, 1), 'passes': sweep.passes,
             'rows': [{**row, 'settings': asdict(of_row), 'per_case': values}
                      for row, of_row, values in zip(_rows(sweep, settings), of_rows, per_case, strict=True)],
-            'interval': {'level': LEVEL, 'by': "Student's t over cases"}}
+            'interval': {'level': CONFIDENCE, 'by': "Student's t over cases"}}
 
 
 def _table(sweep: Sweep, settings: SamplingSettings) -> str:

@@ -22,9 +22,10 @@ from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import Finished, mirrorings
 from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.budget import FEWEST_CASES, cases_in
+from nnunet_pdddpm.tuning.budget import MIN_TUNING_CASES, cases_in
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
-from nnunet_pdddpm.tuning.choice import MaskRow, SampleRow, TuningError, best_samples, choose_samples, mean
+from nnunet_pdddpm.tuning.choice import MaskRow, SampleRow, best_samples, choose_samples, mean
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import fit_temperature, likelihoods
 
@@ -215,7 +216,7 @@ def sweep(predictor: VolumePredictor, cases: ValidationCases, seconds: float | N
         progress: whether to show a bar.
 
     Raises:
-        TuningError: if the time is too short for FEWEST_CASES.
+        TuningError: if the time is too short for MIN_TUNING_CASES.
     """
     with torch.inference_mode():
         return _Run(predictor, cases, seconds, clock, progress).run()
@@ -304,7 +305,7 @@ class _Run:
             self.order = cases_in(left, (once + (ROUNDS - 1) * opening) / voxels[0], voxels)
         if not self.order:
             raise TuningError(f'{self.seconds / 60:.1f} minutes are too short to tune the sampling settings: '
-                              f'{min(FEWEST_CASES, len(voxels))} cases take longer.')
+                              f'{min(MIN_TUNING_CASES, len(voxels))} cases take longer.')
         times = sum(voxels[i] for i in self.order) / voxels[0]
         self.seconds_a_pass, self.seconds_to_open = a_pass * times, 0.0 if all_kept else opening * times
 

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure, open_for_calibration
 from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
-from nnunet_pdddpm.tuning.choice import TuningError, choose_measured
+from nnunet_pdddpm.tuning.choice import choose_measured
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.plain import plain_dice
 from nnunet_pdddpm.tuning.report import lines, write
-from nnunet_pdddpm.tuning.stored import CHECKPOINTS, store
+from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
 
 
@@ -83,7 +85,7 @@ def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[
     """
     cases = ValidationCases(trainer)
     folder = Path(trainer.output_folder)
-    predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
+    predictor = open_for_calibration(folder.parent, trainer.fold, device, FINAL_CHECKPOINT)
     leave_out_seen(cases, predictor.list_of_parameters[0], log)
     measured = measure(predictor, cases, cases_to_calibrate(cases.names))
-    keep(folder / CHECKPOINTS[0], measured, label_channels(trainer.dataset_json, trainer.plans_manager), log)
+    keep(folder / FINAL_CHECKPOINT, measured, label_channels(trainer.dataset_json, trainer.plans_manager), log)
