@@ -15,7 +15,7 @@ import numpy as np
 from scale import DEVICE, FULL, PLANS, results
 
 from nnunet_pdddpm.inference.intervals import Features
-from nnunet_pdddpm.network.settings import own_variables
+from nnunet_pdddpm.network.settings import package_variables
 
 DATASET_ID = 4
 DATASET = 'Dataset004_Hippocampus'
@@ -46,7 +46,7 @@ def find_data(argument: str | None, dataset: str = DATASET, holds: str = 'datase
 
 def nnunet_environment(work: Path) -> dict[str, str]:
     """Environment of the nnU-Net commands: its three folders below `work`, the trainers; on a CPU one data worker."""
-    kept = {k: v for k, v in os.environ.items() if k not in own_variables()}
+    kept = {k: v for k, v in os.environ.items() if k not in package_variables()}
     return {**kept, 'nnUNet_raw': str(work / 'nnUNet_raw'), 'nnUNet_results': str(work / 'nnUNet_results'),
             'nnUNet_preprocessed': str(work / 'nnUNet_preprocessed'),
             'nnUNet_extTrainer': os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')]),

@@ -23,7 +23,7 @@ from statistics_of_trainings import files_of_trainings, spread
 
 from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.counting import VoxelCounter
-from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, errors_by
+from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, signed_errors
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.network.refiner import CALIBRATION
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -63,12 +63,12 @@ def rows_of(volume: Volume, settings: SamplingSettings, truths: Sequence[float])
     predictor = volume.predictor
     counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
     for sample in range(SAMPLES):
-        p, parts = volume.whole_sample(settings, sample, SAMPLES), volume.parts(settings)
+        p, parts = volume.sample_volume(settings, sample, SAMPLES), volume.parts(settings)
         shifts = predictor.refiner.end_shifts(settings, sample, SAMPLES, parts.number)
         objects = volume.objects(settings.temperature)
         mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
         counter.add(sample, slice(0, volume.shape[1]), mask, objects.index, objects.number)
-    counter.add_mask([(slice(0, volume.shape[1]), volume.blind())])
+    counter.add_mask([(slice(0, volume.shape[1]), volume.blind_logits())])
     features_of, sizes = counter.features(np.ones(1))[0], counter.sample_sizes()[:, 0].astype(float)
     return [volume_row(true, features_of, sizes) for true in truths]
 
@@ -124,7 +124,7 @@ def ways(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends
     scores = np.array([case['fields'] for case in calibration])
     true, of = scores[:, 0], Features(*scores[:, 1:6].T)
     relative = Rule('volume')
-    errors = errors_by(relative, true, of)
+    errors = signed_errors(relative, true, of)
     assert errors is not None
     made = [calibrate([scores], True), calibrate([scores], False),
             Calibrated(relative, errors, np.zeros(len(errors), int))]

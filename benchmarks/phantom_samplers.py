@@ -69,7 +69,7 @@ def temperatures(predictor: VolumePredictor, cases: list[Phantom]) -> SamplingSe
     of: dict[str, list[np.ndarray]] = {'stock': [], 'blind': []}
     for case in cases:
         volume, truth = opened(predictor, case), torch.from_numpy(case.truth.astype(np.float32))
-        for name, logits in (('stock', volume.stock_logits), ('blind', volume.blind())):
+        for name, logits in (('stock', volume.stock_logits), ('blind', volume.blind_logits())):
             z = (logits[1, 0] - logits[0, 0]).float()
             of[name].append(np.array([float(torch.nn.functional.binary_cross_entropy_with_logits(z / t, truth))
                                       for t in GRID]))
@@ -85,7 +85,7 @@ def draw(volume: Volume, settings: SamplingSettings, independent: bool = False, 
     """
     refiner, masks, mean, of = volume.refiner, [], 0, None if independent else number
     for sample in range(number):
-        p = volume.whole_sample(settings, sample, of)
+        p = volume.sample_volume(settings, sample, of)
         parts = volume.parts(settings)
         shifts = refiner.end_shifts(settings, sample, of, parts.number)
         masks.append(drawn_mask(p[:, 0], refiner.regions, shifts, parts.at(0))[1].numpy() > 0)

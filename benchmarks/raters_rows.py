@@ -43,7 +43,7 @@ from nnunet_pdddpm.inference import volume as volume_module
 from nnunet_pdddpm.inference.components import POSSIBLE
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.inference.volume_sampling import Field, volume_noise
+from nnunet_pdddpm.inference.volume_sampling import NoiseField, volume_noise
 from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.sweep import DEPENDENCES
@@ -151,7 +151,7 @@ class Models:
 
     def _map(self, name: str, pixels: np.ndarray) -> Tensor:
         if name in ('second', 'blind'):
-            return opened_image(self.second if name == 'second' else self.predictor, pixels).blind().float()
+            return opened_image(self.second if name == 'second' else self.predictor, pixels).blind_logits().float()
         own, probabilities = self.predictor.list_of_parameters[0], []
         for weights in self.stock[name]:
             self.predictor.refiner.presegmenter.load_state_dict(weights)
@@ -246,13 +246,13 @@ class Models:
         return network
 
 
-def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], Field]:
+def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], NoiseField]:
     """As `volume_noise` of one slice, with the noise of that trainer."""
     from rater_trainers import shared_noise
     start = volume_noise(shape, seed, sample, *arguments)
     generator = torch.Generator().manual_seed(seed + 7919 * sample)
 
-    def field() -> Field:
+    def field() -> NoiseField:
         white = start()
         return lambda count: shared_noise(white(count).movedim(1, 0), generator).movedim(0, 1)
     return field

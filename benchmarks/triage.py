@@ -24,8 +24,8 @@ from triage_artefacts import FAMILIES
 from triage_scores import aurc, excess_aurc, failures_found, normalised_aurc, spearman
 
 from nnunet_pdddpm.inference.quality import LabelQuality
+from nnunet_pdddpm.inference.ranking import ALL_FEATURES, KIND, LabelModel, Ranking, case_estimates, ranking_of
 from nnunet_pdddpm.inference.ranking import CLEAN as CLEAN_KIND
-from nnunet_pdddpm.inference.ranking import EVERY, KIND, LabelModel, Ranking, of_case, ranking_of
 
 CHANNELS = {'Anterior': 1, 'Posterior': 2}
 CLEAN = 'clean'
@@ -57,7 +57,7 @@ def read_tests(into: Path, ranking: Ranking, fitted_on: np.ndarray) -> Tests:
                 for key, of in json.loads(file.read_text()).items()]
     dice = np.array([np.mean([label['dice'] for label in of['labels'].values()]) for *_, of in versions])
     judged = [ranking.judge(qualities(of)) for *_, of in versions]
-    regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], EVERY)
+    regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], ALL_FEATURES)
                   for name, channel in CHANNELS.items()}
     scores = {PACKAGE: np.array([low(one.low) for one in judged]),
               REGRESSION: np.array([by_models(regression, of) for *_, of in versions]),
@@ -88,7 +88,7 @@ def by_models(models: dict[str, LabelModel], of: dict[str, Any]) -> float:
     """Estimated Dice of a version, as a logit; it is used whether or not validation chooses it."""
     known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
              for name, label in qualities(of).items() if label.features is not None]
-    return float(of_case(*np.array(known).T[:, None])[0][0]) if known else -10.0
+    return float(case_estimates(*np.array(known).T[:, None])[0][0]) if known else -10.0
 
 
 def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -173,7 +173,7 @@ def write_page(into: Path, file: Path) -> None:
             f'of this training, and one of its features was exchanged after 20 versions of two of these test cases had '
             f'been seen: its row is no fair test.', '',
             f'What the package says after validation on {(kinds == CLEAN_KIND).sum()} cases and '
-            f'{(kinds > CLEAN_KIND).sum()} copies: "{ranking.words()}"', '',
+            f'{(kinds > CLEAN_KIND).sum()} copies: "{ranking.describe()}"', '',
             'Normalised AURC: 0 is the best order, 1 one at random. The regression is shown whether or not validation '
             'chose it. Failures: Dice below 0.8.', '', '## All versions together', '', *pooled_table(tests), '',
             f'The lower bound is to hold in 90 % of the versions and held in {held:.0f} %.', '',

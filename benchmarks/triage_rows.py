@@ -139,7 +139,7 @@ def measure_pooled(work: Path, into: Path) -> None:
     for name in dataset.identifiers:
         pooled: list[Tensor] = []
         hook = pooling(predictor, pooled)
-        with predictor.presegmenting(False):
+        with predictor.using_stock_network(False):
             predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(dataset.load_case(name)[0][:])))
         hook.remove()
         found.append(torch.stack(pooled).mean(0).tolist())

@@ -15,7 +15,7 @@ import torch
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
-from nnunet_pdddpm.inference.case import CaseUnderWay, OutputInUse
+from nnunet_pdddpm.inference.case import OutputInUse, PendingCase
 from nnunet_pdddpm.network.settings import CHOICES, RANGES
 
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
@@ -213,16 +213,16 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
         assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
 
 
-def deleting(case: CaseUnderWay, put_in_place) -> None:
-    put_in_place(case)
+def deleting(case: PendingCase, move_to_output) -> None:
+    move_to_output(case)
     shutil.rmtree(case.output)
 
 
-def killed(case: CaseUnderWay, put_in_place) -> None:
+def killed(case: PendingCase, move_to_output) -> None:
     raise BrokenProcessPool
 
 
-def held(case: CaseUnderWay, put_in_place) -> None:
+def held(case: PendingCase, move_to_output) -> None:
     raise OutputInUse('another process predicts it.')
 
 
@@ -231,8 +231,8 @@ def held(case: CaseUnderWay, put_in_place) -> None:
     (held, 'another process predicts it')])
 def test_a_failed_case_does_not_hide_that_others_are_not_done(root, monkeypatch, ends, said_then):
     (root / 'images' / '0bad_0000.nii.gz').write_bytes(b'')
-    put_in_place = CaseUnderWay.put_in_place
-    monkeypatch.setattr(CaseUnderWay, 'put_in_place', lambda self: ends(self, put_in_place))
+    move_to_output = PendingCase.move_to_output
+    monkeypatch.setattr(PendingCase, 'move_to_output', lambda self: ends(self, move_to_output))
     said = refused(run, root)
     assert said_then in said and 'others are done' not in said
     assert said.endswith('Besides, these cases could not be predicted: 0bad (0bad_0000.nii.gz is empty).')

@@ -208,7 +208,7 @@ def spread_of(p, regions, folds=1):
         for sample in range(fold, len(p), folds):
             values = torch.as_tensor(p[sample], dtype=torch.float32)
             spread.add(sample, slice(0, p.shape[2]), values, hard_mask(values.logit() if regions else values, regions))
-        spread.end_of_fold(len(range(fold, len(p), folds)))
+        spread.finish_fold(len(range(fold, len(p), folds)))
     return spread
 
 

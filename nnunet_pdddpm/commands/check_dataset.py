@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import refuse_earlier, stored_settings, stored_table
+from nnunet_pdddpm.network.refiner import check_version, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
@@ -138,8 +138,8 @@ def _planning(name: str) -> str:
 def choose_configurations(data: DataSet, configuration: str | None) -> list[str]:
     """The configuration asked for; else all of the plans, or that of the model folder the environment names."""
     if configuration is None:
-        of_folder = os.environ.get(PRESEGMENTER_VARIABLE, '').rstrip(os.sep).rpartition('__')[2]
-        return [of_folder] if of_folder in data.data_folders else list(data.data_folders)
+        named = os.environ.get(PRESEGMENTER_VARIABLE, '').rstrip(os.sep).rpartition('__')[2]
+        return [named] if named in data.data_folders else list(data.data_folders)
     if configuration not in data.data_folders:
         raise ValueError(f'The plans {data.plans_named} of {data.name} have no configuration {configuration}: choose '
                          f'from {_listed(data.data_folders)} with -c.')
@@ -190,7 +190,7 @@ def check_model(file: Path) -> tuple[str, int | None]:
     """
     try:
         weights = load_checkpoint(file, 'model')['network_weights']
-        refuse_earlier(weights, f'The model {file}')
+        check_version(weights, f'The model {file}')
         check_weights(weights, f'The model {file}')
     except CheckpointError as error:
         return str(error), None
@@ -246,4 +246,4 @@ def check_previous_stage(data: DataSet, configuration: str) -> str:
     missing = stage.missing(cases, listed)
     for trainer, predictions in stage.folders.items():
         row('previous stage', f'{len(cases) - missing[trainer]} of {len(cases)} cases in {predictions}')
-    return stage.what_is_missing(missing, len(cases)) if all(missing.values()) else ''
+    return stage.missing_message(missing, len(cases)) if all(missing.values()) else ''

@@ -11,9 +11,9 @@ from pathlib import Path
 from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
-from nnunet_pdddpm.inference.continuing import others_in, refresh_summary
+from nnunet_pdddpm.inference.continuing import cases_with_other_settings, refresh_summary
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, failures, reasons
+from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, failure_message, list_reasons
 from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
@@ -147,9 +147,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         place = f' ({error.filename})' if error.filename else ''
         sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '
                  f'go on with --continue_prediction.')
-    of_part = len(images[args.part_id::args.num_parts]) + len(unusable)
     if failed or no_report:
-        sys.exit('Error: ' + ' '.join([failures(failed, of_part) + '.'] * bool(failed) + [no_report] * bool(no_report)))
+        num_cases = len(images[args.part_id::args.num_parts]) + len(unusable)
+        told = [f'{failure_message(failed, num_cases)}.'] if failed else []
+        sys.exit('Error: ' + ' '.join([*told, *filter(None, [no_report])]))
 
 
 def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, images: list[list[str]],
@@ -157,7 +158,7 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     """Predict all cases that can be, and report on them; the others, case -> why not; and why there is no report."""
     output = Path(args.o)
     for case, reason in unusable.items():
-        write_failure(output, case, reason, files_like(args.i, case))
+        write_failure(output, case, reason, files_of_case(args.i, case))
     try:
         predictor.predict_from_files(
             images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
@@ -167,9 +168,10 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     except CasesFailed:
         pass  # told at the end, with those that are no case
     except PredictionError as error:
-        if not (of_all := {**unusable, **predictor.failed}):
+        if not (failed := {**unusable, **predictor.failed}):
             raise
-        raise PredictionError(f'{error} Besides, these cases could not be predicted: {reasons(of_all)}.') from error
+        raise PredictionError(f'{error} Besides, these cases could not be predicted: {list_reasons(failed)}.'
+                              ) from error
     if not images[args.part_id::args.num_parts]:  # a part without cases
         refresh_summary(output)
     no_report = ''
@@ -184,7 +186,7 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     return {**unusable, **predictor.failed}, no_report
 
 
-def files_like(folder: str, case: str) -> list[str]:
+def files_of_case(folder: str, case: str) -> list[str]:
     """The files in a folder that are named as those of an image of a case, with or without a channel number."""
     named = re.compile(re.escape(case) + r'(_\d{4})?(\.[a-zA-Z.]+)')
     return [str(file) for file in sorted(Path(folder).iterdir()) if named.fullmatch(file.name)]
@@ -220,8 +222,8 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
     cases = [case_name(files, predictor) for files in images]
     if args.continue_prediction:
         for case in cases[args.part_id::args.num_parts]:  # no other part is at work on these
-            predictor.refuse_others(Path(args.o, case))
-    if others := others_in(Path(args.o), cases, predictor.settings_for_summary()):
+            predictor.check_same_settings(Path(args.o, case))
+    if others := cases_with_other_settings(Path(args.o), cases, predictor.settings_for_summary()):
         print(f'{args.o} also holds masks of another model or of other settings, which stay: {", ".join(others)}.')
     return predictor, images, unusable if args.part_id == 0 else {}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.files import UNTOLD
+from nnunet_pdddpm.files import NO_CHECKSUM
 from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_row, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
@@ -17,16 +17,16 @@ NOT_COMPARED = 'model'
 
 def difference(then: Settings, now: Settings) -> str:
     """In what a row was predicted with something else than what is to be used now; empty if in nothing."""
-    if any('weights' not in of for of in then):
+    if any('weights' not in model for model in then):
         return 'by a version of nnunet-pdddpm that did not note the weights of its model'
-    if [of['weights'] for of in then] != [of['weights'] for of in now]:
+    if [model['weights'] for model in then] != [model['weights'] for model in now]:
         return f'with another model: its weights are not those of {now[0]["model"]}'
     names = dict.fromkeys(name for a, b in zip(then, now, strict=True) for name in {**a, **b}
                           if name != NOT_COMPARED and a.get(name) != b.get(name))
     return f'with other sampling settings ({", ".join(names)})' if names else ''
 
 
-def refuse_other_settings(output: Path, case: str, settings: Settings) -> None:
+def check_same_settings(output: Path, case: str, settings: Settings) -> None:
     """Raise PredictionError if a case in the folder was predicted with another model or other settings."""
     row = read_row(output, case)
     if row is not None and (how := difference(row['settings'], settings)):
@@ -34,7 +34,7 @@ def refuse_other_settings(output: Path, case: str, settings: Settings) -> None:
                               f'it again without --continue_prediction.')
 
 
-def not_put_there(mask: Path, case: str) -> str:
+def foreign_mask_reason(mask: Path, case: str) -> str:
     """Why the mask of a case is none that a prediction put there; empty if it is one, or is not there."""
     if not mask.is_file():
         return ''
@@ -44,11 +44,11 @@ def not_put_there(mask: Path, case: str) -> str:
     if row is None:
         return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
     if 'mask' not in row:
-        return UNTOLD
+        return NO_CHECKSUM
     return '' if describes_mask(mask.parent, row) else 'was changed or replaced after nnUNetv2_pdddpm_predict wrote it'
 
 
-def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[str]:
+def cases_with_other_settings(output: Path, cases: Collection[str], settings: Settings) -> list[str]:
     """Finished cases of a folder that are not among `cases` and were predicted with another model or settings."""
     rows = {file.stem: read_row(output, file.stem) for file in sorted((output / CASES).glob('*.json'))
             if file.stem not in cases}
@@ -60,7 +60,7 @@ def refresh_summary(output: Path) -> None:
     changed = write_summary(output)
     untold = [case for case in changed if 'mask' not in (read_row(output, case) or {})]
     for cases, why in (([case for case in changed if case not in untold], 'is not the one that was predicted'),
-                       (untold, UNTOLD)):
+                       (untold, NO_CHECKSUM)):
         if cases:
             print(f'{output / SUMMARY} leaves out {", ".join(cases)}: the mask that is '
                   f'there {why}.')

@@ -16,7 +16,7 @@ import torch
 
 import nnunet_pdddpm
 from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.files import is_that_file, write_atomically
+from nnunet_pdddpm.files import matches_identity, write_atomically
 from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
 
@@ -43,15 +43,15 @@ def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | No
     row = {'volume_ml_mean': float(ml.mean()), 'volume_ml_sd': float(ml.std(ddof=1)) if several else None,
            'samples_low_ml': float(ml.min()) if several else None,
            'samples_high_ml': float(ml.max()) if several else None}
-    of_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
-    if len(of_fold) > 1:
-        known = [values for values in of_fold if len(values) > 1]
+    by_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
+    if len(by_fold) > 1:
+        known = [values for values in by_fold if len(values) > 1]
         between = within = None
         if known:
             degrees = [len(values) - 1 for values in known]
             variance = np.average([values.var(ddof=1) for values in known], weights=degrees)
-            chance = variance * np.mean([1 / len(values) for values in of_fold])
-            between = max(float(np.var([values.mean() for values in of_fold], ddof=1) - chance), 0.0) ** 0.5
+            chance = variance * np.mean([1 / len(values) for values in by_fold])
+            between = max(float(np.var([values.mean() for values in by_fold], ddof=1) - chance), 0.0) ** 0.5
             within = float(variance ** 0.5)
         row['volume_ml_sd_between_folds'], row['volume_ml_sd_within_folds'] = between, within
     return row
@@ -75,7 +75,7 @@ def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]
         return {'volume_ml_low': None, 'volume_ml_high': None, 'interval_level': None, 'interval_cases': None,
                 'interval_unit': None, 'interval_missing': missing}
     return {'volume_ml_low': ends[0], 'volume_ml_high': ends[1], 'interval_level': round(calibrated.level, 4),
-            'interval_cases': len(calibrated.errors), 'interval_unit': calibrated.rule.words(),
+            'interval_cases': len(calibrated.errors), 'interval_unit': calibrated.rule.describe(),
             'interval_missing': None}
 
 
@@ -88,10 +88,11 @@ def mean_of_known(dices: Sequence[float | None]) -> float | None:
 def missing_intervals(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Which labels of a case have no calibrated interval of their volume, and why: a clause for each reason."""
     names: dict[str, list[str]] = {}
-    for name, of in labels.items():
-        if (reason := of.get('interval_missing')) is not None:
+    for name, values in labels.items():
+        if (reason := values.get('interval_missing')) is not None:
             names.setdefault(reason, []).append(name)
-    return [f'{", ".join(of)}: volume without a calibrated interval, {reason}' for reason, of in names.items()]
+    return [f'{", ".join(without)}: volume without a calibrated interval, {reason}'
+            for reason, without in names.items()]
 
 
 def write_row(folder: Path, row: Mapping[str, Any]) -> None:
@@ -120,7 +121,7 @@ def _load_row(file: Path) -> dict[str, Any] | None:
 
 def describes_mask(output: Path, row: Mapping[str, Any]) -> bool:
     """Whether a case's mask in an output folder is the file that its row was made of."""
-    return is_that_file(output, row.get('mask'))
+    return matches_identity(output, row.get('mask'))
 
 
 def write_failure(output: Path, case: str, reason: str, files: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.quality import Qualities
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume_sampling import (
-    Finished,
+    SliceValues,
     Tile,
     fuse_tiles,
     mirrorings,
@@ -53,10 +53,10 @@ class Networks(Protocol):
     slice_correlation: float
     tile_batch: int
 
-    def presegmenting(self, mirrored: bool = True) -> AbstractContextManager[None]:
+    def using_stock_network(self, mirrored: bool = True) -> AbstractContextManager[None]:
         """Within it the stock network is in place."""
 
-    def blind(self, temperature: float) -> AbstractContextManager[None]:
+    def using_blind_network(self, temperature: float) -> AbstractContextManager[None]:
         """Within it the denoiser that is shown no mask is in place."""
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -114,7 +114,7 @@ class Volume:
         self._objects: dict[float, Parts] = {}  # by temperature
         self._parts: dict[float, Parts] = {}
 
-    def forget_mirrored(self) -> None:
+    def drop_mirrored(self) -> None:
         """Nothing more is made of mirrored stock logits."""
         self.stock_logits = torch.empty(0)
 
@@ -129,14 +129,14 @@ class Volume:
 
     def presegment(self, mirrored: bool) -> Tensor:
         """Stock logits (C, Z, Y, X) float16."""
-        with self.predictor.presegmenting(mirrored):
+        with self.predictor.using_stock_network(mirrored):
             logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
         self.network_calls['stock'] += len(self.tiles) * (len(self.mirrorings) if mirrored else 1)
         return logits
 
-    def expect(self, settings: SamplingSettings, draws: Sequence[int], of: int) -> None:
+    def plan_progress(self, settings: SamplingSettings, draws: Sequence[int], samples: int) -> None:
         """Tell the progress bar that draws with these numbers, of so many, are to come."""
-        passes = sum(len(self.mirrorings_of(draw, of)) for draw in draws)
+        passes = sum(len(self.mirrorings_of(draw, samples)) for draw in draws)
         if settings.samples_from == 'chain' and settings.start > 0:
             self.progress.total += passes * settings.steps * len(self.tiles)
         self.progress.refresh()
@@ -149,12 +149,12 @@ class Volume:
             return [self.mirrorings[sample % len(self.mirrorings)]]
         return mirrorings_of_sample(sample // models, samples // models, self.mirrorings)
 
-    def blind(self, temperature: float = 1.0) -> Tensor:
+    def blind_logits(self, temperature: float = 1.0) -> Tensor:
         """Logits (C, Z, Y, X) float16 of the blind mask over a temperature, by nnU-Net's sliding window."""
         if temperature not in self._blind:
             if 1.0 in self._blind:
                 return self._blind[1.0] / temperature
-            with self.predictor.blind(temperature):
+            with self.predictor.using_blind_network(temperature):
                 logits = self.predictor.predict_sliding_window_return_logits(self.image)
             self._blind[temperature] = logits.to(self.device)
             self.network_calls['denoiser'] += len(self.tiles) * len(self.mirrorings)
@@ -184,7 +184,7 @@ class Volume:
         """What sample number `sample` of `samples` (None: one that depends on no other, under one mirroring) is drawn
         from: slices -> probabilities (C, slices, Y, X) float32."""
         if settings.samples_from == 'blind':
-            blind = self.blind(settings.blind_temperature)
+            blind = self.blind_logits(settings.blind_temperature)
             return lambda z: self.probabilities_at(blind, z)
         if settings.samples_from == 'stock' or settings.start == 0:
             return lambda z: self.probabilities_at(self.stock_logits, z, settings.temperature)
@@ -199,7 +199,7 @@ class Volume:
             self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
         return lambda z: self.refiner.probabilities(x[None, :, z])[0]
 
-    def whole_sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
+    def sample_volume(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
         """`sample` of all slices, (C, Z, Y, X) float32."""
         at = self.sample(settings, sample, samples)
         p = torch.empty(self.shape, device=self.device)
@@ -207,15 +207,16 @@ class Volume:
             p[:, z] = at(z)
         return p
 
-    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[Finished]:
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[SliceValues]:
         """Estimate of the clean coded mask, fused over tiles and mirrorings, see `fuse_tiles`."""
-        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device)
+        return fuse_tiles(self._denoised_tiles(x, level, mirrored), self.shape, self.weight, self.device)
 
     def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
         """Of logits (C, Z, Y, X) over a temperature, in some slices: (C, slices, Y, X) float32."""
         return logits_to_probabilities(logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
-    def _of_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tile, Tensor]]:
+    def _denoised_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]
+                        ) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles, and the estimate (C, ...) in them, under each mirroring, as many at a time as memory allows."""
         left = [(tile, axes) for tile in self.tiles for axes in mirrored]
         while left:
@@ -234,8 +235,8 @@ class Volume:
 
     def _denoise_tiles(self, x: Tensor, level: float, batch: Sequence[tuple[Tile, tuple[int, ...]]]) -> list[Tensor]:
         """The denoiser's estimates (C, ...) in tiles under mirrorings, mirrored back."""
-        def stacked(of_tile: Callable[[Tile], Tensor]) -> Tensor:
-            return torch.stack([of_tile(tile).flip([axis + 1 for axis in axes])
+        def stacked(select: Callable[[Tile], Tensor]) -> Tensor:
+            return torch.stack([select(tile).flip([axis + 1 for axis in axes])
                                 for tile, axes in batch]).to(self.predictor.device)
         with self.predictor.autocast():
             image, masks = stacked(lambda tile: self.image[tile]), stacked(lambda tile: x[tile])

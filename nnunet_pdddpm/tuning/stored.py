@@ -17,7 +17,7 @@ from nnunet_pdddpm.network.refiner import (
     QUALITY_FIELDS,
     QUALITY_ROWS,
     SETTING,
-    refuse_earlier,
+    check_version,
 )
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 
@@ -74,7 +74,7 @@ def store_calibration(file: Path, calibration: Tensor, quality: Tensor | None = 
 
 def _load(file: Path) -> dict[str, Any]:
     checkpoint: dict[str, Any] = load_checkpoint(file, 'PDDDPM model')
-    refuse_earlier(checkpoint['network_weights'], str(file))
+    check_version(checkpoint['network_weights'], str(file))
     return checkpoint
 
 

@@ -12,12 +12,12 @@ from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure, open_for_calibration, store_measured
+from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
 from nnunet_pdddpm.tuning.choice import choose_measured
 from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.plain import plain_dice
-from nnunet_pdddpm.tuning.report import lines, write
+from nnunet_pdddpm.tuning.report import summary_lines, write_sweep
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
 
@@ -59,13 +59,13 @@ def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | No
         OSError: if the results cannot be written.
     """
     cases = ValidationCases(trainer, raters)
-    leave_out_seen(cases, predictor.list_of_parameters[0], log)
+    exclude_seen_cases(cases, predictor.list_of_parameters[0], log)
     measured = sweep(predictor, cases, seconds, progress=progress)
     settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
-    files = [*store(folder, settings), *write(folder, measured, settings, plain)]
-    for line in lines(measured, settings, plain):
+    files = [*store(folder, settings), *write_sweep(folder, measured, settings, plain)]
+    for line in summary_lines(measured, settings, plain):
         log(line)
     log('Written: ' + ', '.join(map(str, files)))
     return settings
@@ -86,6 +86,7 @@ def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[
     cases = ValidationCases(trainer)
     folder = Path(trainer.output_folder)
     predictor = open_for_calibration(folder.parent, trainer.fold, device, FINAL_CHECKPOINT)
-    leave_out_seen(cases, predictor.list_of_parameters[0], log)
+    exclude_seen_cases(cases, predictor.list_of_parameters[0], log)
     measured = measure(predictor, cases, cases_to_calibrate(cases.names))
-    keep(folder / FINAL_CHECKPOINT, measured, label_channels(trainer.dataset_json, trainer.plans_manager), log)
+    channels = label_channels(trainer.dataset_json, trainer.plans_manager)
+    store_measured(folder / FINAL_CHECKPOINT, measured, channels, log)
