@@ -461,7 +461,7 @@ def test_a_case_too_large_for_the_memory_fails_alone(source, tmp_path, monkeypat
 
 
 def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(refined, source, tmp_path, monkeypatch,
-                                                                              capsys):
+                                                                              caplog):
     """On a GPU whose memory ends after the first sample: the sample is drawn again, and the files are the same."""
     predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
                                 outputs=Outputs(samples=True))
@@ -483,7 +483,7 @@ def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(re
         predictor.predict_from_files_sequential([[str(good_file(source))]], [str(tmp_path / device / 'case')])
         results.append({file.name: file.read_bytes() for file in (tmp_path / device).rglob('*.nii.gz')})
     assert results[0] == results[1] and len(results[0]) == 1 + predictor.num_samples
-    assert capsys.readouterr().out.count('its arrays are kept in main memory') == 1
+    assert caplog.text.count('its arrays are kept in main memory') == 1
     assert predictor.perform_everything_on_device and predictor.failed == {}
 
 

@@ -214,19 +214,17 @@ def on_gpu(monkeypatch):
     return made
 
 
-def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, capsys):
+def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, caplog):
     data = image_of(11, 8, 10)
     needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6))
     predictor, where = on_gpu(needed)
-    capsys.readouterr()  # nnU-Net's
     predictor.predict_volume(data)
-    assert where == [('cuda', 1, True)] and capsys.readouterr().out == ''
+    assert where == [('cuda', 1, True)] and not caplog.messages
     predictor, where = on_gpu(needed - 1)
-    capsys.readouterr()
     predictor.predict_volume(data)
     assert where == [('cpu', 3, False)] and torch.get_num_threads() == 1
-    said = capsys.readouterr().out
-    assert said.count('\n') == 1 and 'its arrays are kept in main memory (it takes about 1.1 GB' in said
+    said, = caplog.messages
+    assert 'its arrays are kept in main memory (it takes about 1.1 GB' in said
     assert predictor.perform_everything_on_device
 
 

@@ -450,7 +450,7 @@ def test_intervals_hold_for_masks_and_samples_as_in_calibration_only(one_case, t
         return row['labels']['organ']
     as_calibrated = organ('as calibrated')
     assert ('Volumes of lesion have no calibrated interval: the true volume is known of 0 validation cases whose mask '
-            'holds something of it, 9 are needed.') in capsys.readouterr().out
+            'holds something of it, 9 are needed.') in capsys.readouterr().err
     volume = as_calibrated['volume_ml']
     assert (as_calibrated['interval_level'], as_calibrated['interval_cases']) == (0.95, 20)
     assert as_calibrated['interval_unit'].startswith('the volume') and as_calibrated['interval_missing'] is None
@@ -463,7 +463,7 @@ def test_intervals_hold_for_masks_and_samples_as_in_calibration_only(one_case, t
         other = organ(f'other mask {i}', *change)
         reason = 'the calibrated one holds only for masks made as in validation'
         assert other['interval_missing'] == reason and other['interval_level'] is None
-        assert f'Volumes have no calibrated interval: {reason}.' in capsys.readouterr().out
+        assert f'Volumes have no calibrated interval: {reason}.' in capsys.readouterr().err
         assert other['samples_low_ml'] <= other['volume_ml_mean'] <= other['samples_high_ml']
 
 

@@ -70,9 +70,9 @@ def test_a_case_whose_file_is_empty_or_torn_after_a_loss_of_power_is_predicted_a
     (out / 'pdddpm_cases' / 'a.json').write_text(content)
     capsys.readouterr()
     run(root, '--continue_prediction')
-    said = capsys.readouterr().out
-    assert f'{out / "pdddpm_cases" / "a.json"} is empty or damaged: a does not count as predicted' in said
-    assert '1 cases are done, 1 are left.' in said
+    said = capsys.readouterr()
+    assert f'{out / "pdddpm_cases" / "a.json"} is empty or damaged: a does not count as predicted' in said.err
+    assert '1 cases are done, 1 are left.' in said.out
     rows = json.loads((out / 'pdddpm_summary.json').read_text())['cases']
     assert [row['case'] for row in rows] == ['a', 'b']
     assert {file.name: file.read_bytes() for file in out.glob('*.nii.gz')} == before
@@ -89,20 +89,20 @@ def test_masks_of_another_source_are_named_in_one_line_and_the_other_cases_are_d
     (out / 'c.nii.gz').unlink()
     capsys.readouterr()
     run(root, '--continue_prediction')
-    said = capsys.readouterr().out
-    line, = [line for line in said.splitlines() if 'masks stay as they are' in line]
+    said = capsys.readouterr()
+    line, = [line for line in said.err.splitlines() if 'masks stay as they are' in line]
     assert line.startswith('2 masks') and f'{out / "a.nii.gz"} was changed or replaced' in line
     assert f'{out / "b.nii.gz"} was not written by nnUNetv2_pdddpm_predict' in line
-    assert '0 cases are done, 1 are left.' in said and (out / 'c.nii.gz').read_bytes() == done
+    assert '0 cases are done, 1 are left.' in said.out and (out / 'c.nii.gz').read_bytes() == done
     assert [(out / f'{case}.nii.gz').read_bytes() for case in 'ab'] == [mine, mine]
     assert [row['case'] for row in json.loads((out / 'pdddpm_summary.json').read_text())['cases']] == ['c']
 
     (out / 'pdddpm_cases' / 'a.json').write_text(json.dumps(
         {key: of for key, of in json.loads((out / 'pdddpm_cases' / 'a.json').read_text()).items() if key != 'mask'}))
     run(root, '--continue_prediction')
-    said = capsys.readouterr().out
-    assert 'pdddpm_summary.json leaves out a: the mask that is there cannot be told from another one' in said
-    assert '1 cases are done, 0 are left.' in said
+    said = capsys.readouterr()
+    assert 'pdddpm_summary.json leaves out a: the mask that is there cannot be told from another one' in said.err
+    assert '1 cases are done, 0 are left.' in said.out
 
 
 @pytest.mark.parametrize('name', ['plans.json', 'dataset.json'])

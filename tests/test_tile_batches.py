@@ -25,7 +25,7 @@ def open_predictor(refined: Workspace):
     return opened
 
 
-def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(open_predictor, monkeypatch, capsys):
+def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(open_predictor, monkeypatch, caplog):
     """The sums are rounded differently: float32 (bfloat16 on CPUs that have it), then nnU-Net's half precision."""
     single, batched = open_predictor(), open_predictor()
     single.bfloat16 = batched.bfloat16 = False
@@ -40,7 +40,7 @@ def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(op
     monkeypatch.setattr(batched.refiner, 'denoise', limited)
     alone, together = single.predict_volume(image()), batched.predict_volume(image())
     assert sizes[:3] == [8, 4, 2] and max(sizes[3:]) == 2
-    assert capsys.readouterr().out.count('from now on ') == 2
+    assert caplog.text.count('from now on ') == 2
     assert alone.network_calls == together.network_calls
     difference = torch.softmax(alone.logits.float(), 0) - torch.softmax(together.logits.float(), 0)
     assert difference.abs().max() < 1e-3

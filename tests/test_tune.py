@@ -884,7 +884,7 @@ def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeyp
     assert 'stay as they are: there is not enough memory to tune them' in log(scratch)
 
 
-def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, capsys):
+def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, caplog):
     """By a device that is another name of the CPU, and too small for a draw."""
     case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[0])
     settings, draw = [SamplingSettings(samples_from='stock')], sweep_module._CaseSweep.draw
@@ -899,7 +899,7 @@ def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tun
             return draw(self, *args)
         monkeypatch.setattr(sweep_module._CaseSweep, 'draw', too_large)
         assert opened.energies(settings, range(2)) == expected and opened.device == CPU
-    assert 'does not fit on the device: its arrays are kept in main memory' in capsys.readouterr().out
+    assert 'does not fit on the device: its arrays are kept in main memory' in caplog.text
 
 
 def test_a_damaged_checkpoint_is_named_and_the_other_stays_as_it_is(scratch, monkeypatch):

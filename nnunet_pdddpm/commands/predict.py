@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -17,9 +18,12 @@ from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, fail
 from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.settings import CHOICES, ENVIRONMENT_PREFIX, KINDS, RANGES, Value
 from nnunet_pdddpm.report import NothingToShow, write_report
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = {
     'samples': 'number of samples',
@@ -124,6 +128,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Predict; what cannot be done is said in one sentence, with exit status 1."""
+    log_to_console()
     if not 0 <= args.part_id < args.num_parts:
         parser.error(f'-part_id is {args.part_id}: with -num_parts {args.num_parts} it must lie in 0 to '
                      f'{args.num_parts - 1}')
@@ -180,7 +185,7 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
         try:
             print(f'Report: {write_report(output, cases)}')
         except NothingToShow as error:  # other parts may still be at work
-            print(f'No report is written: {error}')
+            logger.warning('No report is written: %s', error)
         except (ValueError, OSError) as error:  # it shall not hide what has failed before
             no_report = f'The report was not written: {error}'
     return {**unusable, **predictor.failed}, no_report
@@ -224,7 +229,8 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
         for case in cases[args.part_id::args.num_parts]:  # no other part is at work on these
             predictor.check_same_settings(Path(args.o, case))
     if others := cases_with_other_settings(Path(args.o), cases, predictor.settings_for_summary()):
-        print(f'{args.o} also holds masks of another model or of other settings, which stay: {", ".join(others)}.')
+        logger.warning('%s also holds masks of another model or of other settings, which stay: %s.', args.o,
+                       ', '.join(others))
     return predictor, images, unusable if args.part_id == 0 else {}
 
 

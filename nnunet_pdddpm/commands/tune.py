@@ -13,6 +13,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
 from nnunet_pdddpm.evaluation.folders import EvaluationError
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
+from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
@@ -22,6 +23,7 @@ from nnunet_pdddpm.tuning.tune import calibrate_fold, open_model, tune
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tune, and say what was chosen; exit with 1 and one sentence if that cannot be done."""
+    log_to_console()
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.budget is not None and not args.budget > 0:

@@ -1,6 +1,7 @@
 """What lies in an output folder already: is it of this model, of these images, and is the mask the one put there?"""
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import NO_CHECKSUM
 from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_row, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+
+logger = logging.getLogger(__name__)
 
 Settings = Sequence[Mapping[str, Any]]
 NOT_COMPARED = 'model'
@@ -62,5 +65,4 @@ def refresh_summary(output: Path) -> None:
     for cases, why in (([case for case in changed if case not in untold], 'is not the one that was predicted'),
                        (untold, NO_CHECKSUM)):
         if cases:
-            print(f'{output / SUMMARY} leaves out {", ".join(cases)}: the mask that is '
-                  f'there {why}.')
+            logger.warning('%s leaves out %s: the mask that is there %s.', output / SUMMARY, ', '.join(cases), why)

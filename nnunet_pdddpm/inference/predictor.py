@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +36,8 @@ from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import checksum
 from nnunet_pdddpm.network.refiner import CALIBRATION, QUALITY, stored_settings
+
+logger = logging.getLogger(__name__)
 
 NNUNET_INF_ERROR = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
@@ -96,8 +99,8 @@ class PDDDPMPredictor(VolumePredictor):
         for reason in dict.fromkeys(missing.values()):
             names = [name for name, why in missing.items() if why == reason]
             which = 'Volumes have' if len(names) == len(self.calibrated) else f'Volumes of {", ".join(names)} have'
-            print(f'{which} no calibrated interval: {reason}.')
-        print(self.ranking.describe())
+            logger.warning('%s no calibrated interval: %s.', which, reason)
+        logger.info('%s', self.ranking.describe())
 
     def _calibrated(self) -> dict[str, ByMask]:
         """Label -> what its intervals are made of, or why there are none."""
@@ -165,15 +168,15 @@ class PDDDPMPredictor(VolumePredictor):
         others = {file: how for file in self._files if (how := foreign_mask_reason(self._mask(file), file.name))}
         if overwrite:
             for file, how in others.items():
-                print(f'{self._mask(file)} {how}. It will be overwritten.')
+                logger.warning('%s %s. It will be overwritten.', self._mask(file), how)
         elif outputs:
             if others:
-                print(f'{len(others)} masks stay as they are, and the summary leaves them out (move one elsewhere and '
-                      f'its case is predicted): '
-                      + '; '.join(f'{self._mask(file)} {how}' for file, how in others.items()) + '.')
+                logger.warning('%d masks stay as they are, and the summary leaves them out (move one elsewhere and its '
+                               'case is predicted): %s.', len(others),
+                               '; '.join(f'{self._mask(file)} {how}' for file, how in others.items()))
             todo = [i for i, file in enumerate(outputs)
                     if Path(file) not in others and not self._is_done(Path(file), save_probabilities)]
-            print(f'{len(outputs) - len(others) - len(todo)} cases are done, {len(todo)} are left.')
+            logger.info('%d cases are done, %d are left.', len(outputs) - len(others) - len(todo), len(todo))
             if not todo:
                 refresh_summary(Path(outputs[0]).parent)  # a run killed after its last mask has not done so
             inputs, outputs, previous = ([values[i] for i in todo] for values in (inputs, outputs, previous))
@@ -198,7 +201,7 @@ class PDDDPMPredictor(VolumePredictor):
         done = row is not None and not has_failed(truncated.parent, truncated.name) and all(
             (truncated.parent / file).is_file() for file in export.files(self.num_samples))
         if done and row is not None and row['image'] not in (None, image_identity(*self._files[truncated])):
-            print(f'The image of {truncated.name} is not the one that was predicted: it is predicted again.')
+            logger.warning('The image of %s is not the one that was predicted: it is predicted again.', truncated.name)
             done = False
         if done:
             clear_leftover(export.folder)
@@ -278,9 +281,9 @@ class PDDDPMPredictor(VolumePredictor):
                 continue
             results.append(None)
             outputs.add(Path(file).parent)
-            print(f'\nPredicting {Path(file).name}:')
+            logger.info('\nPredicting %s:', Path(file).name)
             for remark in item.get('remarks', ()):
-                print(f'Look at {Path(file).name}: {remark}.')
+                logger.warning('Look at %s: %s.', Path(file).name, remark)
             case = PendingCase(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
                                 self.calibrated, self.ranking, queue, item.get('image'), item.get('remarks', ()))
@@ -333,7 +336,7 @@ class PDDDPMPredictor(VolumePredictor):
             raise PredictionError(failed.reason)
         output = Path(failed.output)
         outputs.add(output.parent)
-        print(f'\n{output.name} is not predicted: {failed.reason}')
+        logger.error('\n%s is not predicted: %s', output.name, failed.reason)
         self.failed[output.name] = failed.reason
         files = self._files.get(output)
         write_failure(output.parent, output.name, failed.reason, None if files is None else files[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import matches_identity, write_atomically
 from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
+
+logger = logging.getLogger(__name__)
 
 CASES = 'pdddpm_cases'
 """Folder with one file per finished case, from which the summary is made: parts of a prediction share it."""
@@ -114,7 +117,7 @@ def _load_row(file: Path) -> dict[str, Any] | None:
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        print(f'{file} is empty or damaged: {file.stem} does not count as predicted, predict it again.')
+        logger.warning('%s is empty or damaged: %s does not count as predicted, predict it again.', file, file.stem)
         return None
     return row
 

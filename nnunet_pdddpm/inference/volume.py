@@ -1,6 +1,7 @@
 """A padded image and the model that is loaded: the stock pre-segmentation and samples of the whole volume."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from nnunet_pdddpm.inference.volume_sampling import (
 )
 from nnunet_pdddpm.network.refiner import Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Networks(Protocol):
@@ -227,8 +230,8 @@ class Volume:
                 if len(batch) == 1:
                     raise
                 self.predictor.tile_batch = len(batch) // 2
-                print(f'The memory is not enough for {len(batch)} tiles at a time: from now on '
-                      f'{self.predictor.tile_batch}.')
+                logger.warning('The memory is not enough for %d tiles at a time: from now on %d.', len(batch),
+                               self.predictor.tile_batch)
                 continue
             del left[:len(batch)]
             yield from zip((tile for tile, _ in batch), estimates, strict=True)

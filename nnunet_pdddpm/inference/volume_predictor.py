@@ -1,6 +1,7 @@
 """nnU-Net's predictor, sampling a preprocessed image as a whole: without files, see `predictor.PDDDPMPredictor`."""
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from nnunet_pdddpm.network.checkpoint import (
 )
 from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, check_version, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
+
+logger = logging.getLogger(__name__)
 
 OnSample = Callable[[int, Tensor], None]
 """Told the number of a sample and logits (C, Z, Y, X) float16 in main memory, once it is drawn: their argmax (regions:
@@ -143,7 +146,8 @@ class VolumePredictor(nnUNetPredictor):
         wanted, models = self.fold_settings[0].samples, len(self.list_of_parameters)
         self.num_samples = models * math.ceil(wanted / models)
         if self.num_samples > wanted:
-            print(f'{self.num_samples} samples instead of {wanted}: {self.num_samples // models} of every fold.')
+            logger.info('%d samples instead of %d: %d of every fold.', self.num_samples, wanted,
+                        self.num_samples // models)
 
     def _settings_of(self, parameters: dict[str, Any]) -> SamplingSettings:
         return override(stored_settings(parameters), {**environment_overrides(), **self.overrides},
@@ -184,7 +188,7 @@ class VolumePredictor(nnUNetPredictor):
                     with threads(number):
                         return self._predict_volume(data, self.device, on_sample, case, stock)
                 except torch.OutOfMemoryError:
-                    print(f'{DOES_NOT_FIT}.')
+                    logger.warning('%s.', DOES_NOT_FIT)
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
             with threads(number if self.device.type == 'cpu' else available_cpus()):  # for a GPU nnU-Net sets one
@@ -202,7 +206,8 @@ class VolumePredictor(nnUNetPredictor):
         networks = tile_bytes(self.label_manager.num_segmentation_heads, self.configuration_manager.patch_size)
         needed, free = self.bytes_needed(shape) + networks, free_bytes(self.device)
         if needed > free:
-            print(f'{DOES_NOT_FIT} (it takes about {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free).')
+            logger.warning('%s (it takes about %.1f GB there, %.1f GB are free).', DOES_NOT_FIT, needed / 1e9,
+                           free / 1e9)
         return needed <= free
 
     def bytes_needed(self, shape: Sequence[int]) -> int:

@@ -1,6 +1,7 @@
 """The one network that nnU-Net sees: the frozen stock network, the denoiser, and how to sample."""
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ class Refiner(nn.Module):
         stored = self.settings
         self.settings = effective_settings(stored)
         if self.settings not in (stored, before):  # nnU-Net loads the weights anew for every case
-            print(f'The environment overrides the sampling settings of the model: {self.settings}')
+            # no log: nnUNetv2_predict shows none, and who predicts has to know
+            warnings.warn(f'The environment overrides the sampling settings of the model: {self.settings}',
+                          stacklevel=2)
         return result
 
     def train(self, mode: bool = True) -> Refiner:

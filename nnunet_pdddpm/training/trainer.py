@@ -30,6 +30,7 @@ from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.image_files import abbreviated, images_in
 from nnunet_pdddpm.labels import label_channels
+from nnunet_pdddpm.logs import log_forwarded_to
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, check_version
@@ -355,8 +356,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             for ending in ('json', 'csv', 'png'):  # of an earlier training: they would be taken for this one's
                 Path(self.output_folder, f'{SWEEP}.{ending}').unlink(missing_ok=True)
             try:
-                predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
-                return tune(self, predictor, seconds, log=self.print_to_log_file)
+                with log_forwarded_to(self.print_to_log_file):
+                    predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
+                    return tune(self, predictor, seconds, log=self.print_to_log_file)
             except (TuningError, CheckpointError, OSError) as error:
                 self.print_to_log_file(f'{stay}{error}')
             except MEMORY_ERRORS as error:
@@ -457,8 +459,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
             exclude_seen_cases(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
-            return measure(predictor, cases, names, *(
-                (self.local_rank, dist.get_world_size()) if self.is_ddp else ()))
+            share = (self.local_rank, dist.get_world_size()) if self.is_ddp else (0, 1)
+            with log_forwarded_to(self.print_to_log_file):
+                return measure(predictor, cases, names, *share)
         except (TuningError, CheckpointError) as error:
             return str(error)
         except MEMORY_ERRORS as error:

@@ -1,6 +1,7 @@
 """Sampling settings tried on the validation cases of a fold, the best ones on more samples than the others."""
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from nnunet_pdddpm.tuning.choice import MaskRow, SampleRow, best_samples, choose
 from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import fit_temperature, likelihoods
+
+logger = logging.getLogger(__name__)
 
 STARTS = (1.0, 0.8, 0.6, 0.4)
 FIRST_STEPS, MORE_STEPS = (1, 2), (3, 5)
@@ -95,7 +98,7 @@ class _CaseSweep:
         except torch.OutOfMemoryError:
             if self.device.type == 'cpu':
                 raise
-        print('The volume does not fit on the device: its arrays are kept in main memory.')
+        logger.warning('The volume does not fit on the device: its arrays are kept in main memory.')
         torch.cuda.empty_cache()
         self.device = torch.device('cpu')
         return self._with_memory_fallback(do)

@@ -1,6 +1,7 @@
 """Tune a fold: sweep, choose, report, store."""
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from nnunet_pdddpm.tuning.plain import plain_dice
 from nnunet_pdddpm.tuning.report import summary_lines, write_sweep
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(model_folder: Path, fold: int | str, device: torch.device) -> VolumePredictor:
@@ -41,7 +44,7 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
 
 
 def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
-         progress: bool = False, log: Callable[[str], None] = print) -> SamplingSettings:
+         progress: bool = False, log: Callable[[str], None] = logger.info) -> SamplingSettings:
     """Find the sampling settings of a trained fold on its validation cases, report them and put them into the model.
 
     Args:
@@ -71,7 +74,7 @@ def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | No
     return settings
 
 
-def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[str], None] = print) -> None:
+def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[str], None] = logger.info) -> None:
     """Calibrate the intervals of volumes of a trained fold on its validation cases, and put that into the model.
 
     Args:
