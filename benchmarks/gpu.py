@@ -104,8 +104,8 @@ def prepared(args: argparse.Namespace, file: Path) -> Run:
     if run.tiny:
         os.environ['nnUNet_n_proc_DA'] = '0'
     sys.path.append(str(HERE / 'trainers'))
-    from nnunet_pdddpm.commands.check import look_up
-    if problem := look_up('PDDDPMTrainer'):
+    from nnunet_pdddpm.commands.check import find_trainer
+    if problem := find_trainer('PDDDPMTrainer'):
         sys.exit(problem)
     run.file.parent.mkdir(parents=True, exist_ok=True)
     run.work.mkdir(parents=True, exist_ok=True)

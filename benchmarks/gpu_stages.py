@@ -362,7 +362,7 @@ def scored(run: Run, kind: type, settings: dict[str, Any]) -> dict[str, Any]:
     for _, image, truth in run.cases:
         seconds = timed(run.device, lambda image=image: predicted.append(
             predictor.predict_logits_from_preprocessed_data(image)))
-        of_case = {**score(truth, predicted.pop().float()), 'seconds': seconds}
+        case_estimates = {**score(truth, predicted.pop().float()), 'seconds': seconds}
         for name in result:
-            result[name].append(round(of_case[name], 5))
+            result[name].append(round(case_estimates[name], 5))
     return result

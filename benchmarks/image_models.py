@@ -23,7 +23,7 @@ from nnunet_pdddpm.diffusion.drawing import drawn_mask
 from nnunet_pdddpm.inference import volume as volume_module
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.inference.volume_sampling import Field, volume_noise
+from nnunet_pdddpm.inference.volume_sampling import NoiseField, volume_noise
 from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.sweep import DEPENDENCES
@@ -106,7 +106,7 @@ class Models:
 
     def _map(self, name: str, image: Image) -> Tensor:
         if name in BLIND:
-            return self.opened(image, 'second' if name == 'second' else 'denoiser').blind().float()
+            return self.opened(image, 'second' if name == 'second' else 'denoiser').blind_logits().float()
         predictor = self.predictor('denoiser')
         own, probabilities = predictor.list_of_parameters[0], []
         for fold in range(NUM_FOLDS) if name == 'ensemble' else [self.fold]:
@@ -200,7 +200,7 @@ def drawn(volume: Volume, settings: SamplingSettings, number: int) -> tuple[np.n
     """So many masks (n, Y, X) bool, independent of each other, and their mean probability (Y, X)."""
     refiner, masks, mean = volume.refiner, [], 0
     for sample in range(number):
-        p = volume.whole_sample(settings, sample, None)
+        p = volume.sample_volume(settings, sample, None)
         parts = volume.parts(settings)
         shifts = refiner.end_shifts(settings, sample, None, parts.number)
         masks.append(drawn_mask(p[:, 0], refiner.regions, shifts, parts.at(0))[1].numpy() > 0)
@@ -208,13 +208,13 @@ def drawn(volume: Volume, settings: SamplingSettings, number: int) -> tuple[np.n
     return np.stack(masks), mean
 
 
-def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], Field]:
+def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], NoiseField]:
     """As `volume_noise` of one slice, with the noise of that trainer."""
     from benchmark_trainers import shared_noise
     start = volume_noise(shape, seed, sample, *arguments)
     generator = torch.Generator().manual_seed(seed + 7919 * sample)
 
-    def field() -> Field:
+    def field() -> NoiseField:
         white = start()
         return lambda count: shared_noise(white(count).movedim(1, 0), generator).movedim(0, 1)
     return field

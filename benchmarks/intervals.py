@@ -23,7 +23,7 @@ from statistics_of_trainings import files_of_trainings, spread
 from volumes import rows as rows_of_volumes
 from volumes import volume_row
 
-from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, errors_by
+from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, signed_errors
 from nnunet_pdddpm.network.refiner import CALIBRATION
 from nnunet_pdddpm.network.settings import SamplingSettings
 
@@ -103,12 +103,12 @@ def rows_of(volume: object, settings: SamplingSettings, truths: Sequence[float])
     predictor, everything = volume.predictor, slice(0, volume.shape[1])
     counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
     for sample in range(SAMPLES):
-        p, parts = volume.whole_sample(settings, sample, SAMPLES), volume.parts(settings)
+        p, parts = volume.sample_volume(settings, sample, SAMPLES), volume.parts(settings)
         shifts = predictor.refiner.end_shifts(settings, sample, SAMPLES, parts.number)
         objects = volume.objects(settings.temperature)
         mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
         counter.add(sample, everything, mask, objects.index, objects.number)
-    counter.add_mask([(everything, volume.blind())])
+    counter.add_mask([(everything, volume.blind_logits())])
     features_of, sizes = counter.features(np.ones(1))[0], counter.sample_sizes()[:, 0].astype(float)
     return [volume_row(true, features_of, sizes) for true in truths]
 
@@ -132,7 +132,7 @@ def ways(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends
     """Name -> what makes the interval of a test case."""
     scores = np.array([case['fields'] for case in calibration])
     true, of, relative = scores[:, 0], Features(*scores[:, 1:6].T), Rule('volume')
-    errors = errors_by(relative, true, of)
+    errors = signed_errors(relative, true, of)
     assert errors is not None
     made = [calibrate([scores], True), calibrate([scores], False),
             Calibrated(relative, errors, np.zeros(len(errors), int))]

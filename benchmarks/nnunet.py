@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from machine import DEVICE, FULL, PLANS
 
-from nnunet_pdddpm.network.settings import own_variables
+from nnunet_pdddpm.network.settings import package_variables
 
 HERE = Path(__file__).resolve().parent
 TRAINERS = {'stock': 'nnUNetTrainer{}', 'longer': 'nnUNetTrainer{}Longer', 'denoiser': 'PDDDPMTrainer{}',
@@ -99,7 +99,7 @@ class Dataset:
 
     def environment(self, work: Path) -> dict[str, str]:
         """Of nnU-Net's commands: its folders below `work`, the trainers, no sampling settings of the user."""
-        kept = {k: v for k, v in os.environ.items() if k not in own_variables()}
+        kept = {k: v for k, v in os.environ.items() if k not in package_variables()}
         trainers = os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')])
         return {**kept, **{name: str(work / name) for name in FOLDERS}, 'nnUNet_extTrainer': trainers, **self.variables}
 

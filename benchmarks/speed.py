@@ -157,7 +157,7 @@ def export_seconds() -> dict[str, float]:
                             Outputs(uncertainty='entropy', samples=True))
         measured('stock', lambda: export_prediction_from_logits(
             mask, properties, export.configuration_manager, plans, description, f'{folder}/stock', False, 1))
-        measured('rest', lambda: export.rest(mask, None, {'uncertainty': np.zeros(GRID, np.float16)}))
+        measured('rest', lambda: export.write_prediction(mask, None, {'uncertainty': np.zeros(GRID, np.float16)}))
         measured('samples', lambda: [export.sample(of, number) for number, of in enumerate(samples)])
     return seconds
 

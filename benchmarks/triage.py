@@ -97,7 +97,7 @@ def measure_pooled(models: Models, file: Path) -> None:
     dataset, found = trainer.dataset_class(trainer.preprocessed_dataset_folder, train, None), []
     predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
     for name in dataset.identifiers:
-        with Pooled(predictor) as pooled, predictor.presegmenting(False):
+        with Pooled(predictor) as pooled, predictor.using_stock_network(False):
             predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(dataset.load_case(name)[0][:])))
         found.append(pooled.mean())
     file.write_text(json.dumps(found))

@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 from statistics_of_trainings import difference, spread
 
 from nnunet_pdddpm.inference.quality import LabelQuality
-from nnunet_pdddpm.inference.ranking import EVERY, KIND, LabelModel, Ranking, of_case, ranking_of
+from nnunet_pdddpm.inference.ranking import ALL_FEATURES, KIND, LabelModel, Ranking, case_estimates, ranking_of
 
 FAILED, FIRST = 0.8, (0.1, 0.2)
 RESAMPLINGS, SEED = 1000, 25
@@ -53,7 +53,7 @@ def read(of: Subject, into: Path) -> Training:
     versions = [(file.stem, key.rsplit(' ', 1)[0], one) for file in sorted((into / 'test').glob('*.json'))
                 for key, one in json.loads(file.read_text()).items()]
     found, labels = [one for *_, one in versions], [[*one['labels'].values()] for *_, one in versions]
-    regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], EVERY)
+    regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], ALL_FEATURES)
                   for name, channel in of.labels.items()}
     distance = mahalanobis(np.array(json.loads((into / 'pooled.json').read_text())))
     bounds = [ranking.judge(qualities(one)).low for one in found]
@@ -79,7 +79,7 @@ def by_models(models: dict[str, LabelModel], of: dict[str, Any]) -> float:
     """Estimated Dice of a version, as a logit; it is used whether or not validation chooses it."""
     known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
              for name, label in qualities(of).items() if label.features is not None]
-    return float(of_case(*np.array(known).T[:, None])[0][0]) if known else -10.0
+    return float(case_estimates(*np.array(known).T[:, None])[0][0]) if known else -10.0
 
 
 def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -141,7 +141,7 @@ def section(of: Subject, trainings: list[Training]) -> str:
     """Of one data set."""
     one = trainings[0]
     held = 100 * np.mean([np.mean(each.dice >= each.scores[PACKAGE]) for each in trainings])
-    said = [f'- fold {fold}: "{each.ranking.words()}"' for fold, each in enumerate(trainings)]
+    said = [f'- fold {fold}: "{each.ranking.describe()}"' for fold, each in enumerate(trainings)]
     return '\n'.join([
         f'## {of.name.capitalize()}', '',
         f'{len(one.dice)} versions of {len(np.unique(one.cases))} test cases, {len(trainings)} '

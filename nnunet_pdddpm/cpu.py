@@ -14,7 +14,7 @@ def cpu_has_bfloat16() -> bool:
     return supported is not None and bool(supported())
 
 
-def all_cpus() -> int:
+def available_cpus() -> int:
     """The number of them that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 

@@ -14,7 +14,7 @@ from typing import Any
 
 NEARLY_FULL = 1 << 16
 """Free bytes below which a failed writing is put down to a full disk."""
-UNTOLD = 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
+NO_CHECKSUM = 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
 """What is wrong with a mask whose row has no `identity` of it."""
 
 
@@ -82,7 +82,7 @@ def image_identity(files: Sequence[str], previous: str | None = None) -> list[di
         return None
 
 
-def is_that_file(folder: Path, known: Any) -> bool:
+def matches_identity(folder: Path, known: Any) -> bool:
     """Whether the file in a folder that an `identity` was taken of is there, and still the same."""
     if not isinstance(known, Mapping) or not isinstance(known.get('file'), str):
         return False
@@ -96,7 +96,7 @@ def is_that_file(folder: Path, known: Any) -> bool:
 def without_nan(value: Any) -> Any:
     """JSON knows no nan: null."""
     if isinstance(value, dict):
-        return {key: without_nan(of) for key, of in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(of) for of in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -22,26 +22,12 @@ CHUNK = 1 << 20
 IMAGE_ENDINGS = tuple({ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings})
 APPLE_DOUBLE = b'\x00\x05\x16\x07'
 """First bytes of what macOS writes beside each file of a foreign disk, as `._NAME`."""
-SENTENCES = (RuntimeError, ValueError, ArithmeticError, AssertionError, OSError, EOFError)
+READABLE_ERRORS = (RuntimeError, ValueError, ArithmeticError, AssertionError, OSError, EOFError)
 """Errors of readers and preprocessors whose text can stand alone; that of others is a key or nothing."""
 LARGEST = float(np.finfo(float).max)
-PLACEHOLDER_THICKNESS = 999
-"""nnU-Net reads a 2D image as one slice that is this many times as thick as its pixels are wide."""
-CUT = 'is truncated or damaged'
+TRUNCATED = 'is truncated or damaged'
 HEADER = 540
 """Bytes of the longer header, NIfTI-2's."""
-
-
-def voxel_volume_ml(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """Volume of a voxel in ml.
-
-    Args:
-        shape: (z, y, x) voxels.
-        spacing: (z, y, x) in mm as nnU-Net's readers give it. A 2D image has no thickness, only nnU-Net's placeholder:
-            it counts as 1 mm thick.
-    """
-    is_2d = len(shape) == 3 and shape[0] == 1 and np.isclose(spacing[0], PLACEHOLDER_THICKNESS * max(spacing[1:]))
-    return float(np.prod(spacing[1:] if is_2d else spacing)) / 1000
 
 
 def full_scale(ending: str) -> int:
@@ -57,7 +43,7 @@ class UnusableImage(ValueError):
 
 
 @contextmanager
-def of_the_image(what: str, how: str = 'cannot be read') -> Iterator[None]:
+def as_unusable_image(what: str, how: str = 'cannot be read') -> Iterator[None]:
     """Within it whatever is raised lies in the image: readers and preprocessors raise anything for a damaged one.
 
     Outside of it an error is one of the program.
@@ -78,7 +64,7 @@ def of_the_image(what: str, how: str = 'cannot be read') -> Iterator[None]:
     except Exception as error:
         text = (str(error).strip().splitlines() or [''])[-1]
         kind = type(error).__name__
-        said = text if text and isinstance(error, SENTENCES) else \
+        said = text if text and isinstance(error, READABLE_ERRORS) else \
             f'it is damaged, or not what its name says ({kind}{f": {text}" if text else ""})'
         raise UnusableImage(f'{what} {how}: {said}') from error
 
@@ -95,7 +81,7 @@ def other_images(folder: Path, ending: str) -> list[str]:
             if file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.endswith(ending)]
 
 
-def listed(names: Sequence[str], shown: int = 3) -> str:
+def abbreviated(names: Sequence[str], shown: int = 3) -> str:
     """The first of some names, for a sentence."""
     return ', '.join(names[:shown]) + (', ...' if len(names) > shown else '')
 
@@ -121,7 +107,7 @@ def damage(file: Path) -> str:
              '.tiff': _damage_of_tif}
     look = next((look for ending, look in looks.items() if file.name.endswith(ending)), None)
     try:
-        with of_the_image(file.name):  # a header holds any numbers
+        with as_unusable_image(file.name):  # a header holds any numbers
             return look(file) if look is not None else ''
     except UnusableImage as error:
         cause = error.__cause__
@@ -129,7 +115,7 @@ def damage(file: Path) -> str:
             return f'cannot be read ({cause.strerror or cause})'
         if file.stat().st_size == 0:
             return 'is empty'
-        return CUT + (f' ({cause})' if isinstance(cause, SENTENCES) else '')
+        return TRUNCATED + (f' ({cause})' if isinstance(cause, READABLE_ERRORS) else '')
 
 
 def _damage_of_gipl(file: Path) -> str:
@@ -138,7 +124,7 @@ def _damage_of_gipl(file: Path) -> str:
         *shape, kind = struct.unpack('>5H', stream.read(10))
     bytes_ = {15: 2, 16: 2, 31: 4, 32: 4, 64: 4, 65: 8}.get(kind, 1)
     needed = 256 + bytes_ * int(np.prod([max(1, n) for n in shape], dtype=np.int64))
-    return CUT if file.stat().st_size < needed else ''
+    return TRUNCATED if file.stat().st_size < needed else ''
 
 
 def _damage_of_tif(file: Path) -> str:
@@ -159,12 +145,12 @@ def _damage_of_tif(file: Path) -> str:
             entries, = struct.unpack(order + number, stream.read(struct.calcsize(number)))
             stream.seek(entries * entry, 1)
             offset, = struct.unpack(order + link, stream.read(struct.calcsize(link)))
-    return CUT if offset != 0 else ''
+    return TRUNCATED if offset != 0 else ''
 
 
 def _damage_of_nifti(file: Path) -> str:
     """What is wrong with a .nii or .nii.gz; empty if nothing."""
-    with opened(file) as stream:
+    with open_bytes(file) as stream:
         start = stream.read(HEADER)
         if not start:
             return 'is empty'
@@ -195,7 +181,7 @@ def spacing_damage(reader: Any, file: Path, channel: bool) -> str:
         return ''
     whose = f'{beside.name}, which gives the voxel size of {file.name},'
     try:
-        with of_the_image(whose):
+        with as_unusable_image(whose):
             content = json.loads(beside.read_text())
     except UnusableImage as error:
         return f'{whose} is empty' if beside.stat().st_size == 0 else str(error)
@@ -210,7 +196,7 @@ def non_finite(file: Path) -> int:
     """Voxels of a .nii or .nii.gz that are NaN or infinite, which SimpleITK reads as 0; 0 for all other files."""
     if not file.name.endswith(('.nii', '.nii.gz')):
         return 0
-    with opened(file) as stream:
+    with open_bytes(file) as stream:
         header = read_header(stream.read(HEADER))
         size = 0 if header is None else {16: 4, 64: 8}.get(int(header['datatype']), 0)
         if size == 0:
@@ -223,7 +209,7 @@ def non_finite(file: Path) -> int:
     return bad
 
 
-def opened(file: Path) -> Any:
+def open_bytes(file: Path) -> Any:
     """A file's content as a stream of bytes, of a .gz what is compressed in it."""
     return gzip.open(file) if file.name.endswith('.gz') else file.open('rb')
 

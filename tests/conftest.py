@@ -27,6 +27,7 @@ from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from nnunetv2.run.run_training import get_trainer_from_args, run_training_entry
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm import logs
 from nnunet_pdddpm.demo.phantom import write_dataset
 
 DATASET_ID = 701
@@ -138,6 +139,15 @@ def one_thread() -> Iterator[None]:
     """The commands that a test runs in this process may have set as many as there are cores."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_console() -> Iterator[None]:
+    """A command that a test runs in this process shows the log on the console from then on."""
+    handlers, level = logs.PACKAGE.handlers[:], logs.PACKAGE.level
+    yield
+    logs.PACKAGE.handlers[:] = handlers
+    logs.PACKAGE.setLevel(level)
 
 
 @pytest.fixture(scope='session')

@@ -28,7 +28,7 @@ from nnunet_pdddpm.demo.phantom import write_dataset
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export, volume_predictor
 from nnunet_pdddpm.inference import preprocess as preprocess_module
-from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue
+from nnunet_pdddpm.inference.case import ExportQueue, PendingCase
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
@@ -346,13 +346,13 @@ def test_an_output_that_cannot_be_written_is_one_sentence(source, tmp_path):
 
 def test_a_second_run_at_the_same_case_is_refused_and_disturbs_nothing(source, tmp_path, monkeypatch):
     out, seen = tmp_path / 'out', []
-    add_rest = CaseUnderWay.add_rest
+    add_prediction = PendingCase.add_prediction
 
     def while_another_starts(self, prediction):
         if not seen:
             seen.append(refusal(source, out))
-        add_rest(self, prediction)
-    monkeypatch.setattr(CaseUnderWay, 'add_rest', while_another_starts)
+        add_prediction(self, prediction)
+    monkeypatch.setattr(PendingCase, 'add_prediction', while_another_starts)
     predict(source, out)
     assert f'{GOOD} is being predicted into {out} by another process' in seen[0]
     monkeypatch.undo()
@@ -404,7 +404,7 @@ def test_nothing_of_a_case_is_alive_when_the_next_one_begins(tmp_path, monkeypat
         return result
     monkeypatch.setattr(Volume, '__init__', begin)
     monkeypatch.setattr(PDDDPMPredictor, 'predict_volume', predicted)
-    predict(tmp_path / 'raw' / 'imagesTs', tmp_path / 'out', '-sure', '0.9')
+    predict(tmp_path / 'raw' / 'imagesTs', tmp_path / 'out')
     assert len(alive) == 3 * 4
 
 
@@ -412,8 +412,8 @@ def test_nothing_of_a_case_is_alive_when_the_next_one_begins(tmp_path, monkeypat
     ('exporting', 'The folder was deleted while it was written to'), ('afterwards', 'is not there any more')])
 def test_a_deleted_output_folder_is_told(source, tmp_path, monkeypatch, moment, said_then):
     out = tmp_path / 'out'
-    name = {'exporting': 'add_rest', 'afterwards': 'put_in_place'}[moment]
-    original = getattr(CaseUnderWay, name)
+    name = {'exporting': 'add_prediction', 'afterwards': 'move_to_output'}[moment]
+    original = getattr(PendingCase, name)
 
     def deleting(self, *args):
         if moment == 'exporting':
@@ -421,7 +421,7 @@ def test_a_deleted_output_folder_is_told(source, tmp_path, monkeypatch, moment, 
         original(self, *args)
         if moment == 'afterwards':
             shutil.rmtree(out)
-    monkeypatch.setattr(CaseUnderWay, name, deleting)
+    monkeypatch.setattr(PendingCase, name, deleting)
     assert said_then in refusal(source, out)
 
 
@@ -461,7 +461,7 @@ def test_a_case_too_large_for_the_memory_fails_alone(source, tmp_path, monkeypat
 
 
 def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(refined, source, tmp_path, monkeypatch,
-                                                                              capsys):
+                                                                              caplog):
     """On a GPU whose memory ends after the first sample: the sample is drawn again, and the files are the same."""
     predictor = PDDDPMPredictor(tile_step_size=1, use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False,
                                 outputs=Outputs(samples=True))
@@ -476,14 +476,14 @@ def test_a_volume_that_does_not_fit_on_the_device_is_predicted_in_main_memory(re
             of_the_device()
         return result
     monkeypatch.setattr(PDDDPMPredictor, 'fits', lambda self, shape: True)  # as it seems before
-    monkeypatch.setattr(volume_predictor, 'all_cpus', lambda: 1)
+    monkeypatch.setattr(volume_predictor, 'available_cpus', lambda: 1)
     for device in ('cpu', 'cuda'):
         monkeypatch.setattr(PDDDPMPredictor, '_predict_volume', too_large)
         predictor.device, predictor.perform_everything_on_device = torch.device(device), device == 'cuda'
         predictor.predict_from_files_sequential([[str(good_file(source))]], [str(tmp_path / device / 'case')])
         results.append({file.name: file.read_bytes() for file in (tmp_path / device).rglob('*.nii.gz')})
     assert results[0] == results[1] and len(results[0]) == 1 + predictor.num_samples
-    assert capsys.readouterr().out.count('its arrays are kept in main memory') == 1
+    assert caplog.text.count('its arrays are kept in main memory') == 1
     assert predictor.perform_everything_on_device and predictor.failed == {}
 
 

@@ -18,7 +18,7 @@ from tiny_model import architecture
 
 import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
-from nnunet_pdddpm.commands.check import look_up
+from nnunet_pdddpm.commands.check import find_trainer
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.network.refiner import CALIBRATION, SETTING
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
@@ -80,7 +80,7 @@ def checker(tmp_path, monkeypatch, capsys) -> Checker:
     for name in FOLDERS:
         (tmp_path / name / DATASET).mkdir(parents=True)
         monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setattr(check, 'look_up', lambda trainer: '')  # nnU-Net's search takes seconds
+    monkeypatch.setattr(check, 'find_trainer', lambda trainer: '')  # nnU-Net's search takes seconds
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     checker = Checker(tmp_path, capsys)
@@ -104,7 +104,7 @@ def external_search(checker, monkeypatch):
         return None if module == 'nnunetv2.training.nnUNetTrainer' else search(folder, name, module, *args, **kwargs)
 
     monkeypatch.setattr(find_objects, 'recursive_find_python_class', among_external_trainers)
-    monkeypatch.setattr(check, 'look_up', look_up)
+    monkeypatch.setattr(check, 'find_trainer', find_trainer)
     monkeypatch.setattr(check, 'SHIM', Path('not', 'installed'))
     monkeypatch.setattr(nnunet_pdddpm, '__file__', str(CHECKOUT / 'nnunet_pdddpm' / '__init__.py'))
     monkeypatch.delenv('nnUNet_extTrainer', raising=False)

@@ -176,7 +176,7 @@ def test_the_previous_stage_is_found_beside_a_presegmenter_named_by_its_folder(s
 
 
 def test_check_looks_at_the_previous_stage(scratch, monkeypatch, capsys):
-    monkeypatch.setattr(check, 'look_up', lambda trainer: '')
+    monkeypatch.setattr(check, 'find_trainer', lambda trainer: '')
     check.main([str(DATASET_ID), '-p', PLANS, '-c', CASCADE])
     output = capsys.readouterr().out
     assert f'4 of 4 cases in {predictions(BRIEF_STOCK)}' in output

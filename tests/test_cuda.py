@@ -81,7 +81,7 @@ def test_nnunets_own_predictor_gives_the_blind_mask_as_on_a_cpu(tmp_path, device
 
 
 @needs_gpu
-def test_a_volume_that_does_not_fit_on_the_gpu_is_the_same_from_main_memory(tmp_path, monkeypatch, capsys):
+def test_a_volume_that_does_not_fit_on_the_gpu_is_the_same_from_main_memory(tmp_path, monkeypatch, caplog):
     model = write_model(tmp_path / 'model', plans('SimpleITKIO', 3, 1), description('classes'))
     expected = opened(VolumePredictor, model, 'cuda', overrides=MIXED).predict_volume(image())
     real = volume_predictor.Spread
@@ -92,7 +92,7 @@ def test_a_volume_that_does_not_fit_on_the_gpu_is_the_same_from_main_memory(tmp_
         return real(*args)
     monkeypatch.setattr(volume_predictor, 'Spread', full)
     found = opened(VolumePredictor, model, 'cuda', overrides=MIXED).predict_volume(image())
-    assert volume_predictor.DOES_NOT_FIT in capsys.readouterr().out
+    assert volume_predictor.DOES_NOT_FIT in caplog.text
     assert_close(found.logits, expected.logits, False)
     assert_close(found.presegmentation, expected.presegmentation, False)
 

@@ -26,7 +26,7 @@ from nnunet_pdddpm.diffusion.process import (
     Redrawing,
     ancestral_step,
     eps_from_x0,
-    evidence,
+    log_likelihood_ratio,
     noise_scale,
     q_sample,
     signal,
@@ -216,7 +216,7 @@ def test_the_evidence_of_a_voxel_makes_the_posterior_of_independent_voxels(regio
     x, levels = 2 * torch.randn(prior.shape, generator=generator), torch.tensor([-4.0, 1.5])
     a, s = (of(levels).float().reshape(2, 1, 1, 1) for of in (signal, noise_scale))
     likelihood = {value: torch.distributions.Normal(a * value, s).log_prob(x) for value in (low, high)}
-    found = probabilities_to_logits(prior, regions) + evidence(x, levels, low, high)
+    found = probabilities_to_logits(prior, regions) + log_likelihood_ratio(x, levels, low, high)
     if regions:
         on, off = prior.log() + likelihood[high], (1 - prior).log() + likelihood[low]
         expected = torch.stack([off, on]).softmax(0)[1]

@@ -23,7 +23,7 @@ from nnunet_pdddpm.demo.phantom import make_case, oblique_direction
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.raters import ged_squared
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
-from nnunet_pdddpm.evaluation.voxelwise import of_classes
+from nnunet_pdddpm.evaluation.voxelwise import class_statistics
 from nnunet_pdddpm.files import identity
 
 SHAPE, SPACING = (14, 18, 16), (2.5, 1.0, 0.8)
@@ -238,10 +238,10 @@ def test_calibration_of_probabilities_is_computed_over_all_voxels_and_near_the_r
         box = tuple(slice(max(0, low), high) for low, high in zip(where.min(0) - margin, where.max(0) + 1 + margin,
                                                                  strict=True))
         for name, part in (('all', ...), ('near', box)):
-            of_truth = np.take_along_axis(p, truth[None], 0)[0][part]
+            true_probability = np.take_along_axis(p, truth[None], 0)[0][part]
             found = results['cases'][i]['voxelwise'][name]
-            assert found['voxels'] == of_truth.size
-            assert found['nll'] == pytest.approx(-np.log(np.clip(of_truth, 1e-6, 1)).mean(), rel=1e-4)
+            assert found['voxels'] == true_probability.size
+            assert found['nll'] == pytest.approx(-np.log(np.clip(true_probability, 1e-6, 1)).mean(), rel=1e-4)
     assert results['voxelwise']['all']['nll'] == pytest.approx(
         np.mean([case['voxelwise']['all']['nll'] for case in results['cases']]))
     assert sum(results['reliability']['all']['voxels']) == 5 * np.prod(SHAPE)
@@ -253,7 +253,7 @@ def test_an_uncertainty_map_takes_the_place_of_the_entropy(data):
     probabilities = data.add_probabilities()
     from_entropy = data.evaluate()['voxelwise']['all']
     for case, array in probabilities.items():
-        entropy = of_classes(array.astype(np.float32), np.zeros(SHAPE, int)).entropy
+        entropy = class_statistics(array.astype(np.float32), np.zeros(SHAPE, int)).entropy
         write(data.pred / 'uncertainty' / f'{case}_uncertainty.nii.gz', 1 - entropy)
     from_map = data.evaluate()['voxelwise']['all']
     assert from_map['auroc'] == pytest.approx(1 - from_entropy['auroc'], abs=1e-6)
@@ -280,10 +280,10 @@ def test_region_probabilities_are_two_class_problems(data):
     np.savez_compressed(data.pred / f'{case}.npz', probabilities=p)
     results = data.evaluate()
     inside = np.stack([truth > 0, truth == 2])
-    of_truth = np.where(inside, p, 1 - p)
+    true_probability = np.where(inside, p, 1 - p)
     found = results['cases'][3]['voxelwise']['all']
-    assert found['nll'] == pytest.approx(-np.log(np.clip(of_truth, 1e-6, 1)).mean(), rel=1e-4)
-    assert found['brier'] == pytest.approx(2 * ((1 - of_truth) ** 2).mean(), rel=1e-4)
+    assert found['nll'] == pytest.approx(-np.log(np.clip(true_probability, 1e-6, 1)).mean(), rel=1e-4)
+    assert found['brier'] == pytest.approx(2 * ((1 - true_probability) ** 2).mean(), rel=1e-4)
     assert 'calibration (NLL, Brier, ECE): needs CASE.npz from --save_probabilities (4 of 5 cases lack it)' in results[
         'not_computed']
 

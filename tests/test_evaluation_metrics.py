@@ -22,8 +22,14 @@ from nnunet_pdddpm.evaluation.calibration import (
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix, lesion_f1, mean_of_pairs
 from nnunet_pdddpm.evaluation.raters import best_dice, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice, surface_points
-from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions, stored_channels, stored_shape
-from nnunet_pdddpm.image_files import voxel_volume_ml
+from nnunet_pdddpm.evaluation.voxelwise import (
+    Calibration,
+    class_statistics,
+    region_statistics,
+    stored_channels,
+    stored_shape,
+)
+from nnunet_pdddpm.geometry import voxel_volume_ml
 
 MASKS = arrays(bool, (3, 4, 5))
 
@@ -156,7 +162,7 @@ def test_empty_masks_have_no_surface_and_never_score_well():
 
 def test_likelihood_and_brier_score_of_hand_worked_voxels():
     probabilities = np.array([[0.7, 0.2, 0.0], [0.2, 0.5, 0.0], [0.1, 0.3, 1.0]])
-    found = of_classes(probabilities, np.array([0, 1, 0]))
+    found = class_statistics(probabilities, np.array([0, 1, 0]))
     expected = -(math.log(0.7) + math.log(0.5) + math.log(1e-6)) / 3
     assert found.negative_log_likelihood == pytest.approx(expected)
     assert found.brier == pytest.approx(((0.09 + 0.04 + 0.01) + (0.04 + 0.25 + 0.09) + 2) / 3)
@@ -167,20 +173,20 @@ def test_likelihood_and_brier_score_of_hand_worked_voxels():
 @given(st.integers(2, 6))
 def test_uniform_probabilities_have_the_closed_forms(classes):
     uniform, truth = np.full((classes, 50), 1 / classes, np.float32), np.arange(50) % classes
-    found = of_classes(uniform, truth)
+    found = class_statistics(uniform, truth)
     assert found.negative_log_likelihood == pytest.approx(math.log(classes), rel=1e-5)
     assert found.brier == pytest.approx(1 - 1 / classes, rel=1e-5)
     assert found.entropy == pytest.approx(np.ones(50), rel=1e-5)
 
 
 def test_entropy_of_certain_voxels_is_zero():
-    entropy = of_classes(np.array([[1.0, 0.0], [0.0, 1.0]]), np.zeros(2, int)).entropy
+    entropy = class_statistics(np.array([[1.0, 0.0], [0.0, 1.0]]), np.zeros(2, int)).entropy
     assert entropy == pytest.approx(np.zeros(2), abs=1e-4)
 
 
 def test_regions_are_two_class_problems_of_their_own():
-    found = list(of_regions(np.array([[0.9, 0.2], [0.6, 0.0]]), np.array([[1, 0], [0, 0]], bool)))
-    np.testing.assert_allclose([of.of_truth for of in found], [[0.9, 0.8], [0.4, 1.0]], rtol=1e-6)
+    found = list(region_statistics(np.array([[0.9, 0.2], [0.6, 0.0]]), np.array([[1, 0], [0, 0]], bool)))
+    np.testing.assert_allclose([of.true_probability for of in found], [[0.9, 0.8], [0.4, 1.0]], rtol=1e-6)
     assert [of.correct.tolist() for of in found] == [[True, True], [False, True]]
     together = Calibration()
     for of in found:
@@ -200,11 +206,11 @@ def test_memory_for_probabilities_does_not_grow_with_the_number_of_classes(tmp_p
         np.savez_compressed(tmp_path / f'{classes}.npz', probabilities=p)
         assert stored_shape(tmp_path / f'{classes}.npz') == p.shape
         tracemalloc.start()
-        found = of_classes(stored_channels(tmp_path / f'{classes}.npz'), truth)
+        found = class_statistics(stored_channels(tmp_path / f'{classes}.npz'), truth)
         peaks[classes] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         p = p.astype(np.float32)
-        np.testing.assert_array_equal(found.of_truth, np.take_along_axis(p, truth[None].astype(int), 0)[0])
+        np.testing.assert_array_equal(found.true_probability, np.take_along_axis(p, truth[None].astype(int), 0)[0])
         np.testing.assert_array_equal(found.correct, p.argmax(0) == truth)
     assert peaks[60] < 1.1 * peaks[3] + 2 ** 16
 
@@ -216,7 +222,7 @@ def test_memory_for_probabilities_does_not_grow_with_the_number_of_regions():
         truths = (np.random.default_rng(i + 1).random(shape) < 0.5 for i in range(regions))
         found = Calibration()
         tracemalloc.start()
-        for of in of_regions(probabilities, truths):
+        for of in region_statistics(probabilities, truths):
             found.add(of.inside(np.ones(shape, bool)))
         peaks[regions] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -200,7 +200,7 @@ def brief(monkeypatch) -> None:
     for name, values in (('STARTS', (0.8,)), ('FIRST_STEPS', (1,)), ('MORE_STEPS', ()), ('DRAWS', 1), ('BLENDS', ()),
                          ('DEPENDENCES', (1.0,))):
         monkeypatch.setattr(sweep, name, values)
-    monkeypatch.setattr(check, 'look_up', lambda trainer: '')  # a search takes longer than the training
+    monkeypatch.setattr(check, 'find_trainer', lambda trainer: '')  # a search takes longer than the training
     for module in (run_training, predict_from_raw_data):
         monkeypatch.setattr(module, 'recursive_find_trainer_class_by_name', found_trainer)
     monkeypatch.setattr(LocalLogger, 'plot_progress_png', lambda self, folder: None)

@@ -159,7 +159,7 @@ def test_masks_of_another_model_that_stay_in_the_folder_are_told(source, out, mo
     (source / f'{B}_0000.nii.gz').unlink()
     change_weights(model, 'denoiser.')
     predict(source, out)
-    assert f'also holds masks of another model or of other settings, which stay: {B}.' in capsys.readouterr().out
+    assert f'also holds masks of another model or of other settings, which stay: {B}.' in capsys.readouterr().err
     weights = [row['settings'][0]['weights'] for row in summary(out)['cases']]
     assert len(set(weights)) == 2
 
@@ -201,7 +201,7 @@ def test_another_mask_is_neither_taken_for_done_nor_overwritten_by_continuing(so
     if B not in others:
         (out / f'{B}.nii.gz').unlink()
     go_on(source, out)
-    line, = [line for line in capsys.readouterr().out.splitlines() if 'masks stay as they are' in line]
+    line, = [line for line in capsys.readouterr().err.splitlines() if 'masks stay as they are' in line]
     assert line.startswith(f'{len(others)} masks') and why in line
     assert all(f'{out / case}.nii.gz ' in line for case in others)
     assert (out / f'{A}.nii.gz').read_bytes() == mine
@@ -210,14 +210,16 @@ def test_another_mask_is_neither_taken_for_done_nor_overwritten_by_continuing(so
         assert (out / f'{B}.nii.gz').read_bytes() == (predicted / f'{B}.nii.gz').read_bytes()
 
 
-def test_without_continuing_another_mask_is_overwritten_and_that_is_said_beforehand(source, predicted, out, capsys):
+def test_without_continuing_another_mask_is_overwritten_and_that_is_said_beforehand(source, predicted, out, capsys,
+                                                                                    caplog):
     correct(out / f'{A}.nii.gz')
     predict(source, out)
-    said = capsys.readouterr().out
-    assert said.index(f'{out / A}.nii.gz was changed or replaced') < said.index(f'Predicting {A}')
+    said = capsys.readouterr()
+    assert f'{out / A}.nii.gz was changed or replaced' in said.err and f'Predicting {A}' in said.out
+    assert caplog.text.index(f'{out / A}.nii.gz was changed or replaced') < caplog.text.index(f'Predicting {A}')
     assert (out / f'{A}.nii.gz').read_bytes() == (predicted / f'{A}.nii.gz').read_bytes()
     predict(source, out)
-    assert 'will be overwritten' not in capsys.readouterr().out
+    assert 'will be overwritten' not in capsys.readouterr().err
 
 
 def test_a_mask_moved_away_is_predicted_again(source, predicted, out):
@@ -233,7 +235,7 @@ def test_a_case_whose_image_was_replaced_is_predicted_again(source, out, capsys)
     before = content(out)
     go_on(source, out)
     after = content(out)
-    assert f'The image of {A} is not the one that was predicted' in capsys.readouterr().out
+    assert f'The image of {A} is not the one that was predicted' in capsys.readouterr().err
     assert after[f'{A}.nii.gz'] != before[f'{A}.nii.gz'] and after[f'{B}.nii.gz'] == before[f'{B}.nii.gz']
     go_on(source, out)
     assert content(out) == after
@@ -244,10 +246,10 @@ def test_the_summary_is_of_the_masks_that_are_there(source, out, capsys):
     (source / f'{A}_0000.nii.gz').unlink()
     predict(source, out)
     assert cases(out) == [B] and (out / f'{A}.nii.gz').read_bytes() == mine
-    assert f'pdddpm_summary.json leaves out {A}: the mask that is there' in capsys.readouterr().out
+    assert f'pdddpm_summary.json leaves out {A}: the mask that is there' in capsys.readouterr().err
     (out / f'{A}.nii.gz').unlink()
     go_on(source, out)
-    assert cases(out) == [B] and 'leaves out' not in capsys.readouterr().out
+    assert cases(out) == [B] and 'leaves out' not in capsys.readouterr().err
 
 
 # failed cases, parts, the report --------------------------------------------------------------------------------------
@@ -334,7 +336,7 @@ def test_parts_without_cases_end_well_and_the_last_report_shows_all(source, tmp_
     for part in order:
         predict(source, out, '--report', '-num_parts', '4', '-part_id', str(part))
         if first and part == 2:
-            assert 'No report is written' in capsys.readouterr().out and cases(out) == []
+            assert 'No report is written' in capsys.readouterr().err and cases(out) == []
     assert cases(out) == [A, B]
     page = (out / 'report.html').read_text()
     assert f'>{A}</h2>' in page and f'>{B}</h2>' in page and 'Not shown' not in page

@@ -5,21 +5,21 @@ import numpy as np
 import pytest
 
 from nnunet_pdddpm.inference.intervals import (
-    FEWEST_SCORES,
     FIELDS,
+    MIN_INTERVAL_CASES,
     RULES,
     SAMPLE_SCALES,
     Calibrated,
     Features,
     Rule,
+    attainable_level,
     calibrate,
     calibrate_by_mask,
     choose_rule,
-    errors_by,
-    honest_level,
+    conformal_rank,
     in_percent,
     interval_scores,
-    rank_of,
+    signed_errors,
 )
 from nnunet_pdddpm.inference.summary import interval
 
@@ -70,11 +70,11 @@ def coverage(rng: np.random.Generator, kind: str, number: int, with_samples: boo
 
 
 @pytest.mark.parametrize('kind', ['organ', 'lesions'])
-@pytest.mark.parametrize('number', [FEWEST_SCORES, 19, 60])
+@pytest.mark.parametrize('number', [MIN_INTERVAL_CASES, 19, 60])
 def test_the_true_volume_is_inside_as_often_as_the_level_says(kind, number):
     """Within 2 %, also where the rule is chosen on the same errors."""
     found, _ = coverage(np.random.default_rng(number), kind, number, True)
-    level = honest_level(number)
+    level = attainable_level(number)
     assert level == {9: 0.9, 19: 0.95, 60: 0.95}[number]
     assert abs(found - level) < 0.02
 
@@ -93,23 +93,24 @@ def test_a_rare_label_has_intervals_of_the_cases_that_have_it():
         rows = cases(rng, 200, 'organ')
         rows[20:, :FIELDS.index('samples')] = 0
         made = calibrate_by_mask([rows], True)
-        assert len(made.found.errors) == 20 and len(made.empty.errors) == 180
+        assert len(made.with_label.errors) == 20 and len(made.without_label.errors) == 180
         (row,) = cases(rng, 1, 'organ')
-        low, high = made.of(features(row)).interval(features(row))
+        low, high = made.select(features(row)).interval(features(row))
         inside.append(low <= row[0] <= high)
         widths.append(high - low)
         nothing = np.zeros(len(FIELDS))
-        assert made.of(features(nothing)).interval(features(nothing)) == (0, 0)
+        assert made.select(features(nothing)).interval(features(nothing)) == (0, 0)
     assert np.mean(inside) > 0.91 and min(widths) > 0.1
     few = calibrate_by_mask([rows[12:]], True)
-    assert few.found == 'the true volume is known of 8 validation cases whose mask holds something of it, 9 are needed'
+    assert few.with_label == ('the true volume is known of 8 validation cases whose mask holds something of it, 9 are '
+                              'needed')
     one_finds_it = Features(np.array([0, 2.0]), *np.zeros((4, 2)))
-    assert few.of(one_finds_it) == few.found and few.of(features(nothing)) is few.empty
+    assert few.select(one_finds_it) == few.with_label and few.select(features(nothing)) is few.without_label
 
 
 @pytest.mark.parametrize(('number', 'text'), [(9, '90 %'), (18, '94 %'), (19, '95 %'), (500, '95 %')])
 def test_a_level_for_reading_is_never_more_than_it_is(number, text):
-    assert in_percent(honest_level(number)) == text
+    assert in_percent(attainable_level(number)) == text
 
 
 def test_several_models_together_hold_what_each_alone_does():
@@ -140,7 +141,7 @@ def test_the_score_of_a_case_is_that_of_an_interval_by_the_others(rule, kind):
         return
     for i in range(0, 45, 7):
         others = np.delete(rows, i, 0)
-        errors = errors_by(rule, others[:, 0], Features(*others[:, 1:6].T))
+        errors = signed_errors(rule, others[:, 0], Features(*others[:, 1:6].T))
         low, high = Calibrated(rule, errors, np.zeros(44, int)).interval(features(rows[i]))
         expected = high - low + 2 / 0.05 * (max(low - true[i], 0) + max(true[i] - high, 0))
         assert found[i] == pytest.approx(expected)
@@ -164,9 +165,9 @@ def test_ends_by_hand():
 
 
 def test_ranks_and_levels():
-    assert [rank_of(n, False) for n in (9, 19, 38, 39, 60, 199)] == [1, 1, 1, 2, 3, 10]
-    assert [rank_of(n, True) for n in (39, 78, 79, 199)] == [1, 1, 2, 5]
-    assert honest_level(9) == 0.9 and honest_level(19) == honest_level(500) == 0.95
+    assert [conformal_rank(n, False) for n in (9, 19, 38, 39, 60, 199)] == [1, 1, 1, 2, 3, 10]
+    assert [conformal_rank(n, True) for n in (39, 78, 79, 199)] == [1, 1, 2, 5]
+    assert attainable_level(9) == 0.9 and attainable_level(19) == attainable_level(500) == 0.95
 
 
 def test_without_samples_drawn_alike_no_rule_uses_them():
@@ -177,7 +178,7 @@ def test_without_samples_drawn_alike_no_rule_uses_them():
 
 
 def test_too_few_cases_and_empty_rows_give_no_interval():
-    rows = cases(np.random.default_rng(2), FEWEST_SCORES, 'organ')
+    rows = cases(np.random.default_rng(2), MIN_INTERVAL_CASES, 'organ')
     assert calibrate([rows], True).level == 0.9
     rows[0, FIELDS.index('samples')] = 0  # its true volume is not known
     assert calibrate([rows], True) is None

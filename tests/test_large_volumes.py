@@ -25,15 +25,15 @@ from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits, hard_mask
 from nnunet_pdddpm.inference import chunks as chunks_module
 from nnunet_pdddpm.inference import volume_predictor as predictor_module
 from nnunet_pdddpm.inference import volume_sampling as volume_sampling_module
-from nnunet_pdddpm.inference.case import CaseUnderWay
+from nnunet_pdddpm.inference.case import PendingCase
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.counting import VoxelCounter, tally
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.ranking import NOT_MEASURED
-from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
+from nnunet_pdddpm.inference.volume_memory import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.volume_sampling import volume_noise
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -188,10 +188,11 @@ def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, u
     export = export_of(3, (11, 8, 10), (11, 8, 10), (1.0,) * 3)
     export = replace(export, folder=tmp_path / 'case', outputs=Outputs(uncertainty=uncertainty))
     queue = SimpleNamespace(submit=lambda function, *args: handed_over.append((function, args)))
-    case = CaseUnderWay(export, tmp_path, 2, 1, [], {}, NOT_MEASURED, queue)
-    case.add_rest(predictor.predict_volume(image_of(11, 8, 10), case.add_sample if export.outputs.samples else None))
+    case = PendingCase(export, tmp_path, 2, 1, [], {}, NOT_MEASURED, queue)
+    on_sample = case.add_sample if export.outputs.samples else None
+    case.add_prediction(predictor.predict_volume(image_of(11, 8, 10), on_sample))
     (function, (logits, stock, maps)), = handed_over
-    assert function == export.rest and logits.shape == (3, 11, 8, 10) and stock is None
+    assert function == export.write_prediction and logits.shape == (3, 11, 8, 10) and stock is None
     assert set(maps) == {'none': set(), 'entropy': {'uncertainty'},
                          'all': {'uncertainty', 'variance', 'mutual_information'}}[uncertainty]
     assert case.counts.sample_sizes().shape == (2, 2)  # of the samples, which are counted where they are drawn
@@ -206,26 +207,24 @@ def on_gpu(monkeypatch):
         predictor, where = predictor_of(3, [4, 6, 6], CHAIN), []
         predictor.device, predictor.perform_everything_on_device = CUDA, True
         monkeypatch.setattr(predictor_module, 'free_bytes', lambda device: free)
-        monkeypatch.setattr(predictor_module, 'all_cpus', lambda: 3)
+        monkeypatch.setattr(predictor_module, 'available_cpus', lambda: 3)
         monkeypatch.setattr(predictor, '_predict_volume', lambda data, device, *args: where.append(
             (device.type, torch.get_num_threads(), predictor.perform_everything_on_device)))
         return predictor, where
     return made
 
 
-def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, capsys):
+def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, caplog):
     data = image_of(11, 8, 10)
     needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6))
     predictor, where = on_gpu(needed)
-    capsys.readouterr()  # nnU-Net's
     predictor.predict_volume(data)
-    assert where == [('cuda', 1, True)] and capsys.readouterr().out == ''
+    assert where == [('cuda', 1, True)] and not caplog.messages
     predictor, where = on_gpu(needed - 1)
-    capsys.readouterr()
     predictor.predict_volume(data)
     assert where == [('cpu', 3, False)] and torch.get_num_threads() == 1
-    said = capsys.readouterr().out
-    assert said.count('\n') == 1 and 'its arrays are kept in main memory (it takes about 1.1 GB' in said
+    said, = caplog.messages
+    assert 'its arrays are kept in main memory (it takes about 1.1 GB' in said
     assert predictor.perform_everything_on_device
 
 
@@ -267,18 +266,19 @@ def to_fake_gpu(module):
     return module
 
 
-WAYS = [SamplingSettings(), SamplingSettings(mask_stock=1), SamplingSettings(mask_blind=0.5, mask_stock=0.25, steps=3),
-        SamplingSettings(mask_blind=0, steps=2, redraw=0, start_mask='hard', mask_samples=2)]
+SAMPLINGS = [SamplingSettings(), SamplingSettings(mask_stock=1),
+             SamplingSettings(mask_blind=0.5, mask_stock=0.25, steps=3),
+             SamplingSettings(mask_blind=0, steps=2, redraw=0, start_mask='hard', mask_samples=2)]
 
 
 @pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
-@pytest.mark.parametrize(('design', 'way'), [*((X0, way) for way in range(len(WAYS))), (EPS, 3)])
-def test_a_patch_on_a_gpu_stays_there(design, way, regions):
+@pytest.mark.parametrize(('design', 'sampling'), [*((X0, sampling) for sampling in range(len(SAMPLINGS))), (EPS, 3)])
+def test_a_patch_on_a_gpu_stays_there(design, sampling, regions):
     refiner = make_refiner(design=design, regions=regions)
     image, batch = patch(('PlainConvUNet', 2, True)), noisy_batch()
     with fake_gpu() as copies:
         to_fake_gpu(refiner)
-        logits = refiner.sample(torch.empty_like(image, device=CUDA), WAYS[way])
+        logits = refiner.sample(torch.empty_like(image, device=CUDA), SAMPLINGS[sampling])
         output = refiner(type(batch)(*(torch.empty_like(part, device=CUDA) for part in batch)))
         assert logits.device.type == output.device.type == 'cuda' and copies.seen == []
 
@@ -288,11 +288,10 @@ def test_a_patch_on_a_gpu_stays_there(design, way, regions):
                                       SamplingSettings(samples_from='stock')], ids=['redraw', 'DDPM', 'stock'])
 def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
     predictor = predictor_of(3, [4, 6, 6], sampling, regions)
-    monkeypatch.setattr(predictor_module, 'all_cpus', lambda: 1)
-    monkeypatch.setattr('nnunet_pdddpm.inference.volume_sampling.all_cpus', lambda: 1)
+    monkeypatch.setattr(predictor_module, 'available_cpus', lambda: 1)
+    monkeypatch.setattr('nnunet_pdddpm.inference.volume_sampling.available_cpus', lambda: 1)
     monkeypatch.setattr('nnunet_pdddpm.inference.volume.compute_gaussian',
                         lambda size, device, **kwargs: torch.ones(tuple(size), device=device))
-    monkeypatch.setattr(Volume, '_choose_tiles', lambda self: vars(self).update(tiles=self.all_tiles, covered=False))
     with fake_gpu() as copies:
         to_fake_gpu(predictor.refiner)
         predictor.device = CUDA
@@ -312,7 +311,7 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
             mask = hard_mask(logits, regions)
             spread.add(0, z, p, mask)
             counts.add(0, z, mask, parts.at(z), parts.number)
-        spread.end_of_fold(1)
+        spread.finish_fold(1)
         assert counts.tables[0].device.type == 'cuda'
         assert {values.device.type for values in spread.maps().values()} == {'cuda'}
         assert copies.seen == []

@@ -23,7 +23,7 @@ from nnunet_pdddpm.diffusion.levels import (
     lowest_log_snr,
     paper_table,
 )
-from nnunet_pdddpm.diffusion.measuring import BLANK, NODES, LevelMeter, positions, training_levels
+from nnunet_pdddpm.diffusion.measuring import BLANK, NODES, LevelMeter, kronecker_sequence, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
 
 fixed = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -182,7 +182,7 @@ def test_the_table_is_that_of_an_exact_denoiser(voxels):
     for seed in range(3):
         meter, generator = LevelMeter(lowest), torch.Generator().manual_seed(seed)
         for i in range(2000):
-            log_snr = training_levels(meter.table(), positions(4 * i, 4, 0.3 * seed))
+            log_snr = training_levels(meter.table(), kronecker_sequence(4 * i, 4, 0.3 * seed))
             of_patch = exact_cross_entropies(log_snr, voxels, generator) * voxels / 64 ** 2
             meter.update(meter.sums(log_snr, of_patch))
         table = meter.table()
@@ -341,7 +341,7 @@ def test_a_position_of_0_is_pure_noise():
 @given(st.integers(0, 1_000_000), st.integers(1, 200), st.floats(0, 1, exclude_max=True))
 def test_positions_fill_the_interval_evenly_from_any_number_on(first, number, offset):
     """Of a golden ratio's multiples no gap is twice as long as it would be if all were alike."""
-    found = positions(first, number, offset)
+    found = kronecker_sequence(first, number, offset)
     assert found.shape == (number,) and found.min() >= 0 and found.max() < 1
     ordered = found.sort().values
     gaps = torch.cat([ordered, ordered[:1] + 1]).diff() * number
@@ -349,6 +349,6 @@ def test_positions_fill_the_interval_evenly_from_any_number_on(first, number, of
 
 
 def test_positions_go_on_from_batch_to_batch():
-    batches = [positions(first, 4, 0.7) for first in range(0, 40, 4)]
-    assert torch.equal(torch.cat(batches), positions(0, 40, 0.7))
-    assert not torch.equal(positions(0, 40, 0.7), positions(0, 40, 0.2))
+    batches = [kronecker_sequence(first, 4, 0.7) for first in range(0, 40, 4)]
+    assert torch.equal(torch.cat(batches), kronecker_sequence(0, 40, 0.7))
+    assert not torch.equal(kronecker_sequence(0, 40, 0.7), kronecker_sequence(0, 40, 0.2))

@@ -13,7 +13,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.demo.phantom import write_dataset
-from nnunet_pdddpm.diffusion.process import evidence
+from nnunet_pdddpm.diffusion.process import log_likelihood_ratio
 from nnunet_pdddpm.network.denoiser import SplitConv
 from nnunet_pdddpm.network.refiner import NoisyBatch
 from nnunet_pdddpm.training.presegmenters import TrainingContext
@@ -110,7 +110,7 @@ def test_planned_networks_start_as_the_stock_network_and_are_trained_in_every_st
     batch = NoisyBatch(image, torch.randn(1, 3, *size), torch.tensor([-2.0]))
     outputs = refiner(batch)
     with torch.no_grad():
-        torch.testing.assert_close(outputs[0], stock(image) + evidence(batch.noisy, batch.log_snr, -1, 1))
+        torch.testing.assert_close(outputs[0], stock(image) + log_likelihood_ratio(batch.noisy, batch.log_snr, -1, 1))
     sum(output.square().mean() for output in outputs).backward()
     assert [name for name, p in refiner.denoiser.named_parameters() if p.grad is None] == []
     assert all(m.scale_shift.weight.grad.abs().max() > 0 for m in refiner.denoiser.encoder_modulations)

@@ -134,18 +134,19 @@ def set_settings(monkeypatch, **settings: str) -> None:
                                       {'mask_blind': '0.5'}, {'seed': '7'}, {'start_mask': 'hard'},
                                       {'samples_from': 'stock'}, {'temperature': '3'}], ids=str)
 def test_environment_variables_change_a_mask_that_is_the_mean_of_samples_and_it_is_said_once(
-        refined, monkeypatch, capsys, override):
+        refined, monkeypatch, override):
     monkeypatch.setenv('nnUNet_pdddpm_mask_blind', '0')
     before = predict_array(refined, REFINED)[1]
-    capsys.readouterr()
     set_settings(monkeypatch, **override)
-    assert not np.array_equal(predict_array(refined, REFINED)[1], before)
-    assert capsys.readouterr().out.count('The environment overrides the sampling settings of the model') == 1
+    with pytest.warns(UserWarning) as warned:
+        assert not np.array_equal(predict_array(refined, REFINED)[1], before)
+    assert sum('The environment overrides the sampling settings of the model' in str(warning.message)
+               for warning in warned) == 1
 
 
-def test_settings_of_samples_leave_the_default_mask_as_it_is(refined, monkeypatch, capsys):
+def test_settings_of_samples_leave_the_default_mask_as_it_is(refined, monkeypatch, recwarn):
     labels, before = predict_array(refined, REFINED)
-    assert 'The environment overrides' not in capsys.readouterr().out
+    assert not any('The environment overrides' in str(warning.message) for warning in recwarn)
     with monkeypatch.context() as patch:
         set_settings(patch, start='1', steps='3', samples='2', seed='7', temperature='3', redraw='0', dependence='0')
         np.testing.assert_array_equal(predict_array(refined, REFINED)[1], before)

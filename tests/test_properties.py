@@ -177,9 +177,9 @@ def test_volumes_are_finite_and_sum_to_one_whatever_the_patch(shape, patch, chan
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
     samples = {}
     prediction = predictor.predict_volume(image, samples.__setitem__)
-    with predictor.presegmenting():
+    with predictor.using_stock_network():
         stock = predictor.predict_sliding_window_return_logits(image)
-    with predictor.blind(sampling.blind_temperature):
+    with predictor.using_blind_network(sampling.blind_temperature):
         blind = predictor.predict_sliding_window_return_logits(image)
     assert torch.equal(prediction.presegmentation, stock)
     assert prediction.logits.shape == (channels, *shape) and torch.isfinite(prediction.logits).all()
@@ -275,7 +275,7 @@ def test_maps_lie_in_0_to_1_whatever_the_samples(shape, channels, samples, regio
         sharp = 30 * torch.randn(channels, *shape, generator=generator)
         p = torch.sigmoid(sharp) if regions else torch.softmax(sharp, 0)
         spread.add(number, slice(0, shape[0]), p, hard_mask(sharp, regions))
-    spread.end_of_fold(samples)
+    spread.finish_fold(samples)
     spread.crop(tuple(slice(None) for _ in shape))
     for name, values in spread.maps().items():
         assert torch.isfinite(values).all(), name
@@ -309,7 +309,7 @@ def test_a_mask_has_the_geometry_of_its_image_unless_that_is_too_thin(refined: W
         export = CaseExport(manager, configuration, description, item['data_properties'], Path(folder), 'case',
                             Outputs(uncertainty='entropy'))
         logits = np.random.default_rng(seed).normal(size=(3, *item['data'].shape[1:])).astype(np.float32)
-        export.rest(logits, logits, {'uncertainty': np.full(item['data'].shape[1:], 0.5, np.float32)})
+        export.write_prediction(logits, logits, {'uncertainty': np.full(item['data'].shape[1:], 0.5, np.float32)})
         read = sitk.ReadImage(str(file))
         for name in ('case.nii.gz', 'uncertainty/case_uncertainty.nii.gz'):
             written = sitk.ReadImage(f'{folder}/{name}')

@@ -17,30 +17,30 @@ from sklearn.linear_model import Ridge
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands.predict import main_modelfolder
-from nnunet_pdddpm.inference.predictor import INFINITE
+from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import (
+    ALL_FEATURES,
     CLEAN,
     DICE,
-    EVERY,
     FIELDS,
     FOLDS,
-    LEAST_SD,
+    MIN_SD,
     NOTHING,
-    PENALTY,
     PROBABILITIES,
     REGRESSION,
+    RIDGE_PENALTY,
     UNMEASURED,
     LabelModel,
     Ranking,
+    bootstrap_interval,
     cross_validated,
     lower_quantile,
-    over_cases,
     rank_correlation,
     ranking_of,
 )
 from nnunet_pdddpm.network.refiner import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
-from nnunet_pdddpm.tuning.calibration import COPIES, Measured, keep, measure, open_for_calibration
+from nnunet_pdddpm.tuning.calibration import COPIES, Measured, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import Case
 from nnunet_pdddpm.tuning.stored import store, store_calibration
 
@@ -73,18 +73,18 @@ def rows(kind: str, cases: int = 40, seed: int = 0) -> np.ndarray:
 
 
 def test_field_numbers_are_those_of_the_checkpoint():
-    assert len(FIELDS) == QUALITY_FIELDS and len(LEAST_SD) == len(FEATURES)
+    assert len(FIELDS) == QUALITY_FIELDS and len(MIN_SD) == len(FEATURES)
 
 
 def test_it_is_a_ridge_regression_of_the_logit():
     of = rows('told')[:, 1]
-    model = LabelModel.fit(of, EVERY)
+    model = LabelModel.fit(of, ALL_FEATURES)
     x = model.regressors(of[:, DICE + 1:])
-    ridge = Ridge(PENALTY * len(x)).fit(x, logit(of[:, DICE]))
+    ridge = Ridge(RIDGE_PENALTY * len(x)).fit(x, logit(of[:, DICE]))
     estimate, unit = model.estimate(of[:, DICE + 1:])
     np.testing.assert_allclose(estimate, ridge.predict(x))
     centred = x - x.mean(0)
-    inverse = np.linalg.inv(centred.T @ centred + PENALTY * len(x) * np.eye(len(FEATURES)))
+    inverse = np.linalg.inv(centred.T @ centred + RIDGE_PENALTY * len(x) * np.eye(len(FEATURES)))
     np.testing.assert_allclose(unit, [np.sqrt(1 + c @ inverse @ c) for c in centred])
     clean = of[of[:, 0] == CLEAN, DICE + 1:]
     far = clean.mean(0) + 100 * clean.std(0)
@@ -94,11 +94,11 @@ def test_it_is_a_ridge_regression_of_the_logit():
 
 def test_no_row_is_estimated_by_its_case_or_its_family():
     of = rows('told')[:, 1:]
-    before = cross_validated(of, EVERY)
+    before = cross_validated(of, ALL_FEATURES)
     for which in (of[:, 0, 0] == 3, of[:, 0, 1] == 7):  # of a family of artefacts; of a case
         changed = of.copy()
         changed[which, :, DICE] = 0.5
-        after = cross_validated(changed, EVERY)
+        after = cross_validated(changed, ALL_FEATURES)
         np.testing.assert_array_equal(after.logits[which], before.logits[which])
         assert (after.logits[~which] != before.logits[~which]).any()
 
@@ -126,7 +126,7 @@ def test_it_is_used_where_it_ranks_better_than_the_probabilities_alone():
 
 def test_it_is_not_used_where_it_does_not_beat_the_probabilities_alone():
     ranking = ranking_of(rows('expected'), CHANNELS)
-    assert ranking.by == PROBABILITIES and 'a regression on more did not rank better' in ranking.words()
+    assert ranking.by == PROBABILITIES and 'a regression on more did not rank better' in ranking.describe()
     assert ranking.scores.correlation > 0.8
     usual = np.zeros(len(FEATURES))
     odd = usual + 5
@@ -139,19 +139,19 @@ def test_it_is_not_used_where_it_does_not_beat_the_probabilities_alone():
 def test_where_nothing_ranks_nothing_is_ranked():
     ranking = ranking_of(rows('nothing'), CHANNELS)
     assert ranking.by == NOTHING and ranking.key is None
-    assert ranking.words().startswith('Cases are not ranked: on 40 validation cases and 80 copies of them')
+    assert ranking.describe().startswith('Cases are not ranked: on 40 validation cases and 80 copies of them')
 
 
 def test_few_cases_give_no_order():
     assert ranking_of(np.zeros((5, 3, len(FIELDS))), CHANNELS).by == UNMEASURED
     few = ranking_of(rows('told', 8), CHANNELS)
-    assert few.by == UNMEASURED and 'known of 8 validation cases, 9 are needed' in few.words()
+    assert few.by == UNMEASURED and 'known of 8 validation cases, 9 are needed' in few.describe()
     assert ranking_of(rows('told', 9), CHANNELS).by != UNMEASURED
     one = rows('told')
     one[:, 2] = 0  # a label that no case has
     assert list(ranking_of(one, CHANNELS).models) == ['cell']
     clean = rows('told')[::3]  # no time for copies
-    assert 'on 40 validation cases;' in ranking_of(clean, CHANNELS).words()
+    assert 'on 40 validation cases;' in ranking_of(clean, CHANNELS).describe()
 
 
 def test_scores_of_hand_worked_numbers():
@@ -161,7 +161,8 @@ def test_scores_of_hand_worked_numbers():
     assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other)[0]) == pytest.approx(0.6)
     assert rank_correlation(one, np.ones(4)) == 0
     cases = np.repeat(np.arange(5), 3)
-    assert over_cases(cases, lambda i: float((np.bincount(cases[i]) % 3).sum())) == (0, 0)  # never a part of a case
+    # never a part of a case
+    assert bootstrap_interval(cases, lambda i: float((np.bincount(cases[i]) % 3).sum())) == (0, 0)
 
 
 def test_flags_say_what_no_validation_case_had():
@@ -182,7 +183,7 @@ def test_flags_say_what_no_validation_case_had():
 
 def test_several_models_are_sorted_by_how_far_they_agree():
     ranking = Ranking(FOLDS)
-    assert ranking.key == 'folds_dice' and 'not measured' in ranking.words()
+    assert ranking.key == 'folds_dice' and 'not measured' in ranking.describe()
     assert ranking.judge({'cell': LabelQuality(None, 0.5)}).estimate is None
 
 
@@ -241,7 +242,7 @@ def test_an_order_is_measured_stored_and_told(model, tmp_path, capsys):
         found = [row for of in of_all for row in of.quality.tolist() if row[1][0] == CLEAN]
         return sorted(found, key=lambda row: row[1][1])
     assert as_they_are(measured) == as_they_are(*parts) and len(as_they_are(measured)) == 9
-    keep(checkpoint(model), measured, CHANNELS, said.append)
+    store_measured(checkpoint(model), measured, CHANNELS, said.append)
     stored = torch.load(checkpoint(model), weights_only=False)['network_weights'][QUALITY]
     assert stored.shape == (QUALITY_ROWS, 3, QUALITY_FIELDS) and torch.equal(stored[:27], measured.quality)
     assert not stored[27:].any() and len(measured.quality) == 9 * (1 + COPIES)
@@ -261,7 +262,7 @@ def test_copies_of_which_the_networks_make_no_numbers_are_left_out(model, monkey
 
     def overflowing(image: torch.Tensor, **kwargs):
         if not any(torch.equal(image, of) for of in as_they_are):
-            raise RuntimeError(f'{INFINITE}. Aborting.')
+            raise RuntimeError(f'{NNUNET_INF_ERROR}. Aborting.')
         return predict_volume(image, **kwargs)
     monkeypatch.setattr(predictor, 'predict_volume', overflowing)
     assert len(measure(predictor, cases, cases.names).quality) == 9

@@ -237,7 +237,7 @@ def test_a_flag_is_in_summary_table_report_and_on_the_console_and_the_case_is_pr
     assert rows['good']['remarks'] == []
     said, = rows['spiked']['remarks']
     assert said.startswith('channel 0 (T1): a few extreme voxels') and (out / 'spiked.nii.gz').is_file()
-    assert f'Look at spiked: {said}.' in capsys.readouterr().out
+    assert f'Look at spiked: {said}.' in capsys.readouterr().err
     lines = list(csv.DictReader((out / 'pdddpm_summary.csv').open(newline='')))
     assert {line['case']: line['case_remarks'] for line in lines} == {'good': '', 'spiked': said}
     page = (out / 'report.html').read_text()

@@ -52,7 +52,7 @@ def logits_of(classes, shape, present=None, regions=False, smooth=2.0):
 @pytest.mark.parametrize('grid', GRIDS)
 def test_a_sample_is_written_as_nnunet_resamples_it(grid, classes, present):
     export, logits = export_of(classes, *GRIDS[grid]), logits_of(classes, GRIDS[grid][0], present)
-    found, expected = export.of_sample(logits), export.segmentation(logits)
+    found, expected = export.sample_segmentation(logits), export.segmentation(logits)
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
     assert len(np.unique(found)) > 1
 
@@ -60,7 +60,7 @@ def test_a_sample_is_written_as_nnunet_resamples_it(grid, classes, present):
 @pytest.mark.parametrize('grid', GRIDS)
 def test_a_sample_of_regions_is_written_as_nnunet_resamples_it(grid):
     export, logits = export_of(5, *GRIDS[grid], regions=True), logits_of(5, GRIDS[grid][0], 4, regions=True)
-    found, expected = export.of_sample(logits), export.segmentation(logits)
+    found, expected = export.sample_segmentation(logits), export.segmentation(logits)
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
     assert len(np.unique(found)) == 5
 
@@ -71,7 +71,7 @@ def test_a_label_between_two_others_is_found_as_nnunet_finds_it():
     logits[:2] = [[[[0, 0], [-12, -12]]] * 2, [[[-12, -12], [0, 0]]] * 2]
     logits[4] = -1
     export = export_of(5, (2, 2, 2), (3, 5, 4), (0.4, 0.6, 0.5))
-    found = export.of_sample(logits)
+    found = export.sample_segmentation(logits)
     assert np.array_equal(found, export.segmentation(logits))
     assert set(np.unique(found)) == {0, 1, 4}
 
@@ -80,7 +80,7 @@ def test_slices_and_other_resampling_are_nnunets_own():
     logits = logits_of(3, (6, 18, 16))
     for export in (export_of(3, (6, 18, 16), (6, 26, 21), (0.6, 5.0, 0.7), slices=True),
                    export_of(3, (6, 18, 16), (9, 26, 21), (0.7, 0.7, 0.7), order=3)):
-        assert np.array_equal(export.of_sample(logits), export.segmentation(logits))
+        assert np.array_equal(export.sample_segmentation(logits), export.segmentation(logits))
 
 
 def test_mask_and_maps_are_the_same_with_nnunets_file_of_probabilities_and_without(tmp_path):
@@ -92,7 +92,7 @@ def test_mask_and_maps_are_the_same_with_nnunets_file_of_probabilities_and_witho
     for probabilities in (True, False):
         folder = tmp_path / str(probabilities)
         folder.mkdir()
-        counted = replace(export, folder=folder, outputs=Outputs(probabilities, 'all')).rest(
+        counted = replace(export, folder=folder, outputs=Outputs(probabilities, 'all')).write_prediction(
             logits, None, {'uncertainty': np.full(old, 0.5, np.float16)})
         files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
         assert [f'case.{ending}' in files for ending in ('npz', 'pkl')] == [probabilities] * 2
@@ -111,7 +111,7 @@ def test_what_is_interpolated_does_not_depend_on_the_number_of_classes(monkeypat
         export, seen = export_of(classes, shape, new, (0.8,) * 3, regions), []
         monkeypatch.setattr(resampling, 'interpolated', lambda logits, channels, points, axes, seen=seen: (
             seen.append(len(channels) * len(points[0])), interpolated(logits, channels, points, axes))[1])
-        assert len(np.unique(export.of_sample(values))) > 2
+        assert len(np.unique(export.sample_segmentation(values))) > 2
         counted[classes] = sum(seen)
     assert counted[117] == counted[25] <= 4 / 3 * counted[3]  # one channel more, of those that win nowhere
     assert 0 < counted[117] < 0.01 * 117 * np.prod(new)

@@ -18,12 +18,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.commands.tune import main as tune
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
-from nnunet_pdddpm.network.seen import STOCK_HELD_OUT, TRAINED_ON, Seen, stored_seen, trained_on_as_well
+from nnunet_pdddpm.network.seen import STOCK_HELD_OUT, TRAINED_ON, Seen, split_overlap, stored_seen
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_numbers
 from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
-from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
-from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.stored import store
 
 ENDING = '.nii.gz'
@@ -110,26 +110,26 @@ def test_what_tells_nothing_is_not_known(tmp_path, summary):
 
 
 def test_cases_that_were_trained_on_are_counted_and_named():
-    seen = Seen.of(['a', 'b'], ['x', 'y', 'z'])
+    seen = Seen.from_names(['a', 'b'], ['x', 'y', 'z'])
     assert seen.leaks(['x', 'y']) == '' and seen.unknown() == ''
-    assert Seen.of(['a', 'b'], ['a', 'x']).leaks(['x', 'a']) == (
+    assert Seen.from_names(['a', 'b'], ['a', 'x']).leaks(['x', 'a']) == (
         'the model was trained on 1 of 2 validation cases (a)')
     assert '4 of 5 validation cases (l, m, n, …) are not among' in seen.leaks(['m', 'x', 'l', 'n', 'o'])
-    assert 'trained on 1 of' in seen.trained_on_too(['x']).leaks(['x', 'y'])
+    assert 'trained on 1 of' in seen.with_training_cases(['x']).leaks(['x', 'y'])
     of_both = '1 of 2 validation cases (a)'
     assert seen.leaks(['a', 'x']).startswith(f'the model was trained on {of_both}, and {of_both} are not among')
     assert Seen().leaks(['a']) == '' and 'earlier version' in Seen().unknown()
-    assert 'no complete validation' in Seen.of(['a'], None).unknown()
-    assert 'patient' not in str(Seen.of(['patient'], ['patient']))  # no name leaves with a model
+    assert 'no complete validation' in Seen.from_names(['a'], None).unknown()
+    assert 'patient' not in str(Seen.from_names(['patient'], ['patient']))  # no name leaves with a model
 
 
 def test_what_a_split_trains_and_validates_on_alike_is_on_purpose():
-    seen = Seen.of(['a', 'b', 'c'], ['a', 'b', 'x'])
+    seen = Seen.from_names(['a', 'b', 'c'], ['a', 'b', 'x'])
     assert seen.leaks(['a', 'b', 'x'], ['a', 'b', 'c']) == ''
     assert 'trained on 1 of 2 validation cases (a)' in seen.leaks(['a', 'x'], ['b', 'c'])
     assert 'stock model' in seen.leaks(['c', 'x'], ['c'])
-    assert trained_on_as_well(['a', 'x'], ['b']) == ''
-    assert trained_on_as_well(['a', 'x'], ['b', 'a']) == (
+    assert split_overlap(['a', 'x'], ['b']) == ''
+    assert split_overlap(['a', 'x'], ['b', 'a']) == (
         'by splits_final.json 1 of 2 validation cases (a) are training cases as well')
 
 
@@ -140,7 +140,7 @@ def measured_on(names: list[str], training: list[str], seen: Seen) -> tuple[list
     weights: OrderedDict[str, torch.Tensor] = OrderedDict()
     weights._metadata = {'': {key: None if of is None else sorted(of) for key, of in (
         (TRAINED_ON, seen.trained_on), (STOCK_HELD_OUT, seen.stock_held_out))}}
-    leave_out_seen(cases, weights, said.append)
+    exclude_seen_cases(cases, weights, said.append)
     return cases.names, said
 
 
@@ -148,11 +148,11 @@ MANY = ['f', 'e', 'd', 'c', 'b', 'a', 'new']
 
 
 @pytest.mark.parametrize(('seen', 'training', 'clause'), [
-    (Seen.of(['x'], 'abcdef'), ['x'],
+    (Seen.from_names(['x'], 'abcdef'), ['x'],
      'By the present splits_final.json 1 of 7 validation cases (new) are not among the cases that its stock model'),
-    (Seen.of(['x', 'new'], [*'abcdef', 'new']), ['x'],
+    (Seen.from_names(['x', 'new'], [*'abcdef', 'new']), ['x'],
      'By the present splits_final.json the model was trained on 1 of 7 validation cases (new)'),
-    (Seen.of(['x', 'new'], [*'abcdef', 'new']), ['x', 'new'],
+    (Seen.from_names(['x', 'new'], [*'abcdef', 'new']), ['x', 'new'],
      'By splits_final.json 1 of 7 validation cases (new) are training cases as well')])
 def test_cases_that_a_model_may_have_seen_are_told_and_left_out_while_enough_remain(seen, training, clause):
     left, said = measured_on(MANY, training, seen)
@@ -167,14 +167,14 @@ def test_cases_that_a_model_may_have_seen_are_told_and_left_out_while_enough_rem
     ('abcd', MANY, 4), ('', MANY, 0), ('abcdef', ['a', 'b', 'new'], 2), ('abcdef', ['new'], 0)])
 def test_where_too_few_cases_remain_nothing_is_measured(held_out, names, left):
     with pytest.raises(TuningError, match=f'nothing can be measured on them, and {left} others are too few') as refused:
-        measured_on(names, ['x'], Seen.of(['x'], held_out))
+        measured_on(names, ['x'], Seen.from_names(['x'], held_out))
     assert f'{len(names) - left} of {len(names)} validation cases' in str(refused.value)
     assert 'Put back the splits_final.json' in str(refused.value)
 
 
 def test_what_is_not_known_is_told_and_leaves_out_nothing():
     assert measured_on(MANY, ['x'], Seen())[0] == MANY
-    left, said = measured_on(MANY, ['x'], Seen.of(['x'], None))
+    left, said = measured_on(MANY, ['x'], Seen.from_names(['x'], None))
     assert left == MANY and 'It is not known which cases the stock model was trained on' in said[0]
 
 
@@ -242,7 +242,7 @@ def test_what_was_trained_on_is_noted_and_a_changed_split_refused_ever_after(sto
     assert 'It is not known' not in log_of(fold)
     training = json.loads(split.read_text())[0]['train']
     final = fold / 'checkpoint_final.pth'
-    seen = Seen.of(training, VALIDATION)
+    seen = Seen.from_names(training, VALIDATION)
     assert stored_seen(load_checkpoint(final)['network_weights']) == seen
     store(fold, SamplingSettings(steps=2))  # tuned
     assert stored_seen(load_checkpoint(final)['network_weights']) == seen

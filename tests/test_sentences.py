@@ -15,7 +15,7 @@ import torch
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
-from nnunet_pdddpm.inference.case import CaseUnderWay, OutputInUse
+from nnunet_pdddpm.inference.case import OutputInUse, PendingCase
 from nnunet_pdddpm.network.settings import CHOICES, RANGES
 
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
@@ -70,9 +70,9 @@ def test_a_case_whose_file_is_empty_or_torn_after_a_loss_of_power_is_predicted_a
     (out / 'pdddpm_cases' / 'a.json').write_text(content)
     capsys.readouterr()
     run(root, '--continue_prediction')
-    said = capsys.readouterr().out
-    assert f'{out / "pdddpm_cases" / "a.json"} is empty or damaged: a does not count as predicted' in said
-    assert '1 cases are done, 1 are left.' in said
+    said = capsys.readouterr()
+    assert f'{out / "pdddpm_cases" / "a.json"} is empty or damaged: a does not count as predicted' in said.err
+    assert '1 cases are done, 1 are left.' in said.out
     rows = json.loads((out / 'pdddpm_summary.json').read_text())['cases']
     assert [row['case'] for row in rows] == ['a', 'b']
     assert {file.name: file.read_bytes() for file in out.glob('*.nii.gz')} == before
@@ -89,20 +89,20 @@ def test_masks_of_another_source_are_named_in_one_line_and_the_other_cases_are_d
     (out / 'c.nii.gz').unlink()
     capsys.readouterr()
     run(root, '--continue_prediction')
-    said = capsys.readouterr().out
-    line, = [line for line in said.splitlines() if 'masks stay as they are' in line]
+    said = capsys.readouterr()
+    line, = [line for line in said.err.splitlines() if 'masks stay as they are' in line]
     assert line.startswith('2 masks') and f'{out / "a.nii.gz"} was changed or replaced' in line
     assert f'{out / "b.nii.gz"} was not written by nnUNetv2_pdddpm_predict' in line
-    assert '0 cases are done, 1 are left.' in said and (out / 'c.nii.gz').read_bytes() == done
+    assert '0 cases are done, 1 are left.' in said.out and (out / 'c.nii.gz').read_bytes() == done
     assert [(out / f'{case}.nii.gz').read_bytes() for case in 'ab'] == [mine, mine]
     assert [row['case'] for row in json.loads((out / 'pdddpm_summary.json').read_text())['cases']] == ['c']
 
     (out / 'pdddpm_cases' / 'a.json').write_text(json.dumps(
         {key: of for key, of in json.loads((out / 'pdddpm_cases' / 'a.json').read_text()).items() if key != 'mask'}))
     run(root, '--continue_prediction')
-    said = capsys.readouterr().out
-    assert 'pdddpm_summary.json leaves out a: the mask that is there cannot be told from another one' in said
-    assert '1 cases are done, 0 are left.' in said
+    said = capsys.readouterr()
+    assert 'pdddpm_summary.json leaves out a: the mask that is there cannot be told from another one' in said.err
+    assert '1 cases are done, 0 are left.' in said.out
 
 
 @pytest.mark.parametrize('name', ['plans.json', 'dataset.json'])
@@ -213,16 +213,16 @@ def test_help_gives_the_default_of_every_flag_and_the_range_of_every_setting(mon
         assert command not in (predict.main, predict.main_modelfolder) or f'_{name} has no flag' in text
 
 
-def deleting(case: CaseUnderWay, put_in_place) -> None:
-    put_in_place(case)
+def deleting(case: PendingCase, move_to_output) -> None:
+    move_to_output(case)
     shutil.rmtree(case.output)
 
 
-def killed(case: CaseUnderWay, put_in_place) -> None:
+def killed(case: PendingCase, move_to_output) -> None:
     raise BrokenProcessPool
 
 
-def held(case: CaseUnderWay, put_in_place) -> None:
+def held(case: PendingCase, move_to_output) -> None:
     raise OutputInUse('another process predicts it.')
 
 
@@ -231,8 +231,8 @@ def held(case: CaseUnderWay, put_in_place) -> None:
     (held, 'another process predicts it')])
 def test_a_failed_case_does_not_hide_that_others_are_not_done(root, monkeypatch, ends, said_then):
     (root / 'images' / '0bad_0000.nii.gz').write_bytes(b'')
-    put_in_place = CaseUnderWay.put_in_place
-    monkeypatch.setattr(CaseUnderWay, 'put_in_place', lambda self: ends(self, put_in_place))
+    move_to_output = PendingCase.move_to_output
+    monkeypatch.setattr(PendingCase, 'move_to_output', lambda self: ends(self, move_to_output))
     said = refused(run, root)
     assert said_then in said and 'others are done' not in said
     assert said.endswith('Besides, these cases could not be predicted: 0bad (0bad_0000.nii.gz is empty).')

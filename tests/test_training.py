@@ -34,7 +34,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunet_pdddpm.diffusion.coding import one_hot
 from nnunet_pdddpm.diffusion.levels import lowest_log_snr
 from nnunet_pdddpm.diffusion.measuring import NODES, UNIFORM, LevelMeter
-from nnunet_pdddpm.network.refiner import BLIND, LEVELS
+from nnunet_pdddpm.network.refiner import BLIND_OFFSET, LEVELS
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.losses import DenoisingLoss
 
@@ -137,7 +137,7 @@ def test_noise_is_on_the_truth_and_blind_patches_show_nothing(trainer, share):
         x0 = 2 * one_hot(batch['target'][0], 3) - 1
         for i, level in enumerate(noisy.log_snr):
             if level < lowest:
-                assert level == lowest - BLIND == trainer.refiner.blind_level and not noisy.noisy[i].any()
+                assert level == lowest - BLIND_OFFSET == trainer.refiner.blind_level and not noisy.noisy[i].any()
             else:
                 assert level <= trainer.meter.log_snr[-1]
                 torch.testing.assert_close(noisy.noisy[i], noised(x0[i], level, noise[i]), rtol=1e-4, atol=1e-4)
@@ -244,7 +244,7 @@ def test_at_noise_levels_the_loss_is_cross_entropy_and_at_the_blind_level_nnunet
     """By nnU-Net's own two terms, item by item: the Dice term of these plans is that of the single patch."""
     assert not trainer.full_resolution_loss.dc.batch_dice
     output, target = torch.randn(2, 3, 8, 8, 8), torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
-    trainer.denoising_loss.expect(torch.tensor(noisy))
+    trainer.denoising_loss.set_noisy(torch.tensor(noisy))
     expected = 0
     for i, is_noisy in enumerate(noisy):
         cross_entropy = torch.nn.functional.cross_entropy(output[i:i + 1], target[i:i + 1, 0].long())
@@ -262,9 +262,9 @@ def test_measured_is_the_cross_entropy_of_each_noisy_item_at_full_resolution(tra
     outputs = [torch.randn(3, 3, *shape, requires_grad=True) for shape in shapes]
     targets = [torch.randint(0, 3, (3, 1, *shape)).float() for shape in shapes]
     of_batch = trainer.denoising_loss
-    of_batch.expect(~torch.tensor(noisy))
+    of_batch.set_noisy(~torch.tensor(noisy))
     loss_of(outputs, targets)
-    of_batch.expect(torch.tensor(noisy))
+    of_batch.set_noisy(torch.tensor(noisy))
     assert of_batch.measured is None
     loss = loss_of(outputs, targets)
     if not any(noisy):

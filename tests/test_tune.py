@@ -25,12 +25,12 @@ from torch import Tensor
 from nnunet_pdddpm.commands.tune import main
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.levels import LevelTable
-from nnunet_pdddpm.diffusion.process import evidence, noise_scale, signal
+from nnunet_pdddpm.diffusion.process import log_likelihood_ratio, noise_scale, signal
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
-from nnunet_pdddpm.evaluation.voxelwise import of_classes
+from nnunet_pdddpm.evaluation.voxelwise import class_statistics
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -40,7 +40,7 @@ from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 from nnunet_pdddpm.tuning import budget as budget_module
 from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning import tune as tune_module
-from nnunet_pdddpm.tuning.budget import cases_in
+from nnunet_pdddpm.tuning.budget import cases_within_budget
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.choice import (
     MaskRow,
@@ -51,10 +51,10 @@ from nnunet_pdddpm.tuning.choice import (
     choose_samples,
     difference_interval,
 )
-from nnunet_pdddpm.tuning.report import named_mask, named_samples
+from nnunet_pdddpm.tuning.report import describe_mask, describe_samples
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.stored import store
-from nnunet_pdddpm.tuning.sweep import masks_to_try, sweep
+from nnunet_pdddpm.tuning.sweep import mask_candidates, sweep
 from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature, likelihoods
 from nnunet_pdddpm.tuning.tune import open_model
 
@@ -143,11 +143,13 @@ def test_samples_have_the_lowest_energy_then_they_are_cheap():
 
 
 def test_a_budget_leaves_out_cases_but_not_below_five():
-    assert cases_in(20, 0.001, [1000] * 20) == list(range(20))
-    half = cases_in(19.9 / 2, 0.001, [1000] * 20)
+    assert cases_within_budget(20, 0.001, [1000] * 20) == list(range(20))
+    half = cases_within_budget(19.9 / 2, 0.001, [1000] * 20)
     assert len(half) == 9 and half[0] == 0 and half[-1] == 19
-    assert len(cases_in(5, 0.001, [1000] * 20)) == 5 and cases_in(4.9, 0.001, [1000] * 20) == []
-    assert cases_in(11, 0.001, [9000, 1000, 1000]) == [0, 1, 2] and cases_in(10.9, 0.001, [9000, 1000, 1000]) == []
+    assert len(cases_within_budget(5, 0.001, [1000] * 20)) == 5
+    assert cases_within_budget(4.9, 0.001, [1000] * 20) == []
+    assert cases_within_budget(11, 0.001, [9000, 1000, 1000]) == [0, 1, 2]
+    assert cases_within_budget(10.9, 0.001, [9000, 1000, 1000]) == []
 
 
 # scores
@@ -165,7 +167,7 @@ def test_dice_is_over_labels_that_are_there_and_the_ignore_label_counts_nowhere(
                               [0, 0, 0.1, 0, 0.1, 0, 0, 0]], np.float32)
     scored = Truth(truth, Labels(ignore=3), CPU).score(torch.from_numpy(probabilities)[:, None, None])
     valid = [0, 1, 2, 3, 4, 7]
-    nll = of_classes(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0])).negative_log_likelihood
+    nll = class_statistics(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0])).negative_log_likelihood
     assert scored == pytest.approx((2 * 2 / (2 + 3), nll), rel=1e-5)  # label 2 is nowhere: left out
     nothing = Truth(np.zeros((1, 1, 8)), Labels(), CPU)
     assert np.isnan(nothing.score(torch.eye(3)[0].reshape(3, 1, 1, 1).expand(3, 1, 1, 8))[0])
@@ -324,7 +326,7 @@ class Exact(torch.nn.Module):
             scale = signal(log_snr) / noise_scale(log_snr) ** 2
             weights = (likeness * scale[:, None].float()).softmax(1)
         logits = torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
-        return logits - evidence(noisy, log_snr, -1, 1) if log_snr[0] != self.blind_level else logits
+        return logits - log_likelihood_ratio(noisy, log_snr, -1, 1) if log_snr[0] != self.blind_level else logits
 
 
 class Stock(Exact):
@@ -548,21 +550,21 @@ def test_the_report_says_what_was_measured(tuned):
     (SamplingSettings(samples_from='blind', blind_temperature=1.2, dependence=0.0),
      'thresholds of the blind mask, temperature 1.2, dependence 0')])
 def test_samples_are_named_in_words(settings, named):
-    assert named_samples(settings) == named
+    assert describe_samples(settings) == named
 
 
 def test_masks_that_are_tried():
     chain = SamplingSettings(start=0.8, steps=2, samples=8)
-    tried = masks_to_try(chain, 4)
-    assert [named_mask(s) for s in tried] == [
+    tried = mask_candidates(chain, 4)
+    assert [describe_mask(s) for s in tried] == [
         'stock', 'blind mask', '0.25 stock + 0.75 blind mask', '0.5 stock + 0.5 blind mask',
         '0.75 stock + 0.25 blind mask', 'mean of the samples', '0.25 stock + 0.75 mean of the samples',
         '0.5 stock + 0.5 mean of the samples', '0.75 stock + 0.25 mean of the samples',
         '0.25 blind mask + 0.75 mean of the samples', '0.5 blind mask + 0.5 mean of the samples',
         '0.75 blind mask + 0.25 mean of the samples']
-    assert {s.drawing == chain.drawing for s in tried} == {True}
+    assert {s.sample_settings == chain.sample_settings for s in tried} == {True}
     assert {s.mask_samples for s in tried if s.mask_chain > 0} == {2}  # each under 4 mirrorings
-    assert len(masks_to_try(replace(chain, samples_from='blind'), 4)) == 5
+    assert len(mask_candidates(replace(chain, samples_from='blind'), 4)) == 5
 
 
 def test_rows_are_what_each_setting_gives_alone(tuned):
@@ -587,19 +589,19 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
                 for c in (1, 2) if ((hard == c) | (labels == c)).any()]
         exact_for = s.is_stock or s.mask_blind == 1  # a blend of logits that are means over tiles is not one of p
         assert row['per_case']['dice'][1] == pytest.approx(np.mean(dice), abs=1e-3 if exact_for else 0.05), s
-        nll = of_classes(p.numpy(), labels).negative_log_likelihood
+        nll = class_statistics(p.numpy(), labels).negative_log_likelihood
         assert row['per_case']['nll'][1] == pytest.approx(nll, rel=1e-3 if exact_for else 0.05), s
     truth = Truth(case.labels, trainer.label_manager, CPU)
     for s, row in rows_of(content, 'samples, first rounds').items():
         volume, masks = Volume(predictor, image, CPU), []
         with torch.inference_mode():
             volume.start_fold()
-            volume.blind()  # float16, before a temperature divides it
+            volume.blind_logits()  # float16, before a temperature divides it
             truth.set_parts(logits_to_probabilities(volume.stock_logits[box][None], False)[0])
-            parts, of_case = volume.parts(s), s.for_case(case.name)
+            parts, case_settings = volume.parts(s), s.for_case(case.name)
             for sample in range(sweep_module.DRAWS):
-                p = volume.whole_sample(of_case, sample, None)
-                shifts = predictor.refiner.end_shifts(of_case, sample, None, parts.number)
+                p = volume.sample_volume(case_settings, sample, None)
+                shifts = predictor.refiner.end_shifts(case_settings, sample, None, parts.number)
                 masks.append(truth.drawn(p[box], shifts, None if parts.index is None else parts.index[box[1:]]))
         energy, ged = truth.energy(masks)
         assert row['per_case']['energy'][1] == pytest.approx(energy), s
@@ -640,7 +642,7 @@ def results() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(('memory', 'seconds'), [(2 ** 32, None), (2 ** 32, 1e6), (1, 1e6)])
 def test_passes_are_those_that_happen_and_results_the_same_however_little_memory_there_is(
         scratch, monkeypatch, results, memory, seconds):
-    monkeypatch.setattr(sweep_module, 'MEMORY', memory)
+    monkeypatch.setattr(sweep_module, 'CACHE_BYTES', memory)
     predictor, cases = open_model(scratch, 0, CPU), ValidationCases(make_trainer(TUNED, 0))
     cases.names = cases.names[:2]
     calls = counted(predictor)
@@ -714,9 +716,9 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
             now[0] += 8 if mirrored else 0
             return super().presegment(mirrored)
 
-        def _of_tiles(self, x, level, mirrored):
+        def _denoised_tiles(self, x, level, mirrored):
             now[0] += len(mirrored)
-            return super()._of_tiles(x, level, mirrored)
+            return super()._denoised_tiles(x, level, mirrored)
     monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
     monkeypatch.setattr(sweep_module, 'MORE_STEPS', (3, 5))
     monkeypatch.setattr(sweep_module, 'DEPENDENCES', (1.0,))
@@ -742,11 +744,11 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
         found_in(8)
     with pytest.raises(TuningError):
         found_in(3 * up_to_three + first_look - 1)
-    monkeypatch.setattr(budget_module, 'FEWEST_CASES', 2)
+    monkeypatch.setattr(budget_module, 'MIN_TUNING_CASES', 2)
     found = found_in(3 * up_to_three + first_look - 1)
     assert found.cases == ['0', '2'] and found.cases_left_out == ['1']
     assert len(found.masks[0].dice) == len(found.samples[0].energy) == 2
-    monkeypatch.setattr(sweep_module, 'MEMORY', 1)  # so that each case is opened again in every round
+    monkeypatch.setattr(sweep_module, 'CACHE_BYTES', 1)  # so that each case is opened again in every round
     in_seven_rounds = 2 * (up_to_three + 6 * 8) + first_look + 8
     assert found_in(in_seven_rounds).cases == ['0', '2']
     with pytest.raises(TuningError):
@@ -754,8 +756,8 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
 
 
 def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
-    monkeypatch.setattr(sweep_module, 'cases_in', lambda *_: [0, 2])
-    monkeypatch.setattr(sweep_module._Run, '_climb', lambda run, rows: run.steps_left_out.append(5) or [])
+    monkeypatch.setattr(sweep_module, 'cases_within_budget', lambda *_: [0, 2])
+    monkeypatch.setattr(sweep_module._Run, '_try_more_steps', lambda run, rows: run.steps_left_out.append(5) or [])
     command('-budget', '10')
     assert 'Left out, for want of time: 1 of 3 cases, 5 steps' in log(scratch)
     content = report(scratch)
@@ -859,7 +861,7 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     def kill(*args):
         raise Killed
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(tune_module, 'write', kill)
+        patch.setattr(tune_module, 'write_sweep', kill)
         trainer.tune_sampling()
     assert not (fold / 'sampling_sweep.json').exists()
     trainer._first_epoch = trainer.current_epoch  # --c
@@ -882,7 +884,7 @@ def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeyp
     assert 'stay as they are: there is not enough memory to tune them' in log(scratch)
 
 
-def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, capsys):
+def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, caplog):
     """By a device that is another name of the CPU, and too small for a draw."""
     case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[0])
     settings, draw = [SamplingSettings(samples_from='stock')], sweep_module._CaseSweep.draw
@@ -897,7 +899,7 @@ def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tun
             return draw(self, *args)
         monkeypatch.setattr(sweep_module._CaseSweep, 'draw', too_large)
         assert opened.energies(settings, range(2)) == expected and opened.device == CPU
-    assert 'does not fit on the device: its arrays are kept in main memory' in capsys.readouterr().out
+    assert 'does not fit on the device: its arrays are kept in main memory' in caplog.text
 
 
 def test_a_damaged_checkpoint_is_named_and_the_other_stays_as_it_is(scratch, monkeypatch):

@@ -19,7 +19,7 @@ from nnunet_pdddpm.diffusion.process import Ancestral, Redrawing
 from nnunet_pdddpm.diffusion.sampling import refine
 from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_case, write_summary
+from nnunet_pdddpm.inference.summary import mean_of_known, sample_volumes, write_row, write_summary
 from nnunet_pdddpm.inference.volume_sampling import (
     fuse_tiles,
     mirrorings,
@@ -133,17 +133,6 @@ def test_fused_tiles_are_the_weighted_mean_in_any_order():
     np.testing.assert_allclose(in_2d[0, :, 0, 0].numpy(), range(9), rtol=1e-6)
 
 
-def test_where_no_tile_is_other_values_stand():
-    shape = (2, 3, 8, 8)
-    tile = (slice(None), slice(0, 2), slice(2, 6), slice(0, 4))
-    values = -torch.arange(3.0).reshape(1, 3, 1, 1).expand(shape)
-    result = fused([(tile, torch.full((2, 2, 4, 4), 5.0))], shape, torch.rand(2, 4, 4) + 0.1, CPU,
-                   lambda z: values[:, z])
-    expected = values.clone()
-    expected[tile] = 5
-    torch.testing.assert_close(result, expected)
-
-
 TILE, VOLUME = (8, 8, 16), (8, 8, 72)
 
 
@@ -219,7 +208,7 @@ def spread_of(p, regions, folds=1):
         for sample in range(fold, len(p), folds):
             values = torch.as_tensor(p[sample], dtype=torch.float32)
             spread.add(sample, slice(0, p.shape[2]), values, hard_mask(values.logit() if regions else values, regions))
-        spread.end_of_fold(len(range(fold, len(p), folds)))
+        spread.finish_fold(len(range(fold, len(p), folds)))
     return spread
 
 
@@ -458,14 +447,14 @@ def a_row(folder, number, folds=1):
     settings = [{'start': 0.6, 'steps': 1 + fold, 'samples_from': 'chain', 'slice_correlation': 0.9}
                 for fold in range(folds)]
     return {'case': f'case_{number:03d}', 'estimated_dice': None, 'uncertain_share': 0.25, 'num_samples': 2,
-            'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number}, 'refined_tiles': 1.0,
+            'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number},
             'seconds': 1.5, 'versions': {'torch': '2'}, 'mask': identity(mask),
             'labels': {name: {'volume_ml': number + 0.5, 'pairwise_dice': None} for name in ('organ', 'a, b')}}
 
 
 def write_some(folder, start):
     for number in range(start, 40, 4):
-        write_case(folder / 'pdddpm_cases', a_row(folder, number))
+        write_row(folder / 'pdddpm_cases', a_row(folder, number))
         write_summary(folder)
 
 
@@ -490,7 +479,7 @@ def test_four_processes_share_one_summary(tmp_path):
 
 
 def test_settings_that_differ_between_folds_are_both_told(tmp_path):
-    write_case(tmp_path / 'pdddpm_cases', a_row(tmp_path, 0, folds=2))
+    write_row(tmp_path / 'pdddpm_cases', a_row(tmp_path, 0, folds=2))
     write_summary(tmp_path)
     line = next(csv.DictReader((tmp_path / 'pdddpm_summary.csv').open(newline='')))
     assert (line['start'], line['steps'], line['samples_from']) == ('0.6', '1/2', 'chain')

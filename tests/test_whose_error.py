@@ -115,7 +115,7 @@ def test_an_error_of_the_program_ends_the_run_and_calls_no_image_bad(tmp_path, m
     assert not list((tmp_path / 'out').glob('pdddpm*'))
 
 
-@pytest.mark.parametrize('name', ['_no_rotation', 'read_header'])
+@pytest.mark.parametrize('name', ['_axes_problem', 'read_header'])
 def test_an_error_in_the_remarks_is_none_of_the_image_but_for_the_reading(tmp_path, monkeypatch, name):
     def wrong(*args):
         raise TypeError('of the program')

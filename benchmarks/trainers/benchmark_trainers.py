@@ -93,7 +93,7 @@ class NoDiffusion:
 
     def make_noisy_batch(self, image, target):
         batch = super().make_noisy_batch(image, target)
-        self.denoising_loss.expect(torch.ones(len(image), dtype=torch.bool))
+        self.denoising_loss.set_noisy(torch.ones(len(image), dtype=torch.bool))
         return batch
 
     def measure_levels(self, log_snr):

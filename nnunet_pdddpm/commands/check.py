@@ -18,7 +18,7 @@ import torch
 
 import nnunet_pdddpm
 from nnunet_pdddpm.commands.check_dataset import TRAINER, check_dataset, environment_problem, row
-from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, own_variables
+from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, package_variables
 from nnunet_pdddpm.versions import require_nnunet
 
 SHIM = Path('nnunetv2', 'training', 'nnUNetTrainer', 'variants', 'pdddpm')
@@ -74,14 +74,14 @@ def check_versions(problems: list[str]) -> None:
 
 def check_trainer(problems: list[str]) -> None:
     """Look the trainer up as nnU-Net does, and tell where it was found."""
-    problem = look_up(TRAINER)
+    problem = find_trainer(TRAINER)
     if problem:
         problems.append(problem)
     print('Trainer')
     row(TRAINER, 'not found' if problem else discovery_route())
 
 
-def look_up(trainer: str) -> str:
+def find_trainer(trainer: str) -> str:
     """Let nnU-Net find a trainer; the empty string if it does, else why not and what to do."""
     if getattr(nnunetv2, '__file__', None) is None:
         return ('nnunetv2 is installed editable (pip install -e), and what nnunet-pdddpm installs into nnunetv2 hides '
@@ -93,7 +93,7 @@ def look_up(trainer: str) -> str:
             warnings.simplefilter('ignore')
             recursive_find_trainer_class_by_name(trainer)
     except RuntimeError:
-        return f'nnU-Net does not find {trainer}: {how_to_be_found()}'
+        return f'nnU-Net does not find {trainer}: {discovery_remedy()}'
     except Exception as error:  # noqa: BLE001 a trainer that is imported may raise anything
         return (f"nnU-Net's search for {trainer} ends at a trainer that cannot be imported ({type(error).__name__}: "
                 f'{error}): repair that trainer, or take its folder out of nnUNet_extTrainer.')
@@ -116,7 +116,7 @@ def discovery_route() -> str:
     return 'found in another module that imports it'
 
 
-def how_to_be_found() -> str:
+def discovery_remedy() -> str:
     """The export line for the shims of a checkout, or of a wheel whose nnunetv2 is not the imported one."""
     beside = Path(nnunet_pdddpm.__file__).resolve().parents[1]
     for folder in (beside / 'trainers', beside / SHIM):
@@ -156,7 +156,7 @@ def print_devices() -> None:
 
 def check_environment(problems: list[str]) -> None:
     """The variables of this package; values that no model accepts are a problem."""
-    variables = sorted(own_variables())
+    variables = sorted(package_variables())
     print('Environment variables' if variables else f'Environment variables {ENVIRONMENT_PREFIX}*: none')
     for variable in variables:
         row(variable, os.environ[variable])

@@ -13,10 +13,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import refuse_earlier, stored_settings, stored_table
+from nnunet_pdddpm.network.refiner import check_version, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
-from nnunet_pdddpm.training.presegmenters import CHECKPOINT, TrainingContext, checkpoint_file
+from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 
 TRAINER = 'PDDDPMTrainer'
@@ -137,8 +138,8 @@ def _planning(name: str) -> str:
 def choose_configurations(data: DataSet, configuration: str | None) -> list[str]:
     """The configuration asked for; else all of the plans, or that of the model folder the environment names."""
     if configuration is None:
-        of_folder = os.environ.get(PRESEGMENTER_VARIABLE, '').rstrip(os.sep).rpartition('__')[2]
-        return [of_folder] if of_folder in data.data_folders else list(data.data_folders)
+        named = os.environ.get(PRESEGMENTER_VARIABLE, '').rstrip(os.sep).rpartition('__')[2]
+        return [named] if named in data.data_folders else list(data.data_folders)
     if configuration not in data.data_folders:
         raise ValueError(f'The plans {data.plans_named} of {data.name} have no configuration {configuration}: choose '
                          f'from {_listed(data.data_folders)} with -c.')
@@ -189,7 +190,7 @@ def check_model(file: Path) -> tuple[str, int | None]:
     """
     try:
         weights = load_checkpoint(file, 'model')['network_weights']
-        refuse_earlier(weights, f'The model {file}')
+        check_version(weights, f'The model {file}')
         check_weights(weights, f'The model {file}')
     except CheckpointError as error:
         return str(error), None
@@ -217,7 +218,7 @@ def environment_problem(settings: SamplingSettings | None = None) -> str:
 
 def trained_folds(model_folder: Path) -> list[int | str]:
     """Folds whose training is finished, in order, `all` last."""
-    names = [file.parent.name[len('fold_'):] for file in model_folder.glob(f'fold_*/{CHECKPOINT}')]
+    names = [file.parent.name[len('fold_'):] for file in model_folder.glob(f'fold_*/{FINAL_CHECKPOINT}')]
     return [*sorted(int(name) for name in names if name.isdecimal()), *(name for name in names if name == 'all')]
 
 
@@ -245,4 +246,4 @@ def check_previous_stage(data: DataSet, configuration: str) -> str:
     missing = stage.missing(cases, listed)
     for trainer, predictions in stage.folders.items():
         row('previous stage', f'{len(cases) - missing[trainer]} of {len(cases)} cases in {predictions}')
-    return stage.what_is_missing(missing, len(cases)) if all(missing.values()) else ''
+    return stage.missing_message(missing, len(cases)) if all(missing.values()) else ''

@@ -2,26 +2,28 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-from nnunetv2.utilities.file_path_utilities import get_output_folder
-
+from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
-from nnunet_pdddpm.inference.continuing import others_in, refresh_summary
+from nnunet_pdddpm.inference.continuing import cases_with_other_settings, refresh_summary
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, failures, reasons
+from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, failure_message, list_reasons
 from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import write_failure
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.settings import CHOICES, ENVIRONMENT_PREFIX, KINDS, RANGES, Value
 from nnunet_pdddpm.report import NothingToShow, write_report
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = {
     'samples': 'number of samples',
@@ -74,9 +76,9 @@ def add_input_and_output(parser: argparse.ArgumentParser) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What both commands have: the flags of their stock namesakes with the same meaning, then those of sampling."""
     stock = parser.add_argument_group('as in nnUNetv2_predict')
-    stock.add_argument('-f', nargs='+', type=fold, default=[0, 1, 2, 3, 4],
+    stock.add_argument('-f', nargs='+', type=parse_fold, default=[0, 1, 2, 3, 4],
                        help='folds, numbers from 0 or all (default: 0 1 2 3 4)')
-    stock.add_argument('-chk', default='checkpoint_final.pth', help='checkpoint (default: %(default)s)')
+    stock.add_argument('-chk', default=FINAL_CHECKPOINT, help='checkpoint (default: %(default)s)')
     stock.add_argument('-step_size', type=float, default=0.5,
                        help='of the sliding window, of a tile; above 0, not above 1 (default: %(default)s)')
     stock.add_argument('--disable_tta', action='store_true', help='no mirroring (default: as in training)')
@@ -111,9 +113,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument('-slice_correlation', type=float, default=0.9,
                           help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s; no '
                                'variable)')
-    sampling.add_argument('-sure', type=float, default=1.0,
-                          help="tiles in which the stock model's probability of every voxel's label is this or more "
-                               'keep its result; above 0.5, 1 refines all (default: %(default)s; no variable)')
 
     outputs = parser.add_argument_group('further outputs')
     outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',
@@ -127,13 +126,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                               '(default: not)')
 
 
-def fold(text: str) -> int | str:
-    """A fold's number, or `all`."""
-    return text if text == 'all' else int(text)
-
-
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Predict; what cannot be done is said in one sentence, with exit status 1."""
+    log_to_console()
     if not 0 <= args.part_id < args.num_parts:
         parser.error(f'-part_id is {args.part_id}: with -num_parts {args.num_parts} it must lie in 0 to '
                      f'{args.num_parts - 1}')
@@ -157,9 +152,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         place = f' ({error.filename})' if error.filename else ''
         sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '
                  f'go on with --continue_prediction.')
-    of_part = len(images[args.part_id::args.num_parts]) + len(unusable)
     if failed or no_report:
-        sys.exit('Error: ' + ' '.join([failures(failed, of_part) + '.'] * bool(failed) + [no_report] * bool(no_report)))
+        num_cases = len(images[args.part_id::args.num_parts]) + len(unusable)
+        told = [f'{failure_message(failed, num_cases)}.'] if failed else []
+        sys.exit('Error: ' + ' '.join([*told, *filter(None, [no_report])]))
 
 
 def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, images: list[list[str]],
@@ -167,7 +163,7 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     """Predict all cases that can be, and report on them; the others, case -> why not; and why there is no report."""
     output = Path(args.o)
     for case, reason in unusable.items():
-        write_failure(output, case, reason, files_like(args.i, case))
+        write_failure(output, case, reason, files_of_case(args.i, case))
     try:
         predictor.predict_from_files(
             images, args.o, save_probabilities=args.save_probabilities, overwrite=not args.continue_prediction,
@@ -177,9 +173,10 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     except CasesFailed:
         pass  # told at the end, with those that are no case
     except PredictionError as error:
-        if not (of_all := {**unusable, **predictor.failed}):
+        if not (failed := {**unusable, **predictor.failed}):
             raise
-        raise PredictionError(f'{error} Besides, these cases could not be predicted: {reasons(of_all)}.') from error
+        raise PredictionError(f'{error} Besides, these cases could not be predicted: {list_reasons(failed)}.'
+                              ) from error
     if not images[args.part_id::args.num_parts]:  # a part without cases
         refresh_summary(output)
     no_report = ''
@@ -188,13 +185,13 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
         try:
             print(f'Report: {write_report(output, cases)}')
         except NothingToShow as error:  # other parts may still be at work
-            print(f'No report is written: {error}')
+            logger.warning('No report is written: %s', error)
         except (ValueError, OSError) as error:  # it shall not hide what has failed before
             no_report = f'The report was not written: {error}'
     return {**unusable, **predictor.failed}, no_report
 
 
-def files_like(folder: str, case: str) -> list[str]:
+def files_of_case(folder: str, case: str) -> list[str]:
     """The files in a folder that are named as those of an image of a case, with or without a channel number."""
     named = re.compile(re.escape(case) + r'(_\d{4})?(\.[a-zA-Z.]+)')
     return [str(file) for file in sorted(Path(folder).iterdir()) if named.fullmatch(file.name)]
@@ -211,7 +208,7 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
         tile_step_size=args.step_size, use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device, device=prepare_device(args.device),
         verbose=args.verbose, verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar,
-        overrides=overrides, slice_correlation=args.slice_correlation, sure=args.sure,
+        overrides=overrides, slice_correlation=args.slice_correlation,
         outputs=Outputs(uncertainty='entropy' if args.report and args.uncertainty == 'none' else args.uncertainty,
                         samples=args.save_samples, presegmentation=args.save_presegmentation or args.report))
     folder = args.m if hasattr(args, 'm') else model_folder(args)
@@ -230,32 +227,11 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
     cases = [case_name(files, predictor) for files in images]
     if args.continue_prediction:
         for case in cases[args.part_id::args.num_parts]:  # no other part is at work on these
-            predictor.refuse_others(Path(args.o, case))
-    if others := others_in(Path(args.o), cases, predictor.settings_for_summary()):
-        print(f'{args.o} also holds masks of another model or of other settings, which stay: {", ".join(others)}.')
+            predictor.check_same_settings(Path(args.o, case))
+    if others := cases_with_other_settings(Path(args.o), cases, predictor.settings_for_summary()):
+        logger.warning('%s also holds masks of another model or of other settings, which stay: %s.', args.o,
+                       ', '.join(others))
     return predictor, images, unusable if args.part_id == 0 else {}
-
-
-def model_folder(args: argparse.Namespace, dataset: str = '-d') -> str:
-    """Folder of the model that -d, -c, -tr and -p name; `dataset`: what the first of them is called."""
-    try:
-        return str(get_output_folder(args.d, args.tr, args.p, args.c))
-    except RuntimeError as error:
-        named = [str(name) for name in find_candidate_datasets(int(args.d))]
-        what = f'{len(named)} data sets have the id {args.d} ({", ".join(named)}): name one of them in {dataset}, or' \
-            if named else f'There is no data set with the id {args.d}: correct {dataset}, or'
-        raise PredictionError(f'{what} the variables nnUNet_results, nnUNet_raw and nnUNet_preprocessed.') from error
-
-
-def prepare_device(name: str) -> torch.device:
-    """The device, with the number of threads that nnU-Net's commands use on it."""
-    if name == 'cuda' and not torch.cuda.is_available() or name == 'mps' and not torch.backends.mps.is_available():
-        raise PredictionError(f'There is no {name} device here: name another with -device, such as -device cpu.')
-    if name == 'cpu':
-        torch.set_num_threads(os.cpu_count() or 1)
-    elif name == 'cuda':
-        torch.set_num_threads(1)
-    return torch.device(name)
 
 
 def case_name(files: Sequence[str], predictor: PDDDPMPredictor) -> str:

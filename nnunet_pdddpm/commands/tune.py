@@ -10,18 +10,20 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunet_pdddpm.commands.predict import fold, model_folder, prepare_device
+from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
 from nnunet_pdddpm.evaluation.folders import EvaluationError
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
+from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
-from nnunet_pdddpm.tuning.choice import TuningError
-from nnunet_pdddpm.tuning.stored import CHECKPOINTS
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.tune import calibrate_fold, open_model, tune
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tune, and say what was chosen; exit with 1 and one sentence if that cannot be done."""
+    log_to_console()
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.budget is not None and not args.budget > 0:
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         device = prepare_device(args.device)
         folder = Path(model_folder(args, 'DATASET'))
-        if not (file := folder / f'fold_{args.f}' / CHECKPOINTS[0]).is_file():
+        if not (file := folder / f'fold_{args.f}' / FINAL_CHECKPOINT).is_file():
             raise TuningError(f'{file} does not exist: train this fold with nnUNetv2_train -tr {args.tr}, or correct '
                               f'DATASET, CONFIG, FOLD, -tr and -p.')
         predictor = open_model(folder, args.f, device)
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
                     'end; this repeats it, with more time or with raters.')
     parser.add_argument('d', metavar='DATASET', help='id or name')
     parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
-    parser.add_argument('f', metavar='FOLD', type=fold, help='fold, a number from 0')
+    parser.add_argument('f', metavar='FOLD', type=parse_fold, help='fold, a number from 0')
     parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.inference.intervals import in_percent
 
 matplotlib.use('agg')
@@ -50,10 +51,10 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         truth: folder of label maps of the same names.
         labels: name to value of the labels.
     """
-    cases = json.loads((predictions / 'pdddpm_summary.json').read_text())['cases']
+    cases = json.loads((predictions / SUMMARY).read_text())['cases']
     number = cases[0]['num_samples']
-    of_samples = f'range of {number} samples'
-    lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{of_samples:<22}{"true":>8}']
+    header = f'range of {number} samples'
+    lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{header:<22}{"true":>8}']
     inside: dict[str, list[bool]] = {'calibrated intervals': [], f'ranges of {number} samples': []}
     for case in cases:
         image = sitk.ReadImage(str(truth / f'{case["case"]}.nii.gz'))
@@ -67,8 +68,8 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
                                                (row['volume_ml_high'], row['samples_high_ml']), strict=True):
                 known = low is not None
                 found += [low <= true <= high] if known else []
-                of = '' if level is None else f'{in_percent(level)}: '
-                texts.append(f'{of}{low:.2f} to {high:.2f}' if known else 'none')
+                promised = '' if level is None else f'{in_percent(level)}: '
+                texts.append(f'{promised}{low:.2f} to {high:.2f}' if known else 'none')
             lines.append(f'{case["case"]:<16}{name:<8}{row["volume_ml"]:8.2f}   {texts[0]:<24}{texts[1]:<22}'
                          f'{true:8.2f}')
     counts = [f'{sum(found)} of {len(found)} {name}' for name, found in inside.items() if found]
@@ -79,7 +80,7 @@ def dice_of_cases(predictions: Path) -> dict[str, float]:
     """Case -> Dice, mean over the labels, as `mean_dice` has left it in the folder's summary.json."""
     cases = json.loads((predictions / 'summary.json').read_text())['metric_per_case']
     return {Path(case['reference_file']).name[:-len('.nii.gz')]:
-            float(np.mean([of['Dice'] for of in case['metrics'].values()])) for case in cases}
+            float(np.mean([metrics['Dice'] for metrics in case['metrics'].values()])) for case in cases}
 
 
 def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:

@@ -14,7 +14,7 @@ UNIFORM = 0.15
 """Share of the training levels that is drawn evenly in log SNR, whatever has been measured."""
 BLANK = 2.0
 """Log SNR from the lowest up within which nothing can be told apart, whatever is open: `lowest_log_snr`."""
-FEWEST, MOST = 10, 500
+MIN_WINDOW, MAX_WINDOW = 10, 500
 """Patches that a running mean of a node goes back, at least and at most; between them a quarter of those it has
 seen."""
 SMOOTHING = 0.7
@@ -58,7 +58,7 @@ class LevelMeter:
         """Move the running means by what `sums` gave, of all ranks together."""
         total, number = sums
         self.count += number
-        reach = (self.count / 4).clamp(FEWEST, MOST).minimum(self.count.clamp(min=1))
+        reach = (self.count / 4).clamp(MIN_WINDOW, MAX_WINDOW).minimum(self.count.clamp(min=1))
         weight = (number / reach).clamp(max=1)
         self.cross_entropy += weight * (total / number.clamp(min=1) - self.cross_entropy)
 
@@ -73,12 +73,13 @@ class LevelMeter:
         seen = self.count.numpy() > 0
         if seen.sum() < NODES / 2:
             return even_table(float(log_snr[0]), NODES)
-        weights = np.clip(self.count.double().numpy() / 4, 0.01, MOST)
+        weights = np.clip(self.count.double().numpy() / 4, 0.01, MAX_WINDOW)
         values = self.cross_entropy.double().numpy()
         blank = log_snr <= log_snr[0] + BLANK
         values[blank] = np.average(values[blank], weights=weights[blank])
-        smooth, of_weights = (gaussian_filter1d(of, SMOOTHING, mode='nearest') for of in (values * weights, weights))
-        smooth = smooth / of_weights
+        smooth_sums, smooth_weights = (gaussian_filter1d(array, SMOOTHING, mode='nearest')
+                                       for array in (values * weights, weights))
+        smooth = smooth_sums / smooth_weights
         falling = isotonic_regression(smooth, sample_weight=weights, increasing=False)
         spread = falling[0] - falling[-1]
         if not spread > 0:
@@ -94,7 +95,7 @@ def training_levels(table: LevelTable, positions: Tensor) -> Tensor:
 
     Args:
         table: measured so far.
-        positions: (B,) in [0, 1), evenly spread over the patches, see `positions`.
+        positions: (B,) in [0, 1), evenly spread over the patches, see `kronecker_sequence`.
 
     Returns:
         (B,) float32.
@@ -105,7 +106,7 @@ def training_levels(table: LevelTable, positions: Tensor) -> Tensor:
     return torch.from_numpy(np.interp(positions.double().numpy(), below, log_snr)).float()
 
 
-def positions(first: int, number: int, offset: float) -> Tensor:
+def kronecker_sequence(first: int, number: int, offset: float) -> Tensor:
     """(number,) in [0, 1), which numbers `first` and on of one sequence are: it fills the interval evenly within a
     batch and from step to step (Kronecker sequence of the golden ratio).
 

@@ -64,7 +64,7 @@ def q_sample(x0: Tensor, level: Level, noise: Tensor) -> Tensor:
     return per_item(signal(level), x0) * x0 + per_item(noise_scale(level), x0) * noise
 
 
-def evidence(x: Tensor, level: Level, low: float, high: float) -> Tensor:
+def log_likelihood_ratio(x: Tensor, level: Level, low: float, high: float) -> Tensor:
     """What a noisy voxel says by itself of whether its channel is on, as a logit (B, C, ...) float32.
 
     With x = a x0 + s eps, a = sqrt(abar) and s = sqrt(1 - abar), it is the log-likelihood ratio
@@ -106,8 +106,8 @@ def ancestral_step(x: Tensor, x0_hat: Tensor, level: Level, lower: Level, noise:
     """
     high, low = noise_scale(level) ** 2, noise_scale(lower) ** 2
     variance = low / high * (1 - (signal(level) / signal(lower)) ** 2)
-    of_eps = (low - variance).clamp(min=0).sqrt()
-    return (per_item(signal(lower), x) * x0_hat + per_item(of_eps, x) * eps_from_x0(x, x0_hat, level)
+    eps_scale = (low - variance).clamp(min=0).sqrt()
+    return (per_item(signal(lower), x) * x0_hat + per_item(eps_scale, x) * eps_from_x0(x, x0_hat, level)
             + per_item(variance.sqrt(), x) * noise)
 
 

@@ -47,7 +47,7 @@ def seeded_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
     return lambda: torch.randn(tuple(shape), generator=generator).to(device)
 
 
-class KeptNoise:
+class NoiseCache:
     """`seeded_noise`, kept on its device: a network that predicts tile by tile asks for the same at every tile."""
 
     def __init__(self, most_bytes: int = 2 ** 29) -> None:

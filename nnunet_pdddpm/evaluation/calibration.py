@@ -74,8 +74,8 @@ class Cells:
         gaps = np.concatenate([[0], np.cumsum((self.correct - self.confidence)[::-1])])
         voxels = np.concatenate([[0], np.cumsum(self.count[::-1])])
         number = min(bins, int(voxels[-1]))
-        of_bins = np.diff(np.interp(np.linspace(0, voxels[-1], number + 1), voxels, gaps))
-        return float(np.abs(of_bins).sum() / voxels[-1])
+        gap_sums = np.diff(np.interp(np.linspace(0, voxels[-1], number + 1), voxels, gaps))
+        return float(np.abs(gap_sums).sum() / voxels[-1])
 
 
 def area_under_risk_coverage(uncertainty: np.ndarray, wrong: np.ndarray) -> float:

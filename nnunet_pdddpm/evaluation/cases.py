@@ -19,8 +19,8 @@ from nnunet_pdddpm.evaluation.parts import Figures, measure
 from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
-from nnunet_pdddpm.evaluation.voxelwise import Calibration, of_classes, of_regions
-from nnunet_pdddpm.image_files import voxel_volume_ml
+from nnunet_pdddpm.evaluation.voxelwise import Calibration, class_statistics, region_statistics
+from nnunet_pdddpm.geometry import voxel_volume_ml
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""
@@ -62,9 +62,9 @@ class _Case:
             self.valid = self.reference.array != folders.ignore_label
         self.voxel_ml = voxel_volume_ml(self.valid.shape, self.reference.spacing)
 
-    def mask(self, of: Mask, label: Label) -> np.ndarray:
+    def mask(self, source: Mask, label: Label) -> np.ndarray:
         """(z, y, x) bool of a label or region, False where the reference has the ignore label."""
-        return region_or_label_to_mask(of.array, label) & self.valid
+        return region_or_label_to_mask(source.array, label) & self.valid
 
 
 def evaluate_case(folders: Folders, case: str, tolerance: float) -> CaseResult:
@@ -80,7 +80,7 @@ def evaluate_case(folders: Folders, case: str, tolerance: float) -> CaseResult:
     """
     data = _Case(folders, case)
     result = CaseResult(case, _accuracy(data, tolerance))
-    result.values['dice'] = _nanmean(of['dice'] for of in result.labels.values())
+    result.values['dice'] = _nanmean(metrics['dice'] for metrics in result.labels.values())
     _add_voxelwise(data, result)
     samples = [folders.read_mask(file, data.reference) for file in folders.sample_files(case)]
     _add_estimates(data, samples, result)
@@ -96,7 +96,7 @@ def _accuracy(data: _Case, tolerance: float) -> dict[str, dict[str, float]]:
     for name, label in folders.labels.items():
         reference, prediction = (data.mask(mask, label) for mask in (data.reference, data.prediction))
         distance, surface_dice = hd95_and_surface_dice(reference, prediction, data.reference.spacing, tolerance)
-        volume, true_volume = (int(by_nnunet[label][of]) * data.voxel_ml for of in ('n_pred', 'n_ref'))
+        volume, true_volume = (int(by_nnunet[label][key]) * data.voxel_ml for key in ('n_pred', 'n_ref'))
         labels[name] = {'dice': float(by_nnunet[label]['Dice']), 'iou': float(by_nnunet[label]['IoU']),
                         'hd95_mm': distance, 'surface_dice': surface_dice,
                         'lesion_f1': lesion_f1(reference, prediction),
@@ -113,7 +113,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
     uncertainty = folders.read_map(map_file, data.reference) if map_file.is_file() else None
     foreground = data.valid & (data.reference.array > 0)
     places = {'all': data.valid, 'near': data.valid & _box_around(foreground, data.reference.spacing)}
-    calibration, entropy = _of_probabilities(data, npz, places) if npz.is_file() else ({}, None)
+    calibration, entropy = _probability_statistics(data, npz, places) if npz.is_file() else ({}, None)
     uncertainty = entropy if uncertainty is None else uncertainty
     wrong = np.zeros(data.valid.shape, bool)
     for label in folders.labels.values():
@@ -129,13 +129,13 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
             result.voxelwise[name] = {'voxels': int(np.count_nonzero(voxels)), **metrics}
 
 
-def _of_probabilities(data: _Case, npz: Path, places: dict[str, np.ndarray]
+def _probability_statistics(data: _Case, npz: Path, places: dict[str, np.ndarray]
                       ) -> tuple[dict[str, Calibration], np.ndarray]:
     """What the probabilities in a file say against the reference: in each place, a mask (z, y, x), and their entropy
     (z, y, x), of regions the mean over them."""
     channels, labels = data.folders.read_probabilities(npz, data.reference), data.folders.labels.values()
-    problems = of_regions(channels, (region_or_label_to_mask(data.reference.array, label) for label in labels)) \
-        if data.folders.has_regions else [of_classes(channels, data.reference.array)]
+    problems = region_statistics(channels, (region_or_label_to_mask(data.reference.array, label) for label in labels)) \
+        if data.folders.has_regions else [class_statistics(channels, data.reference.array)]
     calibration, entropy, number = {name: Calibration() for name in places}, np.zeros(data.valid.shape, np.float32), 0
     for problem in problems:
         for name, voxels in places.items():
@@ -168,12 +168,12 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
     if entry is not None:
         result.values['estimated_dice'] = _number(entry.get('estimated_dice'))
         comparable = bool(data.valid.all())  # the summary's volumes include what the reference ignores
-        for name, of in result.labels.items():
+        for name, metrics in result.labels.items():
             given = entry.get('labels', {}).get(name, {})
             keys = {'volume_low_ml': 'volume_ml_low', 'volume_high_ml': 'volume_ml_high',
                     'samples_low_ml': 'samples_low_ml', 'samples_high_ml': 'samples_high_ml'}
-            of |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
-            of['estimated_dice'] = _number(given.get('estimated_dice'))
+            metrics |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
+            metrics['estimated_dice'] = _number(given.get('estimated_dice'))
     elif len(samples) > 1 and data.name not in data.folders.other_masks:
         for name, label in data.folders.labels.items():
             masks = np.stack([data.mask(sample, label) for sample in samples])
@@ -182,9 +182,9 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
             size = np.count_nonzero(mask) + p.sum()
             result.labels[name] |= {'estimated_dice': float(2 * p[mask].sum() / size) if size > 0 else NAN,
                                     'samples_low_ml': float(volumes.min()), 'samples_high_ml': float(volumes.max())}
-        result.values['estimated_dice'] = _nanmean(of['estimated_dice'] for of in result.labels.values())
-    for of in result.labels.values():
-        _add_shares_inside(of, 'reference', [of['reference_volume_ml']])
+        result.values['estimated_dice'] = _nanmean(metrics['estimated_dice'] for metrics in result.labels.values())
+    for metrics in result.labels.values():
+        _add_shares_inside(metrics, 'reference', [metrics['reference_volume_ml']])
 
 
 def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult) -> None:
@@ -198,22 +198,22 @@ def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult
     result.values |= {'samples': len(drawn), 'raters': len(raters)}
     per_rater = []
     for name, label in data.folders.labels.items():
-        of = result.labels[name]
+        metrics = result.labels[name]
         sample_masks, observed = (np.stack([data.mask(mask, label) for mask in masks])
                                   for masks in (drawn, raters or [data.reference]))
-        cross, of_samples, of_observed = (iou_matrix(*pair) for pair in (
+        cross, between_samples, between_observed = (iou_matrix(*pair) for pair in (
             (sample_masks, observed), (sample_masks, sample_masks), (observed, observed)))
         if len(samples) > 1:
-            of |= {'sample_diversity': mean_of_pairs(1 - of_samples),
-                   'ged_squared_fair': fair_ged_squared(cross, of_samples, of_observed)}
+            metrics |= {'sample_diversity': mean_of_pairs(1 - between_samples),
+                   'ged_squared_fair': fair_ged_squared(cross, between_samples, between_observed)}
             _add_scores(data, name, sample_masks, observed, result)
         if not raters:
             continue
         per_rater.append(best_dice(cross))
-        of |= {'rater_diversity': mean_of_pairs(1 - of_observed),
-               'ged_squared': ged_squared(cross, of_samples, of_observed),
+        metrics |= {'rater_diversity': mean_of_pairs(1 - between_observed),
+               'ged_squared': ged_squared(cross, between_samples, between_observed),
                'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
-        _add_shares_inside(of, 'raters', np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml)
+        _add_shares_inside(metrics, 'raters', np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml)
     if per_rater:
         result.best_dice_per_rater = dict(zip(rater_files, map(float, np.mean(per_rater, 0)), strict=True))
 
@@ -234,11 +234,12 @@ def _add_scores(data: _Case, name: str, samples: np.ndarray, observed: np.ndarra
         fair_energy_score(s.octants, o.octants), fair_energy_score(s.parts, o.parts)), strict=True))
 
 
-def _add_shares_inside(of: dict[str, float], whose: str, volumes: Any) -> None:
+def _add_shares_inside(metrics: dict[str, float], whose: str, volumes: Any) -> None:
     """Add the share of volumes in ml that lie within a label's calibrated interval, and within the samples' range."""
     for ends, name in (('volume', 'interval'), ('samples', 'range')):
-        if f'{ends}_low_ml' in of:
-            of[f'{whose}_in_{name}'] = _share_inside(volumes, of[f'{ends}_low_ml'], of[f'{ends}_high_ml'])
+        if f'{ends}_low_ml' in metrics:
+            low, high = metrics[f'{ends}_low_ml'], metrics[f'{ends}_high_ml']
+            metrics[f'{whose}_in_{name}'] = _share_inside(volumes, low, high)
 
 
 def _share_inside(volumes: Any, low: float, high: float) -> float:

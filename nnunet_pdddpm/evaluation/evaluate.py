@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
 from nnunet_pdddpm.evaluation.cases import MARGIN_MM, CaseResult, evaluate_case
-from nnunet_pdddpm.evaluation.folders import SUMMARY, EvaluationError, Folders
+from nnunet_pdddpm.evaluation.folders import EvaluationError, Folders
 from nnunet_pdddpm.evaluation.parts import Figures
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
+from nnunet_pdddpm.file_names import SUMMARY
 
 Means = dict[str, float]
 
@@ -49,11 +50,11 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
                                       f'-np {num_processes}.') from None
             finally:
                 pool.shutdown(cancel_futures=True)
-    failed = {case: of for case, of in zip(folders.cases, found, strict=True) if isinstance(of, str)}
+    failed = {case: result for case, result in zip(folders.cases, found, strict=True) if isinstance(result, str)}
     if len(failed) == len(found):
         others = f' The other {len(failed) - 1} cases cannot be evaluated either.' if len(failed) > 1 else ''
         raise EvaluationError(f'{failed[folders.cases[0]]}{others}')
-    return [of for of in found if isinstance(of, CaseResult)], failed
+    return [result for result in found if isinstance(result, CaseResult)], failed
 
 
 def _result_or_reason(folders: Folders, tolerance: float, case: str) -> CaseResult | str:
@@ -79,8 +80,9 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float,
                      'raters': None if folders.raters is None else str(folders.raters),
                      'surface_dice_tolerance_mm': tolerance, 'near_margin_mm': MARGIN_MM, 'calibration_bins': NUM_BINS},
         'num_cases': len(results),
-        'foreground_mean': {metric: float(np.mean([of[metric] for of in labels.values()]))
-                            for metric in next(iter(labels.values())) if all(metric in of for of in labels.values())},
+        'foreground_mean': {name: float(np.mean([metrics[name] for metrics in labels.values()]))
+                            for name in next(iter(labels.values()))
+                            if all(name in metrics for metrics in labels.values())},
         'mean': labels,
         'both_empty': both_empty,
         'voxelwise': {where: _means(r.voxelwise[where] for r in results if where in r.voxelwise)
@@ -114,8 +116,8 @@ def _means(rows: Iterable[dict[str, float]]) -> Means:
     return means
 
 
-def _is_empty(of: dict[str, float]) -> bool:
-    return of['volume_ml'] == 0 and of['reference_volume_ml'] == 0
+def _is_empty(metrics: dict[str, float]) -> bool:
+    return metrics['volume_ml'] == 0 and metrics['reference_volume_ml'] == 0
 
 
 def _ratio(numerator: np.ndarray, count: np.ndarray) -> list[float]:
@@ -138,15 +140,15 @@ def _estimates(folders: Folders, results: Sequence[CaseResult]) -> dict[str, dic
     rows: dict[str, list[dict[str, float]]] = {name: [result.labels[name] for result in results]
                                                for name in folders.labels}
     rows['case'] = [result.values for result in results]
-    return {name: correlation(*(np.array([of.get(which, np.nan) for of in values])
+    return {name: correlation(*(np.array([row.get(which, np.nan) for row in values])
                                 for which in ('estimated_dice', 'dice'))) for name, values in rows.items()}
 
 
 def _spread(figures: Sequence[tuple[Figures, Figures]]) -> dict[str, float]:
     """Spread of a label's samples against the truth's residuals: of volume, number of components, octants' volumes."""
     volumes, counts, octants = (
-        spread_and_correlation([(of(samples), of(observed)) for samples, observed in figures])
-        for of in (lambda f: f.volume[:, None], lambda f: f.components[:, None], lambda f: f.octants))
+        spread_and_correlation([(values_of(samples), values_of(observed)) for samples, observed in figures])
+        for values_of in (lambda f: f.volume[:, None], lambda f: f.components[:, None], lambda f: f.octants))
     return {'cases': len(figures), 'sd_ratio': volumes['sd_ratio'], 'sd_ratio_components': counts['sd_ratio'],
             'sd_ratio_parts': octants['sd_ratio'], 'correlation_parts': octants['correlation'],
             'correlation_parts_reference': octants['correlation_reference']}
@@ -159,7 +161,7 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
     evaluated = {result.case for result in results}
     others_of = {case: why for case, why in folders.other_masks.items() if case in evaluated}
     for why in sorted(set(others_of.values())):
-        others = ', '.join(sorted(case for case, of in others_of.items() if of == why))
+        others = ', '.join(sorted(case for case, reason in others_of.items() if reason == why))
         yield f'estimates, intervals and error against uncertainty of {others}: the mask that is there {why}'
     for metrics, needs, there in (
             ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),
@@ -168,7 +170,8 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
             ('estimated Dice and range of the samples', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
              ['estimated_dice' in result.values for result in results]),
             ('sample diversity and scores (CRPS, energy score, fair GED)',
-             f'at least two samples/CASE_sNN{folders.ending}', ['sample_diversity' in of for of in first_labels]),
+             f'at least two samples/CASE_sNN{folders.ending}',
+             ['sample_diversity' in metrics for metrics in first_labels]),
             ('distances to several raters (GED, HM-IoU)', f'-raters with CASE__RATER{folders.ending}',
              [result.values['raters'] > 0 for result in results])):
         if not all(there):

@@ -16,20 +16,20 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
-from nnunet_pdddpm.files import UNTOLD, is_that_file
+from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
 from nnunet_pdddpm.image_files import (
     UnusableImage,
+    abbreviated,
+    as_unusable_image,
     damage,
     images_in,
-    listed,
     non_finite,
-    of_the_image,
     other_images,
     spacing_damage,
 )
 
 Label = Union[int, tuple[int, ...]]
-SUMMARY = 'pdddpm_summary.json'
 DIAGRAM = 'evaluation_reliability.png'
 
 
@@ -89,7 +89,7 @@ class Folders:
 
         Where the names of several references fit, as A and A__b to A__b__1, the mask is one of the longest.
         """
-        return {rater: file for of, rater, file in self._rater_masks() if of == case}
+        return {rater: file for owner, rater, file in self._rater_masks() if owner == case}
 
     def _rater_masks(self) -> Iterator[tuple[str | None, str, Path]]:
         """Of each of the raters' masks its case, None if it belongs to none, its rater and the file."""
@@ -103,14 +103,14 @@ class Folders:
         """A sentence for each kind of masks that lie in the folders and are not compared with anything."""
         for folder in filter(None, (self.references, self.raters)):
             if others := other_images(folder, self.ending):
-                yield f'{len(others)} files in {folder} do not end in {self.ending}: {listed(others)}'
+                yield f'{len(others)} files in {folder} do not end in {self.ending}: {abbreviated(others)}'
         if foreign := [file.name for case, _, file in self._rater_masks() if case is None]:
-            yield f'{len(foreign)} masks in {self.raters} belong to no reference: {listed(foreign)}'
+            yield f'{len(foreign)} masks in {self.raters} belong to no reference: {abbreviated(foreign)}'
         references = {file.name for file in images_in(self.references, self.ending)}
         alone = [file.name for file in images_in(self.predictions, self.ending)
                  if file.name not in {*references, DIAGRAM}]
         if alone:
-            yield f'{len(alone)} masks in {self.predictions} have no reference: {listed(alone)}'
+            yield f'{len(alone)} masks in {self.predictions} have no reference: {abbreviated(alone)}'
 
     def ambiguous(self) -> Iterator[str]:
         """A sentence for raters' masks whose name can be read in two ways, if there are some: the longer of the cases
@@ -118,7 +118,7 @@ class Folders:
         if found := [f'{file.name} (of {case}, by {rater})' for case, rater, file in self._rater_masks()
                      if case is not None and RATER in rater]:
             yield (f'{len(found)} masks in {self.raters} have a rater with {RATER} in the name, unless a reference is '
-                   f'missing: {listed(found)}')
+                   f'missing: {abbreviated(found)}')
 
     def read_mask(self, file: Path, like: Mask | None = None) -> Mask:
         """A label map; raises EvaluationError if it is unreadable, not of `like`'s geometry, or has unknown labels."""
@@ -142,7 +142,7 @@ class Folders:
                 raise UnusableImage(f'{file} cannot be read: it {wrong}')
             if wrong := spacing_damage(self.reader, file, False):
                 raise UnusableImage(f'{file.parent}: {wrong}')
-            with of_the_image(str(file)):
+            with as_unusable_image(str(file)):
                 array, properties = self.reader.read_seg(str(file))
         except UnusableImage as error:
             raise EvaluationError(f'{error}.') from error
@@ -160,14 +160,14 @@ class Folders:
         """
         needed = (len(self.labels) if self.has_regions else 1 + max(self.known_values), *like.array.shape)
         try:
-            with of_the_image(str(file), 'is not what --save_probabilities writes'):
+            with as_unusable_image(str(file), 'is not what --save_probabilities writes'):
                 shape = stored_shape(file)
             if shape != needed:
                 raise EvaluationError(f'{file} holds an array of shape {shape}, but dataset.json and {like.file} '
                                       f'need {needed}: predict the case again.')
             channels = stored_channels(file)
             for _ in range(shape[0]):
-                with of_the_image(str(file), 'is not what --save_probabilities writes'):
+                with as_unusable_image(str(file), 'is not what --save_probabilities writes'):
                     channel = next(channels)
                 if not (channel.min() >= 0 and channel.max() <= 1):  # so written, nan fails as well
                     raise EvaluationError(f'{file} has values outside of 0 to 1: predict the case again.')
@@ -178,10 +178,10 @@ class Folders:
 
 def _require_same_geometry(file: Path, array: np.ndarray, properties: dict[str, Any], like: Mask) -> None:
     """Raise EvaluationError unless voxels of equal index lie at the same place, within a tenth of a voxel."""
-    def geometry(shape: tuple[int, ...], of: dict[str, Any]) -> dict[str, Any]:
-        sitk, nibabel = of.get('sitk_stuff', {}), of.get('nibabel_stuff', {})
+    def geometry(shape: tuple[int, ...], properties: dict[str, Any]) -> dict[str, Any]:
+        sitk, nibabel = properties.get('sitk_stuff', {}), properties.get('nibabel_stuff', {})
         affine = nibabel.get('reoriented_affine', nibabel.get('original_affine', np.zeros((4, 4))))
-        return {'shape': shape, 'spacing': of['spacing'], 'origin': sitk.get('origin', affine[:3, 3]),
+        return {'shape': shape, 'spacing': properties['spacing'], 'origin': sitk.get('origin', affine[:3, 3]),
                 'direction': sitk.get('direction', affine[:3, :3])}
 
     tolerances = {'shape': 0.0, 'spacing': 1e-3, 'origin': 0.1 * min(like.spacing), 'direction': 1e-3}
@@ -225,8 +225,8 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
     cases = _cases(predictions, references, ending, chill)
     entries = _read_summary(predictions / SUMMARY)
     summary = {case: entries[case] for case in cases
-               if case in entries and is_that_file(predictions, entries[case].get('mask'))}
-    others = {case: UNTOLD if case in entries and 'mask' not in entries[case] else
+               if case in entries and matches_identity(predictions, entries[case].get('mask'))}
+    others = {case: NO_CHECKSUM if case in entries and 'mask' not in entries[case] else
               f'is not the one that {SUMMARY} was made of' for case in cases if case not in summary}
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
@@ -248,7 +248,7 @@ def _cases(predictions: Path, references: Path, ending: str, chill: bool) -> lis
     missing = sorted(set(cases) - set(predicted))
     if missing and not chill:
         raise EvaluationError(f'{predictions} lacks the prediction of {len(missing)} of {len(cases)} references '
-                              f'({listed(missing)}): predict them, or evaluate the others with --chill.')
+                              f'({abbreviated(missing)}): predict them, or evaluate the others with --chill.')
     return predicted
 
 

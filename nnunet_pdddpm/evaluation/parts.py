@@ -115,10 +115,10 @@ def measure(samples: np.ndarray, observations: np.ndarray, spacing: Sequence[flo
     octant, number = octants(union)
     by_octants, by_component = (octant[box], number), nearest_component(union[box], spacing)
 
-    def of(masks: np.ndarray) -> Figures:
+    def figures(masks: np.ndarray) -> Figures:
         inside = [mask[box] for mask in masks]
         in_octants, in_parts = (np.stack([volumes_of_parts(mask, *parts) for mask in inside]) * voxel_ml
                                 for parts in (by_octants, by_component))
         volume = np.array([np.count_nonzero(mask) for mask in inside]) * voxel_ml
         return Figures(volume, in_octants, in_parts, np.array([components(mask)[1] for mask in inside]))
-    return of(samples), of(observations)
+    return figures(samples), figures(observations)

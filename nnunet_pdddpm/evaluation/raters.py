@@ -1,6 +1,6 @@
 """Samples of a model against the masks of several raters, by matrices of intersection over union.
 
-`cross` is (samples, raters), `of_samples` (samples, samples), `of_raters` (raters, raters), each from
+`cross` is (samples, raters), `between_samples` (samples, samples), `between_raters` (raters, raters), each from
 `overlap.iou_matrix`, in which two empty masks agree: 1.
 """
 from __future__ import annotations
@@ -14,17 +14,17 @@ from nnunet_pdddpm.evaluation.overlap import dice_of_iou
 from nnunet_pdddpm.evaluation.scores import kernel_score, mean_distance
 
 
-def ged_squared(cross: np.ndarray, of_samples: np.ndarray, of_raters: np.ndarray) -> float:
+def ged_squared(cross: np.ndarray, between_samples: np.ndarray, between_raters: np.ndarray) -> float:
     """Squared generalised energy distance with d = 1 - IoU (Kohl et al., arXiv 1806.05034).
 
     2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')]: the expectations run over all pairs, each mask with itself included. 0
     for equal distributions, lower is better. With a single rater the last term is 0 while the spread of the samples is
     still subtracted: samples that err in different directions then score better than equally good ones that agree.
     """
-    return float(2 * (1 - cross).mean() - (1 - of_samples).mean() - (1 - of_raters).mean())
+    return float(2 * (1 - cross).mean() - (1 - between_samples).mean() - (1 - between_raters).mean())
 
 
-def fair_ged_squared(cross: np.ndarray, of_samples: np.ndarray, of_raters: np.ndarray) -> float:
+def fair_ged_squared(cross: np.ndarray, between_samples: np.ndarray, between_raters: np.ndarray) -> float:
     """`ged_squared` without the pairs of a mask with itself, so that its expectation does not depend on their number.
 
     It is unbiased for samples that are drawn independently of each other (Ferro 2014, doi 10.1002/qj.2270). d = 1 - IoU
@@ -36,9 +36,9 @@ def fair_ged_squared(cross: np.ndarray, of_samples: np.ndarray, of_raters: np.nd
     Raises:
         ValueError: if there is no sample or no rater, or the matrices do not fit together.
     """
-    if of_raters.shape != cross.shape[1:] * 2:
-        raise ValueError(f'{cross.shape[1:]} raters do not fit distances of shape {of_raters.shape} between them.')
-    return 2 * kernel_score(1 - cross, 1 - of_samples) - mean_distance(1 - of_raters)
+    if between_raters.shape != cross.shape[1:] * 2:
+        raise ValueError(f'{cross.shape[1:]} raters do not fit distances of shape {between_raters.shape} between them.')
+    return 2 * kernel_score(1 - cross, 1 - between_samples) - mean_distance(1 - between_raters)
 
 
 def hungarian_matched_iou(cross: np.ndarray) -> float:

@@ -63,8 +63,8 @@ def _csv(summary: dict[str, Any]) -> str:
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['case', 'label', *COLUMNS, 'samples', 'raters', *(['error'] if summary['failed'] else [])])
     for case in summary['cases']:
-        for name, of in case['labels'].items():
-            values = (of.get(column, np.nan) for column in COLUMNS)
+        for name, metrics in case['labels'].items():
+            values = (metrics.get(column, np.nan) for column in COLUMNS)
             writer.writerow([case['case'], name, *('' if np.isnan(value) else f'{value:.6g}' for value in values),
                              case['samples'], case['raters'], *([''] if summary['failed'] else [])])
     for row in summary['failed']:
@@ -115,9 +115,9 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield "Estimated Dice; the reference's volume in its calibrated interval, and between the samples' volumes"
         yield from _table(labels, ('estimated_dice', 'dice', 'reference_in_interval', 'reference_in_range'))
         yield '  correlation of estimated with true Dice (Spearman, Pearson, cases): ' + '; '.join(
-            f'{name} {_figure(of["spearman"])}, {_figure(of["pearson"])}, {of["n"]}'
-            for name, of in summary['estimated_dice'].items())
-    samples, raters = (_counts(summary[of]) for of in ('samples', 'raters'))
+            f'{name} {_figure(row["spearman"])}, {_figure(row["pearson"])}, {row["n"]}'
+            for name, row in summary['estimated_dice'].items())
+    samples, raters = (_counts(summary[key]) for key in ('samples', 'raters'))
     if 'ged_squared' in summary['foreground_mean']:
         yield f'{samples} samples against {raters} raters'
         yield from _table(labels, ('ged_squared', 'hm_iou', 'best_dice', 'sample_diversity', 'rater_diversity',

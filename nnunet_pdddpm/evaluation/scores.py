@@ -16,12 +16,12 @@ from scipy.spatial.distance import cdist
 from nnunet_pdddpm.evaluation.overlap import mean_of_pairs
 
 
-def kernel_score(cross: np.ndarray, of_samples: np.ndarray) -> float:
+def kernel_score(cross: np.ndarray, between_samples: np.ndarray) -> float:
     """E d(S, Y) - E d(S, S') / 2 by distances of a negative definite kind (Gneiting and Raftery 2007, section 5).
 
     Args:
         cross: (n, m) distances of n samples from m observations.
-        of_samples: (n, n) distances between the samples; only pairs of different samples count.
+        between_samples: (n, n) distances between the samples; only pairs of different samples count.
 
     Returns:
         Value in the distances' unit, lower is better; it may be negative. With one sample the second term is 0: the
@@ -30,10 +30,10 @@ def kernel_score(cross: np.ndarray, of_samples: np.ndarray) -> float:
     Raises:
         ValueError: if there is no sample or no observation, or the two matrices do not fit together.
     """
-    if not cross.size or of_samples.shape != (len(cross), len(cross)):
-        raise ValueError(f'distances of shape {cross.shape} and {of_samples.shape} do not belong to samples and '
+    if not cross.size or between_samples.shape != (len(cross), len(cross)):
+        raise ValueError(f'distances of shape {cross.shape} and {between_samples.shape} do not belong to samples and '
                          f'observations.')
-    return float(cross.mean()) - mean_distance(of_samples) / 2
+    return float(cross.mean()) - mean_distance(between_samples) / 2
 
 
 def mean_distance(distances: np.ndarray) -> float:
@@ -105,15 +105,16 @@ def spread_and_correlation(cases: Sequence[tuple[np.ndarray, np.ndarray]]) -> di
     pairs = [_checked(*case) for case in cases]
     if min(len(samples) for samples, _ in pairs) < 2 or len({samples.shape[1] for samples, _ in pairs}) > 1:
         raise ValueError('spread and correlation need two samples of every case, of equally many values.')
-    of_samples, of_residuals = (np.zeros((pairs[0][0].shape[1],) * 2) for _ in range(2))
+    sample_covariance, residual_covariance = (np.zeros((pairs[0][0].shape[1],) * 2) for _ in range(2))
     for samples, observations in pairs:
         samples, observations = samples - observations[0], observations - observations[0]  # equal values are exactly 0
         n, mean = len(samples), samples.mean(0)
-        of_samples += (n + 1) / n * (samples - mean).T @ (samples - mean) / (n - 1)
-        of_residuals += (observations - mean).T @ (observations - mean) / len(observations)
-    total = np.trace(of_residuals)
-    return {'sd_ratio': float(np.sqrt(np.trace(of_samples) / total)) if total > 0 else float('nan'),
-            'correlation': _mean_correlation(of_samples), 'correlation_reference': _mean_correlation(of_residuals)}
+        sample_covariance += (n + 1) / n * (samples - mean).T @ (samples - mean) / (n - 1)
+        residual_covariance += (observations - mean).T @ (observations - mean) / len(observations)
+    total = np.trace(residual_covariance)
+    return {'sd_ratio': float(np.sqrt(np.trace(sample_covariance) / total)) if total > 0 else float('nan'),
+            'correlation': _mean_correlation(sample_covariance),
+            'correlation_reference': _mean_correlation(residual_covariance)}
 
 
 def _mean_correlation(covariance: np.ndarray) -> float:

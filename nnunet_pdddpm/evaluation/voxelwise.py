@@ -22,7 +22,7 @@ class Voxelwise:
     """Probability of the most likely class."""
     correct: np.ndarray
     """Whether that class is true."""
-    of_truth: np.ndarray
+    true_probability: np.ndarray
     """Probability of the true class."""
     squares: np.ndarray
     """Squared probabilities, summed over the classes."""
@@ -31,48 +31,48 @@ class Voxelwise:
 
     def inside(self, voxels: np.ndarray) -> Voxelwise:
         """Of the voxels of a mask (z, y, x), each field as one axis."""
-        return Voxelwise(*(of[voxels] for of in (
-            self.confidence, self.correct, self.of_truth, self.squares, self.entropy)))
+        return Voxelwise(*(values[voxels] for values in (
+            self.confidence, self.correct, self.true_probability, self.squares, self.entropy)))
 
     @property
     def negative_log_likelihood(self) -> float:
         """Mean of -log p(true class) in nats."""
-        return float(-np.log(np.clip(self.of_truth, SMALLEST_PROBABILITY, 1)).mean(dtype=np.float64))
+        return float(-np.log(np.clip(self.true_probability, SMALLEST_PROBABILITY, 1)).mean(dtype=np.float64))
 
     @property
     def brier(self) -> float:
         """Brier score, mean over voxels of the squared error summed over classes, in [0, 2]."""
-        return float((self.squares - 2 * self.of_truth + 1).mean(dtype=np.float64))
+        return float((self.squares - 2 * self.true_probability + 1).mean(dtype=np.float64))
 
 
-def of_classes(channels: Iterable[np.ndarray], truth: np.ndarray) -> Voxelwise:
+def class_statistics(channels: Iterable[np.ndarray], truth: np.ndarray) -> Voxelwise:
     """Of class probabilities.
 
     Args:
         channels: (z, y, x) probabilities in [0, 1] of each class, at least two.
         truth: (z, y, x) integers; voxels with no class have the probability 0 of the true one.
     """
-    confidence, of_truth, squares, entropy = (np.zeros(truth.shape, np.float32) for _ in range(4))
+    confidence, true_probability, squares, entropy = (np.zeros(truth.shape, np.float32) for _ in range(4))
     likeliest = np.zeros(truth.shape, np.uint16)
     classes = 0
     for label, p in enumerate(channels):
         likeliest[p > confidence] = label
         np.maximum(confidence, p, out=confidence)
-        np.copyto(of_truth, p, where=truth == label)
+        np.copyto(true_probability, p, where=truth == label)
         squares += p * p
         entropy += _entropy_term(p)
         classes += 1
-    return Voxelwise(confidence, likeliest == truth, of_truth, squares, entropy / np.float32(np.log(classes)))
+    return Voxelwise(confidence, likeliest == truth, true_probability, squares, entropy / np.float32(np.log(classes)))
 
 
-def of_regions(channels: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> Iterator[Voxelwise]:
+def region_statistics(channels: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> Iterator[Voxelwise]:
     """Of one region after the other, each of which is a two-class problem, in the region or not.
 
     Args:
         channels: (z, y, x) probabilities of each region.
         truths: (z, y, x) bool, the voxels in each region.
     """
-    return (of_classes((1 - p, p), inside.astype(np.uint8)) for p, inside in zip(channels, truths, strict=True))
+    return (class_statistics((1 - p, p), inside.astype(np.uint8)) for p, inside in zip(channels, truths, strict=True))
 
 
 class Calibration:
@@ -82,14 +82,14 @@ class Calibration:
         self.voxels, self.log_likelihood, self.squared_error = 0, 0.0, 0.0
         self.bins, self.cells = reliability(np.zeros(0), np.zeros(0, bool)), Cells()
 
-    def add(self, of: Voxelwise) -> None:
+    def add(self, problem: Voxelwise) -> None:
         """Some voxels, each field as one axis."""
-        if number := len(of.confidence):
+        if number := len(problem.confidence):
             self.voxels += number
-            self.log_likelihood -= number * of.negative_log_likelihood
-            self.squared_error += number * of.brier
-            self.bins += reliability(of.confidence, of.correct)
-            self.cells.add(of.confidence, of.correct)
+            self.log_likelihood -= number * problem.negative_log_likelihood
+            self.squared_error += number * problem.brier
+            self.bins += reliability(problem.confidence, problem.correct)
+            self.cells.add(problem.confidence, problem.correct)
 
     @property
     def metrics(self) -> dict[str, float]:

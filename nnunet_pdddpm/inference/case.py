@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from nnunet_pdddpm.files import identity
-from nnunet_pdddpm.inference.counting import grid_voxel_ml
+from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy
 from nnunet_pdddpm.inference.intervals import ByMask
 from nnunet_pdddpm.inference.preprocess import end_with_parent
@@ -28,7 +28,7 @@ from nnunet_pdddpm.inference.summary import (
     missing_intervals,
     sample_volumes,
     versions,
-    write_case,
+    write_row,
 )
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.labels import label_channels
@@ -41,7 +41,7 @@ class OutputInUse(ValueError):
     """Two processes predict the same case into the same folder: the message names both."""
 
 
-class InThisProcess(Executor):
+class SerialExecutor(Executor):
     """Runs what is submitted at once (`-nps 0`)."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -58,7 +58,7 @@ class ExportQueue:
         """`processes`: number of background processes, 0 for none."""
         self.limit = processes + 2
         self.executor: Executor = ProcessPoolExecutor(
-            processes, get_context('spawn'), end_with_parent) if processes else InThisProcess()
+            processes, get_context('spawn'), end_with_parent) if processes else SerialExecutor()
         self.under_way: set[Future[Any]] = set()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -110,7 +110,7 @@ def unlock(lock: FileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)
 
 
-class CaseUnderWay:
+class PendingCase:
     """The exports of one case."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
@@ -153,17 +153,17 @@ class CaseUnderWay:
             self.samples[number].result()
         self.samples[number] = self.queue.submit(self.export.sample, as_numpy(logits), number)
 
-    def add_rest(self, prediction: VolumePrediction) -> None:
+    def add_prediction(self, prediction: VolumePrediction) -> None:
         """Export the rest, and note what the network's grid is enough for."""
         spread = prediction.spread
         self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
         self.counts = prediction.counts
-        self.voxel_ml = grid_voxel_ml(self.export.properties, prediction.logits.shape[1:],
-                                      self.export.voxel_volume_ml())
+        self.grid_voxel_ml = grid_voxel_ml(self.export.properties, self.export.plans_manager.transpose_backward,
+                                           prediction.logits.shape[1:])
         judged = self.ranking.judge(prediction.quality)
         estimated = {name: judged.labels.get(name, (prediction.quality.expected[channel], None))
                      for name, channel in self.channels.items()}
-        folds = {name: {'folds_dice': of.folds_dice} for name, of in prediction.quality.items()
+        folds = {name: {'folds_dice': quality.folds_dice} for name, quality in prediction.quality.items()
                  } if self.ranking.by == FOLDS else {}
         self.labels = {name: {'estimated_dice': estimated[name][0], 'estimated_dice_low': estimated[name][1],
                               'pairwise_dice': spread.pairwise_dice(channel), **folds.get(name, {}),
@@ -171,36 +171,35 @@ class CaseUnderWay:
                        for name, channel in self.channels.items()}
         self.flags = list(judged.flags)
         self.row = {'case': self.export.case, 'remarks': self.remarks,
-                    'order': {'by': self.ranking.key, 'words': self.ranking.words()},
+                    'order': {'by': self.ranking.key, 'words': self.ranking.describe()},
                     'estimated_dice': judged.estimate if judged.estimate is not None else mean_of_known(
-                        [of['estimated_dice'] for of in self.labels.values()]),
+                        [values['estimated_dice'] for values in self.labels.values()]),
                     'estimated_dice_low': judged.low,
-                    **({'folds_dice': mean_of_known([of['folds_dice'] for of in folds.values()])} if folds else {}),
+                    **({'folds_dice': mean_of_known([fold['folds_dice'] for fold in folds.values()])} if folds else {}),
                     'uncertain_share': spread.unsure_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
-                    'network_calls': prediction.network_calls,
-                    'refined_tiles': round(prediction.refined_tiles, 4), 'seconds': round(prediction.seconds, 3),
+                    'network_calls': prediction.network_calls, 'seconds': round(prediction.seconds, 3),
                     'versions': versions()}
         maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
         if self.export.outputs.uncertainty == 'entropy':
             maps = {'uncertainty': maps['uncertainty']}
         stock = prediction.presegmentation if self.export.outputs.presegmentation else None
-        self.rest = self.queue.submit(self.export.rest, as_numpy(prediction.logits),
+        self.mask_export = self.queue.submit(self.export.write_prediction, as_numpy(prediction.logits),
                                       None if stock is None else as_numpy(stock),
                                       {name: as_numpy(values) for name, values in maps.items()})
 
     def done(self) -> bool:
         """Whether all exports are finished."""
-        return self.rest.done() and all(future.done() for future in self.samples.values())
+        return self.mask_export.done() and all(future.done() for future in self.samples.values())
 
-    def put_in_place(self) -> None:
+    def move_to_output(self) -> None:
         """Wait for the exports and move the files to where they belong."""
         for future in self.samples.values():
             future.result()
-        labels = self._volumes(self.rest.result())
+        labels = self._volumes(self.mask_export.result())
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
         flags = [*self.flags, *missing_intervals(labels)]
-        write_case(folder / CASES, {**self.row, 'flags': flags, 'image': self.image, 'mask': identity(folder / mask),
+        write_row(folder / CASES, {**self.row, 'flags': flags, 'image': self.image, 'mask': identity(folder / mask),
                                     'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
@@ -212,19 +211,20 @@ class CaseUnderWay:
         self.discard()
 
     def _volumes(self, counted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Label -> its part of the summary; `counted`: in the original image, see `CaseExport.rest`."""
-        ml = self.export.voxel_volume_ml()
-        voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]), self.voxel_ml)
+        """Label -> its part of the summary; `counted`: in the original image, see `CaseExport.write_prediction`."""
+        ml = image_voxel_ml(self.export.properties, self.export.plans_manager.transpose_backward)
+        voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]),
+                                        self.grid_voxel_ml)
         sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
         return {name: {'volume_ml': counted[name]['voxels'] * ml,
-                       **interval(self.calibrated[name].of(features[i]), features[i]),
+                       **interval(self.calibrated[name].select(features[i]), features[i]),
                        **sample_volumes(sizes[:, i], self.folds),
                        'volume_ml_stock': None if (stock := counted[name]['voxels_stock']) is None else stock * ml,
-                       'components': counted[name]['components'], **of}
-                for i, (name, of) in enumerate(self.labels.items())}
+                       'components': counted[name]['components'], **values}
+                for i, (name, values) in enumerate(self.labels.items())}
 
     def discard(self) -> None:
         """Take away what is not in place."""
-        wait([*self.samples.values(), *([self.rest] if hasattr(self, 'rest') else [])])
+        wait([*self.samples.values(), *([self.mask_export] if hasattr(self, 'mask_export') else [])])
         shutil.rmtree(self.export.folder)
         unlock(self.lock)

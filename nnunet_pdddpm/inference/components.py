@@ -56,7 +56,7 @@ def parts_around(objects: Parts) -> Parts:
     if block > 1:
         known = max_pool3d(index[None].float(), block, ceil_mode=True)[0].int()
     nearest = ndimage.distance_transform_edt(known.numpy() == 0, return_distances=False, return_indices=True)
-    part = known[tuple(torch.from_numpy(of) for of in nearest)] - 1
+    part = known[tuple(torch.from_numpy(index) for index in nearest)] - 1
     if block > 1:
         for axis, size in enumerate(index.shape):
             part = part.repeat_interleave(block, axis).narrow(axis, 0, size)

@@ -1,14 +1,17 @@
 """What lies in an output folder already: is it of this model, of these images, and is the mask the one put there?"""
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_pdddpm.files import UNTOLD
-from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_case, write_summary
+from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.files import NO_CHECKSUM
+from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_row, write_summary
 from nnunet_pdddpm.inference.volume_predictor import PredictionError
+
+logger = logging.getLogger(__name__)
 
 Settings = Sequence[Mapping[str, Any]]
 NOT_COMPARED = 'model'
@@ -17,40 +20,40 @@ NOT_COMPARED = 'model'
 
 def difference(then: Settings, now: Settings) -> str:
     """In what a row was predicted with something else than what is to be used now; empty if in nothing."""
-    if any('weights' not in of for of in then):
+    if any('weights' not in model for model in then):
         return 'by a version of nnunet-pdddpm that did not note the weights of its model'
-    if [of['weights'] for of in then] != [of['weights'] for of in now]:
+    if [model['weights'] for model in then] != [model['weights'] for model in now]:
         return f'with another model: its weights are not those of {now[0]["model"]}'
     names = dict.fromkeys(name for a, b in zip(then, now, strict=True) for name in {**a, **b}
                           if name != NOT_COMPARED and a.get(name) != b.get(name))
     return f'with other sampling settings ({", ".join(names)})' if names else ''
 
 
-def refuse_other_settings(output: Path, case: str, settings: Settings) -> None:
+def check_same_settings(output: Path, case: str, settings: Settings) -> None:
     """Raise PredictionError if a case in the folder was predicted with another model or other settings."""
-    row = read_case(output, case)
+    row = read_row(output, case)
     if row is not None and (how := difference(row['settings'], settings)):
         raise PredictionError(f'{output} holds {case} predicted {how}. Name another output folder, or predict all of '
                               f'it again without --continue_prediction.')
 
 
-def not_put_there(mask: Path, case: str) -> str:
+def foreign_mask_reason(mask: Path, case: str) -> str:
     """Why the mask of a case is none that a prediction put there; empty if it is one, or is not there."""
     if not mask.is_file():
         return ''
-    row = read_case(mask.parent, case)
+    row = read_row(mask.parent, case)
     if row is None and (mask.parent / CASES / f'{case}.json').is_file():
         return ''  # put there, but the row was torn by a loss of power: the case is predicted again
     if row is None:
         return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
     if 'mask' not in row:
-        return UNTOLD
+        return NO_CHECKSUM
     return '' if describes_mask(mask.parent, row) else 'was changed or replaced after nnUNetv2_pdddpm_predict wrote it'
 
 
-def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[str]:
+def cases_with_other_settings(output: Path, cases: Collection[str], settings: Settings) -> list[str]:
     """Finished cases of a folder that are not among `cases` and were predicted with another model or settings."""
-    rows = {file.stem: read_case(output, file.stem) for file in sorted((output / CASES).glob('*.json'))
+    rows = {file.stem: read_row(output, file.stem) for file in sorted((output / CASES).glob('*.json'))
             if file.stem not in cases}
     return [case for case, row in rows.items() if row is not None and difference(row['settings'], settings)]
 
@@ -58,9 +61,8 @@ def others_in(output: Path, cases: Collection[str], settings: Settings) -> list[
 def refresh_summary(output: Path) -> None:
     """`write_summary`, and a line about the masks that it leaves out."""
     changed = write_summary(output)
-    untold = [case for case in changed if 'mask' not in (read_case(output, case) or {})]
+    untold = [case for case in changed if 'mask' not in (read_row(output, case) or {})]
     for cases, why in (([case for case in changed if case not in untold], 'is not the one that was predicted'),
-                       (untold, UNTOLD)):
+                       (untold, NO_CHECKSUM)):
         if cases:
-            print(f'{os.path.join(output, "pdddpm_summary.json")} leaves out {", ".join(cases)}: the mask that is '
-                  f'there {why}.')
+            logger.warning('%s leaves out %s: the mask that is there %s.', output / SUMMARY, ', '.join(cases), why)

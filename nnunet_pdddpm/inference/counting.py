@@ -1,8 +1,7 @@
 """Voxels of each label in masks and samples, counted in the network's grid."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ class VoxelCounter:
         self.masks: list[np.ndarray] = []
         """Of each model: voxels of each label, (labels,)."""
         written = label_manager.regions_class_order if label_manager.has_regions else label_manager.all_labels
-        self.number = 1 + max([*written, *(max(of) for of in labels.values())])  # of the values that a mask may have
+        self.num_values = 1 + max([*written, *(max(values) for values in labels.values())])  # that a mask may have
         self.tables: dict[int, Tensor] = {}
         self._consensus: np.ndarray | None = None
 
@@ -89,13 +88,13 @@ class VoxelCounter:
         values = self.label_map(mask[..., here, y, x]).flatten()
         if index is not None:
             values = values * number + index[here, y, x].flatten()
-        counted = tally(values, self.number * number).reshape(-1, number)
+        counted = tally(values, self.num_values * number).reshape(-1, number)
         return counted if not len(table) else table + counted
 
     def _of_labels(self, table: Tensor) -> np.ndarray:
         """(values, number) -> (labels, number)"""
-        of_values = table.cpu().numpy()
-        return np.stack([of_values[list(of)].sum(0) for of in self.labels.values()])
+        counts = table.cpu().numpy()
+        return np.stack([counts[list(values)].sum(0) for values in self.labels.values()])
 
     def label_map(self, mask: Tensor) -> Tensor:
         """As nnU-Net's `convert_logits_to_segmentation`: the classes' labels, or regions one over the other; int64."""
@@ -133,22 +132,10 @@ class VoxelCounter:
         masks = np.stack(self.masks) * voxel_ml
         nothing = np.zeros(len(masks))
         if len(masks) > 1 or len(self.tables) < 2:
-            return [Features(of, nothing, nothing, nothing, nothing) for of in masks.T]
+            return [Features(volumes, nothing, nothing, nothing, nothing) for volumes in masks.T]
         samples = self.samples
         counts = np.stack([samples[number] for number in sorted(samples)]) * voxel_ml[:, None]
         total, sd = counts.sum(2), counts.std(0, ddof=1)
         return [Features(masks[:, i], total[:, i].mean(keepdims=True), total[:, i].std(ddof=1, keepdims=True),
                          (sd[i] ** 2).sum(keepdims=True), sd[i].sum(keepdims=True) ** 2)
                 for i in range(len(self.labels))]
-
-
-def grid_voxel_ml(properties: Mapping[str, Any], shape: Sequence[int], image_voxel_ml: float) -> float:
-    """Volume of a voxel of the network's grid in ml.
-
-    Args:
-        properties: of the preprocessed image, as nnU-Net's preprocessor gives them.
-        shape: (Z, Y, X) of the preprocessed image.
-        image_voxel_ml: volume of a voxel of the original image.
-    """
-    cropped = properties['shape_after_cropping_and_before_resampling']
-    return image_voxel_ml * float(np.prod(np.asarray(cropped, float)) / np.prod(np.asarray(shape, float)))

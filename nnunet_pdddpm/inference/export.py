@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from scipy import ndimage
 
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.image_files import damage, full_scale, voxel_volume_ml
+from nnunet_pdddpm.image_files import damage, full_scale
 from nnunet_pdddpm.inference.resampling import axes_of, resampled_classes, resampled_regions
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 
@@ -57,8 +57,8 @@ class CaseExport:
         names += [f'{case}.npz'] if self.outputs.probabilities else []
         names += [f'presegmentation/{case}{ending}'] if self.outputs.presegmentation else []
         names += [f'samples/{case}_s{i:02d}{ending}' for i in range(samples)] if self.outputs.samples else []
-        of_maps = {'none': [], 'entropy': ['uncertainty'], 'all': ['uncertainty', 'variance']}[self.outputs.uncertainty]
-        return names + [f'uncertainty/{case}_{name}{ending}' for name in of_maps]
+        maps = {'none': [], 'entropy': ['uncertainty'], 'all': ['uncertainty', 'variance']}[self.outputs.uncertainty]
+        return names + [f'uncertainty/{case}_{name}{ending}' for name in maps]
 
     def earlier_files(self, output: Path) -> list[Path]:
         """What an earlier prediction has left of the case in the output folder, the mask first."""
@@ -76,9 +76,9 @@ class CaseExport:
     def sample(self, logits: np.ndarray, number: int) -> None:
         """The mask of one sample, logits (C, Z, Y, X) whose largest of classes is 0, as a file."""
         with writing(self.folder):
-            self._write_labels(self.of_sample(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
+            self._write_labels(self.sample_segmentation(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
 
-    def rest(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
+    def write_prediction(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
              ) -> dict[str, dict[str, int | None]]:
         """Mask, and what else is to be written but for the samples.
 
@@ -96,14 +96,14 @@ class CaseExport:
         """
         with writing(self.folder):
             mask, stock = self._write(logits, stock_logits, maps)
-        of_mask, of_stock = self.sizes(mask), None if stock is None else self.sizes(stock)
-        return {name: {'voxels': of_mask[name], 'voxels_stock': None if of_stock is None else of_stock[name],
+        mask_sizes, stock_sizes = self.sizes(mask), None if stock is None else self.sizes(stock)
+        return {name: {'voxels': mask_sizes[name], 'voxels_stock': None if stock_sizes is None else stock_sizes[name],
                        'components': int(ndimage.label(np.isin(mask, labels), np.ones((3, 3, 3)))[1])}
                 for name, labels in self.labels().items()}
 
     def _write(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
                ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The files of `rest`; the mask as it was read back, and the stock model's."""
+        """The files of `write_prediction`; the mask as it was read back, and the stock model's."""
         file = self.folder / self.case
         all_maps = self.outputs.uncertainty == 'all'
         if all_maps and not self.outputs.probabilities:  # nnU-Net would compress them into a file first
@@ -114,7 +114,7 @@ class CaseExport:
         else:
             export_prediction_from_logits(logits, self.properties, self.configuration_manager, self.plans_manager,
                                           self.dataset_json, str(file), self.outputs.probabilities)
-            refuse_torn(Path(str(file) + self.dataset_json['file_ending']))
+            check_written(Path(str(file) + self.dataset_json['file_ending']))
             if all_maps:
                 self._write_probability_maps(np.load(f'{file}.npz')['probabilities'])
         mask = self._reader().read_seg(str(file) + self.dataset_json['file_ending'])[0][0]
@@ -138,7 +138,7 @@ class CaseExport:
             logits, self.plans_manager, self.configuration_manager,
             self.plans_manager.get_label_manager(self.dataset_json), self.properties, **kwargs)
 
-    def of_sample(self, logits: np.ndarray) -> np.ndarray:
+    def sample_segmentation(self, logits: np.ndarray) -> np.ndarray:
         """The same as `segmentation`, with little to compute, for the logits of a sample: see `resampling`."""
         properties, manager = self.properties, self.plans_manager.get_label_manager(self.dataset_json)
         axes = axes_of(self.configuration_manager.resampling_fn_probabilities, logits.shape[1:], *self._grid())
@@ -163,11 +163,6 @@ class CaseExport:
         """Voxels of each label or region in a mask."""
         return {name: int(np.isin(labels, values).sum()) for name, values in self.labels().items()}
 
-    def voxel_volume_ml(self) -> float:
-        """Of the original image."""
-        shape = self.properties['shape_before_cropping']
-        return voxel_volume_ml([shape[i] for i in self.plans_manager.transpose_backward], self.properties['spacing'])
-
     def _reader(self) -> Any:
         return self.plans_manager.image_reader_writer_class()
 
@@ -175,7 +170,7 @@ class CaseExport:
         truncated.parent.mkdir(exist_ok=True)
         file = Path(str(truncated) + self.dataset_json['file_ending'])
         self._reader().write_seg(labels, str(file), self.properties)
-        refuse_torn(file)
+        check_written(file)
 
     def _grid(self) -> tuple[Any, list[float], list[float]]:
         """What nnU-Net resamples to: the crop's shape, spacing of the network's grid, and of the image."""
@@ -212,7 +207,7 @@ class CaseExport:
         scale = full_scale(ending)
         integers = np.round(np.clip(values, 0, 1) * scale).astype(np.uint16)
         self._reader().write_seg(integers, file, self.properties)
-        refuse_torn(Path(file))
+        check_written(Path(file))
         if ending in ('.nii', '.nii.gz'):
             written: Any = nibabel.load(file)
             image = nibabel.Nifti1Image(np.asarray(written.dataobj, np.float32) / scale, None, written.header)
@@ -220,10 +215,10 @@ class CaseExport:
             nibabel.save(image, file)
         elif ending in ('.nrrd', '.mha', '.gipl'):
             sitk.WriteImage(sitk.Cast(sitk.ReadImage(file), sitk.sitkFloat32) / scale, file, True)
-        refuse_torn(Path(file))
+        check_written(Path(file))
 
 
-def refuse_torn(file: Path) -> None:
+def check_written(file: Path) -> None:
     """Raise OSError if an image just written is not whole: SimpleITK says nothing when the disk is full."""
     if wrong := damage(file):
         raise OSError(errno.EIO, f'What was written {wrong}', str(file))

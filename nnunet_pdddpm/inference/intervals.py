@@ -16,10 +16,10 @@ FIELDS = ('true', 'mask', 'mean', 'sd', 'sum_of_squares', 'square_of_sum', 'samp
 """Of a case and a label: the true volume; the volume of the mask; mean and standard deviation of the samples' volumes;
 of the samples' standard deviations s_j in the single objects, sum s_j^2 and (sum s_j)^2; and the number of samples, 0
 where the row is empty."""
-LEVEL = 0.95
-FEWEST_SCORES = 9
+COVERAGE = 0.95
+MIN_INTERVAL_CASES = 9
 """Validation cases below which there is no interval: with n of them the widest honest level is n / (n + 1)."""
-MANY_SCORES = 39
+MIN_RULE_CASES = 39
 """Scores from which on the rule is chosen by them: chosen by fewer, intervals hold 2 to 4 % fewer true volumes than
 promised. From one more on each end can have a quantile of its own: 2.5 % of 40 is one."""
 
@@ -51,29 +51,29 @@ class Rule:
         """Whether the interval depends on the samples: it then holds only for samples drawn alike."""
         return self.scale in SAMPLE_SCALES
 
-    def centre(self, of: Features) -> np.ndarray:
+    def centre(self, features: Features) -> np.ndarray:
         """The volume that errors are measured from."""
-        return of.mean if self.uses_samples else of.mask
+        return features.mean if self.uses_samples else features.mask
 
-    def unit(self, of: Features) -> np.ndarray:
+    def unit(self, features: Features) -> np.ndarray:
         """The unit of errors, ml."""
         a, b = self.share, 1 - self.share
         if self.scale == 'constant':
-            return np.ones_like(of.mask)
+            return np.ones_like(features.mask)
         if self.scale == 'volume':
-            return np.sqrt(a * self.typical * of.mask + b * of.mask ** 2)
+            return np.sqrt(a * self.typical * features.mask + b * features.mask ** 2)
         if self.scale == 'samples':
-            return of.sd
-        return np.sqrt(a * of.sum_of_squares + b * of.square_of_sum)
+            return features.sd
+        return np.sqrt(a * features.sum_of_squares + b * features.square_of_sum)
 
-    def ends(self, errors: np.ndarray, of: Features) -> np.ndarray:
+    def ends(self, errors: np.ndarray, features: Features) -> np.ndarray:
         """Volumes that are so many units off; an infinite error is so in a unit of 0, too."""
-        centre, unit = self.centre(of), self.unit(of)
+        centre, unit = self.centre(features), self.unit(features)
         with np.errstate(invalid='ignore', over='ignore'):
             steps = np.where(unit > 0, errors * unit, np.where(np.isinf(errors), errors, 0))
             return centre * np.exp(steps / centre) if self.logarithm else centre + steps
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """For the summary and the log."""
         words = {('constant', 0.0): 'constant', ('volume', 0.0): 'the volume', ('volume', 1.0): 'root of the volume',
                  ('volume', 0.5): 'root of volume + volume²', ('samples', 0.0): "the samples' sd",
@@ -103,9 +103,9 @@ class Calibrated:
     @property
     def level(self) -> float:
         """What the interval promises: 95 %, or the n / (n + 1) that n errors can promise at most."""
-        return honest_level(len(self.errors))
+        return attainable_level(len(self.errors))
 
-    def interval(self, of: Features) -> tuple[float, float] | None:
+    def interval(self, features: Features) -> tuple[float, float] | None:
         """Ends in ml for a new case.
 
         Of one model it is a split conformal interval (Lei et al. 2018, arXiv 1604.04173): it holds the true volume
@@ -120,12 +120,12 @@ class Calibrated:
         Returns:
             None where the rule has no interval: of a logarithm, for an empty mask.
         """
-        of_errors = Features(*(values[self.folds] for values in of))
-        if self.rule.logarithm and not (self.rule.centre(of_errors) > 0).all():
+        fold_features = Features(*(values[self.folds] for values in features))
+        if self.rule.logarithm and not (self.rule.centre(fold_features) > 0).all():
             return None
         lows, highs = (np.sort(self.rule.ends(self.errors if self.rule.own_tails else sign * np.abs(self.errors),
-                                              of_errors)) for sign in (-1, 1))
-        rank = rank_of(len(self.errors), self.rule.own_tails)
+                                              fold_features)) for sign in (-1, 1))
+        rank = conformal_rank(len(self.errors), self.rule.own_tails)
         return max(float(lows[rank - 1]), 0.0), max(float(highs[-rank]), 0.0)
 
 
@@ -134,29 +134,29 @@ class ByMask:
     """What intervals of a label are made of: of cases whose mask holds something of it by such validation cases, of the
     others by the others. A label that is rare would else have intervals of the many cases without it, which have no
     error: too narrow wherever there is something of it. Each is a reason where there are too few cases."""
-    found: Calibrated | str
-    empty: Calibrated | str
+    with_label: Calibrated | str
+    without_label: Calibrated | str
 
-    def of(self, features: Features) -> Calibrated | str:
+    def select(self, features: Features) -> Calibrated | str:
         """For a new case, arrays (models,): of several models one that finds something is enough."""
-        return self.found if (features.mask > 0).any() else self.empty
+        return self.with_label if (features.mask > 0).any() else self.without_label
 
 
-def honest_level(number: int) -> float:
-    """LEVEL, or what so many errors can promise at most."""
-    return min(LEVEL, number / (number + 1))
+def attainable_level(number: int) -> float:
+    """COVERAGE, or what so many errors can promise at most."""
+    return min(COVERAGE, number / (number + 1))
 
 
-def rank_of(number: int, own_tails: bool) -> int:
+def conformal_rank(number: int, own_tails: bool) -> int:
     """Which of the smallest (and which of the largest) of n ends is taken: floor(a (n + 1)), at least the first, where
     a = 5 % are to be missed, or half of them at each end."""
-    share = (1 - LEVEL) / (2 if own_tails else 1)
+    share = (1 - COVERAGE) / (2 if own_tails else 1)
     return max(1, math.floor(share * (number + 1) + 1e-9))
 
 
-def errors_by(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray | None:
+def signed_errors(rule: Rule, true: np.ndarray, features: Features) -> np.ndarray | None:
     """Signed errors (n,) in the rule's unit; None if the rule cannot be used: a logarithm of 0."""
-    centre, unit = rule.centre(of), rule.unit(of)
+    centre, unit = rule.centre(features), rule.unit(features)
     if rule.logarithm and not ((centre > 0).all() and (true > 0).all()):
         return None
     difference = centre * np.log(true / centre) if rule.logarithm else true - centre
@@ -164,7 +164,7 @@ def errors_by(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray | None:
         return np.where(difference == 0, 0.0, difference / unit)
 
 
-def interval_scores(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray:
+def interval_scores(rule: Rule, true: np.ndarray, features: Features) -> np.ndarray:
     """Interval score (Gneiting and Raftery 2007, equation 43) of each case by the errors of the others, (n,) ml.
 
     width + 2 / a (distance of the truth from the interval): a proper score, lower is better.
@@ -177,28 +177,29 @@ def interval_scores(rule: Rule, true: np.ndarray, of: Features) -> np.ndarray:
     Returns:
         Infinite where the rule cannot be used.
     """
-    errors = errors_by(rule, true, of)
+    errors = signed_errors(rule, true, features)
     if errors is None:
         return np.full(len(true), np.inf)
-    n, miss = len(true), 1 - honest_level(len(true) - 1)
+    n, miss = len(true), 1 - attainable_level(len(true) - 1)
     ends = []
     for sign in (-1, 1):
-        of_end = sign * errors if rule.own_tails else np.abs(errors)  # the far end is always the largest
-        order = np.sort(of_end)
-        position = n - 1 - rank_of(n - 1, rule.own_tails)  # among the n - 1 others, in ascending order
+        end_errors = sign * errors if rule.own_tails else np.abs(errors)  # the far end is always the largest
+        order = np.sort(end_errors)
+        position = n - 1 - conformal_rank(n - 1, rule.own_tails)  # among the n - 1 others, in ascending order
         # without case i: what stands there, or one further where i stands at or before it
-        without = np.where(of_end <= order[position], order[position + 1], order[position])
+        without = np.where(end_errors <= order[position], order[position + 1], order[position])
         ends.append(sign * without)
-    low, high = (np.maximum(rule.ends(end, of), 0) for end in ends)
+    low, high = (np.maximum(rule.ends(end, features), 0) for end in ends)
     with np.errstate(invalid='ignore'):
         below, above = np.maximum(low - true, 0), np.maximum(true - high, 0)
         return high - low + 2 / miss * (below + above)
 
 
-def choose_rule(true: np.ndarray, of: Features, with_samples: bool) -> Rule:
+def choose_rule(true: np.ndarray, features: Features, with_samples: bool) -> Rule:
     """The rule with the lowest mean interval score, each case by the errors of the others; of equal ones the simpler.
 
-    Of fewer than MANY_SCORES cases: errors relative to the volume, or constant ones where a mask is empty by mistake.
+    Fewer than MIN_RULE_CASES cases choose nothing: errors are relative to the volume, or constant where a mask is empty
+    by mistake.
 
     Args:
         true: (n,) ml.
@@ -207,23 +208,23 @@ def choose_rule(true: np.ndarray, of: Features, with_samples: bool) -> Rule:
     """
     typical = float(np.median(true[true > 0])) if (true > 0).any() else 1.0
     usable = [replace(rule, typical=typical) for rule in RULES if (with_samples or not rule.uses_samples)
-              and (len(true) > MANY_SCORES or not rule.own_tails)]
-    if len(true) < MANY_SCORES:
+              and (len(true) > MIN_RULE_CASES or not rule.own_tails)]
+    if len(true) < MIN_RULE_CASES:
         constant, relative = usable[:2]
-        errors = errors_by(relative, true, of)
+        errors = signed_errors(relative, true, features)
         return relative if errors is not None and np.isfinite(errors).all() else constant
-    return min(usable, key=lambda rule: float(interval_scores(rule, true, of).mean()))
+    return min(usable, key=lambda rule: float(interval_scores(rule, true, features).mean()))
 
 
 def calibrate_by_mask(scores: Sequence[np.ndarray], with_samples: bool) -> ByMask:
     """`calibrate` of the cases whose mask holds something of the label, and of the others."""
     made: list[Calibrated | str] = []
     for which, words in ((True, 'holds something of it'), (False, 'holds nothing of it')):
-        of_kind = [of[(of[:, FIELDS.index('mask')] > 0) == which] for of in scores]
-        number = sum(int((of[:, FIELDS.index('samples')] > 0).sum()) for of in of_kind)
-        made.append(calibrate(of_kind, with_samples) or
-                    f'the true volume is known of {number} validation cases whose mask {words}, {FEWEST_SCORES} are '
-                    f'needed')
+        selected = [rows[(rows[:, FIELDS.index('mask')] > 0) == which] for rows in scores]
+        number = sum(int((rows[:, FIELDS.index('samples')] > 0).sum()) for rows in selected)
+        made.append(calibrate(selected, with_samples) or
+                    f'the true volume is known of {number} validation cases whose mask {words}, '
+                    f'{MIN_INTERVAL_CASES} are needed')
     return ByMask(*made)
 
 
@@ -233,19 +234,19 @@ def in_percent(level: float) -> str:
 
 
 def calibrate(scores: Sequence[np.ndarray], with_samples: bool) -> Calibrated | None:
-    """The rule and the errors of a label; None for fewer than FEWEST_SCORES.
+    """The rule and the errors of a label; None for fewer than MIN_INTERVAL_CASES.
 
     Args:
         scores: of each model that predicts, (cases, FIELDS); rows without samples are empty.
         with_samples: whether samples are drawn as the scores' were. Several models do not draw as each alone.
     """
-    known = [of[of[:, FIELDS.index('samples')] > 0] for of in scores]
+    known = [rows[rows[:, FIELDS.index('samples')] > 0] for rows in scores]
     rows = np.concatenate(known).astype(float)
-    if len(rows) < FEWEST_SCORES:
+    if len(rows) < MIN_INTERVAL_CASES:
         return None
-    true, of = rows[:, 0], Features(*rows[:, 1:6].T)
-    rule = choose_rule(true, of, with_samples)
-    errors = errors_by(rule, true, of)
+    true, features = rows[:, 0], Features(*rows[:, 1:6].T)
+    rule = choose_rule(true, features, with_samples)
+    errors = signed_errors(rule, true, features)
     if errors is None:  # the constant is always usable
         raise AssertionError(rule)
-    return Calibrated(rule, errors, np.repeat(np.arange(len(known)), [len(of) for of in known]))
+    return Calibrated(rule, errors, np.repeat(np.arange(len(known)), [len(model_rows) for model_rows in known]))

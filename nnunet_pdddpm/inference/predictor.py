@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -21,14 +22,14 @@ from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from nnunet_pdddpm.files import image_identity
-from nnunet_pdddpm.inference.case import CaseUnderWay, ExportQueue, OutputInUse, clear_leftover
+from nnunet_pdddpm.inference.case import ExportQueue, OutputInUse, PendingCase, clear_leftover
 from nnunet_pdddpm.inference.chunks import in_chunks
-from nnunet_pdddpm.inference.continuing import not_put_there, refresh_summary, refuse_other_settings
+from nnunet_pdddpm.inference.continuing import check_same_settings, foreign_mask_reason, refresh_summary
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.ranking import FOLDS, NOT_MEASURED, UNMEASURED, Ranking, ranking_of
-from nnunet_pdddpm.inference.summary import has_failed, read_case, write_failure
+from nnunet_pdddpm.inference.summary import has_failed, read_row, write_failure
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
 from nnunet_pdddpm.labels import label_channels
@@ -36,7 +37,9 @@ from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import checksum
 from nnunet_pdddpm.network.refiner import CALIBRATION, QUALITY, stored_settings
 
-INFINITE = 'Encountered inf in predicted array'
+logger = logging.getLogger(__name__)
+
+NNUNET_INF_ERROR = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
 
 
@@ -52,7 +55,7 @@ CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
 """Types of the errors at which a case may fail alone."""
 
 
-TUNED_WITH = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9, 'sure': 1.0}
+TUNING_DEFAULTS = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9}
 """The defaults of a predictor, which the tuning's has."""
 
 
@@ -91,18 +94,19 @@ class PDDDPMPredictor(VolumePredictor):
         super().initialize_from_trained_model_folder(*args, **kwargs)
         self.calibrated, self.ranking = self._calibrated(), self._ranking()
         self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
-        reasons = dict.fromkeys(of.found for of in self.calibrated.values() if isinstance(of.found, str))
-        for reason in reasons:
-            names = [name for name, of in self.calibrated.items() if of.found == reason]
+        missing = {name: label.with_label for name, label in self.calibrated.items()
+                   if isinstance(label.with_label, str)}
+        for reason in dict.fromkeys(missing.values()):
+            names = [name for name, why in missing.items() if why == reason]
             which = 'Volumes have' if len(names) == len(self.calibrated) else f'Volumes of {", ".join(names)} have'
-            print(f'{which} no calibrated interval: {reason}.')
-        print(self.ranking.words())
+            logger.warning('%s no calibrated interval: %s.', which, reason)
+        logger.info('%s', self.ranking.describe())
 
     def _calibrated(self) -> dict[str, ByMask]:
         """Label -> what its intervals are made of, or why there are none."""
         channels = label_channels(self.dataset_json, self.plans_manager)
         scores = [parameters[CALIBRATION].numpy() for parameters in self.list_of_parameters]
-        drawn = [int(of[..., FIELDS.index('samples')].max()) for of in scores]
+        drawn = [int(rows[..., FIELDS.index('samples')].max()) for rows in scores]
         mask_alike, draws_alike = self._as_in_validation(drawn)
         if not any(drawn):
             reason = 'the model is not calibrated (nnUNetv2_pdddpm_tune does it, or nnUNetv2_train --val)'
@@ -110,7 +114,7 @@ class PDDDPMPredictor(VolumePredictor):
         if not mask_alike:
             reason = 'the calibrated one holds only for masks made as in validation'
             return dict.fromkeys(channels, ByMask(reason, reason))
-        return {name: calibrate_by_mask([of[:, channel] for of in scores], draws_alike and len(scores) == 1)
+        return {name: calibrate_by_mask([rows[:, channel] for rows in scores], draws_alike and len(scores) == 1)
                 for name, channel in channels.items()}
 
     def _as_in_validation(self, drawn: Sequence[int]) -> tuple[bool, bool]:
@@ -119,11 +123,11 @@ class PDDDPMPredictor(VolumePredictor):
         `drawn`: number of samples of each model there.
         """
         stored = [stored_settings(parameters) for parameters in self.list_of_parameters]
-        here = all(getattr(self, name) == value for name, value in TUNED_WITH.items())
+        here = all(getattr(self, name) == value for name, value in TUNING_DEFAULTS.items())
         draws_alike = here and all(
-            now.drawing == then.drawing and self.num_samples // len(stored) == number
+            now.sample_settings == then.sample_settings and self.num_samples // len(stored) == number
             for now, then, number in zip(self.fold_settings, stored, drawn, strict=True))
-        mask_alike = here and all(now.mask_made_of == then.mask_made_of and (draws_alike or not now.needs_samples)
+        mask_alike = here and all(now.mask_settings == then.mask_settings and (draws_alike or not now.needs_samples)
                                   for now, then in zip(self.fold_settings, stored, strict=True))
         return mask_alike, draws_alike
 
@@ -140,9 +144,9 @@ class PDDDPMPredictor(VolumePredictor):
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
-        of_all = {'slice_correlation': self.slice_correlation, 'sure': self.sure, 'step_size': self.tile_step_size,
+        common = {'slice_correlation': self.slice_correlation, 'step_size': self.tile_step_size,
                   'mirroring': self.use_mirroring}
-        return [{'model': self.model, 'fold': fold, 'weights': weights, **asdict(settings), **of_all}
+        return [{'model': self.model, 'fold': fold, 'weights': weights, **asdict(settings), **common}
                 for fold, weights, settings in zip(self.folds, self.weights, self.fold_settings, strict=True)]
 
     def _manage_input_and_output_lists(self, list_of_lists_or_source_folder: Any,
@@ -159,45 +163,45 @@ class PDDDPMPredictor(VolumePredictor):
         inputs, outputs, previous = super()._manage_input_and_output_lists(
             list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files,
             folder_with_segs_from_prev_stage, True, part_id, num_parts, save_probabilities)
-        self._files = {Path(file): (files, of_case) for file, files, of_case in
+        self._files = {Path(file): (files, mask) for file, files, mask in
                        zip(outputs or [], inputs, previous, strict=False)}
-        others = {file: how for file in self._files if (how := not_put_there(self._mask(file), file.name))}
+        others = {file: how for file in self._files if (how := foreign_mask_reason(self._mask(file), file.name))}
         if overwrite:
             for file, how in others.items():
-                print(f'{self._mask(file)} {how}. It will be overwritten.')
+                logger.warning('%s %s. It will be overwritten.', self._mask(file), how)
         elif outputs:
             if others:
-                print(f'{len(others)} masks stay as they are, and the summary leaves them out (move one elsewhere and '
-                      f'its case is predicted): '
-                      + '; '.join(f'{self._mask(file)} {how}' for file, how in others.items()) + '.')
+                logger.warning('%d masks stay as they are, and the summary leaves them out (move one elsewhere and its '
+                               'case is predicted): %s.', len(others),
+                               '; '.join(f'{self._mask(file)} {how}' for file, how in others.items()))
             todo = [i for i, file in enumerate(outputs)
                     if Path(file) not in others and not self._is_done(Path(file), save_probabilities)]
-            print(f'{len(outputs) - len(others) - len(todo)} cases are done, {len(todo)} are left.')
+            logger.info('%d cases are done, %d are left.', len(outputs) - len(others) - len(todo), len(todo))
             if not todo:
                 refresh_summary(Path(outputs[0]).parent)  # a run killed after its last mask has not done so
             inputs, outputs, previous = ([values[i] for i in todo] for values in (inputs, outputs, previous))
         self._num_cases = len(inputs)
         return inputs, outputs, previous
 
-    def refuse_others(self, truncated: Path) -> None:
+    def check_same_settings(self, truncated: Path) -> None:
         """Raise PredictionError if a case that is there was predicted with another model or other settings.
 
         Args:
             truncated: path of the mask without its ending.
         """
-        refuse_other_settings(truncated.parent, truncated.name, self.settings_for_summary())
+        check_same_settings(truncated.parent, truncated.name, self.settings_for_summary())
 
     def _mask(self, truncated: Path) -> Path:
         return Path(str(truncated) + self.dataset_json['file_ending'])
 
     def _is_done(self, truncated: Path, save_probabilities: bool) -> bool:
-        self.refuse_others(truncated)
-        row = read_case(truncated.parent, truncated.name)
+        self.check_same_settings(truncated)
+        row = read_row(truncated.parent, truncated.name)
         export = self._export(truncated, {}, save_probabilities)
         done = row is not None and not has_failed(truncated.parent, truncated.name) and all(
             (truncated.parent / file).is_file() for file in export.files(self.num_samples))
         if done and row is not None and row['image'] not in (None, image_identity(*self._files[truncated])):
-            print(f'The image of {truncated.name} is not the one that was predicted: it is predicted again.')
+            logger.warning('The image of %s is not the one that was predicted: it is predicted again.', truncated.name)
             done = False
         if done:
             clear_leftover(export.folder)
@@ -252,18 +256,18 @@ class PDDDPMPredictor(VolumePredictor):
             compute_gaussian.cache_clear()
             empty_cache(self.device)
         if self.failed:
-            raise CasesFailed(failures(self.failed, len(results)))
+            raise CasesFailed(failure_message(self.failed, len(results)))
         return results
 
     def _predict_all(self, data_iterator: Any, save_probabilities: bool, queue: ExportQueue, outputs: set[Path],
                      results: list[Any]) -> None:
         """Predict item by item, into `results`; the folders in which files are written are added to `outputs`."""
-        under_way: list[CaseUnderWay] = []
+        under_way: list[PendingCase] = []
         finished: list[Path] = []
         for item in tqdm(data_iterator, 'Cases', self._num_cases, disable=not self.allow_tqdm):
             if isinstance(item, FailedCase):
                 results.append(None)
-                self._fail(item, outputs)
+                self._record_failure(item, outputs)
                 continue
             data, properties, file = item.pop('data'), item['data_properties'], item['ofile']
             if isinstance(data, str):  # as nnU-Net's: a temporary file
@@ -277,13 +281,13 @@ class PDDDPMPredictor(VolumePredictor):
                 continue
             results.append(None)
             outputs.add(Path(file).parent)
-            print(f'\nPredicting {Path(file).name}:')
+            logger.info('\nPredicting %s:', Path(file).name)
             for remark in item.get('remarks', ()):
-                print(f'Look at {Path(file).name}: {remark}.')
-            case = CaseUnderWay(self._export(Path(file), properties, save_probabilities), Path(file).parent,
+                logger.warning('Look at %s: %s.', Path(file).name, remark)
+            case = PendingCase(self._export(Path(file), properties, save_probabilities), Path(file).parent,
                                 self.num_samples, len(self.fold_settings), self.settings_for_summary(),
                                 self.calibrated, self.ranking, queue, item.get('image'), item.get('remarks', ()))
-            with self._fails_alone(case, outputs):
+            with self._isolate_failure(case, outputs):
                 self._predict_case(case, data)
                 under_way.append(case)
             for case in [case for case in under_way if case.done()]:
@@ -296,26 +300,26 @@ class PDDDPMPredictor(VolumePredictor):
                 raise PredictionError(f'{mask} was written and is not there any more, nor may others be: something '
                                       f'else deletes files in {mask.parent}. Predict again with --continue_prediction.')
 
-    def _predict_case(self, case: CaseUnderWay, data: torch.Tensor) -> None:
+    def _predict_case(self, case: PendingCase, data: torch.Tensor) -> None:
         """Predict a case and hand it over; nothing of it, as large as a volume, is there afterwards."""
         prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None, case.export.case,
                                          self.outputs.presegmentation)
         require_finite(prediction)
-        case.add_rest(prediction)
+        case.add_prediction(prediction)
 
-    def _finish(self, case: CaseUnderWay, outputs: set[Path], finished: list[Path]) -> None:
-        with self._fails_alone(case, outputs):
-            case.put_in_place()
+    def _finish(self, case: PendingCase, outputs: set[Path], finished: list[Path]) -> None:
+        with self._isolate_failure(case, outputs):
+            case.move_to_output()
             finished.append(case.output / (case.export.case + self.dataset_json['file_ending']))
 
     @contextmanager
-    def _fails_alone(self, case: CaseUnderWay, outputs: set[Path]) -> Iterator[None]:
+    def _isolate_failure(self, case: PendingCase, outputs: set[Path]) -> Iterator[None]:
         """Within it a case fails alone for which memory is not enough, or of which the networks make no numbers."""
         try:
             yield
         except CASE_ERRORS as error:
             words = str(error).splitlines()[0] if str(error) else 'no more'
-            if isinstance(error, UnusableLogits) or INFINITE in words:
+            if isinstance(error, UnusableLogits) or NNUNET_INF_ERROR in words:
                 reason = f'the networks give NaN or infinite values for it ({words}): look at its intensities'
             elif lacks_memory(error):
                 reason = (f'not enough memory for it ({words}): use fewer processes (-npp, -nps), --not_on_device, or '
@@ -324,15 +328,15 @@ class PDDDPMPredictor(VolumePredictor):
                 raise
             case.discard()
             empty_cache(self.device)
-            self._fail(FailedCase(str(case.output / case.export.case), reason), outputs)
+            self._record_failure(FailedCase(str(case.output / case.export.case), reason), outputs)
 
-    def _fail(self, failed: FailedCase, outputs: set[Path]) -> None:
+    def _record_failure(self, failed: FailedCase, outputs: set[Path]) -> None:
         """Note a case that cannot be predicted; a case without a file for it ends the prediction."""
         if failed.output is None:
             raise PredictionError(failed.reason)
         output = Path(failed.output)
         outputs.add(output.parent)
-        print(f'\n{output.name} is not predicted: {failed.reason}')
+        logger.error('\n%s is not predicted: %s', output.name, failed.reason)
         self.failed[output.name] = failed.reason
         files = self._files.get(output)
         write_failure(output.parent, output.name, failed.reason, None if files is None else files[0])
@@ -350,18 +354,18 @@ def require_json(file: Path) -> None:
 
 def require_finite(prediction: VolumePrediction) -> None:
     """Raise `UnusableLogits` unless what the stock model, the mask and the samples are made of are numbers."""
-    of_all = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
+    checked = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
               'probabilities of the samples': prediction.spread.mean}
-    for what, values in of_all.items():
+    for what, values in checked.items():
         if values is not None and not all(bool(torch.isfinite(part).all()) for _, part in in_chunks(values)):
             raise UnusableLogits(what)
 
 
-def failures(failed: Mapping[str, str], cases: int) -> str:
+def failure_message(failed: Mapping[str, str], cases: int) -> str:
     """What is said at the end of a prediction in which some of a number of cases failed."""
-    return f'{len(failed)} of {cases} cases could not be predicted, the others are done: {reasons(failed)}'
+    return f'{len(failed)} of {cases} cases could not be predicted, the others are done: {list_reasons(failed)}'
 
 
-def reasons(failed: Mapping[str, str]) -> str:
+def list_reasons(failed: Mapping[str, str]) -> str:
     """Failed cases, each with its reason, for a sentence."""
     return '; '.join(f'{case} ({reason})' for case, reason in failed.items())

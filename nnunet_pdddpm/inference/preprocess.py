@@ -18,7 +18,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_pdddpm.files import image_identity
-from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, spacing_damage
+from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, spacing_damage
 from nnunet_pdddpm.inference.remarks import geometry_remarks, intensity_remarks
 
 EXAMPLES = 5
@@ -75,7 +75,7 @@ class CasePreprocessor:
         self.require_thickness(image.shape[1:], properties['spacing'], names)
         mask = None
         if previous:
-            with of_the_image(Path(previous).name):
+            with as_unusable_image(Path(previous).name):
                 mask = reader.read_seg(previous)[0]
             known = [0, *self.plans_manager.get_label_manager(self.dataset_json).all_labels]
             if (unknown := mask[~np.isin(mask, known)]).size:  # nnU-Net takes them for background
@@ -83,7 +83,7 @@ class CasePreprocessor:
                                     f'{np.format_float_positional(unknown[0], trim="-")} that the model does not know '
                                     f'({", ".join(map(str, sorted(set(known))))})')
         try:
-            with of_the_image(', '.join(names), 'cannot be preprocessed'):
+            with as_unusable_image(', '.join(names), 'cannot be preprocessed'):
                 data, mask, properties = self.by_nnunet(image, mask, properties)
         except UnusableImage:
             self.by_nnunet(*self.stand_in(len(image), previous is not None))  # what is raised here is of the program
@@ -127,11 +127,12 @@ class CasePreprocessor:
     def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
         """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
         order = self.plans_manager.transpose_forward
-        for axis, of_model in zip(order[::-1], self.configuration_manager.spacing[::-1], strict=False):  # 2d: slices
+        model_spacing = self.configuration_manager.spacing[::-1]
+        for axis, voxel in zip(order[::-1], model_spacing, strict=False):  # 2d: slices
             thickness = shape[axis] * spacing[axis]
-            if round(thickness / of_model) < 1:
+            if round(thickness / voxel) < 1:
                 raise UnusableImage(f'{", ".join(names)}: the image is {thickness:g} mm thick along an axis, which is '
-                                    f'thinner than half a voxel of the model ({of_model:g} mm)')
+                                    f'thinner than half a voxel of the model ({voxel:g} mm)')
 
 
 def read_channels(reader: Any, files: Sequence[str]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -142,7 +143,7 @@ def read_channels(reader: Any, files: Sequence[str]) -> tuple[np.ndarray, dict[s
     """
     names = ', '.join(Path(file).name for file in files)
     try:
-        with of_the_image(names):
+        with as_unusable_image(names):
             image, properties = reader.read_images(files)
             dimensions = len(properties.get('sitk_stuff', {}).get('spacing', ()))
         if dimensions > 3:
@@ -154,13 +155,13 @@ def read_channels(reader: Any, files: Sequence[str]) -> tuple[np.ndarray, dict[s
             raise
         seen = {}
         for file in files:  # is it one of the channels, or do they not fit together?
-            with of_the_image(Path(file).name):
+            with as_unusable_image(Path(file).name):
                 image, properties = reader.read_images((file,))
                 seen[file] = {'shape': list(image.shape[1:]), 'voxel size': [float(n) for n in properties['spacing']]}
-        for of in ('shape', 'voxel size'):
-            values = [f'{Path(file).name} has {what[of]}' for file, what in seen.items()]
-            if len({str(what[of]) for what in seen.values()}) > 1:
-                raise UnusableImage(f'the channels differ in {of} (z, y, x): {", ".join(values)}') from None
+        for key in ('shape', 'voxel size'):
+            values = [f'{Path(file).name} has {what[key]}' for file, what in seen.items()]
+            if len({str(what[key]) for what in seen.values()}) > 1:
+                raise UnusableImage(f'the channels differ in {key} (z, y, x): {", ".join(values)}') from None
         raise
 
 
@@ -220,7 +221,7 @@ def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence
         raise UnusableImage(f'{what}: {bad} of {image.size} voxels are NaN or infinite')
     if all(channel.min() == channel.max() for channel in image):
         raise UnusableImage(f'{what}: all voxels have the value {image.flat[0]:g}, there is nothing to segment')
-    with of_the_image(what):
+    with as_unusable_image(what):
         spacing = [float(value) for value in properties['spacing']]
     if not all(np.isfinite(value) and value > 0 for value in spacing):
         raise UnusableImage(f'{what}: the voxel size is {" x ".join(f"{value:g}" for value in spacing)}')

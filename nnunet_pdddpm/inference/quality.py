@@ -85,8 +85,8 @@ def unsure_surface(mask: np.ndarray, p: np.ndarray) -> float:
     if mask.shape[0] == 1:  # a single slice has no surface above and below
         neighbours = neighbours[1:2]
     surface = mask & ~ndimage.binary_erosion(mask, neighbours)
-    of_surface = p[surface]
-    return float(((of_surface > UNSURE[0]) & (of_surface < UNSURE[1])).mean()) if len(of_surface) else 1.0
+    probabilities = p[surface]
+    return float(((probabilities > UNSURE[0]) & (probabilities < UNSURE[1])).mean()) if len(probabilities) else 1.0
 
 
 def roughness(image: np.ndarray) -> float:
@@ -117,7 +117,7 @@ def label_map(logits: Iterable[tuple[slice, Tensor]], counter: VoxelCounter, box
 
 
 def _nothing(box: tuple[slice, ...]) -> np.ndarray:
-    return np.zeros([of.stop - of.start for of in box], np.uint16)
+    return np.zeros([side.stop - side.start for side in box], np.uint16)
 
 
 def _put_labels(whole: np.ndarray, z: slice, logits: Tensor, counter: VoxelCounter, box: tuple[slice, ...]) -> None:
@@ -199,7 +199,7 @@ class QualityMeter:
         """The stock model's logits (C, Z, Y, X), padded, without mirroring."""
         self.stock = label_map(in_chunks(logits), self.counter, self.box)
 
-    def noted(self, logits: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+    def record_fold_masks(self, logits: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         """The same slices and logits, of the mask of one model; of several its labels are kept."""
         whole = _nothing(self.box) if self.several else None
         for z, values in logits:
@@ -209,6 +209,6 @@ class QualityMeter:
         if whole is not None:
             self.fold_masks.append(whole)
 
-    def of_labels(self, image: np.ndarray, logits: Tensor, spread: Spread) -> Qualities:
+    def qualities(self, image: np.ndarray, logits: Tensor, spread: Spread) -> Qualities:
         """Of each label, see `Qualities`."""
         return Qualities(self.counter, image, logits, spread, self.stock, self.fold_masks)

@@ -20,23 +20,23 @@ FIELDS = ('kind', 'case', 'dice', *FEATURES)
 with an artefact, a number for each family; the number of the case; its Dice, and what tells it."""
 KIND, CASE, DICE = range(3)
 CLEAN = 1
-FEWEST_CASES = 9
+MIN_RANKING_CASES = 9
 """Validation cases with a label below which there is no order."""
-LEVEL = 0.9
+BOUND_COVERAGE = 0.9
 """Share of cases in which the Dice is to be at least its lower bound."""
-PENALTY = 0.7
+RIDGE_PENALTY = 0.7
 """Of the ridge regression, for each row: far from what it was fitted on it should say little."""
-FARTHEST = 6.0
+MAX_DISTANCE = 6.0
 """Standard deviations from the validation cases beyond which a feature counts no more."""
-ODD = 3.0
+FLAG_DISTANCE = 3.0
 """Standard deviations from the validation cases from which on a feature is told."""
 TWO_SIDED = tuple(FEATURES.index(name) for name in ('volume', 'brightness', 'contrast', 'roughness'))
 """Features of which both large and small values are odd."""
-LEAST_SD = np.array([0.1, 0.1, 0.1, 0.01, 0.01, 0.02, 0.05, 0.2, 0.05, 0.02, 0.02])
+MIN_SD = np.array([0.1, 0.1, 0.1, 0.01, 0.01, 0.02, 0.05, 0.2, 0.05, 0.02, 0.02])
 """Of each feature: validation cases may all be alike."""
-EXPECTED = (FEATURES.index('expected'),)
-EVERY = tuple(range(len(FEATURES)))
-PARTS = 5
+EXPECTED_DICE = (FEATURES.index('expected'),)
+ALL_FEATURES = tuple(range(len(FEATURES)))
+NUM_PARTS = 5
 """Of the validation cases: each is estimated by the others."""
 RESAMPLINGS, SEED = 400, 20
 REGRESSION, PROBABILITIES, NOTHING, FOLDS, UNMEASURED = 'regression', 'probabilities', 'nothing', 'folds', 'unmeasured'
@@ -62,11 +62,11 @@ class LabelModel:
     def fit(cls, rows: np.ndarray, columns: Sequence[int]) -> LabelModel:
         """Of rows (n, FIELDS) that are not empty."""
         usual = rows[rows[:, KIND] == CLEAN, DICE + 1:]
-        model = cls(tuple(columns), usual.mean(0), np.maximum(usual.std(0), LEAST_SD), np.zeros(0), 0.0, np.zeros(0),
+        model = cls(tuple(columns), usual.mean(0), np.maximum(usual.std(0), MIN_SD), np.zeros(0), 0.0, np.zeros(0),
                     np.zeros(0))
         x, y = model.regressors(rows[:, DICE + 1:]), logit(rows[:, DICE])
         centre, target = x.mean(0), float(y.mean())
-        inverse = np.linalg.inv((x - centre).T @ (x - centre) + PENALTY * len(x) * np.eye(len(columns)))
+        inverse = np.linalg.inv((x - centre).T @ (x - centre) + RIDGE_PENALTY * len(x) * np.eye(len(columns)))
         return cls(model.columns, model.mean, model.sd, centre, target, inverse @ (x - centre).T @ (y - target),
                    inverse)
 
@@ -76,7 +76,7 @@ class LabelModel:
 
     def regressors(self, features: np.ndarray) -> np.ndarray:
         """(n, FEATURES) -> (n, columns)"""
-        z = np.clip(self.distances(features), -FARTHEST, FARTHEST)
+        z = np.clip(self.distances(features), -MAX_DISTANCE, MAX_DISTANCE)
         z[:, TWO_SIDED] = np.abs(z[:, TWO_SIDED])
         return z[:, self.columns]
 
@@ -98,7 +98,7 @@ def cross_validated(rows: np.ndarray, columns: Sequence[int]) -> Estimates:
 
     Cases as they are are estimated by all rows of other cases.
     """
-    kinds, parts = rows[..., KIND].max(1), rows[..., CASE].max(1) % PARTS
+    kinds, parts = rows[..., KIND].max(1), rows[..., CASE].max(1) % NUM_PARTS
     found = np.full((2, *rows.shape[:2]), np.nan)
     for kind in np.unique(kinds):
         for part in np.unique(parts):
@@ -112,7 +112,7 @@ def cross_validated(rows: np.ndarray, columns: Sequence[int]) -> Estimates:
     return Estimates(*found)
 
 
-def of_case(logits: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def case_estimates(logits: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of estimates (rows, labels) of labels that of the case, the mean of the Dice: logits and units (rows,)."""
     with np.errstate(invalid='ignore'):
         known = ~np.isnan(logits)
@@ -140,13 +140,15 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def lower_quantile(errors: np.ndarray) -> float:
-    """Error below which at most 1 - LEVEL lie: the conformal one, floor((1 - LEVEL) (n + 1)) of the smallest; minus
-    infinity for fewer than nine."""
-    rank = math.floor((1 - LEVEL) * (len(errors) + 1) + 1e-9)
+    """Conformal quantile: the error of rank floor((1 - BOUND_COVERAGE) (n + 1)), the smallest first.
+
+    Minus infinity for fewer than nine errors.
+    """
+    rank = math.floor((1 - BOUND_COVERAGE) * (len(errors) + 1) + 1e-9)
     return float(np.sort(errors)[rank - 1]) if rank else -math.inf
 
 
-def over_cases(cases: np.ndarray, value: Callable[[np.ndarray], float], resamplings: int = RESAMPLINGS
+def bootstrap_interval(cases: np.ndarray, value: Callable[[np.ndarray], float], resamplings: int = RESAMPLINGS
                ) -> tuple[float, float]:
     """95 % interval by a bootstrap over cases, all rows of a case together.
 
@@ -174,7 +176,7 @@ class Bound:
     worst_held: float
 
     @classmethod
-    def of(cls, errors: np.ndarray, kinds: np.ndarray) -> Bound:
+    def from_errors(cls, errors: np.ndarray, kinds: np.ndarray) -> Bound:
         """Of errors and kinds (rows,)."""
         several = np.ptp(kinds) > 0
         held = {int(kind): float((errors[kinds == kind] >= lower_quantile(
@@ -226,7 +228,7 @@ class Ranking:
         return {REGRESSION: 'estimated_dice_low', PROBABILITIES: 'estimated_dice_low', FOLDS: 'folds_dice',
                 UNMEASURED: 'estimated_dice', NOTHING: None}[self.by]
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """For the log, the summary and the report: the order, and how well it worked."""
         if self.by == FOLDS:
             return ("Cases are sorted by how far the models' masks agree (Dice). How well that works is not measured: "
@@ -234,20 +236,20 @@ class Ranking:
         if self.scores is None:
             return (f'Cases are sorted by the Dice that is expected from the probabilities. How well that works is not '
                     f'measured: {self.reason}.')
-        of, bound = self.scores, self.scores.bound
-        number = f'{of.cases} validation cases' + (
-            f' and {of.copies} copies of them with simulated artefacts of kinds that it was not fitted on'
-            if of.copies else '')
-        correlation = f'{of.correlation:.2f} ({of.interval[0]:.2f} to {of.interval[1]:.2f})'
+        scores, bound = self.scores, self.scores.bound
+        number = f'{scores.cases} validation cases' + (
+            f' and {scores.copies} copies of them with simulated artefacts of kinds that it was not fitted on'
+            if scores.copies else '')
+        correlation = f'{scores.correlation:.2f} ({scores.interval[0]:.2f} to {scores.interval[1]:.2f})'
         if self.by == NOTHING:
             return (f'Cases are not ranked: on {number} no estimate of the Dice has a rank correlation with it that is '
                     f'above 0 ({correlation}).')
         how = 'a lower bound of the Dice, by a regression on what the prediction says' if self.by == REGRESSION else \
             ('a lower bound of the Dice that is expected from the probabilities; a regression on more did not rank '
              'better')
-        return (f'Cases are sorted by {how}. Rank correlation with the Dice {correlation} on {number}; {of.clean:.2f} '
-                f'on the cases as they are; by the probabilities alone {of.probabilities:.2f}. The lower bound is to '
-                f'hold in {100 * LEVEL:.0f} % and held in {100 * bound.held:.0f} %.')
+        return (f'Cases are sorted by {how}. Rank correlation with the Dice {correlation} on {number}; '
+                f'{scores.clean:.2f} on the cases as they are; by the probabilities alone {scores.probabilities:.2f}. '
+                f'The lower bound is to hold in {100 * BOUND_COVERAGE:.0f} % and held in {100 * bound.held:.0f} %.')
 
     def judge(self, qualities: Mapping[str, LabelQuality]) -> Judgement:
         """What is said of a case, by what is known of its labels."""
@@ -256,15 +258,15 @@ class Ranking:
         for name, model in self.models.items():
             features = qualities[name].features
             if features is not None:
-                of_logit, unit = (float(values[0]) for values in model.estimate(features[None]))
-                logits.append(of_logit)
+                label_logit, unit = (float(values[0]) for values in model.estimate(features[None]))
+                logits.append(label_logit)
                 units.append(unit)
-                labels[name] = float(expit(of_logit)), float(expit(of_logit + self.bounds[name] * unit))
+                labels[name] = float(expit(label_logit)), float(expit(label_logit + self.bounds[name] * unit))
         estimate = low = None
         if logits and self.scores is not None:
-            of_logits, of_units = of_case(np.array([logits]), np.array([units]))
-            estimate = float(expit(of_logits[0]))
-            low = float(expit(of_logits[0] + self.scores.bound.quantile * of_units[0]))
+            case_logits, case_units = case_estimates(np.array([logits]), np.array([units]))
+            estimate = float(expit(case_logits[0]))
+            low = float(expit(case_logits[0] + self.scores.bound.quantile * case_units[0]))
         return Judgement(estimate, low, labels, self._flags(qualities))
 
     def _flags(self, qualities: Mapping[str, LabelQuality]) -> list[str]:
@@ -274,7 +276,7 @@ class Ranking:
             features = qualities[name].features
             if features is None:
                 continue
-            far = np.abs(self.models[name].distances(features)) > ODD
+            far = np.abs(self.models[name].distances(features)) > FLAG_DISTANCE
             for i in np.flatnonzero(far & ((features < low) | (features > high))):
                 if said := _flag(FEATURES[i], name, features[i], low[i], high[i]):
                     found.append(said)
@@ -284,7 +286,7 @@ class Ranking:
 def _flag(feature: str, label: str, value: float, low: float, high: float) -> str:
     """What is odd about a feature of a label, a clause; empty where that is not worth a word."""
     if feature in ('volume', 'components'):
-        number, least, most = (round(math.expm1(of)) for of in (value, low, high))
+        number, least, most = (round(math.expm1(logarithm)) for logarithm in (value, low, high))
         what = f'{number} voxels' if feature == 'volume' else f'{number} {"component" if number == 1 else "components"}'
         return f'{label}: {what}, validation cases have {least} to {most}'
     if feature == 'stock' and value < low:
@@ -307,10 +309,10 @@ def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
     """The order that rows (rows, C, FIELDS) of validation cases give; `channels`: of each label."""
     known = rows[(rows[..., KIND] > 0).any(1)].astype(float)
     enough = {name: channel for name, channel in channels.items()
-              if (known[:, channel, KIND] == CLEAN).sum() >= FEWEST_CASES}
+              if (known[:, channel, KIND] == CLEAN).sum() >= MIN_RANKING_CASES}
     if not enough:
         number = max([int((known[:, channel, KIND] == CLEAN).sum()) for channel in channels.values()], default=0)
-        return Ranking(UNMEASURED, f'the Dice is known of {number} validation cases, {FEWEST_CASES} are needed'
+        return Ranking(UNMEASURED, f'the Dice is known of {number} validation cases, {MIN_RANKING_CASES} are needed'
                        ) if number else NOT_MEASURED
     known = known[:, list(enough.values())]
     known = known[(known[..., KIND] > 0).any(1)]
@@ -319,8 +321,8 @@ def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
 
 def _lower_bounds(estimates: Estimates, true: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, Bound]:
     """Lower bounds of the cases' Dice as logits (rows,), and what they are made of."""
-    logits, units = of_case(estimates.logits, estimates.units)
-    bound = Bound.of((logit(true) - logits) / units, kinds)
+    logits, units = case_estimates(estimates.logits, estimates.units)
+    bound = Bound.from_errors((logit(true) - logits) / units, kinds)
     return logits + bound.quantile * units, bound
 
 
@@ -328,25 +330,26 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
     """Of rows (rows, labels, FIELDS) of labels with these names."""
     kinds, cases = rows[..., KIND].max(1), rows[..., CASE].max(1)
     true, plain = true_dice(rows), expected_dice(rows)
-    by, of_all = REGRESSION, cross_validated(rows, EVERY)
-    low, bound = _lower_bounds(of_all, true, kinds)
+    by, estimates = REGRESSION, cross_validated(rows, ALL_FEATURES)
+    low, bound = _lower_bounds(estimates, true, kinds)
 
     def better(i: np.ndarray) -> float:
         return rank_correlation(low[i], true[i]) - rank_correlation(plain[i], true[i])
-    if over_cases(cases, better)[0] <= 0:
-        by, of_all = PROBABILITIES, cross_validated(rows, EXPECTED)
-        low, bound = _lower_bounds(of_all, true, kinds)
-    interval = over_cases(cases, lambda i: rank_correlation(low[i], true[i]))
+    if bootstrap_interval(cases, better)[0] <= 0:
+        by, estimates = PROBABILITIES, cross_validated(rows, EXPECTED_DICE)
+        low, bound = _lower_bounds(estimates, true, kinds)
+    interval = bootstrap_interval(cases, lambda i: rank_correlation(low[i], true[i]))
     scores = Scores(rank_correlation(low, true), interval,
                     rank_correlation(low[kinds == CLEAN], true[kinds == CLEAN]), rank_correlation(plain, true),
                     len(np.unique(cases)), int((kinds != CLEAN).sum()), bound)
     models, bounds, ranges = {}, {}, {}
     for i, name in enumerate(names):
         there = rows[:, i, KIND] > 0
-        of_label = rows[there, i]
-        models[name] = LabelModel.fit(of_label, EVERY if by == REGRESSION else EXPECTED)
-        bounds[name] = lower_quantile((logit(of_label[:, DICE]) - of_all.logits[there, i]) / of_all.units[there, i])
-        clean = of_label[of_label[:, KIND] == CLEAN, DICE + 1:]
+        label_rows = rows[there, i]
+        models[name] = LabelModel.fit(label_rows, ALL_FEATURES if by == REGRESSION else EXPECTED_DICE)
+        errors = logit(label_rows[:, DICE]) - estimates.logits[there, i]
+        bounds[name] = lower_quantile(errors / estimates.units[there, i])
+        clean = label_rows[label_rows[:, KIND] == CLEAN, DICE + 1:]
         ranges[name] = np.stack([clean.min(0), clean.max(0)])
     if interval[0] <= 0:
         by = NOTHING

@@ -13,12 +13,12 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_pdddpm.image_files import HEADER, UnusableImage, non_finite, of_the_image, opened, read_header
+from nnunet_pdddpm.image_files import HEADER, UnusableImage, as_unusable_image, non_finite, open_bytes, read_header
 
 FEW = 1000
 """One voxel in so many, at either end of the intensities, counts as few."""
 SQUEEZED, NARROW, FAR = 2.0, 4.0, 10.0
-"""Factors from which on a distribution is far from that of the training cases, see `_far`."""
+"""Factors from which on a distribution is far from that of the training cases, see `_intensity_remark`."""
 NORMAL_WIDTH = 5.15
 """Distance of the 0.5th and 99.5th percentile of a normal distribution in its standard deviations."""
 NIFTI = ('.nii', '.nii.gz')
@@ -45,13 +45,13 @@ def intensity_remarks(data: np.ndarray, schemes: Sequence[str], training: Mappin
     found = []
     for i, (channel, name) in enumerate(zip(data, names, strict=True)):
         said = 'after normalisation all its voxels are alike: it holds nothing' if empty[i] else \
-            _far(channel, schemes[i], training.get(str(i), {}))
+            _intensity_remark(channel, schemes[i], training.get(str(i), {}))
         if said:
             found.append(f'channel {i} ({name}): {said}')
     return found
 
 
-def _far(channel: np.ndarray, scheme: str, training: Mapping[str, float]) -> str:
+def _intensity_remark(channel: np.ndarray, scheme: str, training: Mapping[str, float]) -> str:
     """How a normalised channel is far from the training cases; empty if it is not.
 
     Where an image is normalised by its own statistics, a few extreme voxels squeeze all others: the standard deviation
@@ -118,13 +118,13 @@ def geometry_remarks(reader: Any, files: Sequence[str], properties: Mapping[str,
     Raises:
         UnusableImage: if a file cannot be read again.
     """
-    found = [f'{Path(file).name}: {said}' for file in files for said in _of_file(reader, Path(file))]
+    found = [f'{Path(file).name}: {said}' for file in files for said in _file_remarks(reader, Path(file))]
     if not files[0].endswith(NIFTI):
-        found += [f'{Path(files[0]).name}: {said}' for said in _of_itk(properties.get('sitk_stuff', {}))]
+        found += [f'{Path(files[0]).name}: {said}' for said in _itk_remarks(properties.get('sitk_stuff', {}))]
     return found
 
 
-def _of_file(reader: Any, file: Path) -> Iterator[str]:
+def _file_remarks(reader: Any, file: Path) -> Iterator[str]:
     if isinstance(reader, Tiff3DIO):
         beside = f'{file.name[:-len(file.suffix) - 5]}.json'
         if not file.with_name(beside).is_file():
@@ -132,20 +132,20 @@ def _of_file(reader: Any, file: Path) -> Iterator[str]:
     elif isinstance(reader, NaturalImage2DIO):
         yield 'pictures have no voxel size: a pixel counts as 1 mm, volumes are in 1000 pixels and not in ml'
     elif file.name.endswith(NIFTI):
-        yield from _of_nifti(file)
-        with of_the_image(file.name):
+        yield from _nifti_remarks(file)
+        with as_unusable_image(file.name):
             bad = non_finite(file) if isinstance(reader, SimpleITKIO) else 0
         if bad:
             yield f'{bad} voxels are NaN or infinite: they are read as 0'
     elif file.suffix in ORIGIN_KEYS:
-        with of_the_image(file.name), file.open('rb') as stream:
+        with as_unusable_image(file.name), file.open('rb') as stream:
             header = stream.read(1 << 16).partition(b'\n\n')[0] if file.suffix == '.nrrd' else stream.read(1 << 12)
         if not any(key in header for key in ORIGIN_KEYS[file.suffix]):
             yield 'it does not say where it lies: its origin counts as 0, a viewer may show the mask elsewhere'
 
 
-def _of_nifti(file: Path) -> Iterator[str]:
-    with of_the_image(file.name), opened(file) as stream:
+def _nifti_remarks(file: Path) -> Iterator[str]:
+    with as_unusable_image(file.name), open_bytes(file) as stream:
         header = read_header(stream.read(HEADER))
     if header is None:
         return
@@ -156,7 +156,7 @@ def _of_nifti(file: Path) -> Iterator[str]:
             header['qform_code']), header.get_qform)):
         if code > 0:
             try:
-                with of_the_image(file.name):
+                with as_unusable_image(file.name):
                     forms[name] = np.asarray(affine(), np.float64)
             except UnusableImage:  # it can be used: the reader has read it
                 yield f'its {name} is damaged: a viewer may show the mask elsewhere'
@@ -165,7 +165,7 @@ def _of_nifti(file: Path) -> Iterator[str]:
     for name, affine in forms.items():
         if not np.isfinite(affine[:3, 3]).all():
             yield f'the origin in its {name} is no number: a viewer may show the mask elsewhere'
-        elif wrong := _no_rotation(affine[:3, :3]):
+        elif wrong := _axes_problem(affine[:3, :3]):
             yield f'the axes of its {name} {wrong}'
     if len(forms) == 2 and all(np.isfinite(affine).all() for affine in forms.values()):
         corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
@@ -176,16 +176,16 @@ def _of_nifti(file: Path) -> Iterator[str]:
                    f'the mask on the other side')
 
 
-def _of_itk(stated: Mapping[str, Any]) -> Iterator[str]:
+def _itk_remarks(stated: Mapping[str, Any]) -> Iterator[str]:
     """Of what SimpleITK says, for formats whose header is not looked at."""
     if not np.isfinite(stated.get('origin', 0)).all():
         yield 'its origin is no number: a viewer may show the mask elsewhere'
     direction = np.asarray(stated.get('direction', (1,)), np.float64)
-    if wrong := _no_rotation(direction.reshape(int(len(direction) ** 0.5), -1)):
+    if wrong := _axes_problem(direction.reshape(int(len(direction) ** 0.5), -1)):
         yield f'its axes {wrong}'
 
 
-def _no_rotation(axes: np.ndarray) -> str:
+def _axes_problem(axes: np.ndarray) -> str:
     """What is wrong with the directions of axes, of any length, in columns; empty if they are at right angles."""
     if not np.isfinite(axes).all():
         return 'are no numbers: a viewer may show the mask elsewhere'

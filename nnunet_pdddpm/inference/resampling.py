@@ -63,7 +63,7 @@ def axes_of(resample: Callable[..., Any], old: Sequence[int], new: Sequence[int]
     asked = {'is_seg': False, 'order': 3, 'order_z': 0, 'force_separate_z': False, **resample.keywords}
     if asked['is_seg'] or asked['order'] != 1 or asked['order_z'] != 0:
         return None
-    thresholds = {key: of for key, of in asked.items() if key == 'separate_z_anisotropy_threshold'}
+    thresholds = {key: value for key, value in asked.items() if key == 'separate_z_anisotropy_threshold'}
     separate, axis = determine_do_sep_z_and_axis(asked['force_separate_z'], old_spacing, new_spacing, **thresholds)
     return [(nearest if separate and i == axis else linear)(*sizes)
             for i, sizes in enumerate(zip(old, new, strict=True))]
@@ -91,8 +91,8 @@ def resampled_classes(logits: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
         winner = present[values.argmax(0)]
         if others is not None:
             open_ = interpolated(others[None], [0], points, axes)[0] >= values.max(0)
-            of_open = tuple(of[open_] for of in points)
-            winner[open_] = interpolated(logits, range(len(logits)), of_open, axes).argmax(0)
+            open_points = tuple(at_point[open_] for at_point in points)
+            winner[open_] = interpolated(logits, range(len(logits)), open_points, axes).argmax(0)
         resampled[points] = winner
     return resampled
 
@@ -140,8 +140,8 @@ def _where_labels_meet(labels: np.ndarray, axes: Sequence[Axis]
         least = most = labels
         for i, (low, high, _) in enumerate(axes):
             at = (low[z], high[z]) if i == 0 else (low, high)
-            least, most = (pick(of.take(at[0], i), of.take(at[1], i))
-                           for pick, of in ((np.minimum, least), (np.maximum, most)))
+            least, most = (pick(extreme.take(at[0], i), extreme.take(at[1], i))
+                           for pick, extreme in ((np.minimum, least), (np.maximum, most)))
         found_z, *found = np.nonzero(least != most)
         yield z, least, (found_z + start, *found)
 
@@ -151,16 +151,16 @@ def interpolated(logits: np.ndarray, channels: Sequence[int] | np.ndarray, point
     """Channels of logits (C, Z, Y, X) at points (z, y, x) of the new grid, in the order of scipy's own sums: (channels,
     points) in the logits' precision."""
     values = np.empty((len(channels), len(points[0])), logits.dtype)
-    of_axis = [((axis.low[at], 1 - axis.weight[at]), (axis.high[at], axis.weight[at]))
-               for axis, at in zip(axes, points, strict=True)]
+    ends = [((axis.low[at], 1 - axis.weight[at]), (axis.high[at], axis.weight[at]))
+            for axis, at in zip(axes, points, strict=True)]
     corners = [(np.ravel_multi_index([at for at, _ in corner], logits.shape[1:]), [weight for _, weight in corner])
-               for corner in product(*of_axis)]
+               for corner in product(*ends)]
     for value, channel in zip(values, channels, strict=True):
         flat, total = logits[channel].reshape(-1), np.zeros(value.shape)
         for place, weights in corners:
-            of_corner = flat.take(place).astype(float)
+            values_at = flat.take(place).astype(float)
             for weight in weights:
-                of_corner *= weight
-            total += of_corner
+                values_at *= weight
+            total += values_at
         value[:] = total
     return values

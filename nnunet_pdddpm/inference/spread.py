@@ -67,11 +67,11 @@ class Spread:
         elif self.counts is not None:
             self.counts[:, z] += mask if self.regions else self._one_hot(mask)
 
-    def mean_of_fold(self, z: slice, samples: int) -> Tensor:
+    def current_fold_mean(self, z: slice, samples: int) -> Tensor:
         """Mean probabilities (C, slices, Y, X) of the model whose samples are being added: so many, all there."""
         return self.mean[:, z] if self.fold_mean is None else self.fold_mean[:, z] / samples
 
-    def end_of_fold(self, samples: int) -> None:
+    def finish_fold(self, samples: int) -> None:
         """All samples of one model, so many, have been added."""
         if self.fold_mean is not None and samples:
             for z in chunks(self.shape):

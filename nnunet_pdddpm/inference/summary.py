@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,18 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
-from nnunet_pdddpm.files import is_that_file, write_atomically
+from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.files import matches_identity, write_atomically
 from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
+
+logger = logging.getLogger(__name__)
 
 CASES = 'pdddpm_cases'
 """Folder with one file per finished case, from which the summary is made: parts of a prediction share it."""
 FAILED = f'{CASES}/failed'
 """Folder with one file per case that could not be predicted and has not been since."""
-SUMMARY = 'pdddpm_summary'
+TABLE = 'pdddpm_summary.csv'
 
 
 def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | None]:
@@ -42,15 +46,15 @@ def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | No
     row = {'volume_ml_mean': float(ml.mean()), 'volume_ml_sd': float(ml.std(ddof=1)) if several else None,
            'samples_low_ml': float(ml.min()) if several else None,
            'samples_high_ml': float(ml.max()) if several else None}
-    of_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
-    if len(of_fold) > 1:
-        known = [values for values in of_fold if len(values) > 1]
+    by_fold = [ml[np.asarray(folds) == fold] for fold in sorted(set(folds))]
+    if len(by_fold) > 1:
+        known = [values for values in by_fold if len(values) > 1]
         between = within = None
         if known:
             degrees = [len(values) - 1 for values in known]
             variance = np.average([values.var(ddof=1) for values in known], weights=degrees)
-            chance = variance * np.mean([1 / len(values) for values in of_fold])
-            between = max(float(np.var([values.mean() for values in of_fold], ddof=1) - chance), 0.0) ** 0.5
+            chance = variance * np.mean([1 / len(values) for values in by_fold])
+            between = max(float(np.var([values.mean() for values in by_fold], ddof=1) - chance), 0.0) ** 0.5
             within = float(variance ** 0.5)
         row['volume_ml_sd_between_folds'], row['volume_ml_sd_within_folds'] = between, within
     return row
@@ -74,7 +78,7 @@ def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]
         return {'volume_ml_low': None, 'volume_ml_high': None, 'interval_level': None, 'interval_cases': None,
                 'interval_unit': None, 'interval_missing': missing}
     return {'volume_ml_low': ends[0], 'volume_ml_high': ends[1], 'interval_level': round(calibrated.level, 4),
-            'interval_cases': len(calibrated.errors), 'interval_unit': calibrated.rule.words(),
+            'interval_cases': len(calibrated.errors), 'interval_unit': calibrated.rule.describe(),
             'interval_missing': None}
 
 
@@ -87,39 +91,40 @@ def mean_of_known(dices: Sequence[float | None]) -> float | None:
 def missing_intervals(labels: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Which labels of a case have no calibrated interval of their volume, and why: a clause for each reason."""
     names: dict[str, list[str]] = {}
-    for name, of in labels.items():
-        if (reason := of.get('interval_missing')) is not None:
+    for name, values in labels.items():
+        if (reason := values.get('interval_missing')) is not None:
             names.setdefault(reason, []).append(name)
-    return [f'{", ".join(of)}: volume without a calibrated interval, {reason}' for reason, of in names.items()]
+    return [f'{", ".join(without)}: volume without a calibrated interval, {reason}'
+            for reason, without in names.items()]
 
 
-def write_case(folder: Path, row: Mapping[str, Any]) -> None:
+def write_row(folder: Path, row: Mapping[str, Any]) -> None:
     """Row of a finished case as `CASE.json` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder, {f'{row["case"]}.json': json.dumps(row, indent=2)})
 
 
-def read_case(output: Path, case: str) -> dict[str, Any] | None:
+def read_row(output: Path, case: str) -> dict[str, Any] | None:
     """Row of a finished case in an output folder, if there is one."""
     file = output / CASES / f'{case}.json'
-    return _read_row(file) if file.is_file() else None
+    return _load_row(file) if file.is_file() else None
 
 
-def _read_row(file: Path) -> dict[str, Any] | None:
+def _load_row(file: Path) -> dict[str, Any] | None:
     """What the file of a case holds; None, which is said, if that is nothing, as after a loss of power."""
     try:
         row = json.loads(file.read_text())
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        print(f'{file} is empty or damaged: {file.stem} does not count as predicted, predict it again.')
+        logger.warning('%s is empty or damaged: %s does not count as predicted, predict it again.', file, file.stem)
         return None
     return row
 
 
 def describes_mask(output: Path, row: Mapping[str, Any]) -> bool:
     """Whether a case's mask in an output folder is the file that its row was made of."""
-    return is_that_file(output, row.get('mask'))
+    return matches_identity(output, row.get('mask'))
 
 
 def write_failure(output: Path, case: str, reason: str, files: Sequence[str] | None = None) -> None:
@@ -152,7 +157,7 @@ def write_summary(output: Path) -> list[str]:
         found = []
         for file in there[0]:
             with suppress(FileNotFoundError):  # a failure that another process has just taken back
-                if (row := _read_row(file)) is not None:
+                if (row := _load_row(file)) is not None:
                     found.append(row)
         failed = [{'case': row['case'], 'error': row['error']} for row in found if 'error' in row and _is_there(row)]
         without = {row['case'] for row in failed}  # what an earlier prediction left of them is of another image
@@ -161,8 +166,7 @@ def write_summary(output: Path) -> list[str]:
         changed = [row['case'] for row in done if row not in rows and (
             'mask' not in row or row['mask']['file'] in there[1])]
         content = {'cases': rows, **({'failed': failed} if failed else {})}
-        write_atomically(output, {f'{SUMMARY}.json': json.dumps(content, indent=2),
-                                  f'{SUMMARY}.csv': _table(rows, failed)})
+        write_atomically(output, {SUMMARY: json.dumps(content, indent=2), TABLE: _table(rows, failed)})
         written = there  # a case that another process has finished meanwhile: once more
     return changed
 
@@ -170,7 +174,8 @@ def write_summary(output: Path) -> list[str]:
 def _what_is_there(output: Path) -> tuple[list[Path], list[str]]:
     """Files of the rows, and names of the files in the folder that are in place and not made of them."""
     rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
-    return rows, sorted(file.name for file in output.iterdir() if not file.name.startswith(('.', SUMMARY)))
+    names = sorted(file.name for file in output.iterdir() if not file.name.startswith('.'))
+    return rows, [name for name in names if name not in (SUMMARY, TABLE)]
 
 
 def _is_there(failure: Mapping[str, Any]) -> bool:
@@ -191,7 +196,7 @@ def _table(rows: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, str]
     lines = [{'case': row['case'], 'label': name, **values, 'case_remarks': '; '.join(row.get('remarks', ())),
               'case_flags': '; '.join(row.get('flags', ())),
               **{f'case_{key}': row.get(key) for key in ('estimated_dice', 'estimated_dice_low', 'uncertain_share',
-                                                         'refined_tiles', 'seconds')},
+                                                         'seconds')},
               **{f'calls_{key}': calls for key, calls in row['network_calls'].items()},
               **_flat_settings(row['settings']), **row['versions']}
              for row in rows for name, values in row['labels'].items()] + [dict(row) for row in failed]

@@ -1,6 +1,7 @@
 """A padded image and the model that is loaded: the stock pre-segmentation and samples of the whole volume."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_a
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.quality import Qualities
 from nnunet_pdddpm.inference.spread import Spread
-from nnunet_pdddpm.inference.tiling import Tile, tiles_around, unsure_voxels
 from nnunet_pdddpm.inference.volume_sampling import (
-    Finished,
+    SliceValues,
+    Tile,
     fuse_tiles,
     mirrorings,
     mirrorings_of_sample,
@@ -28,6 +29,8 @@ from nnunet_pdddpm.inference.volume_sampling import (
 )
 from nnunet_pdddpm.network.refiner import Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Networks(Protocol):
@@ -50,14 +53,13 @@ class Networks(Protocol):
     # this package's
     refiner: Refiner
     fold_settings: list[SamplingSettings]
-    sure: float
     slice_correlation: float
     tile_batch: int
 
-    def presegmenting(self, mirrored: bool = True) -> AbstractContextManager[None]:
+    def using_stock_network(self, mirrored: bool = True) -> AbstractContextManager[None]:
         """Within it the stock network is in place."""
 
-    def blind(self, temperature: float) -> AbstractContextManager[None]:
+    def using_blind_network(self, temperature: float) -> AbstractContextManager[None]:
         """Within it the denoiser that is shown no mask is in place."""
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -75,8 +77,6 @@ class VolumePrediction:
     """Of the samples, without padding."""
     network_calls: dict[str, int]
     """Forward passes of a tile (in 2d, of a tile of a slice): stock and denoiser."""
-    refined_tiles: float
-    """Share of nnU-Net's tiles that were denoised: those around voxels of which the stock model is unsure."""
     seconds: float
     """Wall clock time of all this."""
     counts: VoxelCounter
@@ -92,7 +92,7 @@ class Volume:
         """`image`: (image channels, Z, Y, X), not smaller than a tile; `device`: of the volume's arrays."""
         self.predictor, self.refiner, self.device = predictor, predictor.refiner, device
         self.image = image.to(device)
-        self.all_tiles: list[Tile] = predictor._internal_get_sliding_window_slicers(image.shape[1:])
+        self.tiles: list[Tile] = predictor._internal_get_sliding_window_slicers(image.shape[1:])
         self.shape = (predictor.label_manager.num_segmentation_heads, *image.shape[1:])
         patch_size = tuple(predictor.configuration_manager.patch_size)
         self.weight = compute_gaussian(patch_size, value_scaling_factor=10, dtype=torch.float32, device=device) \
@@ -101,8 +101,6 @@ class Volume:
         self.slice_correlation = predictor.slice_correlation if len(patch_size) == 2 else 0.0
         self.progress = tqdm(desc='Sampling', total=0, disable=not predictor.allow_tqdm)
         self.network_calls = {'stock': 0, 'denoiser': 0}
-        self.tiles: list[Tile] = []  # that are refined
-        self.refined_tiles: list[float] = []  # their share, by fold
 
     def start_fold(self, mirrored: bool = True) -> None:
         """Pre-segment by the model that has just been loaded.
@@ -116,12 +114,10 @@ class Volume:
         if not mirrored or len(self.mirrorings) == 1:
             self._start_logits = self.stock_logits
         self.refiner.to(self.predictor.device).eval()
-        self.temperature = 1.0  # of the sample that is being drawn
         self._objects: dict[float, Parts] = {}  # by temperature
         self._parts: dict[float, Parts] = {}
-        self._choose_tiles()
 
-    def forget_mirrored(self) -> None:
+    def drop_mirrored(self) -> None:
         """Nothing more is made of mirrored stock logits."""
         self.stock_logits = torch.empty(0)
 
@@ -136,24 +132,14 @@ class Volume:
 
     def presegment(self, mirrored: bool) -> Tensor:
         """Stock logits (C, Z, Y, X) float16."""
-        with self.predictor.presegmenting(mirrored):
+        with self.predictor.using_stock_network(mirrored):
             logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
-        self.network_calls['stock'] += len(self.all_tiles) * (len(self.mirrorings) if mirrored else 1)
+        self.network_calls['stock'] += len(self.tiles) * (len(self.mirrorings) if mirrored else 1)
         return logits
 
-    def _choose_tiles(self) -> None:
-        unsure = unsure_voxels(self.stock_logits, self.refiner.regions, self.predictor.sure)
-        self.tiles = tiles_around(unsure, self.predictor.configuration_manager.patch_size,
-                                  self.predictor._internal_get_sliding_window_slicers)
-        self.refined_tiles.append(len(self.tiles) / len(self.all_tiles))
-        covered = torch.zeros(self.shape[1:], dtype=torch.bool, device=self.device)
-        for tile in self.tiles:
-            covered[tile[1:]] = True
-        self.covered = bool(covered.all())
-
-    def expect(self, settings: SamplingSettings, draws: Sequence[int], of: int) -> None:
+    def plan_progress(self, settings: SamplingSettings, draws: Sequence[int], samples: int) -> None:
         """Tell the progress bar that draws with these numbers, of so many, are to come."""
-        passes = sum(len(self.mirrorings_of(draw, of)) for draw in draws)
+        passes = sum(len(self.mirrorings_of(draw, samples)) for draw in draws)
         if settings.samples_from == 'chain' and settings.start > 0:
             self.progress.total += passes * settings.steps * len(self.tiles)
         self.progress.refresh()
@@ -166,15 +152,15 @@ class Volume:
             return [self.mirrorings[sample % len(self.mirrorings)]]
         return mirrorings_of_sample(sample // models, samples // models, self.mirrorings)
 
-    def blind(self, temperature: float = 1.0) -> Tensor:
+    def blind_logits(self, temperature: float = 1.0) -> Tensor:
         """Logits (C, Z, Y, X) float16 of the blind mask over a temperature, by nnU-Net's sliding window."""
         if temperature not in self._blind:
             if 1.0 in self._blind:
                 return self._blind[1.0] / temperature
-            with self.predictor.blind(temperature):
+            with self.predictor.using_blind_network(temperature):
                 logits = self.predictor.predict_sliding_window_return_logits(self.image)
             self._blind[temperature] = logits.to(self.device)
-            self.network_calls['denoiser'] += len(self.all_tiles) * len(self.mirrorings)
+            self.network_calls['denoiser'] += len(self.tiles) * len(self.mirrorings)
             self.refiner.to(self.predictor.device).eval()
         return self._blind[temperature]
 
@@ -201,13 +187,13 @@ class Volume:
         """What sample number `sample` of `samples` (None: one that depends on no other, under one mirroring) is drawn
         from: slices -> probabilities (C, slices, Y, X) float32."""
         if settings.samples_from == 'blind':
-            blind = self.blind(settings.blind_temperature)
+            blind = self.blind_logits(settings.blind_temperature)
             return lambda z: self.probabilities_at(blind, z)
-        if settings.samples_from == 'stock' or settings.start == 0 or not self.tiles:
+        if settings.samples_from == 'stock' or settings.start == 0:
             return lambda z: self.probabilities_at(self.stock_logits, z, settings.temperature)
         mirrored = self.mirrorings_of(sample, samples)
         noise = volume_noise(self.shape, settings.seed, sample, self.device, self.slice_correlation)
-        parts, self.temperature, start_logits = self.parts(settings), settings.temperature, self.start_logits
+        parts, start_logits = self.parts(settings), self.start_logits
         shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
         x = refine_volume(
             lambda x, level: self.denoise(x, level, mirrored),
@@ -216,7 +202,7 @@ class Volume:
             self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
         return lambda z: self.refiner.probabilities(x[None, :, z])[0]
 
-    def whole_sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
+    def sample_volume(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
         """`sample` of all slices, (C, Z, Y, X) float32."""
         at = self.sample(settings, sample, samples)
         p = torch.empty(self.shape, device=self.device)
@@ -224,21 +210,16 @@ class Volume:
             p[:, z] = at(z)
         return p
 
-    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[Finished]:
-        """Estimate of the clean coded mask, fused over tiles and mirrorings; outside them the stock's. See
-        `fuse_tiles`."""
-        return fuse_tiles(self._of_tiles(x, level, mirrored), self.shape, self.weight, self.device,
-                          None if self.covered else self._coded_stock)
-
-    def _coded_stock(self, z: slice) -> Tensor:
-        """(C, slices, Y, X), what stands where no tile is refined."""
-        return self.refiner.design.coding.encode(self.probabilities_at(self.stock_logits, z, self.temperature))
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[SliceValues]:
+        """Estimate of the clean coded mask, fused over tiles and mirrorings, see `fuse_tiles`."""
+        return fuse_tiles(self._denoised_tiles(x, level, mirrored), self.shape, self.weight, self.device)
 
     def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
         """Of logits (C, Z, Y, X) over a temperature, in some slices: (C, slices, Y, X) float32."""
         return logits_to_probabilities(logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
-    def _of_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tile, Tensor]]:
+    def _denoised_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]
+                        ) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles, and the estimate (C, ...) in them, under each mirroring, as many at a time as memory allows."""
         left = [(tile, axes) for tile in self.tiles for axes in mirrored]
         while left:
@@ -249,16 +230,16 @@ class Volume:
                 if len(batch) == 1:
                     raise
                 self.predictor.tile_batch = len(batch) // 2
-                print(f'The memory is not enough for {len(batch)} tiles at a time: from now on '
-                      f'{self.predictor.tile_batch}.')
+                logger.warning('The memory is not enough for %d tiles at a time: from now on %d.', len(batch),
+                               self.predictor.tile_batch)
                 continue
             del left[:len(batch)]
             yield from zip((tile for tile, _ in batch), estimates, strict=True)
 
     def _denoise_tiles(self, x: Tensor, level: float, batch: Sequence[tuple[Tile, tuple[int, ...]]]) -> list[Tensor]:
         """The denoiser's estimates (C, ...) in tiles under mirrorings, mirrored back."""
-        def stacked(of_tile: Callable[[Tile], Tensor]) -> Tensor:
-            return torch.stack([of_tile(tile).flip([axis + 1 for axis in axes])
+        def stacked(select: Callable[[Tile], Tensor]) -> Tensor:
+            return torch.stack([select(tile).flip([axis + 1 for axis in axes])
                                 for tile, axes in batch]).to(self.predictor.device)
         with self.predictor.autocast():
             image, masks = stacked(lambda tile: self.image[tile]), stacked(lambda tile: x[tile])

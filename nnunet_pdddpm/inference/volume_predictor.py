@@ -1,6 +1,7 @@
 """nnU-Net's predictor, sampling a preprocessed image as a whole: without files, see `predictor.PDDDPMPredictor`."""
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +17,17 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
-from nnunet_pdddpm.cpu import all_cpus, cpu_has_bfloat16, threads
+from nnunet_pdddpm.cpu import available_cpus, cpu_has_bfloat16, threads
 from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.quality import QualityMeter
-from nnunet_pdddpm.inference.room import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
+from nnunet_pdddpm.inference.volume_memory import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.checkpoint import (
     PRESEGMENTER,
@@ -34,8 +36,10 @@ from nnunet_pdddpm.network.checkpoint import (
     differences,
     load_checkpoint,
 )
-from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, refuse_earlier, stored_settings, stored_table
+from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, check_version, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
+
+logger = logging.getLogger(__name__)
 
 OnSample = Callable[[int, Tensor], None]
 """Told the number of a sample and logits (C, Z, Y, X) float16 in main memory, once it is drawn: their argmax (regions:
@@ -52,7 +56,7 @@ def refuse_unusable(file: Path) -> None:
     checkpoint = load_checkpoint(file, 'model')
     weights = checkpoint['network_weights']
     if any(name.startswith(PRESEGMENTER) for name in weights):
-        refuse_earlier(weights, f'The model {file}')
+        check_version(weights, f'The model {file}')
         try:
             stored_table(weights)
         except ValueError as error:
@@ -84,24 +88,19 @@ class VolumePredictor(nnUNetPredictor):
     use_mirroring: bool
 
     def __init__(self, *args: Any, overrides: Mapping[str, Value] | None = None,
-                 slice_correlation: float = 0.9, sure: float = 1.0, **kwargs: Any) -> None:
+                 slice_correlation: float = 0.9, **kwargs: Any) -> None:
         """
         Args:
             args, kwargs: of nnUNetPredictor.
             overrides: sampling settings in the place of the model's, by name.
             slice_correlation: of the noise of neighbouring slices, for configurations that segment slices (2d).
-            sure: probability of its label from which on the stock model is taken to be sure of a voxel; tiles without
-                an unsure one keep the stock model's result. From 1 on everything is refined.
 
         Raises:
-            PredictionError: if the correlation lies outside [0, 1], or sure outside (0.5, 1].
+            PredictionError: if the correlation lies outside [0, 1].
         """
         super().__init__(*args, **kwargs)
         if not 0 <= slice_correlation <= 1:
             raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
-        if not 0.5 < sure <= 1:
-            raise PredictionError(f'sure={sure} is out of range: it must lie above 0.5 and not above 1.')
-        self.sure = sure
         self.tile_batch = 4 if self.device.type == 'cuda' else 1  # on a CPU more at a time are not faster
         self.overrides = dict(overrides or {})
         self.slice_correlation = slice_correlation
@@ -112,7 +111,7 @@ class VolumePredictor(nnUNetPredictor):
         self.num_samples = 0
 
     def initialize_from_trained_model_folder(self, model_training_output_dir: str, use_folds: Any,
-                                             checkpoint_name: str = 'checkpoint_final.pth') -> None:
+                                             checkpoint_name: str = FINAL_CHECKPOINT) -> None:
         """As nnUNetPredictor's.
 
         Raises:
@@ -147,7 +146,8 @@ class VolumePredictor(nnUNetPredictor):
         wanted, models = self.fold_settings[0].samples, len(self.list_of_parameters)
         self.num_samples = models * math.ceil(wanted / models)
         if self.num_samples > wanted:
-            print(f'{self.num_samples} samples instead of {wanted}: {self.num_samples // models} of every fold.')
+            logger.info('%d samples instead of %d: %d of every fold.', self.num_samples, wanted,
+                        self.num_samples // models)
 
     def _settings_of(self, parameters: dict[str, Any]) -> SamplingSettings:
         return override(stored_settings(parameters), {**environment_overrides(), **self.overrides},
@@ -188,10 +188,10 @@ class VolumePredictor(nnUNetPredictor):
                     with threads(number):
                         return self._predict_volume(data, self.device, on_sample, case, stock)
                 except torch.OutOfMemoryError:
-                    print(f'{DOES_NOT_FIT}.')
+                    logger.warning('%s.', DOES_NOT_FIT)
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
-            with threads(number if self.device.type == 'cpu' else all_cpus()):  # for a GPU nnU-Net sets one
+            with threads(number if self.device.type == 'cpu' else available_cpus()):  # for a GPU nnU-Net sets one
                 return self._predict_volume(data, torch.device('cpu'), on_sample, case, stock)
         finally:
             self.perform_everything_on_device = on_device
@@ -199,20 +199,21 @@ class VolumePredictor(nnUNetPredictor):
     @property
     def _needs_stock(self) -> bool:
         """Whether mask or samples are made of the stock model's own result, which is more than a start."""
-        return self.sure < 1 or any(settings.needs_stock for settings in self.fold_settings)
+        return any(settings.needs_stock for settings in self.fold_settings)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the arrays of an image (image channels, Z, Y, X) fit on the GPU beside the networks; says if not."""
-        of_tile = tile_bytes(self.label_manager.num_segmentation_heads, self.configuration_manager.patch_size)
-        needed, free = self.bytes_needed(shape) + of_tile, free_bytes(self.device)
+        networks = tile_bytes(self.label_manager.num_segmentation_heads, self.configuration_manager.patch_size)
+        needed, free = self.bytes_needed(shape) + networks, free_bytes(self.device)
         if needed > free:
-            print(f'{DOES_NOT_FIT} (it takes about {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free).')
+            logger.warning('%s (it takes about %.1f GB there, %.1f GB are free).', DOES_NOT_FIT, needed / 1e9,
+                           free / 1e9)
         return needed <= free
 
     def bytes_needed(self, shape: Sequence[int]) -> int:
         """Bytes of the volume's arrays for an image (image channels, Z, Y, X), about: see docs/uncertainty.md."""
         patch = self.configuration_manager.patch_size
-        _, *padded = (max(n, of_tile) for n, of_tile in zip(shape, [1] * (4 - len(patch)) + list(patch), strict=True))
+        _, *padded = (max(n, side) for n, side in zip(shape, [1] * (4 - len(patch)) + list(patch), strict=True))
         return volume_bytes(shape[0], (self.label_manager.num_segmentation_heads, *padded),
                             patch[0] if len(patch) == 3 else 1, self.num_samples, len(self.fold_settings),
                             self.label_manager.has_regions, self.use_mirroring and self._needs_stock)
@@ -236,28 +237,28 @@ class VolumePredictor(nnUNetPredictor):
             volume.start_fold(mirrored_stock)
             if mirrored_stock:
                 stock.add(volume.stock_logits.cpu())
-                if not settings.needs_stock and self.sure == 1:
-                    volume.forget_mirrored()
+                if not settings.needs_stock:
+                    volume.drop_mirrored()
             samples = range(fold, self.num_samples, folds)
-            volume.expect(settings, samples, self.num_samples)
+            volume.plan_progress(settings, samples, self.num_samples)
             for sample in samples:
                 self._draw(volume, settings, sample, spread, counts, on_sample)
             self._add_mask(volume, settings, spread, len(samples), counts, mask, quality)
-            spread.end_of_fold(len(samples))
+            spread.finish_fold(len(samples))
         volume.progress.close()
         spread.crop(unpad[1:])
-        if self._mask_of() == 'stock':
+        if self._mask_source() == 'stock':
             mask = stock
         logits = mask.mean(folds)[unpad]
-        if self._mask_of() == 'mixed':
+        if self._mask_source() == 'mixed':
             for z in chunks(logits.shape):
                 logits[:, z] = probabilities_to_logits(logits[None, :, z], self.refiner.regions)[0]
         if folds > 1:
             counts.set_consensus(logits)
-        of_stock = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
-        of_labels = quality.of_labels(data.cpu().numpy(), logits, spread)
-        return VolumePrediction(of_stock, logits, spread, volume.network_calls, sum(volume.refined_tiles) / folds,
-                                time.perf_counter() - start, counts, of_labels)
+        presegmentation = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
+        qualities = quality.qualities(data.cpu().numpy(), logits, spread)
+        seconds = time.perf_counter() - start
+        return VolumePrediction(presegmentation, logits, spread, volume.network_calls, seconds, counts, qualities)
 
     def _draw(self, volume: Volume, settings: SamplingSettings, sample: int, spread: Spread, counts: VoxelCounter,
               on_sample: OnSample | None) -> None:
@@ -267,9 +268,8 @@ class VolumePredictor(nnUNetPredictor):
         # object by object for intervals, which several models do not make of the samples
         objects = volume.objects(settings.temperature) if len(self.fold_settings) == 1 < self.num_samples else WHOLE
         probabilities, (box, y, x) = volume.sample(settings, sample, self.num_samples), counts.box
-        told = None if on_sample is None else torch.empty(
-            (volume.shape[0], *(len(range(n)[of]) for n, of in zip(volume.shape[1:], counts.box, strict=True))),
-            dtype=torch.half)
+        sizes = [len(range(n)[unpadded]) for n, unpadded in zip(volume.shape[1:], counts.box, strict=True)]
+        told = None if on_sample is None else torch.empty((volume.shape[0], *sizes), dtype=torch.half)
         for z in chunks(volume.shape):
             p = probabilities(z)
             logits = drawn_logits(p, regions, shifts, parts.at(z))
@@ -278,15 +278,15 @@ class VolumePredictor(nnUNetPredictor):
             counts.add(sample, z, mask, objects.at(z), objects.number)
             if told is not None:
                 here, there = inside(z, box)
-                of_box = logits[:, here, y, x]
+                box_logits = logits[:, here, y, x]
                 if not regions:  # else half precision would make ties of what is nearly equal
-                    of_box = of_box - of_box.amax(0)
-                told[:, there] = of_box.half().cpu()
+                    box_logits = box_logits - box_logits.amax(0)
+                told[:, there] = box_logits.half().cpu()
         if on_sample is not None and told is not None:
             del probabilities, p, logits, mask
             on_sample(sample, told)
 
-    def _mask_of(self) -> str:
+    def _mask_source(self) -> str:
         """What the mask is made of: 'stock' or 'blind' logits, or a 'mixed' mean of probabilities."""
         if all(settings.is_stock for settings in self.fold_settings):
             return 'stock'
@@ -297,32 +297,34 @@ class VolumePredictor(nnUNetPredictor):
                   mask: _Sum, quality: QualityMeter) -> None:
         """The mask of the model whose samples have been drawn: counted, compared with the others, and added to the sum
         (C, Z, Y, X) on the CPU of logits of the blind mask, or of mixed probabilities."""
-        of = self._mask_of()
-        blind = volume.blind(settings.blind_temperature) if settings.mask_blind > 0 and not settings.is_stock else None
-        if of == 'stock':
-            counts.add_mask(quality.noted(in_chunks(volume.stock_logits)))
-        elif of == 'blind' and blind is not None:
+        source = self._mask_source()
+        blind = None
+        if settings.mask_blind > 0 and not settings.is_stock:
+            blind = volume.blind_logits(settings.blind_temperature)
+        if source == 'stock':
+            counts.add_mask(quality.record_fold_masks(in_chunks(volume.stock_logits)))
+        elif source == 'blind' and blind is not None:
             mask.add(blind.cpu())
-            counts.add_mask(quality.noted(in_chunks(blind)))
+            counts.add_mask(quality.record_fold_masks(in_chunks(blind)))
         else:
             if not mask.started:
                 mask.add(torch.zeros(volume.shape))
-            mixed = self._mixed(volume, settings, blind, lambda z: spread.mean_of_fold(z, samples), mask.total)
-            counts.add_mask(quality.noted(mixed))
+            mixed = self._mixed(volume, settings, blind, lambda z: spread.current_fold_mean(z, samples), mask.total)
+            counts.add_mask(quality.record_fold_masks(mixed))
         if len(self.fold_settings) == 1 < self.num_samples:  # the start is there: objects were found in it
             quality.set_stock(volume.start_logits)
 
     def _mixed(self, volume: Volume, settings: SamplingSettings, blind: Tensor | None,
-               of_samples: Callable[[slice], Tensor], total: Tensor) -> Iterator[tuple[slice, Tensor]]:
+               sample_mean: Callable[[slice], Tensor], total: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Slices, and logits (C, slices, Y, X) of the weighted mean of probabilities, which are added to `total`.
 
-        `of_samples`: slices -> their mean.
+        `sample_mean`: slices -> their mean.
         """
         stock, chain = (1.0, 0.0) if settings.is_stock else (settings.mask_stock, settings.mask_chain)
         for z in chunks(volume.shape):
-            p = torch.zeros_like(of_samples(z))
+            p = torch.zeros_like(sample_mean(z))
             if chain > 0:
-                p.add_(of_samples(z), alpha=chain)
+                p.add_(sample_mean(z), alpha=chain)
             if blind is not None:
                 p.add_(volume.probabilities_at(blind, z), alpha=settings.mask_blind)
             if stock > 0:
@@ -340,7 +342,7 @@ class VolumePredictor(nnUNetPredictor):
         return nullcontext()
 
     @contextmanager
-    def presegmenting(self, mirrored: bool = True) -> Iterator[None]:
+    def using_stock_network(self, mirrored: bool = True) -> Iterator[None]:
         """Within it the stock network is the network: nnU-Net's code then predicts as for the stock model."""
         before, self.use_mirroring = self.use_mirroring, self.use_mirroring and mirrored
         try:
@@ -350,7 +352,7 @@ class VolumePredictor(nnUNetPredictor):
             self.use_mirroring = before
 
     @contextmanager
-    def blind(self, temperature: float) -> Iterator[None]:
+    def using_blind_network(self, temperature: float) -> Iterator[None]:
         """Within it the denoiser that is shown no mask is the network, its logits divided by a temperature."""
         with self._as_network(BlindNetwork(self.refiner, temperature)):
             yield

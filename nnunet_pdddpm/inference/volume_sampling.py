@@ -16,20 +16,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from nnunet_pdddpm.cpu import all_cpus
+from nnunet_pdddpm.cpu import available_cpus
 from nnunet_pdddpm.diffusion.levels import CLEAN
 from nnunet_pdddpm.diffusion.process import ForwardProcess
 from nnunet_pdddpm.inference.chunks import chunks, slices_in_chunk
-from nnunet_pdddpm.inference.tiling import Tile
 
-Field = Callable[[int], Tensor]
+Tile = tuple[slice | int, ...]
+"""Index into a volume (C, Z, Y, X), as nnU-Net's sliding window makes it."""
+NoiseField = Callable[[int], Tensor]
 """A noise field that comes in order: the next so many slices of it, (C, slices, Y, X)."""
-Finished = tuple[slice, Tensor]
+SliceValues = tuple[slice, Tensor]
 """Slices of a volume, and values (C, slices, Y, X) in them."""
 
 
 def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.device,
-                 correlation: float = 0.0) -> Callable[[], Field]:
+                 correlation: float = 0.0) -> Callable[[], NoiseField]:
     """Source of standard normal noise fields for one sample of a volume; a field comes in chunks of slices.
 
     The same arguments give the same fields, whatever the chunks, the tiles, the device and the number of threads: they
@@ -52,11 +53,11 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
         A function that starts the next field.
     """
     numbers, slice_shape = itertools.count(), (shape[0], *shape[2:])
-    threads = torch.get_num_threads() if device.type == 'cpu' else all_cpus()  # nnU-Net sets one for a GPU
+    threads = torch.get_num_threads() if device.type == 'cpu' else available_cpus()  # nnU-Net sets one for a GPU
 
     pool = ThreadPoolExecutor(threads) if threads > 1 else None  # ends with the last field
 
-    def start() -> Field:
+    def start() -> NoiseField:
         number = next(numbers)
         seeds = iter([_seed_of_slice(seed, sample, number, z) for z in range(shape[1])])
         before: list[Tensor] = []  # the last slice
@@ -65,10 +66,10 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
         def field(count: int) -> Tensor:
             xi = torch.empty((count, *slice_shape), pin_memory=device.type == 'cuda')  # a copy is then not waited for
             if pool is not None:
-                ahead.extend(pool.submit(_drawn, slice_shape, of)
-                             for of in itertools.islice(seeds, count + threads - len(ahead)))
-            for of_slice in xi:
-                of_slice.copy_(_drawn(slice_shape, next(seeds)) if pool is None else ahead.popleft().result())
+                ahead.extend(pool.submit(_drawn, slice_shape, slice_seed)
+                             for slice_seed in itertools.islice(seeds, count + threads - len(ahead)))
+            for xi_z in xi:
+                xi_z.copy_(_drawn(slice_shape, next(seeds)) if pool is None else ahead.popleft().result())
             if correlation > 0:
                 for eps in xi:
                     if before:
@@ -89,9 +90,10 @@ def _drawn(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def refine_volume(denoise: Callable[[Tensor, float], Iterable[Finished]], process_at: Callable[[slice], ForwardProcess],
-                  mask_at: Callable[[slice], Tensor], shape: Sequence[int], device: torch.device,
-                  levels: Sequence[float], noise: Callable[[], Field]) -> Tensor:
+def refine_volume(denoise: Callable[[Tensor, float], Iterable[SliceValues]],
+                  process_at: Callable[[slice], ForwardProcess], mask_at: Callable[[slice], Tensor],
+                  shape: Sequence[int], device: torch.device, levels: Sequence[float],
+                  noise: Callable[[], NoiseField]) -> Tensor:
     """One sample of a volume: `diffusion.sampling.refine`, chunk by chunk.
 
     Args:
@@ -118,9 +120,9 @@ def refine_volume(denoise: Callable[[Tensor, float], Iterable[Finished]], proces
     return x
 
 
-def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], weight: Tensor, device: torch.device,
-               elsewhere: Callable[[slice], Tensor] | None = None) -> Iterator[Finished]:
-    """Weighted mean over overlapping tiles, float32 on `device`: slices in order, once no tile is to come in them.
+def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], weight: Tensor, device: torch.device
+               ) -> Iterator[SliceValues]:
+    """Weighted mean over tiles that cover a volume, float32 on `device`: slices in order, once all their tiles are in.
 
     What is kept is as many slices as a tile and a chunk have: slice z lies at place z modulo their number.
 
@@ -130,7 +132,6 @@ def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], w
         shape: (C, Z, Y, X).
         weight: of the voxels of a tile, positive: nnU-Net's Gaussian, or 1.
         device: of the volume.
-        elsewhere: slices -> values (C, slices, Y, X), which stand where no tile is; None if tiles cover the volume.
 
     Yields:
         Slices, and their values; these are overwritten when the next ones are asked for.
@@ -139,38 +140,36 @@ def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], w
     total = torch.zeros((shape[0], places, *shape[2:]), device=device)
     total_weight = torch.zeros((places, *shape[2:]), device=device)
 
-    def finish(first: int, end: int) -> Iterator[Finished]:
+    def finish(first: int, end: int) -> Iterator[SliceValues]:
         for whole in chunks(shape, first, end):
             for z, place in _in_ring(whole.start, whole.stop, places):
                 values, weights = total[:, place], total_weight[place]
                 values.div_(weights)
-                if elsewhere is not None:
-                    values.copy_(torch.where(weights > 0, values, elsewhere(z)))
                 yield z, values
                 values.zero_()
                 weights.zero_()
 
     first = 0  # the first slice that is not finished
-    for (_, of_z, y, x), values in estimates:
-        of_tile = weight
-        if isinstance(of_z, int):  # 2d
-            of_z, values, of_tile = slice(of_z, of_z + 1), values[:, None], weight[None]
-        if of_z.start < first:
-            raise ValueError(f'A tile begins at slice {of_z.start}, where an earlier one began at {first} or behind.')
-        ready = of_z.start - (of_z.start - first) % slices_in_chunk(shape)  # whole chunks
+    for (_, tile_z, y, x), values in estimates:
+        tile_weight = weight
+        if isinstance(tile_z, int):  # 2d
+            tile_z, values, tile_weight = slice(tile_z, tile_z + 1), values[:, None], weight[None]
+        if tile_z.start < first:
+            raise ValueError(f'A tile begins at slice {tile_z.start}, where an earlier one began at {first} or behind.')
+        ready = tile_z.start - (tile_z.start - first) % slices_in_chunk(shape)  # whole chunks
         yield from finish(first, ready)
         first = ready
-        weighted = of_tile * values.to(device)
-        for z, place in _in_ring(of_z.start, of_z.stop, places):
-            of_slices = slice(z.start - of_z.start, z.stop - of_z.start)
-            total[:, place, y, x] += weighted[:, of_slices]
-            total_weight[place, y, x] += of_tile[of_slices]
+        weighted = tile_weight * values.to(device)
+        for z, place in _in_ring(tile_z.start, tile_z.stop, places):
+            in_tile = slice(z.start - tile_z.start, z.stop - tile_z.start)
+            total[:, place, y, x] += weighted[:, in_tile]
+            total_weight[place, y, x] += tile_weight[in_tile]
     yield from finish(first, shape[1])
 
 
-def kept_slices(shape: Sequence[int], of_tile: int) -> int:
+def kept_slices(shape: Sequence[int], slices_of_tile: int) -> int:
     """Slices of a volume (C, Z, Y, X) that `fuse_tiles` keeps, for tiles of so many."""
-    return min(shape[1], of_tile + slices_in_chunk(shape) - 1)
+    return min(shape[1], slices_of_tile + slices_in_chunk(shape) - 1)
 
 
 def _in_ring(first: int, end: int, places: int) -> Iterator[tuple[slice, slice]]:

@@ -98,11 +98,11 @@ def differences(trained_with: Mapping[str, Any], plans: dict[str, Any], configur
     if configuration not in trained_plans.get('configurations', {}):
         return {"the plans' list of configurations": (list(trained_plans.get('configurations', {})),
                                                       list(plans['configurations']))}
-    of_training = PlansManager(trained_plans).get_configuration(configuration).configuration
+    there = PlansManager(trained_plans).get_configuration(configuration).configuration
     here = PlansManager(plans).get_configuration(configuration).configuration
     for key in ('spacing', 'patch_size', 'normalization_schemes', 'use_mask_for_norm', 'preprocessor_name',
                 'resampling_fn_data', 'resampling_fn_data_kwargs', 'architecture', 'previous_stage'):
-        theirs[f"the plans' {key}"], ours[f"the plans' {key}"] = of_training.get(key), here.get(key)
+        theirs[f"the plans' {key}"], ours[f"the plans' {key}"] = there.get(key), here.get(key)
     for key in ('transpose_forward', 'foreground_intensity_properties_per_channel'):
         theirs[f"the plans' {key}"], ours[f"the plans' {key}"] = trained_plans.get(key), plans.get(key)
     return {key: (value, ours[key]) for key, value in theirs.items() if value != ours[key]}

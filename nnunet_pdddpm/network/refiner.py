@@ -1,6 +1,7 @@
 """The one network that nnU-Net sees: the frozen stock network, the denoiser, and how to sample."""
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabi
 from nnunet_pdddpm.diffusion.drawing import END, draw_shifts, drawn_mask
 from nnunet_pdddpm.diffusion.levels import LevelTable, even_table, paper_table
 from nnunet_pdddpm.diffusion.measuring import NODES
-from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing, evidence, x0_from_eps
-from nnunet_pdddpm.diffusion.sampling import KeptNoise, refine
+from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing, log_likelihood_ratio, x0_from_eps
+from nnunet_pdddpm.diffusion.sampling import NoiseCache, refine
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, note_checksum
 from nnunet_pdddpm.network.denoiser import Denoiser
 from nnunet_pdddpm.network.seen import Seen, note_seen, stored_seen
@@ -29,7 +30,7 @@ CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 7
 QUALITY = 'quality'
 """In the state dict: Dice of validation cases and what may tell it, see `inference.ranking.FIELDS`."""
 QUALITY_ROWS, QUALITY_FIELDS = 768, 14
-BLIND = 5.0
+BLIND_OFFSET = 5.0
 """What the blind level is below the lowest log SNR."""
 LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
 """In the state dict: the table of noise levels, and what it was measured by (see `LevelMeter`)."""
@@ -103,7 +104,7 @@ class Refiner(nn.Module):
             self.register_buffer(SETTING + name, torch.tensor(value, dtype=dtype))
         self.presegmenter_checksum: int | None = None  # see `check_weights`
         self.seen = Seen()
-        self._noise = KeptNoise()
+        self._noise = NoiseCache()
         self.register_state_dict_post_hook(note_checksum)
         self.register_state_dict_post_hook(note_seen)
         self.regions, self.settings = False, SamplingSettings()  # until weights and settings are loaded or configured
@@ -147,16 +148,18 @@ class Refiner(nn.Module):
             ValueError: if a setting is out of range, or the weights are damaged, see `check_weights`.
             CheckpointError: if it is the state of a version that had no table of levels.
         """
-        refuse_earlier(state_dict, 'The model')
+        check_version(state_dict, 'The model')
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         self.seen = stored_seen(state_dict)
         before = self.settings
-        result = super().load_state_dict(with_quality(state_dict, self.quality), strict, assign)
+        result = super().load_state_dict(add_missing_quality(state_dict, self.quality), strict, assign)
         self.use_stored_settings()
         stored = self.settings
         self.settings = effective_settings(stored)
         if self.settings not in (stored, before):  # nnU-Net loads the weights anew for every case
-            print(f'The environment overrides the sampling settings of the model: {self.settings}')
+            # no log: nnUNetv2_predict shows none, and who predicts has to know
+            warnings.warn(f'The environment overrides the sampling settings of the model: {self.settings}',
+                          stacklevel=2)
         return result
 
     def train(self, mode: bool = True) -> Refiner:
@@ -220,23 +223,23 @@ class Refiner(nn.Module):
     def forward(self, x: Tensor | NoisyBatch) -> Tensor | list[Tensor]:
         """(B, image channels, ...) image -> (B, C, ...) logits; `NoisyBatch` -> the denoiser's raw output."""
         if isinstance(x, NoisyBatch):
-            return self.denoised(x.image, x.noisy, x.log_snr)
+            return self.denoiser_output(x.image, x.noisy, x.log_snr)
         return self.sample(x, self.settings)
 
     @torch.compiler.disable(recursive=False)
-    def denoised(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor | list[Tensor]:
+    def denoiser_output(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor | list[Tensor]:
         """Logits of the clean mask, or the predicted noise: the denoiser's output, finest first with deep supervision.
 
-        What each noisy voxel says by itself is added to the finest logits (`process.evidence`), so that the network has
-        to find out only what the image and the other voxels say. At the blind level, where the mask is zeros, it adds
-        nothing.
+        What each noisy voxel says by itself (`process.log_likelihood_ratio`) is added to the finest logits. So the
+        network has to find out only what the image and the other voxels say. At the blind level, where the mask is
+        zeros, nothing is added.
         """
         output = self.denoiser(image, noisy, log_snr)
         if self.design.parameterisation == 'eps':
             return output
         coding = self.design.coding
-        of_voxels = evidence(noisy, log_snr, coding.low, coding.high)
-        return [output[0] + of_voxels, *output[1:]] if isinstance(output, list) else output + of_voxels
+        ratio = log_likelihood_ratio(noisy, log_snr, coding.low, coding.high)
+        return [output[0] + ratio, *output[1:]] if isinstance(output, list) else output + ratio
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=False)
@@ -283,7 +286,7 @@ class Refiner(nn.Module):
     @property
     def blind_level(self) -> float:
         """Number that stands for the blind level in the place of a log SNR: below all of them."""
-        return self.table.log_snr[0] - BLIND
+        return self.table.log_snr[0] - BLIND_OFFSET
 
     def _level(self, level: float, like: Tensor) -> Tensor:
         return torch.full((like.shape[0],), level, dtype=torch.float32, device=like.device)
@@ -314,7 +317,7 @@ class Refiner(nn.Module):
             x: (B, C, ...) coded mask x_t.
             level: log SNR.
         """
-        output = self.denoised(image, x, self._level(level, x))
+        output = self.denoiser_output(image, x, self._level(level, x))
         output = (output[0] if isinstance(output, list) else output).float()
         coding = self.design.coding
         if self.design.parameterisation == 'x0':
@@ -344,14 +347,14 @@ class BlindNetwork(nn.Module):
         return self._blind_logits(image, self.temperature)
 
 
-def refuse_earlier(weights: Mapping[str, Any], source: str) -> None:
+def check_version(weights: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError for a refiner's state of a version that named noise levels by numbers."""
     if not {LEVELS[0], SETTING + 'start', CALIBRATION} <= weights.keys():
         raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
                               f'otherwise: train it again with this version.')
 
 
-def with_quality(weights: Mapping[str, Any], empty: Tensor) -> Mapping[str, Any]:
+def add_missing_quality(weights: Mapping[str, Any], empty: Tensor) -> Mapping[str, Any]:
     """A refiner's state dict; of a version that measured no quality, with an empty one, of the shape of `empty`."""
     if QUALITY in weights:
         return weights

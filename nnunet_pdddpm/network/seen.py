@@ -24,17 +24,17 @@ class Seen:
     """Those that the stock model was validated on when it was trained; it was trained on others."""
 
     @classmethod
-    def of(cls, trained_on: Iterable[str], stock_held_out: Iterable[str] | None) -> Seen:
+    def from_names(cls, trained_on: Iterable[str], stock_held_out: Iterable[str] | None) -> Seen:
         """From names of cases."""
         return cls(frozenset(map(case_hash, trained_on)),
                    None if stock_held_out is None else frozenset(map(case_hash, stock_held_out)))
 
-    def trained_on_too(self, names: Iterable[str]) -> Seen:
+    def with_training_cases(self, names: Iterable[str]) -> Seen:
         """With further cases that the denoiser is trained on; what is not known stays so."""
         known = None if self.trained_on is None else self.trained_on | frozenset(map(case_hash, names))
         return Seen(known, self.stock_held_out)
 
-    def own(self, validation: Iterable[str], training: Iterable[str] = ()) -> list[str]:
+    def leaked_into_denoiser(self, validation: Iterable[str], training: Iterable[str] = ()) -> list[str]:
         """Those of the validation cases that the denoiser was trained on.
 
         `training`: those that the split in force trains on. Where it validates on some of them, that is on purpose.
@@ -43,7 +43,7 @@ class Seen:
         return [name for name in sorted(validation) if self.trained_on is not None
                 and case_hash(name) in self.trained_on and name not in meant]
 
-    def not_held_out(self, validation: Iterable[str]) -> list[str]:
+    def leaked_into_stock(self, validation: Iterable[str]) -> list[str]:
         """Those of the validation cases that the stock model did not hold out: it was trained on them, or they were
         added since."""
         return [name for name in sorted(validation) if self.stock_held_out is not None
@@ -53,7 +53,7 @@ class Seen:
         """What is wrong with cases as validation cases, a clause; empty if nothing is known to be. `training`: see
         `own`."""
         names = sorted(validation)
-        own, stock = self.own(names, training), self.not_held_out(names)
+        own, stock = self.leaked_into_denoiser(names, training), self.leaked_into_stock(names)
         said = [f'the model was trained on {_listed(own, names)}'] * bool(own)
         said += [f'{_listed(stock, names)} are not among the cases that its stock model held out, so that was trained '
                  f'on them, unless they were added since'] * bool(stock)
@@ -69,15 +69,15 @@ class Seen:
         return ''
 
 
-def trained_on_as_well(validation: Iterable[str], training: Iterable[str]) -> str:
+def split_overlap(validation: Iterable[str], training: Iterable[str]) -> str:
     """Which validation cases of a split are among its training cases, a clause; empty if none is."""
     names, meant = sorted(validation), frozenset(training)
     both = [name for name in names if name in meant]
     return f'by splits_final.json {_listed(both, names)} are training cases as well' if both else ''
 
 
-def _listed(names: list[str], of: list[str]) -> str:
-    return f'{len(names)} of {len(of)} validation cases ({", ".join(names[:3])}{", …" if len(names) > 3 else ""})'
+def _listed(names: list[str], cases: list[str]) -> str:
+    return f'{len(names)} of {len(cases)} validation cases ({", ".join(names[:3])}{", …" if len(names) > 3 else ""})'
 
 
 def stored_seen(weights: Mapping[str, Any]) -> Seen:

@@ -81,22 +81,22 @@ class SamplingSettings:
         return self.is_stock or self.mask_stock > 0 or self.samples_from == 'stock'
 
     @property
-    def drawing(self) -> dict[str, Value]:
+    def sample_settings(self) -> dict[str, Value]:
         """What a sample is drawn by, but for its noise."""
         names = ('start', 'steps', 'samples_from', 'start_mask', 'redraw', 'dependence', 'temperature',
                  'blind_temperature')
         return {name: getattr(self, name) for name in names}
 
     @property
-    def mask_made_of(self) -> dict[str, Value]:
+    def mask_settings(self) -> dict[str, Value]:
         """What the mask depends on, but for the noise."""
         if self.is_stock:
             return {'mask_stock': 1.0}
         if self.mask_blind == 1:
             return {'mask_blind': 1.0}
         temperatures = {'temperature': self.temperature, 'blind_temperature': self.blind_temperature}
-        of_samples = self.drawing if self.needs_samples else {}
-        return {'mask_stock': self.mask_stock, 'mask_blind': self.mask_blind, **temperatures, **of_samples}
+        sampled = self.sample_settings if self.needs_samples else {}
+        return {'mask_stock': self.mask_stock, 'mask_blind': self.mask_blind, **temperatures, **sampled}
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -134,7 +134,7 @@ def from_numbers(numbers: Mapping[str, Any]) -> SamplingSettings:
     return SamplingSettings(**values)
 
 
-def own_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def package_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Environment variables of this package -> what follows the prefix, in lower case.
 
     They are compared without case, since Windows gives names in upper case. NNUNET_PDDDPM_DATA is the benchmarks'.
@@ -151,7 +151,7 @@ def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[s
             the known. The message names the variable.
     """
     overrides: dict[str, Value] = {}
-    for variable, name in own_variables(environment).items():
+    for variable, name in package_variables(environment).items():
         text = environment[variable]
         if name == 'presegmenter' or not text:
             continue

@@ -9,6 +9,7 @@ import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnunet_pdddpm.report.summary as text
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import write_atomically
 from nnunet_pdddpm.image_files import UnusableImage
 from nnunet_pdddpm.labels import foreground_labels
@@ -47,7 +48,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]]) -> P
     """
     folder = Path(output_folder)
     shown: bytes | None = None
-    while (now := existing(folder / text.SUMMARY).read_bytes()) != shown:  # another part has finished: once more
+    while (now := existing(folder / SUMMARY).read_bytes()) != shown:  # another part has finished: once more
         shown = now
         page, missing = _page(folder, images, text.read_summary(folder))
         written = write_atomically(folder, {REPORT: page})[0]

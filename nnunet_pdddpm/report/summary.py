@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_pdddpm.files import UNTOLD, is_that_file
+from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
 from nnunet_pdddpm.inference.intervals import in_percent
 from nnunet_pdddpm.report.volumes import existing
 
-SUMMARY = 'pdddpm_summary.json'
 BIN_WIDTHS = (0.01, 0.02, 0.05, 0.1)
 MAX_BINS = 12
 
@@ -57,10 +57,10 @@ def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str
     missing: dict[str, str] = {}
     for case in cases:
         entry, mask = by_name.get(case), folder / f'{case}{ending}'
-        if entry is not None and is_that_file(folder, entry.get('mask')):
+        if entry is not None and matches_identity(folder, entry.get('mask')):
             chosen.append(entry)
         elif mask.is_file() and entry is not None and 'mask' not in entry:
-            missing[case] = f'{mask.name} {UNTOLD}'
+            missing[case] = f'{mask.name} {NO_CHECKSUM}'
         elif mask.is_file() and case not in failed:
             missing[case] = f'{mask.name} is not the mask that {SUMMARY} was made of'
         elif case not in failed:

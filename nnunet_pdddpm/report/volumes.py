@@ -11,7 +11,7 @@ from nibabel.orientations import io_orientation
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_pdddpm.image_files import UnusableImage, damage, full_scale, of_the_image
+from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, full_scale
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     stock, _ = _read(reader, folder / 'presegmentation' / f'{case}{ending}')
     uncertainty, _ = _read(reader, map_file)
     first = str(existing(Path(images[0])))
-    with of_the_image(first):
+    with as_unusable_image(first):
         image, _ = reader.read_images((first,))
     image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
     if isinstance(reader, NaturalImage2DIO | Tiff3DIO):
@@ -122,7 +122,7 @@ def _read(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """A mask or map, with its geometry; raises ValueError if it is missing, damaged or unreadable."""
     if wrong := damage(existing(file)):
         raise UnusableImage(f'{file} {wrong}; predict again with --report')
-    with of_the_image(str(file)):
+    with as_unusable_image(str(file)):
         return reader.read_seg(str(file))
 
 

@@ -9,7 +9,7 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-MOST_IN_A_ROW = 10
+MAX_CONSECUTIVE = 10
 """Losses that GradScaler may leave out one after the other."""
 
 
@@ -21,7 +21,7 @@ class LossWatch:
     """Ends training at a loss that is NaN or infinite.
 
     With a GradScaler, which leaves such steps out and lowers its scale, they are counted and told instead. Training
-    then ends at MOST_IN_A_ROW of them, or where a weight is no number.
+    then ends at MAX_CONSECUTIVE of them, or where a weight is no number.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
@@ -51,10 +51,10 @@ class LossWatch:
             raise self._error(loss, iteration, epoch, cases, '')
         if not all(bool(torch.isfinite(weight).all()) for weight in scaled_weights):
             raise self._error(loss, iteration, epoch, cases, ' and weights of the network are no numbers')
-        if self.in_a_row >= MOST_IN_A_ROW:
+        if self.in_a_row >= MAX_CONSECUTIVE:
             raise self._error(loss, iteration, epoch, cases, f', the {self.in_a_row}th time in a row')
         self.log(f'The loss is {float(loss)} at iteration {iteration} of epoch {epoch}: GradScaler leaves this step '
-                 f'out ({self.in_a_row} in a row, training stops at {MOST_IN_A_ROW}).')
+                 f'out ({self.in_a_row} in a row, training stops at {MAX_CONSECUTIVE}).')
 
     def _error(self, loss: SupportsFloat, iteration: int, epoch: int, cases: Sequence[str], what: str) -> NonFiniteLoss:
         kept = [name for name in ('checkpoint_latest.pth', 'checkpoint_best.pth') if (self.folder / name).is_file()]

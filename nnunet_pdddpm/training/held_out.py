@@ -36,7 +36,7 @@ def held_out_cases(fold: Path, ending: str) -> frozenset[str] | None:
     if logged and len(logged) == size:
         return logged
     summary = fold / 'validation' / 'summary.json'
-    cases = _of_summary(summary, ending)
+    cases = _cases_of_summary(summary, ending)
     # the folder may hold masks of an earlier split
     if cases and size in (None, len(cases)) and logged <= cases and _is_newer(summary, last):
         return cases
@@ -53,7 +53,7 @@ def _time(log: Path) -> list[int]:
     return [int(number) for number in re.findall(r'\d+', log.name)]  # months and days have one digit or two
 
 
-def _of_summary(file: Path, ending: str) -> frozenset[str]:
+def _cases_of_summary(file: Path, ending: str) -> frozenset[str]:
     try:
         rows = json.loads(file.read_text())['metric_per_case']
         return frozenset(Path(row['prediction_file']).name.removesuffix(ending) for row in rows)

@@ -36,7 +36,7 @@ class DenoisingLoss(nn.Module):
             # the Dice is then one over the items of all processes, all of which take part in its sums with equal shapes
             self.dice_over_processes = bool(parts.dc.batch_dice and parts.dc.ddp)
 
-    def expect(self, noisy: Tensor) -> None:
+    def set_noisy(self, noisy: Tensor) -> None:
         """Say which items (B,) of the batch to come have a noise level."""
         self.noisy, self.measured = noisy, None
 
@@ -47,31 +47,31 @@ class DenoisingLoss(nn.Module):
         loss: Any = 0
         if share > 0:
             # nnU-Net's loss of an item whose voxels are all to be ignored is 0, with classes a number
-            of_items = [self.proper_loss(output[i:i + 1], target[i:i + 1]) for i in noisy.nonzero()[:, 0]]
+            item_losses = [self.proper_loss(output[i:i + 1], target[i:i + 1]) for i in noisy.nonzero()[:, 0]]
             if self.measured is None:  # deep supervision asks for the finest first
-                measured = torch.stack([of.detach() if isinstance(of, Tensor) else output.new_tensor(torch.nan)
-                                        for of in of_items])
+                measured = torch.stack([item.detach() if isinstance(item, Tensor) else output.new_tensor(torch.nan)
+                                        for item in item_losses])
                 if target.shape[1] > output.shape[1]:  # regions, and behind them what is to be ignored
                     ignored = target[noisy.nonzero()[:, 0].to(target.device), -1].flatten(1).bool().all(1)
                     measured = measured.masked_fill(ignored, torch.nan)
                 self.measured = measured
-            loss = loss + share * sum(of_items, start=output[..., :0].sum()) / len(of_items)
+            loss = loss + share * sum(item_losses, start=output[..., :0].sum()) / len(item_losses)
         if self.dice_over_processes:
             loss = loss + (1 - share) * self.only_dice(*_as_background(noisy.to(output.device), output, target))
         if share < 1:
             blind = (~noisy).nonzero()[:, 0].to(output.device)
-            of_blind = self.only_ce if self.dice_over_processes else self.mask_loss
-            loss = loss + (1 - share) * of_blind(output[blind], target[blind])
+            blind_loss = self.only_ce if self.dice_over_processes else self.mask_loss
+            loss = loss + (1 - share) * blind_loss(output[blind], target[blind])
         return cast(Tensor, loss)
 
 
 def _as_background(items: Tensor, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Output and target with some items (B,) as recognised background, which adds nothing to a Dice of batches."""
-    of_item = items.reshape(-1, *[1] * (output.ndim - 1))
+    as_mask = items.reshape(-1, *[1] * (output.ndim - 1))
     background = torch.full_like(output, torch.finfo(output.dtype).min / 4)
     if target.shape[1] == 1 < output.shape[1]:  # classes, the first of which is background; else regions
         background[:, 0] = 0
-    return torch.where(of_item, background, output), torch.where(of_item, torch.zeros_like(target), target)
+    return torch.where(as_mask, background, output), torch.where(as_mask, torch.zeros_like(target), target)
 
 
 def _weighted(loss: nn.Module, weight_dice: float, weight_ce: float) -> nn.Module:

@@ -12,11 +12,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, differences, load_checkpoint
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
 
 DEFAULT_PRESEGMENTER = 'nnUNetTrainer'
-CHECKPOINT = 'checkpoint_final.pth'
 
 
 class PresegmenterError(CheckpointError):
@@ -43,7 +43,7 @@ def presegmenter_folder(dataset_name: str, plans_name: str, configuration: str) 
 
 def checkpoint_file(model_folder: Path, fold: int | str) -> Path:
     """Path of a fold's final checkpoint, whether it exists or not."""
-    return model_folder / f'fold_{fold}' / CHECKPOINT
+    return model_folder / f'fold_{fold}' / FINAL_CHECKPOINT
 
 
 def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], configuration: str, fold: int | str,
@@ -58,9 +58,9 @@ def check_fits(checkpoint: dict[str, Any], file: Path, plans: dict[str, Any], co
         raise PresegmenterError(f'The stock model {file} does not say what it was trained on; train it again.')
     stated = {'configuration': (theirs['configuration'], configuration), 'fold': (theirs['fold'], fold)}
     differing = differences(theirs, plans, configuration, dataset_json)
-    for what, (of_stock, here) in {**stated, **differing}.items():
-        if of_stock != here:
-            raise _misfit(file, what, of_stock, here)
+    for what, (trained, here) in {**stated, **differing}.items():
+        if trained != here:
+            raise _misfit(file, what, trained, here)
 
 
 def load_network(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
@@ -79,8 +79,8 @@ def load_network(network: nn.Module, weights: dict[str, Tensor], file: Path) -> 
     network.load_state_dict(weights)
 
 
-def _misfit(file: Path, what: str, of_stock: Any, here: Any) -> PresegmenterError:
-    return PresegmenterError(f'The stock model {file} does not fit: {what} was {of_stock} when it was trained and is '
+def _misfit(file: Path, what: str, trained: Any, here: Any) -> PresegmenterError:
+    return PresegmenterError(f'The stock model {file} does not fit: {what} was {trained} when it was trained and is '
                              f'{here} here. Train the stock model with these plans and this data set first.')
 
 

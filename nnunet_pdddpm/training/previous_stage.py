@@ -15,7 +15,7 @@ class PreviousStage:
     """The predictions that nnU-Net's validation of the previous stage leaves for a cascade."""
     name: str
     """The previous stage's configuration, such as `3d_lowres`."""
-    of: TrainingContext
+    context: TrainingContext
     """Data set, plans and configuration of the cascade."""
     trainer: str
     """Name of the class that trains the cascade."""
@@ -23,11 +23,11 @@ class PreviousStage:
     @property
     def folders(self) -> dict[str, Path]:
         """Trainer -> its predictions, one file a case: the own one, as nnU-Net has it, then the stock one."""
-        stock_model = self.of.model_folder
-        results = {self.trainer: Path(str(nnUNet_results)) / self.of.plans['dataset_name'],
+        stock_model = self.context.model_folder
+        results = {self.trainer: Path(str(nnUNet_results)) / self.context.plans['dataset_name'],
                    stock_model.name.partition('__')[0]: stock_model.parent}
-        return {trainer: folder / f"{trainer}__{self.of.plans['plans_name']}__{self.name}" / 'predicted_next_stage'
-                / self.of.configuration for trainer, folder in results.items()}
+        return {trainer: folder / f"{trainer}__{self.context.plans['plans_name']}__{self.name}" / 'predicted_next_stage'
+                / self.context.configuration for trainer, folder in results.items()}
 
     def missing(self, cases: Collection[str], listed: Callable[[str], list[str]]) -> dict[str, int]:
         """For each trainer, how many of the cases it has no prediction of.
@@ -48,13 +48,13 @@ class PreviousStage:
         missing = self.missing(cases, listed)
         complete = [folder for trainer, folder in self.folders.items() if not missing[trainer]]
         if not complete:
-            raise FileNotFoundError(self.what_is_missing(missing, len(cases)))
+            raise FileNotFoundError(self.missing_message(missing, len(cases)))
         return complete[0]
 
-    def what_is_missing(self, missing: dict[str, int], num_cases: int) -> str:
+    def missing_message(self, missing: dict[str, int], num_cases: int) -> str:
         """The sentence about a previous stage of which no folder is complete."""
         found = ' and '.join(f'{missing[trainer]} are missing in {folder}' for trainer, folder in self.folders.items())
-        return (f'{self.of.configuration} needs the predictions of {self.name} for its {num_cases} training and '
+        return (f'{self.context.configuration} needs the predictions of {self.name} for its {num_cases} training and '
                 f'validation cases, and {found}. The validation of {self.name} writes them, for every fold: '
-                f"nnUNetv2_train {self.of.plans['dataset_name']} {self.name} FOLD -tr {list(self.folders)[-1]} "
-                f"-p {self.of.plans['plans_name']} (with --val if it is trained already).")
+                f"nnUNetv2_train {self.context.plans['dataset_name']} {self.name} FOLD -tr {list(self.folders)[-1]} "
+                f"-p {self.context.plans['plans_name']} (with --val if it is trained already).")

@@ -24,15 +24,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_pdddpm.diffusion.coding import harden, one_hot
 from nnunet_pdddpm.diffusion.levels import lowest_log_snr
-from nnunet_pdddpm.diffusion.measuring import LevelMeter, positions, training_levels
+from nnunet_pdddpm.diffusion.measuring import LevelMeter, kronecker_sequence, training_levels
 from nnunet_pdddpm.diffusion.process import q_sample
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.image_files import images_in, listed
+from nnunet_pdddpm.image_files import abbreviated, images_in
 from nnunet_pdddpm.labels import label_channels
+from nnunet_pdddpm.logs import log_forwarded_to
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, refuse_earlier
-from nnunet_pdddpm.network.seen import Seen, stored_seen, trained_on_as_well
+from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, check_version
+from nnunet_pdddpm.network.seen import Seen, split_overlap, stored_seen
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
@@ -41,12 +43,11 @@ from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
-from nnunet_pdddpm.tuning.budget import enough
-from nnunet_pdddpm.tuning.calibration import Measured, cases_to_calibrate, keep, measure, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
-from nnunet_pdddpm.tuning.choice import TuningError
-from nnunet_pdddpm.tuning.report import NAME as SWEEP
-from nnunet_pdddpm.tuning.stored import CHECKPOINTS
+from nnunet_pdddpm.tuning.budget import enough_cases
+from nnunet_pdddpm.tuning.calibration import Measured, cases_to_calibrate, measure, open_for_calibration, store_measured
+from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
+from nnunet_pdddpm.tuning.errors import TuningError
+from nnunet_pdddpm.tuning.report import SWEEP
 from nnunet_pdddpm.tuning.tune import open_model, tune
 from nnunet_pdddpm.versions import require_nnunet
 
@@ -89,7 +90,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._restored = False
         self._previous_stage_told = False
         self._average_in_network = False
-        self._checkpoint = CHECKPOINTS[0]  # whose weights are in the network when training has ended
+        self._checkpoint = FINAL_CHECKPOINT  # whose weights are in the network when training has ended
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -170,8 +171,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         elif not self._restored:
             self._embed_stock_model()
         self._stock_checkpoint = None
-        self._note_cases()
-        if self.current_epoch == 0 and (earlier := Path(self.output_folder, CHECKPOINTS[0])).is_file():
+        self._check_split()
+        if self.current_epoch == 0 and (earlier := Path(self.output_folder, FINAL_CHECKPOINT)).is_file():
             self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
                                    f'with it, and --c takes it for the end of this one.')
         self._first_epoch = self.current_epoch
@@ -181,7 +182,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._gloo = dist.new_group(backend='gloo', timeout=timedelta(days=30))
         super().on_train_start()
 
-    def _note_cases(self) -> None:
+    def _check_split(self) -> None:
         """Note what the model is trained on, and say which validation cases it or its stock model has seen.
 
         Raises:
@@ -191,11 +192,11 @@ class PDDDPMTrainer(nnUNetTrainer):
         training, validation = self.do_split()
         if not self._restored:
             stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
-            self.refiner.seen = Seen.of([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
+            self.refiner.seen = Seen.from_names([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
         if self.fold != 'all':
             seen, number = self.refiner.seen, len(validation)
-            leak, foreign = seen.leaks(validation, training), seen.not_held_out(validation)
-            if seen.own(validation, training) or not enough(number - len(foreign), number):
+            leak, foreign = seen.leaks(validation, training), seen.leaked_into_stock(validation)
+            if seen.leaked_into_denoiser(validation, training) or not enough_cases(number - len(foreign), number):
                 raise CheckpointError(f'By the present splits_final.json {leak}. Put back the one that was trained '
                                       f'with, or train the stock model again with this one, and then this model from '
                                       f'its beginning (without --c).')
@@ -203,13 +204,13 @@ class PDDDPMTrainer(nnUNetTrainer):
                 self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of a validation is '
                                        f'not of held-out cases alone. The sampling settings and intervals of volumes '
                                        f'are fitted to the others.')
-            if both := trained_on_as_well(validation, training):
+            if both := split_overlap(validation, training):
                 self.print_to_log_file(f'WARNING: {both}. The Dice of a validation is not of held-out cases alone, and '
                                        f'the sampling settings and intervals of volumes are not fitted to them.')
             if unknown := self.refiner.seen.unknown():
                 self.print_to_log_file(f'{unknown} If splits_final.json was changed since, what is measured on the '
                                        f'validation cases is wrong.')
-        self.refiner.seen = self.refiner.seen.trained_on_too(training)
+        self.refiner.seen = self.refiner.seen.with_training_cases(training)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         """As nnU-Net's, but mirroring as the stock model was trained: it sees the same patches."""
@@ -258,7 +259,7 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As nnU-Net's, without the losses that are no numbers."""
-        super().on_train_epoch_end([of for of in train_outputs if np.isfinite(of['loss'])] or train_outputs)
+        super().on_train_epoch_end([output for output in train_outputs if np.isfinite(output['loss'])] or train_outputs)
 
     @torch.no_grad()
     def make_noisy_batch(self, image: Tensor, target: Tensor) -> tuple[NoisyBatch, Tensor]:
@@ -278,7 +279,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         noise = torch.randn(x0.shape, generator=self.noise_generator, device=self.device)
         x = q_sample(x0, log_snr, noise)
         x[blind.to(x.device)] = 0
-        self.denoising_loss.expect(~blind)
+        self.denoising_loss.set_noisy(~blind)
         return NoisyBatch(image, x, log_snr.to(self.device)), noise
 
     def draw_blind(self, number: int) -> Tensor:
@@ -294,7 +295,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def draw_levels(self, number: int) -> Tensor:
         """(number,) log SNRs of noisy patches, even in the share of uncertainty that they leave: `training_levels`."""
         first, self.noisy_patches = self.noisy_patches, self.noisy_patches + number
-        return training_levels(self.meter.table(), positions(first, number, self.level_offset))
+        return training_levels(self.meter.table(), kronecker_sequence(first, number, self.level_offset))
 
     def measure_levels(self, log_snr: Tensor) -> None:
         """Note the cross-entropy at the levels (B,) of the last batch, over all ranks."""
@@ -332,7 +333,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """As nnU-Net's; then the sampling settings are tuned, with which nnU-Net goes on to validate."""
         super().on_train_end()
-        self._checkpoint = CHECKPOINTS[0]
+        self._checkpoint = FINAL_CHECKPOINT
         choice = [self.tune_sampling() if self.local_rank == 0 else None]
         if self._gloo is not None:
             dist.broadcast_object_list(choice, 0, self._gloo)
@@ -342,7 +343,7 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     def tune_sampling(self) -> SamplingSettings | None:
         """Tune the sampling settings of the saved model; None, with a line in the log, if they stay as they are."""
-        starts, ends = (self.logger.get_value(f'epoch_{of}_timestamps', step=None) for of in ('start', 'end'))
+        starts, ends = (self.logger.get_value(f'epoch_{event}_timestamps', step=None) for event in ('start', 'end'))
         seconds = self.tuning_share * sum(end - start for start, end in zip(starts, ends, strict=False))
         stay = 'The sampling settings stay as they are: '
         if self.tuning_share == 0:
@@ -355,8 +356,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             for ending in ('json', 'csv', 'png'):  # of an earlier training: they would be taken for this one's
                 Path(self.output_folder, f'{SWEEP}.{ending}').unlink(missing_ok=True)
             try:
-                predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
-                return tune(self, predictor, seconds, log=self.print_to_log_file)
+                with log_forwarded_to(self.print_to_log_file):
+                    predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
+                    return tune(self, predictor, seconds, log=self.print_to_log_file)
             except (TuningError, CheckpointError, OSError) as error:
                 self.print_to_log_file(f'{stay}{error}')
             except MEMORY_ERRORS as error:
@@ -414,12 +416,12 @@ class PDDDPMTrainer(nnUNetTrainer):
         if self.fold != 'all' and (leak := self.refiner.seen.leaks(self.do_split()[1])):
             self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of this validation is '
                                    f'not of held-out cases alone.')
-        foreign = self._masks_of_no_validation_case()
+        foreign = self._foreign_masks()
         if foreign:
             self.print_to_log_file(f'WARNING: {Path(self.output_folder, "validation")} holds {len(foreign)} masks of '
-                                   f'cases that this split does not validate on ({listed(foreign)}): they are of an '
-                                   f'earlier training, and summary.json there counts them. Take them away and validate '
-                                   f'again (--val).')
+                                   f'cases that this split does not validate on ({abbreviated(foreign)}): they are of '
+                                   f'an earlier training, and summary.json there counts them. Take them away and '
+                                   f'validate again (--val).')
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
@@ -427,7 +429,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._swap_average()
         self.calibrate_volumes()
 
-    def _masks_of_no_validation_case(self) -> list[str]:
+    def _foreign_masks(self) -> list[str]:
         """Names of masks in the folder of the validation that this one does not write."""
         folder, ending = Path(self.output_folder, 'validation'), self.dataset_json['file_ending']
         mine = {f'{case}{ending}' for case in self.do_split()[1]}
@@ -439,26 +441,27 @@ class PDDDPMTrainer(nnUNetTrainer):
         file = Path(self.output_folder, self._checkpoint)
         if not file.is_file():
             return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint.')
-        scores: list[Any] = [self._measured_on_my_cases(file)]
+        scores: list[Any] = [self._measure_own_share(file)]
         if self.is_ddp:
             mine, scores = scores[0], [None] * dist.get_world_size()
             dist.all_gather_object(scores, mine)
-        if any(isinstance(of, str) for of in scores):
-            reason = next(of for of in scores if isinstance(of, str))
+        if any(isinstance(score, str) for score in scores):
+            reason = next(score for score in scores if isinstance(score, str))
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
         if self.local_rank == 0:
-            keep(file, Measured(*(torch.cat(of) for of in zip(*scores, strict=True))),
+            store_measured(file, Measured(*(torch.cat(rows) for rows in zip(*scores, strict=True))),
                  label_channels(self.dataset_json, self.plans_manager), self.print_to_log_file)
 
-    def _measured_on_my_cases(self, file: Path) -> Measured | str:
+    def _measure_own_share(self, file: Path) -> Measured | str:
         """Scores of this process's share of the validation cases; or why there are none."""
         try:
             cases = ValidationCases(self)
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
-            leave_out_seen(cases, predictor.list_of_parameters[0], self.print_to_log_file)
+            exclude_seen_cases(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)
-            return measure(predictor, cases, names, *(
-                (self.local_rank, dist.get_world_size()) if self.is_ddp else ()))
+            share = (self.local_rank, dist.get_world_size()) if self.is_ddp else (0, 1)
+            with log_forwarded_to(self.print_to_log_file):
+                return measure(predictor, cases, names, *share)
         except (TuningError, CheckpointError) as error:
             return str(error)
         except MEMORY_ERRORS as error:
@@ -503,7 +506,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         if isinstance(filename_or_checkpoint, str):
             self._checkpoint = Path(filename_or_checkpoint).name
             weights = load_checkpoint(Path(filename_or_checkpoint), 'checkpoint')['network_weights']
-            refuse_earlier(weights, f'The checkpoint {filename_or_checkpoint}')
+            check_version(weights, f'The checkpoint {filename_or_checkpoint}')
             stored = check_weights(weights, f'The checkpoint {filename_or_checkpoint}')
             seen = stored_seen(weights)
             del weights

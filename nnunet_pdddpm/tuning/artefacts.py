@@ -70,8 +70,8 @@ def cropped(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarra
     """A quarter, 40 % and 55 % at one side of an axis hold nothing."""
     x = x.copy()
     axis = int(rng.choice([i for i, n in enumerate(x.shape) if n > 1] or [0]))
-    gone = round((0.25, 0.4, 0.55)[strength] * x.shape[axis])
-    side = slice(0, gone) if rng.random() < 0.5 else slice(x.shape[axis] - gone, None)
+    size = round((0.25, 0.4, 0.55)[strength] * x.shape[axis])
+    side = slice(0, size) if rng.random() < 0.5 else slice(x.shape[axis] - size, None)
     x[tuple(side if i == axis else slice(None) for i in range(x.ndim))] = x.min()
     return x
 

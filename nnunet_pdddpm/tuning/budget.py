@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FEWEST_CASES = 5
+MIN_TUNING_CASES = 5
 
 
-def enough(cases: int, of: int) -> bool:
-    """Whether so many of the validation cases are enough to measure anything on: FEWEST_CASES, or all."""
-    return cases >= min(FEWEST_CASES, of)
+def enough_cases(cases: int, available: int) -> bool:
+    """Whether so many of the validation cases are enough to measure anything on: MIN_TUNING_CASES, or all."""
+    return cases >= min(MIN_TUNING_CASES, available)
 
 
-def cases_in(seconds: float, seconds_a_voxel: float, voxels: Sequence[int]) -> list[int]:
+def cases_within_budget(seconds: float, seconds_a_voxel: float, voxels: Sequence[int]) -> list[int]:
     """Indices of the cases on which there is time for everything.
 
     Args:
@@ -22,9 +22,9 @@ def cases_in(seconds: float, seconds_a_voxel: float, voxels: Sequence[int]) -> l
         voxels: size of each case.
 
     Returns:
-        All of them or fewer, spread evenly, the first among them; none if as few as are `enough` take longer.
+        All of them or fewer, spread evenly, the first among them; none if as few as are `enough_cases` take longer.
     """
-    for number in (number for number in range(len(voxels), 0, -1) if enough(number, len(voxels))):
+    for number in (number for number in range(len(voxels), 0, -1) if enough_cases(number, len(voxels))):
         cases = np.linspace(0, len(voxels) - 1, number).round().astype(int).tolist()
         if seconds_a_voxel * sum(voxels[i] for i in cases) <= seconds:
             return cases

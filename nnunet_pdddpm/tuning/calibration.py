@@ -12,13 +12,13 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from torch import Tensor
 
+from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
-from nnunet_pdddpm.inference.counting import grid_voxel_ml
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
-from nnunet_pdddpm.inference.predictor import INFINITE
+from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import label_map, overlap
-from nnunet_pdddpm.inference.ranking import CLEAN, FEWEST_CASES, ranking_of
+from nnunet_pdddpm.inference.ranking import CLEAN, MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
@@ -81,13 +81,14 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         prediction = predictor.predict_volume(case.image, case=case.name, stock=False)
         duration = time.perf_counter() - start
         if (true := cases.true_volumes(case.name)) is not None:
-            of_labels = _features(predictor, cases, case, prediction)
-            for (label, channel), of in zip(channels.items(), of_labels, strict=True):
-                volumes[-1][channel] = torch.tensor([true[label], *(float(v[0]) for v in of), predictor.num_samples])
+            label_features = _features(predictor, case, prediction)
+            for (label, channel), features in zip(channels.items(), label_features, strict=True):
+                values = [float(feature[0]) for feature in features]
+                volumes[-1][channel] = torch.tensor([true[label], *values, predictor.num_samples])
         quality.append(quality_row(predictor, case, prediction, number, CLEAN))
         del prediction
         seconds += SECONDS_A_CASE
-        for _ in range(COPIES if len(names) >= FEWEST_CASES else 0):
+        for _ in range(COPIES if len(names) >= MIN_RANKING_CASES else 0):
             if duration > seconds:
                 break
             start = time.perf_counter()
@@ -108,7 +109,7 @@ def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> lis
     try:
         prediction = predictor.predict_volume(torch.from_numpy(image), case=case.name, stock=False)
     except RuntimeError as error:
-        if INFINITE not in str(error):
+        if NNUNET_INF_ERROR not in str(error):
             raise
         return []
     return [quality_row(predictor, case, prediction, number, CLEAN + 1 + family)]
@@ -139,42 +140,42 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
     return row
 
 
-def _features(predictor: VolumePredictor, cases: ValidationCases, case: Case, prediction: VolumePrediction
-              ) -> list[Features]:
+def _features(predictor: VolumePredictor, case: Case, prediction: VolumePrediction) -> list[Features]:
     """What intervals of a predicted case's volumes are made of, for each label."""
     mask = convert_predicted_logits_to_segmentation_with_correct_shape(
         as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
         predictor.label_manager, case.properties)
-    ml = cases.voxel_ml(case)
+    backward = predictor.plans_manager.transpose_backward
+    ml = image_voxel_ml(case.properties, backward)
     mask_ml = np.array([np.isin(mask, values).sum() * ml
                         for values in foreground_labels(predictor.dataset_json).values()])
     return prediction.counts.features(prediction.counts.voxel_ml(
-        mask_ml, grid_voxel_ml(case.properties, case.image.shape[1:], ml)))
+        mask_ml, grid_voxel_ml(case.properties, backward, case.image.shape[1:])))
 
 
-def lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
+def interval_lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
     """What intervals the scores (cases, C, fields) give, a line for each label."""
     return [f'Volume of {name}: {_in_words(scores[:, channel].numpy())}' for name, channel in channels.items()]
 
 
 def _in_words(scores: np.ndarray) -> str:
-    calibrated = calibrate_by_mask([scores], with_samples=True).found
+    calibrated = calibrate_by_mask([scores], with_samples=True).with_label
     if isinstance(calibrated, str):
         return f'no calibrated interval: {calibrated}'
     return (f'{in_percent(calibrated.level)} interval by {len(calibrated.errors)} validation cases, errors relative to '
-            f'{calibrated.rule.words()}: {_width(calibrated, scores)}')
+            f'{calibrated.rule.describe()}: {_width(calibrated, scores)}')
 
 
 def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
     known = scores[(scores[:, FIELDS.index('samples')] > 0) & (scores[:, FIELDS.index('mask')] > 0)]
-    ends = [calibrated.interval(Features(*(of[i:i + 1] for i in range(1, 6)))) for of in known.astype(float)]
+    ends = [calibrated.interval(Features(*(row[i:i + 1] for i in range(1, 6)))) for row in known.astype(float)]
     widths = [high - low for low, high in (end for end in ends if end is not None)]
     return f'{np.mean(widths):.3g} ml wide for a volume of {known[:, 0].mean():.3g} ml, on average'
 
 
-def keep(file: Path, measured: Measured, channels: dict[str, int], log: Callable[[str], None]) -> None:
+def store_measured(file: Path, measured: Measured, channels: dict[str, int], log: Callable[[str], None]) -> None:
     """Put what was measured into a checkpoint, and say what intervals and what order of cases it gives."""
     store_calibration(file, *measured)
-    for line in lines(measured.volumes, channels):
+    for line in interval_lines(measured.volumes, channels):
         log(line)
-    log(ranking_of(measured.quality.numpy(), channels).words())
+    log(ranking_of(measured.quality.numpy(), channels).describe())

@@ -13,11 +13,12 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch import Tensor
 
 from nnunet_pdddpm.evaluation.folders import Folders, open_folders
-from nnunet_pdddpm.image_files import UnusableImage, damage, of_the_image, voxel_volume_ml
+from nnunet_pdddpm.geometry import voxel_volume_ml
+from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage
 from nnunet_pdddpm.labels import foreground_labels
-from nnunet_pdddpm.network.seen import stored_seen, trained_on_as_well
-from nnunet_pdddpm.tuning.budget import enough
-from nnunet_pdddpm.tuning.choice import TuningError
+from nnunet_pdddpm.network.seen import split_overlap, stored_seen
+from nnunet_pdddpm.tuning.budget import enough_cases
+from nnunet_pdddpm.tuning.errors import TuningError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ValidationCases:
             trainer.print_to_log_file(f'Look at this: {line}')
         return folders
 
-    def keep(self, names: Collection[str]) -> None:
+    def restrict_to(self, names: Collection[str]) -> None:
         """Leave out all cases but these; raises TuningError if raters were named and have no mask of any of them."""
         self.names = [name for name in self.names if name in names]
         self._require_raters()
@@ -118,7 +119,7 @@ class ValidationCases:
         try:
             if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
                 raise UnusableImage(f'{file} {wrong}')
-            with of_the_image(str(file)):
+            with as_unusable_image(str(file)):
                 labels, _ = self._reader.read_seg(str(file))
         except UnusableImage as error:
             self.log(f'The true volume of {name} is not known: {error}.')
@@ -128,11 +129,6 @@ class ValidationCases:
         voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
         return {label: float(np.isin(labels, values).sum()) * voxel
                 for label, values in foreground_labels(self.dataset_json).items()}
-
-    def voxel_ml(self, case: Case) -> float:
-        """Volume of a voxel of the original image."""
-        shape = case.properties['shape_before_cropping']
-        return voxel_volume_ml([shape[i] for i in self.plans.transpose_backward], case.properties['spacing'])
 
     def _raters_of(self, name: str, properties: dict[str, Any], shape: tuple[int, ...]) -> list[np.ndarray]:
         """The raters' masks, transposed, cropped and resampled as nnU-Net's preprocessor does with a truth."""
@@ -151,7 +147,7 @@ class ValidationCases:
         return masks
 
 
-def leave_out_seen(cases: ValidationCases, weights: Mapping[str, Any], log: Callable[[str], None]) -> None:
+def exclude_seen_cases(cases: ValidationCases, weights: Mapping[str, Any], log: Callable[[str], None]) -> None:
     """Leave out validation cases that a model or its stock model may have been trained on.
 
     Args:
@@ -163,11 +159,11 @@ def leave_out_seen(cases: ValidationCases, weights: Mapping[str, Any], log: Call
         TuningError: if too few cases remain.
     """
     seen, names = stored_seen(weights), cases.names
-    leak, both = seen.leaks(names, cases.training), trained_on_as_well(names, cases.training)
+    leak, both = seen.leaks(names, cases.training), split_overlap(names, cases.training)
     wrong = '; '.join([f'by the present splits_final.json {leak}'] * bool(leak) + [both] * bool(both))
     wrong = wrong[:1].upper() + wrong[1:]
-    left = set(names) - {*cases.training, *seen.own(names), *seen.not_held_out(names)}
-    if not enough(len(left), len(names)):
+    left = set(names) - {*cases.training, *seen.leaked_into_denoiser(names), *seen.leaked_into_stock(names)}
+    if not enough_cases(len(left), len(names)):
         raise TuningError(f'{wrong}: nothing can be measured on them, and {len(left)} others are too few. Put back the '
                           f'splits_final.json that the models were trained with, or train both again with one that '
                           f'validates on other cases than it trains on.')
@@ -175,4 +171,4 @@ def leave_out_seen(cases: ValidationCases, weights: Mapping[str, Any], log: Call
         log(f'WARNING: {wrong}. Nothing is measured on them here, but on the {len(left)} others.')
     if unknown := seen.unknown():
         log(f'{unknown} If splits_final.json was changed since, what is measured on the validation cases is wrong.')
-    cases.keep(left)
+    cases.restrict_to(left)

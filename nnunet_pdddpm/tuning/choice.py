@@ -8,12 +8,10 @@ import numpy as np
 from scipy import stats
 
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.tuning.errors import TuningError
 
-LEVEL = 0.95
-
-
-class TuningError(ValueError):
-    """Nothing can be tuned: the message says why and what to do."""
+CONFIDENCE = 0.95
+"""Of intervals of differences between settings."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, floa
         return -np.inf, np.inf
     without = np.array([np.nanmean(np.delete(one, i)) - np.nanmean(np.delete(other, i)) for i in range(n)])
     error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
-    difference, half = np.nanmean(one) - np.nanmean(other), stats.t.ppf((1 + LEVEL) / 2, n - 1) * error
+    difference, half = np.nanmean(one) - np.nanmean(other), stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * error
     return float(difference - half), float(difference + half)
 
 

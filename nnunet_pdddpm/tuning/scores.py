@@ -84,9 +84,9 @@ class Truth:
     def nll(self, probabilities: Tensor) -> float:
         """Negative log-likelihood of probabilities (C, Z, Y, X) in nats a voxel, that of regions the mean over them."""
         p = self._voxels(probabilities)
-        of_truth = torch.where(self.truth, p, 1 - p) if self.regions is not None \
+        true_probability = torch.where(self.truth, p, 1 - p) if self.regions is not None \
             else p.gather(0, self.truth[None].long())
-        return float(-of_truth.clamp(SMALLEST_PROBABILITY, 1).log().mean())
+        return float(-true_probability.clamp(SMALLEST_PROBABILITY, 1).log().mean())
 
     def _dice(self, hard: Tensor) -> float:
         both, sizes = self._overlap(self.truth, hard)
@@ -107,7 +107,7 @@ class Truth:
     def part_volumes(self, mask: Tensor) -> Tensor:
         """(labels, OCTANTS) volumes of the parts of a mask, in units of the label: see `set_parts`."""
         if self.regions is not None:
-            volumes = torch.stack([tally(self.part, OCTANTS, of.long()) for of in mask])
+            volumes = torch.stack([tally(self.part, OCTANTS, region.long()) for region in mask])
         else:
             together = mask.long() * OCTANTS + self.part
             volumes = tally(together, OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
@@ -130,8 +130,8 @@ class Truth:
         apart = np.linalg.norm(volumes[:, None] - volumes[None], axis=-1)  # (masks, masks, labels)
         shapes = np.zeros((len(masks), len(masks)))
         pairs = list(combinations(range(len(masks)), 2))
-        of_pairs = torch.stack([self._distance(masks[i], masks[j]) for i, j in pairs]).cpu().numpy()
-        for (i, j), distance in zip(pairs, of_pairs, strict=True):
+        pair_distances = torch.stack([self._distance(masks[i], masks[j]) for i, j in pairs]).cpu().numpy()
+        for (i, j), distance in zip(pairs, pair_distances, strict=True):
             shapes[i, j] = shapes[j, i] = distance
         distances = shapes + (apart / (1 + apart)).mean(-1)
         iou = 1 - shapes

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnunet_pdddpm.file_names import BEST_CHECKPOINT, FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
 from nnunet_pdddpm.network.refiner import (
@@ -16,18 +17,16 @@ from nnunet_pdddpm.network.refiner import (
     QUALITY_FIELDS,
     QUALITY_ROWS,
     SETTING,
-    refuse_earlier,
+    check_version,
 )
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
-
-CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
 
 
 def store(fold_folder: Path, settings: SamplingSettings) -> list[Path]:
     """Put settings into the checkpoints of a fold; what intervals of volumes were calibrated by others goes.
 
     Args:
-        fold_folder: in which those of `CHECKPOINTS` that are there are changed.
+        fold_folder: in which the final and the best checkpoint are changed, as far as they are there.
         settings: of samples and mask.
 
     Returns:
@@ -37,7 +36,7 @@ def store(fold_folder: Path, settings: SamplingSettings) -> list[Path]:
         CheckpointError: if one cannot be read, or is no PDDDPM model of this version.
         OSError: if one cannot be written.
     """
-    files = [fold_folder / name for name in CHECKPOINTS if (fold_folder / name).is_file()]
+    files = [file for name in (FINAL_CHECKPOINT, BEST_CHECKPOINT) if (file := fold_folder / name).is_file()]
     checkpoints = [_load(file) for file in files]  # all of them, before one is changed
     for file, checkpoint in zip(files, checkpoints, strict=True):
         weights = checkpoint['network_weights']
@@ -75,7 +74,7 @@ def store_calibration(file: Path, calibration: Tensor, quality: Tensor | None = 
 
 def _load(file: Path) -> dict[str, Any]:
     checkpoint: dict[str, Any] = load_checkpoint(file, 'PDDDPM model')
-    refuse_earlier(checkpoint['network_weights'], str(file))
+    check_version(checkpoint['network_weights'], str(file))
     return checkpoint
 
 

@@ -27,7 +27,7 @@ def likelihoods(logits: Tensor, truth: Truth, regions: bool) -> np.ndarray:
                      for temperature in GRID.tolist()])
 
 
-def fit_temperature(of_cases: Sequence[np.ndarray]) -> float:
+def fit_temperature(curves: Sequence[np.ndarray]) -> float:
     """The temperature with the lowest mean negative log-likelihood over cases, within the grid, to three decimals.
 
     Args:
@@ -36,7 +36,7 @@ def fit_temperature(of_cases: Sequence[np.ndarray]) -> float:
     Returns:
         It; 1 if no case is left.
     """
-    known = [values for values in of_cases if np.isfinite(values).all()]
+    known = [values for values in curves if np.isfinite(values).all()]
     if not known:
         return 1.0
     curve = CubicSpline(np.log(GRID), np.mean(known, 0))

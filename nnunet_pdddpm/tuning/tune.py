@@ -1,6 +1,7 @@
 """Tune a fold: sweep, choose, report, store."""
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +9,20 @@ from pathlib import Path
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.network.settings import SamplingSettings
-from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, keep, measure, open_for_calibration
-from nnunet_pdddpm.tuning.cases import ValidationCases, leave_out_seen
-from nnunet_pdddpm.tuning.choice import TuningError, choose_measured
+from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure, open_for_calibration, store_measured
+from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
+from nnunet_pdddpm.tuning.choice import choose_measured
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.plain import plain_dice
-from nnunet_pdddpm.tuning.report import lines, write
-from nnunet_pdddpm.tuning.stored import CHECKPOINTS, store
+from nnunet_pdddpm.tuning.report import summary_lines, write_sweep
+from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(model_folder: Path, fold: int | str, device: torch.device) -> VolumePredictor:
@@ -39,7 +44,7 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
 
 
 def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
-         progress: bool = False, log: Callable[[str], None] = print) -> SamplingSettings:
+         progress: bool = False, log: Callable[[str], None] = logger.info) -> SamplingSettings:
     """Find the sampling settings of a trained fold on its validation cases, report them and put them into the model.
 
     Args:
@@ -57,19 +62,19 @@ def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | No
         OSError: if the results cannot be written.
     """
     cases = ValidationCases(trainer, raters)
-    leave_out_seen(cases, predictor.list_of_parameters[0], log)
+    exclude_seen_cases(cases, predictor.list_of_parameters[0], log)
     measured = sweep(predictor, cases, seconds, progress=progress)
     settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
     folder = Path(trainer.output_folder)
     # the sweep last: where it is, training that is gone on with takes its settings for stored
-    files = [*store(folder, settings), *write(folder, measured, settings, plain)]
-    for line in lines(measured, settings, plain):
+    files = [*store(folder, settings), *write_sweep(folder, measured, settings, plain)]
+    for line in summary_lines(measured, settings, plain):
         log(line)
     log('Written: ' + ', '.join(map(str, files)))
     return settings
 
 
-def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[str], None] = print) -> None:
+def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[str], None] = logger.info) -> None:
     """Calibrate the intervals of volumes of a trained fold on its validation cases, and put that into the model.
 
     Args:
@@ -83,7 +88,8 @@ def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[
     """
     cases = ValidationCases(trainer)
     folder = Path(trainer.output_folder)
-    predictor = open_for_calibration(folder.parent, trainer.fold, device, CHECKPOINTS[0])
-    leave_out_seen(cases, predictor.list_of_parameters[0], log)
+    predictor = open_for_calibration(folder.parent, trainer.fold, device, FINAL_CHECKPOINT)
+    exclude_seen_cases(cases, predictor.list_of_parameters[0], log)
     measured = measure(predictor, cases, cases_to_calibrate(cases.names))
-    keep(folder / CHECKPOINTS[0], measured, label_channels(trainer.dataset_json, trainer.plans_manager), log)
+    channels = label_channels(trainer.dataset_json, trainer.plans_manager)
+    store_measured(folder / FINAL_CHECKPOINT, measured, channels, log)

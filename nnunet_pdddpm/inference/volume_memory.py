@@ -9,9 +9,9 @@ import torch
 from nnunet_pdddpm.inference.chunks import slices_in_chunk
 from nnunet_pdddpm.inference.volume_sampling import kept_slices
 
-OF_NETWORKS = 2 ** 30
+NETWORK_BYTES = 2 ** 30
 """Bytes that the networks take, about."""
-CHUNKS = 6
+CHUNK_ARRAYS = 6
 """Arrays of a chunk that are there at a time."""
 
 
@@ -41,14 +41,14 @@ def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int,
     a_voxel = 10 * channels + compared + 4 * image_channels + 20 + (4 * channels if folds > 1 else 0) \
         + (2 * channels if mirrored else 0)
     fused = (4 * channels + 4) * kept_slices(shape, slices_of_tile)
-    chunks = CHUNKS * 4 * channels * slices_in_chunk(shape)
+    chunks = CHUNK_ARRAYS * 4 * channels * slices_in_chunk(shape)
     return in_slice * (slices * a_voxel + fused + chunks)
 
 
 def tile_bytes(channels: int, patch_size: Sequence[int]) -> int:
     """Bytes that the networks and one tile in them take, about: 28 C + 800 a voxel of the tile, which are features and
     seven float32 arrays of its mask. More tiles at a time are fewer where that is not enough."""
-    return OF_NETWORKS + prod(patch_size) * (28 * channels + 800)
+    return NETWORK_BYTES + prod(patch_size) * (28 * channels + 800)
 
 
 def free_bytes(device: torch.device) -> int:

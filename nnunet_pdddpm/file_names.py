@@ -1,0 +1,7 @@
+"""Names of files that one package writes and others read."""
+from __future__ import annotations
+
+FINAL_CHECKPOINT, BEST_CHECKPOINT = 'checkpoint_final.pth', 'checkpoint_best.pth'
+"""nnU-Net's names; both are in the folder of a fold."""
+SUMMARY = 'pdddpm_summary.json'
+"""In the output folder of a prediction: what its cases say in numbers."""
