@@ -31,7 +31,7 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.network.refiner import stored_settings
+from nnunet_pdddpm.network.state import stored_settings
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import fit_temperature, likelihoods
 

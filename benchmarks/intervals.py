@@ -25,8 +25,8 @@ from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, signed_errors
 from nnunet_pdddpm.inference.volume import Volume
-from nnunet_pdddpm.network.refiner import CALIBRATION
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.state import CALIBRATION
 
 SAMPLES = 8
 CALIBRATION_IMAGES, TEST_IMAGES, PHANTOM_SEED = 50, 150, 600_000

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
-from nnunet_pdddpm.network.refiner import stored_table
+from nnunet_pdddpm.network.state import stored_table
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402

@@ -23,9 +23,10 @@ from sklearn.decomposition import PCA
 from triage_artefacts import FAMILIES
 from triage_scores import aurc, excess_aurc, failures_found, normalised_aurc, spearman
 
+from nnunet_pdddpm.inference.dice_regression import ALL_FEATURES, KIND, LabelModel, case_estimates
+from nnunet_pdddpm.inference.dice_regression import CLEAN as CLEAN_KIND
 from nnunet_pdddpm.inference.quality import LabelQuality
-from nnunet_pdddpm.inference.ranking import ALL_FEATURES, KIND, LabelModel, Ranking, case_estimates, ranking_of
-from nnunet_pdddpm.inference.ranking import CLEAN as CLEAN_KIND
+from nnunet_pdddpm.inference.ranking import Ranking, ranking_of
 
 CHANNELS = {'Anterior': 1, 'Posterior': 2}
 CLEAN = 'clean'

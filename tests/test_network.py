@@ -21,14 +21,7 @@ from nnunet_pdddpm.diffusion.process import Ancestral, log_likelihood_ratio, q_s
 from nnunet_pdddpm.diffusion.sampling import NoiseCache, refine, seeded_noise
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.network.denoiser import Denoiser
-from nnunet_pdddpm.network.refiner import (
-    BlindNetwork,
-    DiffusionDesign,
-    NoisyBatch,
-    Refiner,
-    stored_settings,
-    stored_table,
-)
+from nnunet_pdddpm.network.refiner import BlindNetwork, DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import (
     CHOICES,
     ENVIRONMENT_PREFIX,
@@ -42,6 +35,7 @@ from nnunet_pdddpm.network.settings import (
     KINDS as SETTING_KINDS,
 )
 from nnunet_pdddpm.network.settings import override as settings_override
+from nnunet_pdddpm.network.state import stored_settings, stored_table
 
 CHANNELS, CLASSES = 2, 3
 KINDS = [(architecture, dims, isotropic) for architecture in ('PlainConvUNet', 'ResidualEncoderUNet')

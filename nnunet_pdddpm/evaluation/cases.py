@@ -205,14 +205,14 @@ def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult
             (sample_masks, observed), (sample_masks, sample_masks), (observed, observed)))
         if len(samples) > 1:
             metrics |= {'sample_diversity': mean_of_pairs(1 - between_samples),
-                   'ged_squared_fair': fair_ged_squared(cross, between_samples, between_observed)}
+                        'ged_squared_fair': fair_ged_squared(cross, between_samples, between_observed)}
             _add_scores(data, name, sample_masks, observed, result)
         if not raters:
             continue
         per_rater.append(best_dice(cross))
         metrics |= {'rater_diversity': mean_of_pairs(1 - between_observed),
-               'ged_squared': ged_squared(cross, between_samples, between_observed),
-               'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
+                    'ged_squared': ged_squared(cross, between_samples, between_observed),
+                    'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
         _add_shares_inside(metrics, 'raters', np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml)
     if per_rater:
         result.best_dice_per_rater = dict(zip(rater_files, map(float, np.mean(per_rater, 0)), strict=True))

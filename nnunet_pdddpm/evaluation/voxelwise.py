@@ -76,7 +76,7 @@ def region_statistics(channels: Iterable[np.ndarray], truths: Iterable[np.ndarra
 
 
 class Calibration:
-    """What says whether probabilities mean what they say, summed over the voxels of any number of problems."""
+    """Calibration metrics, summed over the voxels of any number of classification problems."""
 
     def __init__(self) -> None:
         self.voxels, self.log_likelihood, self.squared_error = 0, 0.0, 0.0

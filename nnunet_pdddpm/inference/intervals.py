@@ -25,7 +25,7 @@ promised. From one more on each end can have a quantile of its own: 2.5 % of 40 
 
 
 class Features(NamedTuple):
-    """What is known of a label's volume before the truth is, each an array of the same shape (ml; the last two ml²)."""
+    """What a prediction knows of a label's volume, arrays of one shape (ml; the last two ml²)."""
     mask: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
@@ -67,7 +67,7 @@ class Rule:
         return np.sqrt(a * features.sum_of_squares + b * features.square_of_sum)
 
     def ends(self, errors: np.ndarray, features: Features) -> np.ndarray:
-        """Volumes that are so many units off; an infinite error is so in a unit of 0, too."""
+        """Volumes at these errors, given in units; an infinite error stays infinite where the unit is 0."""
         centre, unit = self.centre(features), self.unit(features)
         with np.errstate(invalid='ignore', over='ignore'):
             steps = np.where(unit > 0, errors * unit, np.where(np.isinf(errors), errors, 0))
@@ -131,14 +131,16 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class ByMask:
-    """What intervals of a label are made of: of cases whose mask holds something of it by such validation cases, of the
-    others by the others. A label that is rare would else have intervals of the many cases without it, which have no
-    error: too narrow wherever there is something of it. Each is a reason where there are too few cases."""
+    """Calibration of a label, apart for cases whose mask holds the label and for those whose mask does not.
+
+    Taken together, a rare label would get its intervals from the many cases without it, which have no error: too narrow
+    wherever the label is found. A string in the place of a calibration says why there is none.
+    """
     with_label: Calibrated | str
     without_label: Calibrated | str
 
     def select(self, features: Features) -> Calibrated | str:
-        """For a new case, arrays (models,): of several models one that finds something is enough."""
+        """The calibration for a new case, arrays (models,): one model that finds the label is enough."""
         return self.with_label if (features.mask > 0).any() else self.without_label
 
 

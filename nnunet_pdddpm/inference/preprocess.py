@@ -35,7 +35,7 @@ class FailedCase:
 
 @dataclass(frozen=True)
 class CasePreprocessor:
-    """Reads and preprocesses a case as nnU-Net does, but for refusing what it would take for an image."""
+    """Reads and preprocesses a case as nnU-Net does, and refuses damaged images that nnU-Net would accept."""
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
     dataset_json: dict[str, Any]
@@ -86,7 +86,7 @@ class CasePreprocessor:
             with as_unusable_image(', '.join(names), 'cannot be preprocessed'):
                 data, mask, properties = self.by_nnunet(image, mask, properties)
         except UnusableImage:
-            self.by_nnunet(*self.stand_in(len(image), previous is not None))  # what is raised here is of the program
+            self.by_nnunet(*self.stand_in(len(image), previous is not None))  # raises if the program is at fault
             raise
         remarks = geometry_remarks(reader, files, properties)
         try:
@@ -107,7 +107,7 @@ class CasePreprocessor:
                                          self.dataset_json)
 
     def stand_in(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-        """An image with nothing wrong, as read: what is raised for it, too, does not lie in the image of a case."""
+        """A sound image, as read: an error that it raises as well is not the fault of a case's image."""
         order = self.plans_manager.transpose_forward
         along = {axis: (n, step) for axis, n, step in zip(  # 2d: of slices
             order[::-1], self.configuration_manager.patch_size[::-1], self.configuration_manager.spacing[::-1],
@@ -203,7 +203,7 @@ def files_per_case(cases: Iterable[Sequence[str]], needed: int, reader: Any) -> 
 
 
 def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence[str]) -> None:
-    """Refuse what would be segmented without complaint into a mask that means nothing.
+    """Refuse an image whose mask would mean nothing.
 
     Args:
         image: (channels, Z, Y, X).

@@ -1,4 +1,4 @@
-"""What a model has seen: the cases that it was trained on, and those that its stock model was not, noted in it."""
+"""Which cases a model was trained on, and which its stock model held out: stored in the model as hashes."""
 from __future__ import annotations
 
 import hashlib

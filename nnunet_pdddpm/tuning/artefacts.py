@@ -1,4 +1,4 @@
-"""Simulated artefacts of preprocessed images: what masks of validation cases are worth on images worse than theirs.
+"""Simulated artefacts of preprocessed images, to measure how good masks are on worse images.
 
 They are made in the network's grid, where the images are at hand wherever there is a training, and afterwards the image
 is normalised again as nnU-Net would have, where it normalises by the image's own statistics.

@@ -31,7 +31,7 @@ SWEEP = 'sampling_sweep'
 
 
 def summary_lines(sweep: Sweep, settings: SamplingSettings, plain: float) -> list[str]:
-    """What was chosen and what it is worth on the cases it was chosen on, for the log.
+    """What was chosen, and its scores on the cases it was chosen on, for the log.
 
     `plain`: Dice of the mask in plain `nnUNetv2_predict`.
     """

@@ -23,7 +23,7 @@ OCTANTS = 8
 
 
 class Truth:
-    """The true labels of a case, without the voxels that are to be ignored, and what predictions are worth by them."""
+    """The true labels of a case, without the voxels that are to be ignored, and scores of predictions by them."""
 
     def __init__(self, labels: np.ndarray, label_manager: LabelManager, device: torch.device,
                  raters: Sequence[np.ndarray] = ()) -> None:
