@@ -349,7 +349,7 @@ def test_noise_is_drawn_once_for_all_tiles_and_mirrorings(regions, monkeypatch):
 
 def test_noise_that_is_kept_is_bounded_and_the_same_as_drawn_anew():
     cpu, field = torch.device('cpu'), 4 * 2 * 10 * 10
-    kept = NoiseCache(most_bytes=4 * field)
+    kept = NoiseCache(max_bytes=4 * field)
     for sample, draws in ((0, 2), (1, 2), (0, 2), (2, 3), (3, 5), (1, 1)):
         source, anew = kept.source((2, 10, 10), 7, sample, cpu, draws), seeded_noise((2, 10, 10), 7, sample, cpu)
         for _ in range(draws):

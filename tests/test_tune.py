@@ -894,7 +894,7 @@ def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tun
     with torch.inference_mode():
         expected = CaseSweep(open_model(tuned, 0, CPU), case).energies(settings, range(2))
         opened = CaseSweep(open_model(tuned, 0, CPU), case)
-        opened.device = opened.opened_on = SimpleNamespace(type='cuda')
+        opened.device = opened.opened_device = SimpleNamespace(type='cuda')
 
         def too_large(self, *args):
             if self.device.type == 'cuda':

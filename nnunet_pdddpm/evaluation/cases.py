@@ -122,7 +122,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
         metrics: dict[str, float] = {}
         if name in calibration and voxels.any():
             metrics, result.bins[name] = calibration[name].metrics, calibration[name].bins
-        if uncertainty is not None and voxels.any() and data.name not in folders.other_masks:
+        if uncertainty is not None and voxels.any() and data.name not in folders.foreign_masks:
             metrics |= {'aurc': area_under_risk_coverage(uncertainty[voxels], wrong[voxels]),
                         'auroc': area_under_roc(uncertainty[voxels], wrong[voxels])}
         if metrics:
@@ -174,7 +174,7 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
                     'samples_low_ml': 'samples_low_ml', 'samples_high_ml': 'samples_high_ml'}
             metrics |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
             metrics['estimated_dice'] = _number(given.get('estimated_dice'))
-    elif len(samples) > 1 and data.name not in data.folders.other_masks:
+    elif len(samples) > 1 and data.name not in data.folders.foreign_masks:
         for name, label in data.folders.labels.items():
             masks = np.stack([data.mask(sample, label) for sample in samples])
             volumes = np.count_nonzero(masks.reshape(len(masks), -1), 1) * data.voxel_ml

@@ -37,8 +37,9 @@ from nnunet_pdddpm.network.state import stored_settings
 logger = logging.getLogger(__name__)
 
 OnSample = Callable[[int, Tensor], None]
-"""Told the number of a sample and logits (C, Z, Y, X) float16 in main memory, once it is drawn: their argmax (regions:
-sign) is its mask. The largest of classes is 0."""
+"""Called with the number of a sample and its logits (C, Z, Y, X) float16 in main memory, once it is drawn.
+
+Their argmax (regions: sign) is the sample's mask. The largest logit of classes is 0."""
 DOES_NOT_FIT = 'The volume does not fit on the device: its arrays are kept in main memory'
 
 
@@ -134,7 +135,7 @@ class VolumePredictor(nnUNetPredictor):
 
         Args:
             data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
-            on_sample: told every sample when it is drawn; the samples are not kept.
+            on_sample: called with every sample when it is drawn; the samples are not kept.
             case: name, of which with the settings' seed the noise and the draws are made.
             stock: whether the stock model's own result is wanted. If it is not, nor is anything made of it but the
                 start of chains, it is predicted without mirroring.
@@ -229,22 +230,22 @@ class VolumePredictor(nnUNetPredictor):
         objects = volume.objects(settings.temperature) if len(self.fold_settings) == 1 < self.num_samples else WHOLE
         probabilities, (box, y, x) = volume.sample(settings, sample, self.num_samples), counts.box
         sizes = [len(range(n)[unpadded]) for n, unpadded in zip(volume.shape[1:], counts.box, strict=True)]
-        told = None if on_sample is None else torch.empty((volume.shape[0], *sizes), dtype=torch.half)
+        kept_logits = None if on_sample is None else torch.empty((volume.shape[0], *sizes), dtype=torch.half)
         for z in chunks(volume.shape):
             p = probabilities(z)
             logits = drawn_logits(p, regions, shifts, parts.at(z))
             mask = hard_mask(logits, regions)
             spread.add(sample, z, p, mask)
             counts.add(sample, z, mask, objects.at(z), objects.number)
-            if told is not None:
+            if kept_logits is not None:
                 here, there = inside(z, box)
                 box_logits = logits[:, here, y, x]
                 if not regions:  # else half precision would make ties of what is nearly equal
                     box_logits = box_logits - box_logits.amax(0)
-                told[:, there] = box_logits.half().cpu()
-        if on_sample is not None and told is not None:
+                kept_logits[:, there] = box_logits.half().cpu()
+        if on_sample is not None and kept_logits is not None:
             del probabilities, p, logits, mask
-            on_sample(sample, told)
+            on_sample(sample, kept_logits)
 
     def _mask_source(self) -> str:
         """What the mask is made of: 'stock' or 'blind' logits, or a 'mixed' mean of probabilities."""

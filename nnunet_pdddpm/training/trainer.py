@@ -89,7 +89,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._gloo: Any = None  # processes wait in it while one of them tunes
         self._stock_checkpoint: Any = None
         self._restored = False
-        self._previous_stage_told = False
+        self._previous_stage_logged = False
         self._average_in_network = False
         self._checkpoint = FINAL_CHECKPOINT  # whose weights are in the network when training has ended
 
@@ -207,9 +207,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             stage = PreviousStage(self.configuration_manager.previous_stage_name, self.context(), type(self).__name__)
             folder = stage.complete_folder({*training, *validation}, self.dataset_class.get_identifiers)
             self.folder_with_segs_from_previous_stage = str(folder)
-            if not self._previous_stage_told:
+            if not self._previous_stage_logged:
                 self.print_to_log_file(f'Previous stage: {folder}')
-            self._previous_stage_told = True
+            self._previous_stage_logged = True
         return training, validation
 
     def on_train_epoch_start(self) -> None:

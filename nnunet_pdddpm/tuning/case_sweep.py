@@ -30,7 +30,7 @@ T = TypeVar('T')
 class CaseSweep:
     """A pre-segmented validation case."""
 
-    opened_on: torch.device | None = None
+    opened_device: torch.device | None = None
 
     def __init__(self, predictor: VolumePredictor, case: Case) -> None:
         self.predictor, self.case = predictor, case
@@ -43,7 +43,7 @@ class CaseSweep:
         in_main_memory = self.device.type == 'cpu' and self.predictor.device.type != 'cpu'
         try:
             with threads(available_cpus() if in_main_memory else torch.get_num_threads()):  # for a GPU nnU-Net sets one
-                if self.opened_on != self.device:
+                if self.opened_device != self.device:
                     self._open()
                 return do()
         except torch.OutOfMemoryError:
@@ -64,7 +64,7 @@ class CaseSweep:
         self.volume.blind_logits()
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
-        self.opened_on = self.device
+        self.opened_device = self.device
 
     def bytes(self) -> int:
         """That are kept: logits of stock and blind mask, images, and of each voxel its label, and two parts."""
