@@ -57,7 +57,7 @@ class NoiseCache:
 
     def source(self, shape: Sequence[int], seed: int, sample: int, device: torch.device, draws: int
                ) -> Callable[[], Tensor]:
-        """As `seeded_noise`, for at most so many draws."""
+        """As `seeded_noise`, for at most `draws` draws."""
         bytes_of_one = 4 * prod(shape) * draws
         if bytes_of_one > self.max_bytes:
             return seeded_noise(shape, seed, sample, device)

@@ -92,7 +92,7 @@ class Folders:
         return {rater: file for owner, rater, file in self._rater_masks() if owner == case}
 
     def _rater_masks(self) -> Iterator[tuple[str | None, str, Path]]:
-        """Of each of the raters' masks its case, None if it belongs to none, its rater and the file."""
+        """Case, rater and file of each of the raters' masks; the case is None if the mask belongs to none."""
         cases = {file.name[:-len(self.ending)] for file in images_in(self.references, self.ending)}
         for file in images_in(self.raters, self.ending) if self.raters is not None else ():
             stem = file.name[:-len(self.ending)]

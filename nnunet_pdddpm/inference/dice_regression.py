@@ -54,7 +54,7 @@ class LabelModel:
 
     @classmethod
     def fit(cls, rows: np.ndarray, columns: Sequence[int]) -> LabelModel:
-        """Of rows (n, FIELDS) that are not empty."""
+        """The regression on rows (n, FIELDS), none of them empty."""
         usual = rows[rows[:, KIND] == CLEAN, DICE + 1:]
         model = cls(tuple(columns), usual.mean(0), np.maximum(usual.std(0), MIN_SD), np.zeros(0), 0.0, np.zeros(0),
                     np.zeros(0))
@@ -65,7 +65,7 @@ class LabelModel:
                    inverse)
 
     def distances(self, features: np.ndarray) -> np.ndarray:
-        """Of features (..., FEATURES) from those of validation cases, in standard deviations."""
+        """Distances of features (..., FEATURES) from those of validation cases, in standard deviations."""
         return (features - self.mean) / self.sd
 
     def regressors(self, features: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ class LabelModel:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Of predicted images, each estimated by others: arrays (rows, labels), NaN where a label has no row."""
+    """Estimates of images by a regression on other images, (rows, labels); NaN where a label has no row."""
     logits: np.ndarray
     units: np.ndarray
 
@@ -107,7 +107,7 @@ def cross_validated(rows: np.ndarray, columns: Sequence[int]) -> Estimates:
 
 
 def case_estimates(logits: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of estimates (rows, labels) of labels that of the case, the mean of the Dice: logits and units (rows,)."""
+    """Estimate of a case from those of its labels (rows, labels), by the mean of the Dice: logits and units (rows,)."""
     with np.errstate(invalid='ignore'):
         known = ~np.isnan(logits)
         number = np.maximum(known.sum(1), 1)
@@ -171,7 +171,7 @@ class Bound:
 
     @classmethod
     def from_errors(cls, errors: np.ndarray, kinds: np.ndarray) -> Bound:
-        """Of errors and kinds (rows,)."""
+        """The bound that errors of rows of these kinds give, both (rows,)."""
         several = np.ptp(kinds) > 0
         held = {int(kind): float((errors[kinds == kind] >= lower_quantile(
             errors[kinds != kind] if several else errors)).mean()) for kind in np.unique(kinds)}

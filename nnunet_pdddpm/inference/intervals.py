@@ -115,7 +115,7 @@ class Calibrated:
         proven. Neither counts in that the rule was chosen on the same errors.
 
         Args:
-            of: of the new case, arrays (models,).
+            features: of the new case, arrays (models,).
 
         Returns:
             None where the rule has no interval: of a logarithm, for an empty mask.
@@ -145,7 +145,7 @@ class ByMask:
 
 
 def attainable_level(number: int) -> float:
-    """COVERAGE, or what so many errors can promise at most."""
+    """COVERAGE, or the n / (n + 1) that a small number n of errors can promise at most."""
     return min(COVERAGE, number / (number + 1))
 
 
@@ -174,7 +174,7 @@ def interval_scores(rule: Rule, true: np.ndarray, features: Features) -> np.ndar
     Args:
         rule: one of `RULES`.
         true: (n,) ml.
-        of: arrays (n,).
+        features: arrays (n,).
 
     Returns:
         Infinite where the rule cannot be used.
@@ -205,7 +205,7 @@ def choose_rule(true: np.ndarray, features: Features, with_samples: bool) -> Rul
 
     Args:
         true: (n,) ml.
-        of: arrays (n,).
+        features: arrays (n,).
         with_samples: whether rules that depend on the samples can be used.
     """
     typical = float(np.median(true[true > 0])) if (true > 0).any() else 1.0

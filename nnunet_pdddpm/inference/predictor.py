@@ -174,7 +174,7 @@ class PDDDPMPredictor(VolumePredictor):
         return inputs, outputs, previous
 
     def check_same_settings(self, truncated: Path) -> None:
-        """Raise PredictionError if a case that is there was predicted with another model or other settings.
+        """Raise PredictionError if a finished case was predicted with another model or other settings.
 
         Args:
             truncated: path of the mask without its ending.
@@ -342,7 +342,7 @@ def require_finite(prediction: VolumePrediction) -> None:
 
 
 def failure_message(failed: Mapping[str, str], cases: int) -> str:
-    """What is said at the end of a prediction of so many cases, some of which failed."""
+    """What is said at the end of a prediction in which some cases failed; `cases`: their number in all."""
     return f'{len(failed)} of {cases} cases could not be predicted, the others are done: {list_reasons(failed)}'
 
 

@@ -118,14 +118,14 @@ class CasePreprocessor:
         return image, np.zeros((1, *shape), np.float32) if with_mask else None, {'spacing': [1.25 * n for n in spacing]}
 
     def intensity_remarks(self, data: np.ndarray) -> list[str]:
-        """Of the normalised image (channels, Z, Y, X), see the function of that name."""
+        """Remarks on the normalised image (channels, Z, Y, X), see the function of that name."""
         channels = self.dataset_json.get('channel_names') or self.dataset_json['modality']
         return intensity_remarks(data, self.configuration_manager.normalization_schemes,
                                  self.plans_manager.foreground_intensity_properties_per_channel,
                                  list(channels.values()))
 
     def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
-        """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
+        """Refuse an image that would have no slice left at the model's voxel size; axes as read."""
         order = self.plans_manager.transpose_forward
         model_spacing = self.configuration_manager.spacing[::-1]
         for axis, voxel in zip(order[::-1], model_spacing, strict=False):  # 2d: slices
@@ -239,7 +239,7 @@ def end_with_parent() -> None:
 
 def preprocessed(preprocess: CasePreprocessor, cases: Sequence[tuple[Any, ...]], processes: int
                  ) -> Iterator[dict[str, Any] | FailedCase]:
-    """All cases in their order, preprocessed ahead in background processes; with 0 processes in this one, one by one.
+    """Preprocess cases ahead in background processes and yield them in order; with 0 processes, one by one in this one.
 
     Args:
         preprocess: of one case.

@@ -34,7 +34,7 @@ class LabelQuality:
 
 
 def logit(dice: float | np.ndarray) -> np.ndarray:
-    """Of a Dice, which is taken to be at least 0.01 and at most 0.99."""
+    """Logit of a Dice, clipped to 0.01 to 0.99."""
     p = np.clip(dice, SMALLEST_DICE, 1 - SMALLEST_DICE)
     return np.log(p / (1 - p))
 
@@ -47,7 +47,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 def label_features(mask: np.ndarray, p: np.ndarray, image: np.ndarray, stock: np.ndarray, expected: float,
                    samples: float) -> np.ndarray:
-    """Of one label.
+    """Features of one label.
 
     Args:
         mask: (Z, Y, X) bool.
@@ -157,7 +157,7 @@ class Qualities(Mapping[str, LabelQuality]):
 
     @cached_property
     def expected(self) -> list[float | None]:
-        """Of each channel, see `Spread.estimated_dice`."""
+        """Estimated Dice of each channel, see `Spread.estimated_dice`."""
         return self.spread.estimated_dice(self.logits)
 
     @cached_property
@@ -210,5 +210,5 @@ class QualityMeter:
             self.fold_masks.append(whole)
 
     def qualities(self, image: np.ndarray, logits: Tensor, spread: Spread) -> Qualities:
-        """Of each label, see `Qualities`."""
+        """Label -> its quality."""
         return Qualities(self.counter, image, logits, spread, self.stock, self.fold_masks)

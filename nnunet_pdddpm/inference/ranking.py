@@ -183,7 +183,7 @@ def _lower_bounds(estimates: Estimates, true: np.ndarray, kinds: np.ndarray) -> 
 
 
 def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
-    """Of rows (rows, labels, FIELDS) of labels with these names."""
+    """The ranking that rows (rows, labels, FIELDS) of labels with these names give."""
     kinds, cases = rows[..., KIND].max(1), rows[..., CASE].max(1)
     true, plain = true_dice(rows), expected_dice(rows)
     by, estimates = REGRESSION, cross_validated(rows, ALL_FEATURES)

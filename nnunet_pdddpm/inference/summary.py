@@ -83,7 +83,7 @@ def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]
 
 
 def mean_of_known(dices: Sequence[float | None]) -> float | None:
-    """Mean over the labels of which a Dice is known; None if there is none."""
+    """Mean over the labels whose Dice is known; None if there is none."""
     known = [dice for dice in dices if dice is not None]
     return float(np.mean(known)) if known else None
 
@@ -187,7 +187,7 @@ def _is_there(failure: Mapping[str, Any]) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of the software."""
+    """Versions of this package and of what it runs on."""
     return {'nnunet_pdddpm': nnunet_pdddpm.__version__, 'nnunetv2': require_nnunet(), 'torch': torch.__version__,
             'numpy': np.__version__, 'python': platform.python_version()}
 

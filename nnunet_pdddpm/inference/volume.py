@@ -63,7 +63,7 @@ class Networks(Protocol):
         """Within it the denoiser that is shown no mask is in place."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Of the denoiser."""
+        """Within it the denoiser runs in its precision."""
 
 
 @dataclass
@@ -215,7 +215,7 @@ class Volume:
         return fuse_tiles(self._denoised_tiles(x, level, mirrored), self.shape, self.weight, self.device)
 
     def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
-        """Of logits (C, Z, Y, X) over a temperature, in some slices: (C, slices, Y, X) float32."""
+        """Probabilities (C, slices, Y, X) float32 of some slices of logits (C, Z, Y, X), over a temperature."""
         return logits_to_probabilities(logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
     def _denoised_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]

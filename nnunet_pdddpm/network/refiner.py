@@ -69,7 +69,7 @@ class NoisyBatch(NamedTuple):
     """(B,) noise levels."""
 
     def to(self, *args: Any, **kwargs: Any) -> NoisyBatch:
-        """All parts moved as `Tensor.to` moves one."""
+        """The batch with all parts moved, as `Tensor.to`."""
         return NoisyBatch(*(part.to(*args, **kwargs) for part in self))
 
 

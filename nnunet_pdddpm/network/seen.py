@@ -25,7 +25,7 @@ class Seen:
 
     @classmethod
     def from_names(cls, trained_on: Iterable[str], stock_held_out: Iterable[str] | None) -> Seen:
-        """From names of cases."""
+        """Hash names of cases."""
         return cls(frozenset(map(case_hash, trained_on)),
                    None if stock_held_out is None else frozenset(map(case_hash, stock_held_out)))
 

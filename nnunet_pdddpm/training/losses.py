@@ -84,7 +84,7 @@ def _weighted(loss: nn.Module, weight_dice: float, weight_ce: float) -> nn.Modul
 
 
 class _NoDice(nn.Module):
-    """In the place of a Dice loss."""
+    """Stands in for a Dice loss."""
 
     def forward(self, *_: Any, **__: Any) -> float:
         """0."""

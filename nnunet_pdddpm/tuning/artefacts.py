@@ -22,7 +22,7 @@ def noise(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def blur(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarray:
-    """By a Gaussian of 1, 2 and 3 voxels."""
+    """Smoothing by a Gaussian of 1, 2 and 3 voxels."""
     return ndimage.gaussian_filter(x, [min(strength + 1, (n - 1) / 4) for n in x.shape])
 
 

@@ -67,7 +67,7 @@ class CaseSweep:
         self.opened_device = self.device
 
     def bytes(self) -> int:
-        """That are kept: logits of stock and blind mask, images, and of each voxel its label, and two parts."""
+        """Bytes that are kept: logits of stock and blind mask, images, and the label and two parts of each voxel."""
         volume = self.volume
         return volume.stock_logits.numel() * 6 + (volume.image.numel() + self.case.image.numel()) * 4 \
             + self.case.labels.size * (6 + len(self.case.raters))
@@ -96,7 +96,7 @@ class CaseSweep:
         return self.truth.drawn(p[self.box], shifts, index)
 
     def likelihoods(self, source: str) -> np.ndarray:
-        """Of the 'stock' model or the 'blind' mask, see `temperature.likelihoods`."""
+        """Likelihoods of the 'stock' model or the 'blind' mask, see `temperature.likelihoods`."""
         return self._with_memory_fallback(
             lambda: likelihoods(self.logits(source), self.truth, self.predictor.refiner.regions))
 

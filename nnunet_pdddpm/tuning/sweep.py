@@ -99,7 +99,7 @@ class _Run:
         self.bar = tqdm(desc='Tuning, cases', total=0, disable=not progress)
 
     def run(self) -> Sweep:
-        """All rounds."""
+        """Run all rounds."""
         if self.seconds < math.inf:
             self._choose_cases()
         temperature, blind_temperature = self._fit_temperatures()
@@ -172,8 +172,8 @@ class _Run:
         self.seconds_a_pass, self.seconds_to_open = a_pass * times, 0.0 if all_kept else opening * times
 
     def _passes_left(self, steps: int, starts: int) -> int:
-        """Passes over a case that chains with so many steps cost: from these starts, with other dependences, drawn
-        again, and as the mask."""
+        """Passes over a case for chains of `steps` steps: from these starts, with other dependences, drawn again, and
+        as the mask."""
         compared = DRAWS * (starts + len(CHAIN_DEPENDENCES) + FINALISTS)
         return steps * (compared + max(self.stored.samples, len(self._mirrorings)))
 
