@@ -36,7 +36,7 @@ def levels(hippocampus: Path, phantom: Path, file: Path) -> None:
     """Share of uncertainty over log SNR."""
     from matplotlib import pyplot as plt
 
-    from nnunet_pdddpm.network.refiner import stored_table
+    from nnunet_pdddpm.network.state import stored_table
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for number, (of, work) in enumerate(((HIPPOCAMPUS, hippocampus), (PHANTOM.dataset, phantom))):
         for fold in range(NUM_FOLDS):

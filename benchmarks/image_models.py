@@ -24,8 +24,8 @@ from nnunet_pdddpm.inference import volume as volume_module
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import NoiseField, volume_noise
-from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.state import stored_settings
 from nnunet_pdddpm.tuning.sweep import DEPENDENCES
 from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 

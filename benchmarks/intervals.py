@@ -24,8 +24,8 @@ from volumes import rows as rows_of_volumes
 from volumes import volume_row
 
 from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, signed_errors
-from nnunet_pdddpm.network.refiner import CALIBRATION
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.state import CALIBRATION
 
 STAGES = ('measure', 'table')
 SAMPLES = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from nnunet_pdddpm.evaluation.calibration import area_under_risk_coverage
-from nnunet_pdddpm.inference.ranking import rank_correlation
+from nnunet_pdddpm.inference.dice_regression import rank_correlation
 
 
 def aurc(score: np.ndarray, dice: np.ndarray) -> float:

@@ -17,8 +17,9 @@ from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from statistics_of_trainings import difference, spread
 
+from nnunet_pdddpm.inference.dice_regression import ALL_FEATURES, KIND, LabelModel, case_estimates
 from nnunet_pdddpm.inference.quality import LabelQuality
-from nnunet_pdddpm.inference.ranking import ALL_FEATURES, KIND, LabelModel, Ranking, case_estimates, ranking_of
+from nnunet_pdddpm.inference.ranking import Ranking, ranking_of
 
 FAILED, FIRST = 0.8, (0.1, 0.2)
 RESAMPLINGS, SEED = 1000, 25

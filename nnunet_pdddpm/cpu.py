@@ -15,13 +15,13 @@ def cpu_has_bfloat16() -> bool:
 
 
 def available_cpus() -> int:
-    """The number of them that this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Within it torch has so many."""
+    """Within it torch uses this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 NEARLY_FULL = 1 << 16
 """Free bytes below which a failed writing is put down to a full disk."""
 NO_CHECKSUM = 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
-"""What is wrong with a mask whose row has no `identity` of it."""
+"""What is wrong with a mask whose row holds no `identity` of it."""
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def image_identity(files: Sequence[str], previous: str | None = None) -> list[di
 
 
 def matches_identity(folder: Path, known: Any) -> bool:
-    """Whether the file in a folder that an `identity` was taken of is there, and still the same."""
+    """Whether a folder still holds the file that an `identity` was taken of, unchanged."""
     if not isinstance(known, Mapping) or not isinstance(known.get('file'), str):
         return False
     file = folder / known['file']
@@ -94,7 +94,7 @@ def matches_identity(folder: Path, known: Any) -> bool:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON knows no nan: null."""
+    """The value with None in the place of nan, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Image files in folders: which of them are images, and what is wrong with one: the readers do not ask.
+"""Which files of a folder are images, and what is wrong with one of them: the readers do not check.
 
 SimpleITK reads a truncated .nii.gz without complaint and fills up with zeros, and writes one when the disk is full; and
 a voxel size of 0 becomes 1 mm in it and in nibabel. Both would end in a wrong mask that nobody notices.
@@ -39,14 +39,14 @@ def full_scale(ending: str) -> int:
 
 
 class UnusableImage(ValueError):
-    """What was read is no image that a mask could be made of or compared with: the message names the file and why."""
+    """A file is no image that a mask can be made of or compared with: the message names it and says why."""
 
 
 @contextmanager
 def as_unusable_image(what: str, how: str = 'cannot be read') -> Iterator[None]:
-    """Within it whatever is raised lies in the image: readers and preprocessors raise anything for a damaged one.
+    """Within it every exception becomes an UnusableImage: readers and preprocessors raise anything for a damaged file.
 
-    Outside of it an error is one of the program.
+    Only what reads or transforms an image belongs into it: an error anywhere else is one of the program.
 
     Args:
         what: names of the files.

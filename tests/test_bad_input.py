@@ -29,11 +29,11 @@ from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference import export, volume_predictor
 from nnunet_pdddpm.inference import preprocess as preprocess_module
 from nnunet_pdddpm.inference.case import ExportQueue, PendingCase
+from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.volume import Volume
-from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner
 
 GOOD = 'phantom_009'

@@ -20,8 +20,8 @@ import nnunet_pdddpm
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import find_trainer
 from nnunet_pdddpm.diffusion.levels import even_table
-from nnunet_pdddpm.network.refiner import CALIBRATION, SETTING
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
+from nnunet_pdddpm.network.state import CALIBRATION, SETTING
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 
 CHECKOUT = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
-from nnunet_pdddpm.network.refiner import CALIBRATION
+from nnunet_pdddpm.network.state import CALIBRATION
 from nnunet_pdddpm.tuning import report as sweep_report
 from nnunet_pdddpm.tuning import sweep
 

@@ -18,7 +18,7 @@ from nnunet_pdddpm.commands.predict import main, main_modelfolder
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.summary import write_failure, write_summary
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, checksum
-from nnunet_pdddpm.network.refiner import CALIBRATION
+from nnunet_pdddpm.network.state import CALIBRATION
 
 A, B = 'phantom_009', 'phantom_010'
 MODEL = f'{REFINED}__{PLANS}__3d_fullres'
@@ -194,7 +194,7 @@ def of_an_earlier_version(output: Path) -> None:
     (by_stock_nnunet, 'was not written by nnUNetv2_pdddpm_predict'),
     (of_an_earlier_version, 'did not note its checksum')])
 def test_another_mask_is_neither_taken_for_done_nor_overwritten_by_continuing(source, predicted, out, change, why,
-                                                                               capsys):
+                                                                              capsys):
     change(out)
     mine = (out / f'{A}.nii.gz').read_bytes()
     others = [A, B] if change is exchanged else [A]

@@ -15,7 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_pdddpm.commands.check_dataset import TRAINER, check_refined, check_stock, read_dataset
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint, stored_checksum
-from nnunet_pdddpm.network.refiner import LEVELS, SETTING
+from nnunet_pdddpm.network.state import LEVELS, SETTING
 from nnunet_pdddpm.training.finite import NonFiniteLoss
 
 MODEL_FOLDER = f'{REFINED}__{PLANS}__3d_fullres'

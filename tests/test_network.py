@@ -21,14 +21,7 @@ from nnunet_pdddpm.diffusion.process import Ancestral, log_likelihood_ratio, q_s
 from nnunet_pdddpm.diffusion.sampling import NoiseCache, refine, seeded_noise
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.network.denoiser import Denoiser
-from nnunet_pdddpm.network.refiner import (
-    BlindNetwork,
-    DiffusionDesign,
-    NoisyBatch,
-    Refiner,
-    stored_settings,
-    stored_table,
-)
+from nnunet_pdddpm.network.refiner import BlindNetwork, DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.settings import (
     CHOICES,
     ENVIRONMENT_PREFIX,
@@ -42,6 +35,7 @@ from nnunet_pdddpm.network.settings import (
     KINDS as SETTING_KINDS,
 )
 from nnunet_pdddpm.network.settings import override as settings_override
+from nnunet_pdddpm.network.state import stored_settings, stored_table
 
 CHANNELS, CLASSES = 2, 3
 KINDS = [(architecture, dims, isotropic) for architecture in ('PlainConvUNet', 'ResidualEncoderUNet')
@@ -355,7 +349,7 @@ def test_noise_is_drawn_once_for_all_tiles_and_mirrorings(regions, monkeypatch):
 
 def test_noise_that_is_kept_is_bounded_and_the_same_as_drawn_anew():
     cpu, field = torch.device('cpu'), 4 * 2 * 10 * 10
-    kept = NoiseCache(most_bytes=4 * field)
+    kept = NoiseCache(max_bytes=4 * field)
     for sample, draws in ((0, 2), (1, 2), (0, 2), (2, 3), (3, 5), (1, 1)):
         source, anew = kept.source((2, 10, 10), 7, sample, cpu, draws), seeded_noise((2, 10, 10), 7, sample, cpu)
         for _ in range(draws):

@@ -41,13 +41,13 @@ from scipy.spatial.transform import Rotation
 
 from nnunet_pdddpm.commands.predict import SETTINGS, main, main_modelfolder
 from nnunet_pdddpm.demo.phantom import make_case, write_dataset
+from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
-from nnunet_pdddpm.inference.volume_predictor import PredictionError
-from nnunet_pdddpm.network.refiner import stored_settings
 from nnunet_pdddpm.network.settings import CHOICES, KINDS, RANGES, SamplingSettings
+from nnunet_pdddpm.network.state import stored_settings
 from nnunet_pdddpm.tuning.stored import store, store_calibration
 
 CASES = ('odd', 'phantom_009', 'phantom_010')

@@ -17,29 +17,23 @@ from sklearn.linear_model import Ridge
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands.predict import main_modelfolder
-from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
-from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
-from nnunet_pdddpm.inference.ranking import (
+from nnunet_pdddpm.inference.dice_regression import (
     ALL_FEATURES,
     CLEAN,
     DICE,
     FIELDS,
-    FOLDS,
     MIN_SD,
-    NOTHING,
-    PROBABILITIES,
-    REGRESSION,
     RIDGE_PENALTY,
-    UNMEASURED,
     LabelModel,
-    Ranking,
     bootstrap_interval,
     cross_validated,
     lower_quantile,
     rank_correlation,
-    ranking_of,
 )
-from nnunet_pdddpm.network.refiner import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
+from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
+from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
+from nnunet_pdddpm.inference.ranking import FOLDS, NOTHING, PROBABILITIES, REGRESSION, UNMEASURED, Ranking, ranking_of
+from nnunet_pdddpm.network.state import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
 from nnunet_pdddpm.tuning.calibration import COPIES, Measured, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import Case
 from nnunet_pdddpm.tuning.stored import store, store_calibration

@@ -34,8 +34,9 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunet_pdddpm.diffusion.coding import one_hot
 from nnunet_pdddpm.diffusion.levels import lowest_log_snr
 from nnunet_pdddpm.diffusion.measuring import NODES, UNIFORM, LevelMeter
-from nnunet_pdddpm.network.refiner import BLIND_OFFSET, LEVELS
+from nnunet_pdddpm.network.refiner import BLIND_OFFSET
 from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.state import LEVELS
 from nnunet_pdddpm.training.losses import DenoisingLoss
 
 MEASURED = 'PDDDPMTrainerMeasured'  # sees enough noisy patches for a table of its own

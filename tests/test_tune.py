@@ -34,13 +34,16 @@ from nnunet_pdddpm.evaluation.voxelwise import class_statistics
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.network.refiner import SETTING, DiffusionDesign, stored_settings
+from nnunet_pdddpm.network.refiner import DiffusionDesign
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
+from nnunet_pdddpm.network.state import SETTING, stored_settings
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 from nnunet_pdddpm.tuning import budget as budget_module
+from nnunet_pdddpm.tuning import case_sweep as case_sweep_module
 from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning import tune as tune_module
 from nnunet_pdddpm.tuning.budget import cases_within_budget
+from nnunet_pdddpm.tuning.case_sweep import CaseSweep
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.choice import (
     MaskRow,
@@ -617,7 +620,7 @@ def test_masks_are_of_the_samples_that_a_prediction_draws(tuned):
     case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[1])
     predicted = of_prediction.predict_volume(case.image, case=case.name)
     with torch.inference_mode():
-        opened = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case)
+        opened = CaseSweep(open_model(tuned, 0, CPU), case)
         scores = opened.masks([settings, replace(settings, mask_stock=1.0, mask_blind=0.0)])
     of_mask, of_stock = (opened.truth.score(logits.float().softmax(0))
                          for logits in (predicted.logits, predicted.presegmentation))
@@ -667,13 +670,13 @@ MADE_UP = {1: 0.5, 2: 0.4, 3: 0.45, 5: 0.1}
 
 def make_up(monkeypatch, of: dict[int, float], thresholds: float = 0.9) -> list[SamplingSettings]:
     """Energies that are known: by steps, a little lower from a lower start. Returns the settings that are measured."""
-    measured, real = [], sweep_module._CaseSweep.energies
+    measured, real = [], CaseSweep.energies
 
     def known(case, settings, samples):
         measured.extend(settings)
         real(case, settings, samples)
         return [(of[s.steps] + s.start / 100 if s.samples_from == 'chain' else thresholds, 0.0) for s in settings]
-    monkeypatch.setattr(sweep_module._CaseSweep, 'energies', known)
+    monkeypatch.setattr(CaseSweep, 'energies', known)
     return measured
 
 
@@ -711,7 +714,7 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
     """By a clock that only passes over the volume move: to pre-segment a case takes as long as 8 of the denoiser."""
     predictor, cases, now = open_model(tuned, 0, CPU), KnownCases([shapes(nested=True)[0]] * 3), [0.0]
 
-    class Clocked(sweep_module.SweepVolume):
+    class Clocked(case_sweep_module.SweepVolume):
         def presegment(self, mirrored):
             now[0] += 8 if mirrored else 0
             return super().presegment(mirrored)
@@ -719,12 +722,12 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
         def _denoised_tiles(self, x, level, mirrored):
             now[0] += len(mirrored)
             return super()._denoised_tiles(x, level, mirrored)
-    monkeypatch.setattr(sweep_module, 'SweepVolume', Clocked)
+    monkeypatch.setattr(case_sweep_module, 'SweepVolume', Clocked)
     monkeypatch.setattr(sweep_module, 'MORE_STEPS', (3, 5))
     monkeypatch.setattr(sweep_module, 'DEPENDENCES', (1.0,))
     predictor.refiner.denoiser = Nothing()
     measured = make_up(monkeypatch, {1: 0.5, 2: 0.4, 3: 0.3, 5: 0.2})
-    monkeypatch.setattr(sweep_module._CaseSweep, 'likelihoods', lambda case, of: np.zeros(len(GRID)))
+    monkeypatch.setattr(CaseSweep, 'likelihoods', lambda case, of: np.zeros(len(GRID)))
 
     def found_in(seconds):
         now[0] = 0.0
@@ -887,17 +890,17 @@ def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeyp
 def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, caplog):
     """By a device that is another name of the CPU, and too small for a draw."""
     case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[0])
-    settings, draw = [SamplingSettings(samples_from='stock')], sweep_module._CaseSweep.draw
+    settings, draw = [SamplingSettings(samples_from='stock')], CaseSweep.draw
     with torch.inference_mode():
-        expected = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case).energies(settings, range(2))
-        opened = sweep_module._CaseSweep(open_model(tuned, 0, CPU), case)
-        opened.device = opened.opened_on = SimpleNamespace(type='cuda')
+        expected = CaseSweep(open_model(tuned, 0, CPU), case).energies(settings, range(2))
+        opened = CaseSweep(open_model(tuned, 0, CPU), case)
+        opened.device = opened.opened_device = SimpleNamespace(type='cuda')
 
         def too_large(self, *args):
             if self.device.type == 'cuda':
                 raise torch.OutOfMemoryError('CUDA out of memory')
             return draw(self, *args)
-        monkeypatch.setattr(sweep_module._CaseSweep, 'draw', too_large)
+        monkeypatch.setattr(CaseSweep, 'draw', too_large)
         assert opened.energies(settings, range(2)) == expected and opened.device == CPU
     assert 'does not fit on the device: its arrays are kept in main memory' in caplog.text
 

@@ -8,7 +8,7 @@ import torch
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-from nnunet_pdddpm.inference.volume_predictor import PredictionError
+from nnunet_pdddpm.inference.errors import PredictionError
 
 
 def parse_fold(text: str) -> int | str:

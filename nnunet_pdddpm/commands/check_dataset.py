@@ -15,8 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import check_version, stored_settings, stored_table
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
+from nnunet_pdddpm.network.state import check_version, stored_settings, stored_table
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
 

@@ -13,11 +13,11 @@ from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_d
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
 from nnunet_pdddpm.inference.continuing import cases_with_other_settings, refresh_summary
+from nnunet_pdddpm.inference.errors import CasesFailed, PredictionError
 from nnunet_pdddpm.inference.export import Outputs
-from nnunet_pdddpm.inference.predictor import CasesFailed, PDDDPMPredictor, failure_message, list_reasons
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor, failure_message, list_reasons
 from nnunet_pdddpm.inference.preprocess import files_per_case, num_channels
 from nnunet_pdddpm.inference.summary import write_failure
-from nnunet_pdddpm.inference.volume_predictor import PredictionError
 from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.settings import CHOICES, ENVIRONMENT_PREFIX, KINDS, RANGES, Value
@@ -74,7 +74,14 @@ def add_input_and_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What both commands have: the flags of their stock namesakes with the same meaning, then those of sampling."""
+    """The flags of both commands."""
+    add_stock_flags(parser)
+    add_sampling_flags(parser)
+    add_output_flags(parser)
+
+
+def add_stock_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of nnU-Net's own commands, with the same meaning."""
     stock = parser.add_argument_group('as in nnUNetv2_predict')
     stock.add_argument('-f', nargs='+', type=parse_fold, default=[0, 1, 2, 3, 4],
                        help='folds, numbers from 0 or all (default: 0 1 2 3 4)')
@@ -99,6 +106,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     stock.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     stock.add_argument('--verbose', action='store_true', help='more lines (default: not)')
 
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """One for each sampling setting, and what is not stored in a model."""
     sampling = parser.add_argument_group(
         'sampling', f'Default: what is stored in the model, or an environment variable {ENVIRONMENT_PREFIX}NAME. The '
                     f'variable {ENVIRONMENT_PREFIX}mask_samples has no flag: it is how many of the samples plain '
@@ -114,6 +124,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                           help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s; no '
                                'variable)')
 
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """What is written beside the masks."""
     outputs = parser.add_argument_group('further outputs')
     outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',
                          help='uncertainty/CASE_uncertainty: entropy in 0 to 1; all: also mutual information, variance '

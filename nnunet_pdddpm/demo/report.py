@@ -126,6 +126,6 @@ def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) ->
 
 
 def _outline(axis: Any, labels: np.ndarray, colour: str, width: float) -> None:
-    """Of each label and all above it, where a slice has both."""
+    """Outlines of each label together with all above it, where a slice has both."""
     for label in range(1, int(labels.max()) + 1):
         axis.contour(labels >= label, [0.5], colors=colour, linewidths=width)

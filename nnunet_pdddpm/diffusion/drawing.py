@@ -10,7 +10,7 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.coding import class_map, harden, probabilities_to_logits
 
 END = 0
-"""Stage of a draw that gives the sample's mask; the draws before it count from 1, the start, on."""
+"""Stage of the draw that gives the sample's mask. The draws before it have the stages 1 (the start), 2, ..."""
 
 
 @lru_cache(maxsize=64)  # a volume comes chunk by chunk, and asks for the same ones at each

@@ -13,10 +13,9 @@ NODES = 41
 UNIFORM = 0.15
 """Share of the training levels that is drawn evenly in log SNR, whatever has been measured."""
 BLANK = 2.0
-"""Log SNR from the lowest up within which nothing can be told apart, whatever is open: `lowest_log_snr`."""
+"""Up to this far above the lowest log SNR nothing can be told apart: `lowest_log_snr`."""
 MIN_WINDOW, MAX_WINDOW = 10, 500
-"""Patches that a running mean of a node goes back, at least and at most; between them a quarter of those it has
-seen."""
+"""Length of a node's running mean in patches, at least and at most; between them a quarter of the patches seen."""
 SMOOTHING = 0.7
 """Standard deviation in nodes over which the means are smoothed."""
 GOLDEN = (5 ** 0.5 - 1) / 2
@@ -107,8 +106,9 @@ def training_levels(table: LevelTable, positions: Tensor) -> Tensor:
 
 
 def kronecker_sequence(first: int, number: int, offset: float) -> Tensor:
-    """(number,) in [0, 1), which numbers `first` and on of one sequence are: it fills the interval evenly within a
-    batch and from step to step (Kronecker sequence of the golden ratio).
+    """Members `first` to `first + number - 1` of a Kronecker sequence of the golden ratio, (number,) in [0, 1).
+
+    They fill the interval evenly, within a batch and from step to step.
 
     Args:
         first: how many were taken before.

@@ -48,8 +48,7 @@ def noise_scale(level: Level) -> Tensor:
 
 
 def _double(level: Level) -> Tensor:
-    """In float64: a number on the CPU; a tensor where it is, or a GPU would be waited for, but on mps, which has none.
-    """
+    """A level in float64, on its device: a copy would wait for a GPU. mps has no float64, so there it is on the CPU."""
     stays = isinstance(level, Tensor) and level.device.type != 'mps'
     return torch.as_tensor(level, dtype=torch.float64, device=None if stays else 'cpu')
 

@@ -50,20 +50,20 @@ def seeded_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
 class NoiseCache:
     """`seeded_noise`, kept on its device: a network that predicts tile by tile asks for the same at every tile."""
 
-    def __init__(self, most_bytes: int = 2 ** 29) -> None:
-        """`most_bytes`: that are kept; what is larger is drawn anew every time."""
-        self.most_bytes = most_bytes
+    def __init__(self, max_bytes: int = 2 ** 29) -> None:
+        """`max_bytes`: that are kept; what is larger is drawn anew every time."""
+        self.max_bytes = max_bytes
         self.fields: dict[tuple[tuple[int, ...], int, int, int, str], list[Tensor]] = {}
 
     def source(self, shape: Sequence[int], seed: int, sample: int, device: torch.device, draws: int
                ) -> Callable[[], Tensor]:
-        """As `seeded_noise`, for at most so many draws."""
+        """As `seeded_noise`, for at most `draws` draws."""
         bytes_of_one = 4 * prod(shape) * draws
-        if bytes_of_one > self.most_bytes:
+        if bytes_of_one > self.max_bytes:
             return seeded_noise(shape, seed, sample, device)
         key = tuple(shape), seed, sample, draws, str(device)
         if key not in self.fields:
-            while self.fields and bytes_of_one + self._bytes() > self.most_bytes:
+            while self.fields and bytes_of_one + self._bytes() > self.max_bytes:
                 del self.fields[next(iter(self.fields))]  # the oldest
             draw = seeded_noise(shape, seed, sample, device)
             self.fields[key] = [draw() for _ in range(draws)]

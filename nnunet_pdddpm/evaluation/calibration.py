@@ -1,4 +1,4 @@
-"""Do probabilities mean what they say, and is the uncertainty high where the mask is wrong?
+"""Calibration of probabilities, and how well the uncertainty finds where the mask is wrong.
 
 All functions take voxels as one axis.
 """

@@ -122,7 +122,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
         metrics: dict[str, float] = {}
         if name in calibration and voxels.any():
             metrics, result.bins[name] = calibration[name].metrics, calibration[name].bins
-        if uncertainty is not None and voxels.any() and data.name not in folders.other_masks:
+        if uncertainty is not None and voxels.any() and data.name not in folders.foreign_masks:
             metrics |= {'aurc': area_under_risk_coverage(uncertainty[voxels], wrong[voxels]),
                         'auroc': area_under_roc(uncertainty[voxels], wrong[voxels])}
         if metrics:
@@ -174,7 +174,7 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
                     'samples_low_ml': 'samples_low_ml', 'samples_high_ml': 'samples_high_ml'}
             metrics |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
             metrics['estimated_dice'] = _number(given.get('estimated_dice'))
-    elif len(samples) > 1 and data.name not in data.folders.other_masks:
+    elif len(samples) > 1 and data.name not in data.folders.foreign_masks:
         for name, label in data.folders.labels.items():
             masks = np.stack([data.mask(sample, label) for sample in samples])
             volumes = np.count_nonzero(masks.reshape(len(masks), -1), 1) * data.voxel_ml
@@ -205,14 +205,14 @@ def _add_samples_and_raters(data: _Case, samples: list[Mask], result: CaseResult
             (sample_masks, observed), (sample_masks, sample_masks), (observed, observed)))
         if len(samples) > 1:
             metrics |= {'sample_diversity': mean_of_pairs(1 - between_samples),
-                   'ged_squared_fair': fair_ged_squared(cross, between_samples, between_observed)}
+                        'ged_squared_fair': fair_ged_squared(cross, between_samples, between_observed)}
             _add_scores(data, name, sample_masks, observed, result)
         if not raters:
             continue
         per_rater.append(best_dice(cross))
         metrics |= {'rater_diversity': mean_of_pairs(1 - between_observed),
-               'ged_squared': ged_squared(cross, between_samples, between_observed),
-               'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
+                    'ged_squared': ged_squared(cross, between_samples, between_observed),
+                    'hm_iou': hungarian_matched_iou(cross), 'best_dice': float(per_rater[-1].mean())}
         _add_shares_inside(metrics, 'raters', np.count_nonzero(observed.reshape(len(raters), -1), 1) * data.voxel_ml)
     if per_rater:
         result.best_dice_per_rater = dict(zip(rater_files, map(float, np.mean(per_rater, 0)), strict=True))

@@ -159,7 +159,7 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
     voxelwise = [result.voxelwise.get('all', {}) for result in results]
     first_labels = [next(iter(result.labels.values())) for result in results]
     evaluated = {result.case for result in results}
-    others_of = {case: why for case, why in folders.other_masks.items() if case in evaluated}
+    others_of = {case: why for case, why in folders.foreign_masks.items() if case in evaluated}
     for why in sorted(set(others_of.values())):
         others = ', '.join(sorted(case for case, reason in others_of.items() if reason == why))
         yield f'estimates, intervals and error against uncertainty of {others}: the mask that is there {why}'

@@ -59,7 +59,7 @@ class Folders:
             the model's channels; background and ignore label left out.
         known_values: every label value that a mask may hold, the ignore label excepted.
         summary: the entries of `pdddpm_summary.json` by case, of the masks that they were made of.
-        other_masks: case -> what is wrong with its mask, if that is not known to be the one that the summary was made
+        foreign_masks: case -> what is wrong with its mask, if that is not known to be the one that the summary was made
             of; empty without a summary.
         left_out: a sentence for each kind of files that are not compared.
         doubtful: a sentence for files that may not be what they are compared as.
@@ -75,7 +75,7 @@ class Folders:
     ignore_label: int | None
     reader: BaseReaderWriter
     summary: dict[str, dict[str, Any]]
-    other_masks: dict[str, str] = field(default_factory=dict)
+    foreign_masks: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ class Folders:
         return {rater: file for owner, rater, file in self._rater_masks() if owner == case}
 
     def _rater_masks(self) -> Iterator[tuple[str | None, str, Path]]:
-        """Of each of the raters' masks its case, None if it belongs to none, its rater and the file."""
+        """Case, rater and file of each of the raters' masks; the case is None if the mask belongs to none."""
         cases = {file.name[:-len(self.ending)] for file in images_in(self.references, self.ending)}
         for file in images_in(self.raters, self.ending) if self.raters is not None else ():
             stem = file.name[:-len(self.ending)]

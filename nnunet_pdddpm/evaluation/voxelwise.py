@@ -17,7 +17,7 @@ SMALLEST_PROBABILITY = 1e-6
 
 @dataclass(frozen=True)
 class Voxelwise:
-    """Of every voxel, arrays (z, y, x)."""
+    """Statistics of every voxel, arrays (z, y, x)."""
     confidence: np.ndarray
     """Probability of the most likely class."""
     correct: np.ndarray
@@ -30,7 +30,7 @@ class Voxelwise:
     """In [0, 1]: 0 certain, 1 all classes equally likely."""
 
     def inside(self, voxels: np.ndarray) -> Voxelwise:
-        """Of the voxels of a mask (z, y, x), each field as one axis."""
+        """The statistics of the voxels in a mask (z, y, x), each field as one axis."""
         return Voxelwise(*(values[voxels] for values in (
             self.confidence, self.correct, self.true_probability, self.squares, self.entropy)))
 
@@ -46,7 +46,7 @@ class Voxelwise:
 
 
 def class_statistics(channels: Iterable[np.ndarray], truth: np.ndarray) -> Voxelwise:
-    """Of class probabilities.
+    """Statistics of class probabilities against the true classes.
 
     Args:
         channels: (z, y, x) probabilities in [0, 1] of each class, at least two.
@@ -66,7 +66,7 @@ def class_statistics(channels: Iterable[np.ndarray], truth: np.ndarray) -> Voxel
 
 
 def region_statistics(channels: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> Iterator[Voxelwise]:
-    """Of one region after the other, each of which is a two-class problem, in the region or not.
+    """Statistics of one region after the other, each as a two-class problem: in the region or not.
 
     Args:
         channels: (z, y, x) probabilities of each region.
@@ -76,7 +76,7 @@ def region_statistics(channels: Iterable[np.ndarray], truths: Iterable[np.ndarra
 
 
 class Calibration:
-    """What says whether probabilities mean what they say, summed over the voxels of any number of problems."""
+    """Calibration metrics, summed over the voxels of any number of classification problems."""
 
     def __init__(self) -> None:
         self.voxels, self.log_likelihood, self.squared_error = 0, 0.0, 0.0
@@ -93,7 +93,7 @@ class Calibration:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of at least one voxel."""
+        """NLL, Brier score, ECE and adaptive ECE; at least one voxel must have been added."""
         return {'nll': -self.log_likelihood / self.voxels, 'brier': self.squared_error / self.voxels,
                 'ece': self.bins.expected_calibration_error, 'adaptive_ece': self.cells.adaptive_calibration_error()}
 
@@ -104,7 +104,7 @@ def _entropy_term(p: np.ndarray) -> np.ndarray:
 
 
 def stored_shape(file: Path) -> tuple[int, ...]:
-    """Of the array `probabilities` in an npz; raises KeyError, ValueError or zipfile.BadZipFile if it is none."""
+    """Shape of the array `probabilities` in an npz; raises KeyError, ValueError or zipfile.BadZipFile without one."""
     with zipfile.ZipFile(file) as archive, archive.open('probabilities.npy') as stream:
         return _header(stream)[0]
 

@@ -1,4 +1,4 @@
-"""One case on its way to its files: exported in the background, put in place when all of it is there, the mask last."""
+"""One case on its way to its files: exported in the background, then moved to the output folder, the mask last."""
 from __future__ import annotations
 
 import os
@@ -52,7 +52,7 @@ class SerialExecutor(Executor):
 
 
 class ExportQueue:
-    """Background processes for export. Whoever submits faster than they work has to wait: memory stays bounded."""
+    """Background processes for export. Submitting waits while too many exports are under way: memory stays bounded."""
 
     def __init__(self, processes: int) -> None:
         """`processes`: number of background processes, 0 for none."""
@@ -78,7 +78,7 @@ class ExportQueue:
 
 
 def clear_leftover(folder: Path) -> None:
-    """Take away folder and lock of a finished case that a run killed at its end has left, unless one is at work."""
+    """Delete folder and lock of a finished case that a killed run has left, unless another run is at work on it."""
     if not folder.is_dir() and not lock_of(folder).is_file():
         return
     with suppress(Timeout):
@@ -105,13 +105,13 @@ def locked(folder: Path) -> FileLock:
 
 
 def unlock(lock: FileLock) -> None:
-    """Let go of it, and take its file away."""
+    """Release the lock and delete its file."""
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
 
 
 class PendingCase:
-    """The exports of one case."""
+    """One case whose files are being written."""
 
     def __init__(self, export: CaseExport, output: Path, num_samples: int, num_folds: int,
                  settings: list[dict[str, Any]], calibrated: Mapping[str, ByMask], ranking: Ranking, queue: ExportQueue,
@@ -154,7 +154,7 @@ class PendingCase:
         self.samples[number] = self.queue.submit(self.export.sample, as_numpy(logits), number)
 
     def add_prediction(self, prediction: VolumePrediction) -> None:
-        """Export the rest, and note what the network's grid is enough for."""
+        """Export mask and maps, and keep the numbers that are counted in the network's grid."""
         spread = prediction.spread
         self.channels = label_channels(self.export.dataset_json, self.export.plans_manager)
         self.counts = prediction.counts
@@ -185,8 +185,8 @@ class PendingCase:
             maps = {'uncertainty': maps['uncertainty']}
         stock = prediction.presegmentation if self.export.outputs.presegmentation else None
         self.mask_export = self.queue.submit(self.export.write_prediction, as_numpy(prediction.logits),
-                                      None if stock is None else as_numpy(stock),
-                                      {name: as_numpy(values) for name, values in maps.items()})
+                                             None if stock is None else as_numpy(stock),
+                                             {name: as_numpy(values) for name, values in maps.items()})
 
     def done(self) -> bool:
         """Whether all exports are finished."""
@@ -200,7 +200,7 @@ class PendingCase:
         folder, mask = self.export.folder, self.export.case + self.export.dataset_json['file_ending']
         flags = [*self.flags, *missing_intervals(labels)]
         write_row(folder / CASES, {**self.row, 'flags': flags, 'image': self.image, 'mask': identity(folder / mask),
-                                    'labels': labels})
+                                   'labels': labels})
         for file in self.export.earlier_files(self.output):
             file.unlink()
         files = [file.relative_to(folder) for file in folder.rglob('*') if file.is_file()]
@@ -224,7 +224,7 @@ class PendingCase:
                 for i, (name, values) in enumerate(self.labels.items())}
 
     def discard(self) -> None:
-        """Take away what is not in place."""
+        """Delete what has not been moved."""
         wait([*self.samples.values(), *([self.mask_export] if hasattr(self, 'mask_export') else [])])
         shutil.rmtree(self.export.folder)
         unlock(self.lock)

@@ -8,8 +8,8 @@ from typing import Any
 
 from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import NO_CHECKSUM
+from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_row, write_summary
-from nnunet_pdddpm.inference.volume_predictor import PredictionError
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ NOT_COMPARED = 'model'
 
 
 def difference(then: Settings, now: Settings) -> str:
-    """In what a row was predicted with something else than what is to be used now; empty if in nothing."""
+    """How the settings of a finished case differ from those of now, for a sentence; empty if they do not."""
     if any('weights' not in model for model in then):
         return 'by a version of nnunet-pdddpm that did not note the weights of its model'
     if [model['weights'] for model in then] != [model['weights'] for model in now]:
@@ -38,12 +38,12 @@ def check_same_settings(output: Path, case: str, settings: Settings) -> None:
 
 
 def foreign_mask_reason(mask: Path, case: str) -> str:
-    """Why the mask of a case is none that a prediction put there; empty if it is one, or is not there."""
+    """Why the mask of a case is not the one that a prediction wrote; empty if it is, or if there is none."""
     if not mask.is_file():
         return ''
     row = read_row(mask.parent, case)
     if row is None and (mask.parent / CASES / f'{case}.json').is_file():
-        return ''  # put there, but the row was torn by a loss of power: the case is predicted again
+        return ''  # its row was torn by a loss of power: the case is predicted again
     if row is None:
         return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
     if 'mask' not in row:

@@ -189,7 +189,7 @@ class CaseExport:
         return whole.transpose([0, *(1 + i for i in self.plans_manager.transpose_backward)])
 
     def _write_probability_maps(self, probabilities: np.ndarray) -> None:
-        """Of each label, by probabilities (C, z, y, x)."""
+        """Write the map of each label from probabilities (C, z, y, x)."""
         maps = probability_maps(self.labels())
         for name, channel in label_channels(self.dataset_json, self.plans_manager).items():
             self._write_map(probabilities[channel], maps[name])

@@ -25,7 +25,7 @@ promised. From one more on each end can have a quantile of its own: 2.5 % of 40 
 
 
 class Features(NamedTuple):
-    """What is known of a label's volume before the truth is, each an array of the same shape (ml; the last two ml²)."""
+    """What a prediction knows of a label's volume, arrays of one shape (ml; the last two ml²)."""
     mask: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
@@ -67,7 +67,7 @@ class Rule:
         return np.sqrt(a * features.sum_of_squares + b * features.square_of_sum)
 
     def ends(self, errors: np.ndarray, features: Features) -> np.ndarray:
-        """Volumes that are so many units off; an infinite error is so in a unit of 0, too."""
+        """Volumes at these errors, given in units; an infinite error stays infinite where the unit is 0."""
         centre, unit = self.centre(features), self.unit(features)
         with np.errstate(invalid='ignore', over='ignore'):
             steps = np.where(unit > 0, errors * unit, np.where(np.isinf(errors), errors, 0))
@@ -115,7 +115,7 @@ class Calibrated:
         proven. Neither counts in that the rule was chosen on the same errors.
 
         Args:
-            of: of the new case, arrays (models,).
+            features: of the new case, arrays (models,).
 
         Returns:
             None where the rule has no interval: of a logarithm, for an empty mask.
@@ -131,19 +131,21 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class ByMask:
-    """What intervals of a label are made of: of cases whose mask holds something of it by such validation cases, of the
-    others by the others. A label that is rare would else have intervals of the many cases without it, which have no
-    error: too narrow wherever there is something of it. Each is a reason where there are too few cases."""
+    """Calibration of a label, apart for cases whose mask holds the label and for those whose mask does not.
+
+    Taken together, a rare label would get its intervals from the many cases without it, which have no error: too narrow
+    wherever the label is found. A string in the place of a calibration says why there is none.
+    """
     with_label: Calibrated | str
     without_label: Calibrated | str
 
     def select(self, features: Features) -> Calibrated | str:
-        """For a new case, arrays (models,): of several models one that finds something is enough."""
+        """The calibration for a new case, arrays (models,): one model that finds the label is enough."""
         return self.with_label if (features.mask > 0).any() else self.without_label
 
 
 def attainable_level(number: int) -> float:
-    """COVERAGE, or what so many errors can promise at most."""
+    """COVERAGE, or the n / (n + 1) that a small number n of errors can promise at most."""
     return min(COVERAGE, number / (number + 1))
 
 
@@ -172,7 +174,7 @@ def interval_scores(rule: Rule, true: np.ndarray, features: Features) -> np.ndar
     Args:
         rule: one of `RULES`.
         true: (n,) ml.
-        of: arrays (n,).
+        features: arrays (n,).
 
     Returns:
         Infinite where the rule cannot be used.
@@ -203,7 +205,7 @@ def choose_rule(true: np.ndarray, features: Features, with_samples: bool) -> Rul
 
     Args:
         true: (n,) ml.
-        of: arrays (n,).
+        features: arrays (n,).
         with_samples: whether rules that depend on the samples can be used.
     """
     typical = float(np.median(true[true > 0])) if (true > 0).any() else 1.0

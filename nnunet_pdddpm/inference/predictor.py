@@ -1,7 +1,6 @@
 """PDDDPMPredictor: nnU-Net's predictor with whole-volume samples, from files to files."""
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,17 +24,18 @@ from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.inference.case import ExportQueue, OutputInUse, PendingCase, clear_leftover
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.continuing import check_same_settings, foreign_mask_reason, refresh_summary
+from nnunet_pdddpm.inference.errors import CasesFailed, PredictionError, UnusableLogits
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.ranking import FOLDS, NOT_MEASURED, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.inference.summary import has_failed, read_row, write_failure
 from nnunet_pdddpm.inference.volume import VolumePrediction
-from nnunet_pdddpm.inference.volume_predictor import PredictionError, VolumePredictor
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import checksum
-from nnunet_pdddpm.network.refiner import CALIBRATION, QUALITY, stored_settings
+from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, stored_settings
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +43,12 @@ NNUNET_INF_ERROR = 'Encountered inf in predicted array'
 """nnU-Net's words for logits of the stock model that are beyond its half precision."""
 
 
-class CasesFailed(PredictionError):
-    """Some cases could not be predicted, and all others are done."""
-
-
-class UnusableLogits(ArithmeticError):
-    """A network gave NaN or infinite values for an image: no mask can be made of them."""
-
-
 CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
 """Types of the errors at which a case may fail alone."""
 
 
 TUNING_DEFAULTS = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9}
-"""The defaults of a predictor, which the tuning's has."""
+"""Attributes of a predictor and their defaults: models are tuned with these."""
 
 
 class PDDDPMPredictor(VolumePredictor):
@@ -88,9 +80,6 @@ class PDDDPMPredictor(VolumePredictor):
 
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """As VolumePredictor's; says which volumes have no calibrated interval, and why."""
-        folder = Path(args[0] if args else kwargs['model_training_output_dir'])
-        for file in (folder / 'plans.json', folder / 'dataset.json'):
-            require_json(file)
         super().initialize_from_trained_model_folder(*args, **kwargs)
         self.calibrated, self.ranking = self._calibrated(), self._ranking()
         self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
@@ -154,8 +143,9 @@ class PDDDPMPredictor(VolumePredictor):
                                        folder_with_segs_from_prev_stage: str | None = None, overwrite: bool = True,
                                        part_id: int = 0, num_parts: int = 1,
                                        save_probabilities: bool = False) -> tuple[list, list | None, list]:
-        """As nnUNetPredictor's; a case is left out only if all that is asked for is there, or, which is said, if its
-        mask is none that was put there with its row.
+        """As nnUNetPredictor's; a case is left out only if all of its files are there.
+
+        A case whose mask was not written by this package is left out, too, and named.
 
         Raises:
             PredictionError: if finished cases were predicted with another model or settings.
@@ -184,7 +174,7 @@ class PDDDPMPredictor(VolumePredictor):
         return inputs, outputs, previous
 
     def check_same_settings(self, truncated: Path) -> None:
-        """Raise PredictionError if a case that is there was predicted with another model or other settings.
+        """Raise PredictionError if a finished case was predicted with another model or other settings.
 
         Args:
             truncated: path of the mask without its ending.
@@ -285,8 +275,8 @@ class PDDDPMPredictor(VolumePredictor):
             for remark in item.get('remarks', ()):
                 logger.warning('Look at %s: %s.', Path(file).name, remark)
             case = PendingCase(self._export(Path(file), properties, save_probabilities), Path(file).parent,
-                                self.num_samples, len(self.fold_settings), self.settings_for_summary(),
-                                self.calibrated, self.ranking, queue, item.get('image'), item.get('remarks', ()))
+                               self.num_samples, len(self.fold_settings), self.settings_for_summary(),
+                               self.calibrated, self.ranking, queue, item.get('image'), item.get('remarks', ()))
             with self._isolate_failure(case, outputs):
                 self._predict_case(case, data)
                 under_way.append(case)
@@ -314,7 +304,7 @@ class PDDDPMPredictor(VolumePredictor):
 
     @contextmanager
     def _isolate_failure(self, case: PendingCase, outputs: set[Path]) -> Iterator[None]:
-        """Within it a case fails alone for which memory is not enough, or of which the networks make no numbers."""
+        """Within it a case fails alone if memory is not enough for it, or if the networks give no numbers for it."""
         try:
             yield
         except CASE_ERRORS as error:
@@ -331,7 +321,7 @@ class PDDDPMPredictor(VolumePredictor):
             self._record_failure(FailedCase(str(case.output / case.export.case), reason), outputs)
 
     def _record_failure(self, failed: FailedCase, outputs: set[Path]) -> None:
-        """Note a case that cannot be predicted; a case without a file for it ends the prediction."""
+        """Note that a case cannot be predicted. Where no files are written this ends the prediction."""
         if failed.output is None:
             raise PredictionError(failed.reason)
         output = Path(failed.output)
@@ -342,27 +332,17 @@ class PDDDPMPredictor(VolumePredictor):
         write_failure(output.parent, output.name, failed.reason, None if files is None else files[0])
 
 
-def require_json(file: Path) -> None:
-    """Raise `PredictionError` if a file of a model is there and is none of nnU-Net's."""
-    try:
-        wrong = file.is_file() and not isinstance(json.loads(file.read_text()), dict)
-    except ValueError:
-        wrong = True
-    if wrong:
-        raise PredictionError(f'{file} is empty or damaged: copy it again from where the model was trained.')
-
-
 def require_finite(prediction: VolumePrediction) -> None:
     """Raise `UnusableLogits` unless what the stock model, the mask and the samples are made of are numbers."""
     checked = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
-              'probabilities of the samples': prediction.spread.mean}
+               'probabilities of the samples': prediction.spread.mean}
     for what, values in checked.items():
         if values is not None and not all(bool(torch.isfinite(part).all()) for _, part in in_chunks(values)):
             raise UnusableLogits(what)
 
 
 def failure_message(failed: Mapping[str, str], cases: int) -> str:
-    """What is said at the end of a prediction in which some of a number of cases failed."""
+    """What is said at the end of a prediction in which some cases failed; `cases`: their number in all."""
     return f'{len(failed)} of {cases} cases could not be predicted, the others are done: {list_reasons(failed)}'
 
 

@@ -35,7 +35,7 @@ class FailedCase:
 
 @dataclass(frozen=True)
 class CasePreprocessor:
-    """Reads and preprocesses a case as nnU-Net does, but for refusing what it would take for an image."""
+    """Reads and preprocesses a case as nnU-Net does, and refuses damaged images that nnU-Net would accept."""
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
     dataset_json: dict[str, Any]
@@ -86,7 +86,7 @@ class CasePreprocessor:
             with as_unusable_image(', '.join(names), 'cannot be preprocessed'):
                 data, mask, properties = self.by_nnunet(image, mask, properties)
         except UnusableImage:
-            self.by_nnunet(*self.stand_in(len(image), previous is not None))  # what is raised here is of the program
+            self.by_nnunet(*self.stand_in(len(image), previous is not None))  # raises if the program is at fault
             raise
         remarks = geometry_remarks(reader, files, properties)
         try:
@@ -107,7 +107,7 @@ class CasePreprocessor:
                                          self.dataset_json)
 
     def stand_in(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-        """An image with nothing wrong, as read: what is raised for it, too, does not lie in the image of a case."""
+        """A sound image, as read: an error that it raises as well is not the fault of a case's image."""
         order = self.plans_manager.transpose_forward
         along = {axis: (n, step) for axis, n, step in zip(  # 2d: of slices
             order[::-1], self.configuration_manager.patch_size[::-1], self.configuration_manager.spacing[::-1],
@@ -118,14 +118,14 @@ class CasePreprocessor:
         return image, np.zeros((1, *shape), np.float32) if with_mask else None, {'spacing': [1.25 * n for n in spacing]}
 
     def intensity_remarks(self, data: np.ndarray) -> list[str]:
-        """Of the normalised image (channels, Z, Y, X), see the function of that name."""
+        """Remarks on the normalised image (channels, Z, Y, X), see the function of that name."""
         channels = self.dataset_json.get('channel_names') or self.dataset_json['modality']
         return intensity_remarks(data, self.configuration_manager.normalization_schemes,
                                  self.plans_manager.foreground_intensity_properties_per_channel,
                                  list(channels.values()))
 
     def require_thickness(self, shape: Sequence[int], spacing: Sequence[float], names: Sequence[str]) -> None:
-        """Refuse an image of which nothing would be left at the model's voxel size; axes as read."""
+        """Refuse an image that would have no slice left at the model's voxel size; axes as read."""
         order = self.plans_manager.transpose_forward
         model_spacing = self.configuration_manager.spacing[::-1]
         for axis, voxel in zip(order[::-1], model_spacing, strict=False):  # 2d: slices
@@ -203,7 +203,7 @@ def files_per_case(cases: Iterable[Sequence[str]], needed: int, reader: Any) -> 
 
 
 def require_image(image: np.ndarray, properties: dict[str, Any], names: Sequence[str]) -> None:
-    """Refuse what would be segmented without complaint into a mask that means nothing.
+    """Refuse an image whose mask would mean nothing.
 
     Args:
         image: (channels, Z, Y, X).
@@ -239,7 +239,7 @@ def end_with_parent() -> None:
 
 def preprocessed(preprocess: CasePreprocessor, cases: Sequence[tuple[Any, ...]], processes: int
                  ) -> Iterator[dict[str, Any] | FailedCase]:
-    """All cases in their order, preprocessed ahead in background processes; with 0 processes in this one, one by one.
+    """Preprocess cases ahead in background processes and yield them in order; with 0 processes, one by one in this one.
 
     Args:
         preprocess: of one case.

@@ -1,4 +1,4 @@
-"""What a prediction has anyway that may tell how good its mask is: numbers of each label, in the network's grid."""
+"""Features of a predicted label that may tell how good its mask is, in the network's grid, at no further pass."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ HIGH = 0.9
 
 @dataclass(frozen=True)
 class LabelQuality:
-    """What is known of a label's mask in one case."""
+    """What tells how good a label's mask is in one case."""
     features: np.ndarray | None
     """(FEATURES,); None if neither the mask nor any sample has the label, or for several models, or a single sample."""
     folds_dice: float | None
@@ -34,7 +34,7 @@ class LabelQuality:
 
 
 def logit(dice: float | np.ndarray) -> np.ndarray:
-    """Of a Dice, which is taken to be at least 0.01 and at most 0.99."""
+    """Logit of a Dice, clipped to 0.01 to 0.99."""
     p = np.clip(dice, SMALLEST_DICE, 1 - SMALLEST_DICE)
     return np.log(p / (1 - p))
 
@@ -47,7 +47,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 def label_features(mask: np.ndarray, p: np.ndarray, image: np.ndarray, stock: np.ndarray, expected: float,
                    samples: float) -> np.ndarray:
-    """Of one label.
+    """Features of one label.
 
     Args:
         mask: (Z, Y, X) bool.
@@ -127,7 +127,7 @@ def _put_labels(whole: np.ndarray, z: slice, logits: Tensor, counter: VoxelCount
 
 
 class Qualities(Mapping[str, LabelQuality]):
-    """Of each label, found when it is asked for: with many labels that takes long, and few orders ask for them."""
+    """Label -> its quality, computed when asked for: with many labels that takes long, and few rankings need it."""
 
     def __init__(self, counter: VoxelCounter, image: np.ndarray, logits: Tensor, spread: Spread,
                  stock: np.ndarray | None, fold_masks: Sequence[np.ndarray]) -> None:
@@ -157,7 +157,7 @@ class Qualities(Mapping[str, LabelQuality]):
 
     @cached_property
     def expected(self) -> list[float | None]:
-        """Of each channel, see `Spread.estimated_dice`."""
+        """Estimated Dice of each channel, see `Spread.estimated_dice`."""
         return self.spread.estimated_dice(self.logits)
 
     @cached_property
@@ -181,7 +181,7 @@ class Qualities(Mapping[str, LabelQuality]):
 
 
 class QualityMeter:
-    """Collects, while one volume is predicted, what its labels' quality is told by and is not there afterwards."""
+    """Keeps, while a volume is predicted, what the quality of its labels needs and what would be gone afterwards."""
 
     def __init__(self, counter: VoxelCounter, box: tuple[slice, ...], several: bool) -> None:
         """
@@ -200,7 +200,7 @@ class QualityMeter:
         self.stock = label_map(in_chunks(logits), self.counter, self.box)
 
     def record_fold_masks(self, logits: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
-        """The same slices and logits, of the mask of one model; of several its labels are kept."""
+        """The same slices and logits, of one model's mask. If several models predict, its labels are kept."""
         whole = _nothing(self.box) if self.several else None
         for z, values in logits:
             if whole is not None:
@@ -210,5 +210,5 @@ class QualityMeter:
             self.fold_masks.append(whole)
 
     def qualities(self, image: np.ndarray, logits: Tensor, spread: Spread) -> Qualities:
-        """Of each label, see `Qualities`."""
+        """Label -> its quality."""
         return Qualities(self.counter, image, logits, spread, self.stock, self.fold_masks)

@@ -177,7 +177,7 @@ def _nifti_remarks(file: Path) -> Iterator[str]:
 
 
 def _itk_remarks(stated: Mapping[str, Any]) -> Iterator[str]:
-    """Of what SimpleITK says, for formats whose header is not looked at."""
+    """Remarks on the geometry as SimpleITK reads it, for formats whose header is not looked at."""
     if not np.isfinite(stated.get('origin', 0)).all():
         yield 'its origin is no number: a viewer may show the mask elsewhere'
     direction = np.asarray(stated.get('direction', (1,)), np.float64)

@@ -98,7 +98,7 @@ def resampled_classes(logits: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
 
 
 def resampled_regions(logits: np.ndarray, axes: Sequence[Axis]) -> Iterator[np.ndarray]:
-    """Of one region after the other, where it is after interpolation: (Z', Y', X') bool.
+    """One region after the other after interpolation, (Z', Y', X') bool.
 
     Args:
         logits: (R, Z, Y, X).
@@ -113,7 +113,7 @@ def resampled_regions(logits: np.ndarray, axes: Sequence[Axis]) -> Iterator[np.n
 
 
 def _inside(logits: np.ndarray) -> np.ndarray:
-    """By nnU-Net's rule for regions."""
+    """Whether a voxel is in the region, by nnU-Net's rule."""
     return (torch.from_numpy(logits).float().sigmoid_() > 0.5).numpy()
 
 

@@ -68,11 +68,11 @@ class Spread:
             self.counts[:, z] += mask if self.regions else self._one_hot(mask)
 
     def current_fold_mean(self, z: slice, samples: int) -> Tensor:
-        """Mean probabilities (C, slices, Y, X) of the model whose samples are being added: so many, all there."""
+        """Mean probabilities (C, slices, Y, X) of the current model, once all of its `samples` samples are added."""
         return self.mean[:, z] if self.fold_mean is None else self.fold_mean[:, z] / samples
 
     def finish_fold(self, samples: int) -> None:
-        """All samples of one model, so many, have been added."""
+        """End the current model, of which `samples` samples have been added."""
         if self.fold_mean is not None and samples:
             for z in chunks(self.shape):
                 square = self._over_channels((self.fold_mean[:, z] / samples) ** 2)
@@ -91,7 +91,7 @@ class Spread:
             sums[z, y, x] for sums in (self.entropy, self.squares, self.fold_squares))
 
     def count_at(self, z: slice) -> Tensor:
-        """In how many samples each channel is there, (C, slices, Y, X)."""
+        """Number of samples that have each channel, (C, slices, Y, X)."""
         if self.counts is not None:
             return self.counts[:, z]
         masks = cast(Tensor, self.masks)[:, z]
@@ -143,7 +143,7 @@ class Spread:
 
     @cached_property
     def _count_sums(self) -> list[list[int]]:
-        """Of each channel sum c and sum c (c - 1), once all samples have been added."""
+        """sum c and sum c (c - 1) of each channel, once all samples have been added."""
         sums = torch.zeros((self.shape[0], 2), dtype=torch.int64, device=self.mean.device)
         for z in chunks(self.shape):
             c = self.count_at(z).to(torch.int32)
@@ -153,7 +153,7 @@ class Spread:
         return found
 
     def estimated_dice(self, logits: Tensor) -> list[float | None]:
-        """Dice of a mask, given by its logits (C, Z, Y, X), with a truth of which the mean probabilities p are right.
+        """Expected Dice of a mask, given by its logits (C, Z, Y, X), if the mean probabilities p are right.
 
         2 sum over the mask of p / (size of the mask + sum of p), expected overlap over expected sizes, of each channel.
         It is too high where p is too sure, and where voxels are right or wrong together. 0 if the mask is empty, None

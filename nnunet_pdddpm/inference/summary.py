@@ -83,7 +83,7 @@ def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]
 
 
 def mean_of_known(dices: Sequence[float | None]) -> float | None:
-    """Mean over the labels of which a Dice is known; None if there is none."""
+    """Mean over the labels whose Dice is known; None if there is none."""
     known = [dice for dice in dices if dice is not None]
     return float(np.mean(known)) if known else None
 
@@ -111,7 +111,7 @@ def read_row(output: Path, case: str) -> dict[str, Any] | None:
 
 
 def _load_row(file: Path) -> dict[str, Any] | None:
-    """What the file of a case holds; None, which is said, if that is nothing, as after a loss of power."""
+    """Content of a case's file; None, with a warning, if it is empty or damaged, as after a loss of power."""
     try:
         row = json.loads(file.read_text())
     except ValueError:
@@ -130,8 +130,7 @@ def describes_mask(output: Path, row: Mapping[str, Any]) -> bool:
 def write_failure(output: Path, case: str, reason: str, files: Sequence[str] | None = None) -> None:
     """Note that a case could not be predicted, and why.
 
-    `files`: of its image. Once none of them is in its folder any more, it is no failure any more. None: they are not
-    known.
+    `files`: of its image, None if not known. The failure no longer counts once none of them is there.
     """
     (output / FAILED).mkdir(parents=True, exist_ok=True)
     row = {'case': case, 'error': reason, 'files': None if files is None else [os.path.abspath(f) for f in files]}
@@ -149,7 +148,7 @@ def write_summary(output: Path) -> list[str]:
     Several processes may do so at the same time.
 
     Returns:
-        Cases of which a mask is there that is not the file which their row was made of. These rows are left out.
+        Cases whose mask is not the file that their row was made of. These rows are left out.
     """
     written: tuple[list[Path], list[str]] | None = None
     changed: list[str] = []
@@ -172,21 +171,23 @@ def write_summary(output: Path) -> list[str]:
 
 
 def _what_is_there(output: Path) -> tuple[list[Path], list[str]]:
-    """Files of the rows, and names of the files in the folder that are in place and not made of them."""
+    """Files of the rows, and names of the folder's other finished files."""
     rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
     names = sorted(file.name for file in output.iterdir() if not file.name.startswith('.'))
     return rows, [name for name in names if name not in (SUMMARY, TABLE)]
 
 
 def _is_there(failure: Mapping[str, Any]) -> bool:
-    """Whether a file of the image may be there: a link to nothing is; in a folder that is not here, as it is on another
-    machine, it is not known."""
+    """Whether a file of the image may still be there.
+
+    A broken link counts, and so does a file in a folder that is not here: the prediction may be from another machine.
+    """
     files = failure.get('files')
     return files is None or any(os.path.lexists(file) or not os.path.isdir(os.path.dirname(file)) for file in files)
 
 
 def versions() -> dict[str, str]:
-    """Of the software."""
+    """Versions of this package and of what it runs on."""
     return {'nnunet_pdddpm': nnunet_pdddpm.__version__, 'nnunetv2': require_nnunet(), 'torch': torch.__version__,
             'numpy': np.__version__, 'python': platform.python_version()}
 

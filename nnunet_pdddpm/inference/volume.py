@@ -1,4 +1,4 @@
-"""A padded image and the model that is loaded: the stock pre-segmentation and samples of the whole volume."""
+"""A padded image under the model that is loaded: its pre-segmentation, and samples of the whole volume."""
 from __future__ import annotations
 
 import logging
@@ -63,7 +63,7 @@ class Networks(Protocol):
         """Within it the denoiser that is shown no mask is in place."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Of the denoiser."""
+        """Within it the denoiser runs in its precision."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Volume:
         self._parts: dict[float, Parts] = {}
 
     def drop_mirrored(self) -> None:
-        """Nothing more is made of mirrored stock logits."""
+        """Free the mirrored stock logits: nothing more is made of them."""
         self.stock_logits = torch.empty(0)
 
     @property
@@ -138,7 +138,7 @@ class Volume:
         return logits
 
     def plan_progress(self, settings: SamplingSettings, draws: Sequence[int], samples: int) -> None:
-        """Tell the progress bar that draws with these numbers, of so many, are to come."""
+        """Add the passes of the draws with these numbers, out of `samples`, to the progress bar."""
         passes = sum(len(self.mirrorings_of(draw, samples)) for draw in draws)
         if settings.samples_from == 'chain' and settings.start > 0:
             self.progress.total += passes * settings.steps * len(self.tiles)
@@ -215,7 +215,7 @@ class Volume:
         return fuse_tiles(self._denoised_tiles(x, level, mirrored), self.shape, self.weight, self.device)
 
     def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
-        """Of logits (C, Z, Y, X) over a temperature, in some slices: (C, slices, Y, X) float32."""
+        """Probabilities (C, slices, Y, X) float32 of some slices of logits (C, Z, Y, X), over a temperature."""
         return logits_to_probabilities(logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
     def _denoised_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]

@@ -52,6 +52,6 @@ def tile_bytes(channels: int, patch_size: Sequence[int]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """That a GPU has left, with what torch holds and does not use."""
+    """Free memory of a GPU, with what torch holds and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
@@ -24,60 +23,28 @@ from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
 from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
+from nnunet_pdddpm.inference.errors import PredictionError
+from nnunet_pdddpm.inference.model_folder import check_model_file, check_model_folder
 from nnunet_pdddpm.inference.quality import QualityMeter
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.inference.volume_memory import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.labels import foreground_labels
-from nnunet_pdddpm.network.checkpoint import (
-    PRESEGMENTER,
-    CheckpointError,
-    check_weights,
-    differences,
-    load_checkpoint,
-)
-from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner, check_version, stored_settings, stored_table
+from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
+from nnunet_pdddpm.network.state import stored_settings
 
 logger = logging.getLogger(__name__)
 
 OnSample = Callable[[int, Tensor], None]
-"""Told the number of a sample and logits (C, Z, Y, X) float16 in main memory, once it is drawn: their argmax (regions:
-sign) is its mask. The largest of classes is 0."""
+"""Called with the number of a sample and its logits (C, Z, Y, X) float16 in main memory, once it is drawn.
+
+Their argmax (regions: sign) is the sample's mask. The largest logit of classes is 0."""
 DOES_NOT_FIT = 'The volume does not fit on the device: its arrays are kept in main memory'
 
 
-class PredictionError(ValueError):
-    """What was asked for cannot be predicted: the message says why and what to do."""
-
-
-def refuse_unusable(file: Path) -> None:
-    """Raise CheckpointError for a checkpoint that is damaged, executes code, or does not fit the files beside it."""
-    checkpoint = load_checkpoint(file, 'model')
-    weights = checkpoint['network_weights']
-    if any(name.startswith(PRESEGMENTER) for name in weights):
-        check_version(weights, f'The model {file}')
-        try:
-            stored_table(weights)
-        except ValueError as error:
-            raise CheckpointError(f'The model {file} is damaged: {error}') from None
-    check_weights(weights, f'The model {file}')
-    plans, dataset_json = (load_json(str(file.parents[1] / name)) for name in ('plans.json', 'dataset.json'))
-    trained_with = checkpoint['init_args']
-    try:
-        differing = differences(trained_with, plans, trained_with['configuration'], dataset_json)
-    except Exception as error:  # of whatever type: it lies in the files
-        raise CheckpointError(f'The plans.json and dataset.json in {file.parents[1]} are not those of the model {file} '
-                              f'({type(error).__name__}: {error}). Put back the files that it was trained with.'
-                              ) from error
-    for what, (trained, here) in differing.items():
-        raise CheckpointError(f'The model {file} does not fit the plans.json and dataset.json in {file.parents[1]}: '
-                              f'{what} was {trained} when it was trained and is {here} there. Put back the files that '
-                              f'it was trained with.')
-
-
 class VolumePredictor(nnUNetPredictor):
-    """As nnUNetPredictor; but a volume is sampled as a whole, and every sample can be had.
+    """nnUNetPredictor that samples a volume as a whole and hands out every sample.
 
     The mask is the blind mask, the stock model's, the mean of the samples, or weighted, as the model's settings say.
     Several models (folds) draw equally many of the samples. The mirrorings are spread over the samples of each.
@@ -120,18 +87,12 @@ class VolumePredictor(nnUNetPredictor):
             ValueError: if a sampling setting is out of range for the model.
         """
         folder = Path(model_training_output_dir)
-        if not (folder / 'plans.json').is_file():
-            raise PredictionError(f'There is no trained model in {folder}: train it with nnUNetv2_train -tr '
-                                  f'PDDDPMTrainer, or correct the data set, configuration, trainer and plans that '
-                                  f'name it.')
+        check_model_folder(folder)
         use_folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name)
-        for fold in use_folds:
-            if not (file := folder / f'fold_{fold}' / checkpoint_name).is_file():
-                raise PredictionError(f'{file} does not exist: name the trained folds with -f and the checkpoint with '
-                                      f'-chk.')
-            refuse_unusable(file)  # before nnU-Net unpickles it
+        for fold in use_folds:  # before nnU-Net unpickles them
+            check_model_file(folder / f'fold_{fold}' / checkpoint_name)
         super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
         if isinstance(self.network, OptimizedModule):
             self.network = self.network._orig_mod
@@ -174,7 +135,7 @@ class VolumePredictor(nnUNetPredictor):
 
         Args:
             data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
-            on_sample: told every sample when it is drawn; the samples are not kept.
+            on_sample: called with every sample when it is drawn; the samples are not kept.
             case: name, of which with the settings' seed the noise and the draws are made.
             stock: whether the stock model's own result is wanted. If it is not, nor is anything made of it but the
                 start of chains, it is predicted without mirroring.
@@ -198,7 +159,7 @@ class VolumePredictor(nnUNetPredictor):
 
     @property
     def _needs_stock(self) -> bool:
-        """Whether mask or samples are made of the stock model's own result, which is more than a start."""
+        """Whether mask or samples use the stock model's own result, not only as a start."""
         return any(settings.needs_stock for settings in self.fold_settings)
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -269,22 +230,22 @@ class VolumePredictor(nnUNetPredictor):
         objects = volume.objects(settings.temperature) if len(self.fold_settings) == 1 < self.num_samples else WHOLE
         probabilities, (box, y, x) = volume.sample(settings, sample, self.num_samples), counts.box
         sizes = [len(range(n)[unpadded]) for n, unpadded in zip(volume.shape[1:], counts.box, strict=True)]
-        told = None if on_sample is None else torch.empty((volume.shape[0], *sizes), dtype=torch.half)
+        kept_logits = None if on_sample is None else torch.empty((volume.shape[0], *sizes), dtype=torch.half)
         for z in chunks(volume.shape):
             p = probabilities(z)
             logits = drawn_logits(p, regions, shifts, parts.at(z))
             mask = hard_mask(logits, regions)
             spread.add(sample, z, p, mask)
             counts.add(sample, z, mask, objects.at(z), objects.number)
-            if told is not None:
+            if kept_logits is not None:
                 here, there = inside(z, box)
                 box_logits = logits[:, here, y, x]
                 if not regions:  # else half precision would make ties of what is nearly equal
                     box_logits = box_logits - box_logits.amax(0)
-                told[:, there] = box_logits.half().cpu()
-        if on_sample is not None and told is not None:
+                kept_logits[:, there] = box_logits.half().cpu()
+        if on_sample is not None and kept_logits is not None:
             del probabilities, p, logits, mask
-            on_sample(sample, told)
+            on_sample(sample, kept_logits)
 
     def _mask_source(self) -> str:
         """What the mask is made of: 'stock' or 'blind' logits, or a 'mixed' mean of probabilities."""
@@ -367,19 +328,19 @@ class VolumePredictor(nnUNetPredictor):
 
 
 class _Sum:
-    """Of tensors, one after the other, into the first."""
+    """A sum of tensors, kept in the first of them."""
 
     total: Tensor
 
     @property
     def started(self) -> bool:
-        """Whether there is one."""
+        """Whether anything was added."""
         return hasattr(self, 'total')
 
     def add(self, values: Tensor) -> None:
-        """Another one."""
+        """Add a tensor."""
         self.total = self.total.add_(values) if self.started else values
 
     def mean(self, number: int) -> Tensor:
-        """Of so many."""
+        """The sum over this number."""
         return self.total if number == 1 else self.total.div_(number)

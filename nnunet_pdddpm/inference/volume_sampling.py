@@ -168,7 +168,7 @@ def fuse_tiles(estimates: Iterable[tuple[Tile, Tensor]], shape: Sequence[int], w
 
 
 def kept_slices(shape: Sequence[int], slices_of_tile: int) -> int:
-    """Slices of a volume (C, Z, Y, X) that `fuse_tiles` keeps, for tiles of so many."""
+    """Number of slices of a volume (C, Z, Y, X) that `fuse_tiles` keeps at a time."""
     return min(shape[1], slices_of_tile + slices_in_chunk(shape) - 1)
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,24 +15,29 @@ from nnunet_pdddpm.diffusion.levels import LevelTable, even_table, paper_table
 from nnunet_pdddpm.diffusion.measuring import NODES
 from nnunet_pdddpm.diffusion.process import Ancestral, ForwardProcess, Redrawing, log_likelihood_ratio, x0_from_eps
 from nnunet_pdddpm.diffusion.sampling import NoiseCache, refine
-from nnunet_pdddpm.network.checkpoint import CheckpointError, check_weights, note_checksum
+from nnunet_pdddpm.network.checkpoint import check_weights, note_checksum
 from nnunet_pdddpm.network.denoiser import Denoiser
 from nnunet_pdddpm.network.seen import Seen, note_seen, stored_seen
-from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, effective_settings, from_numbers
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, effective_settings
+from nnunet_pdddpm.network.state import (
+    CALIBRATION,
+    CALIBRATION_CASES,
+    CALIBRATION_FIELDS,
+    LEVELS,
+    QUALITY,
+    QUALITY_FIELDS,
+    QUALITY_ROWS,
+    SETTING,
+    add_missing_quality,
+    check_version,
+    stored_settings,
+    stored_table,
+)
 
 _refine = torch.compiler.disable(refine, recursive=False)
 
-SETTING = 'setting_'  # prefix of the sampling settings in the state dict
-CALIBRATION = 'calibration'
-"""In the state dict: what is known of the volumes of validation cases, see `inference.intervals.FIELDS`."""
-CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 7
-QUALITY = 'quality'
-"""In the state dict: Dice of validation cases and what may tell it, see `inference.ranking.FIELDS`."""
-QUALITY_ROWS, QUALITY_FIELDS = 768, 14
 BLIND_OFFSET = 5.0
 """What the blind level is below the lowest log SNR."""
-LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
-"""In the state dict: the table of noise levels, and what it was measured by (see `LevelMeter`)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class NoisyBatch(NamedTuple):
     """(B,) noise levels."""
 
     def to(self, *args: Any, **kwargs: Any) -> NoisyBatch:
-        """All parts moved as `Tensor.to` moves one."""
+        """The batch with all parts moved, as `Tensor.to`."""
         return NoisyBatch(*(part.to(*args, **kwargs) for part in self))
 
 
@@ -345,31 +349,3 @@ class BlindNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """See `Refiner.blind_logits`."""
         return self._blind_logits(image, self.temperature)
-
-
-def check_version(weights: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError for a refiner's state of a version that named noise levels by numbers."""
-    if not {LEVELS[0], SETTING + 'start', CALIBRATION} <= weights.keys():
-        raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
-                              f'otherwise: train it again with this version.')
-
-
-def add_missing_quality(weights: Mapping[str, Any], empty: Tensor) -> Mapping[str, Any]:
-    """A refiner's state dict; of a version that measured no quality, with an empty one, of the shape of `empty`."""
-    if QUALITY in weights:
-        return weights
-    found = OrderedDict(weights)
-    found[QUALITY] = torch.zeros_like(empty)
-    if hasattr(weights, '_metadata'):
-        found._metadata = weights._metadata  # type: ignore[attr-defined]
-    return found
-
-
-def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:
-    """The settings in a refiner's state dict, without any override; raises KeyError if it is no refiner's."""
-    return from_numbers({name: weights[SETTING + name].item() for name in as_numbers(SamplingSettings())})
-
-
-def stored_table(weights: Mapping[str, Tensor]) -> LevelTable:
-    """The table of noise levels in a refiner's state dict; raises ValueError if it is not monotone."""
-    return LevelTable(*(tuple(weights[name].double().tolist()) for name in LEVELS[:2]))

@@ -1,4 +1,4 @@
-"""What a model has seen: the cases that it was trained on, and those that its stock model was not, noted in it."""
+"""Which cases a model was trained on, and which its stock model held out: stored in the model as hashes."""
 from __future__ import annotations
 
 import hashlib
@@ -25,7 +25,7 @@ class Seen:
 
     @classmethod
     def from_names(cls, trained_on: Iterable[str], stock_held_out: Iterable[str] | None) -> Seen:
-        """From names of cases."""
+        """Hash names of cases."""
         return cls(frozenset(map(case_hash, trained_on)),
                    None if stock_held_out is None else frozenset(map(case_hash, stock_held_out)))
 

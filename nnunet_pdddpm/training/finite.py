@@ -1,4 +1,4 @@
-"""What happens at a loss that is no number: what comes after it would be lost, and could be saved."""
+"""Training stops at a loss that is NaN or infinite, before a checkpoint of broken weights is saved."""
 from __future__ import annotations
 
 import math

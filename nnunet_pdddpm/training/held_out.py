@@ -1,4 +1,4 @@
-"""Which cases a trained fold of the stock model has not seen: nnU-Net notes no split, but what it validated on."""
+"""Which cases a trained fold of the stock model has not seen, from its log: nnU-Net stores no split in a model."""
 from __future__ import annotations
 
 import json

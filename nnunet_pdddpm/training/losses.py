@@ -1,4 +1,4 @@
-"""The loss of the denoiser, made of the planned one: what is asked of it depends on whether it is shown a mask."""
+"""The loss of the denoiser: nnU-Net's own where no mask is shown, its cross-entropy where a noisy one is."""
 from __future__ import annotations
 
 import copy
@@ -37,7 +37,7 @@ class DenoisingLoss(nn.Module):
             self.dice_over_processes = bool(parts.dc.batch_dice and parts.dc.ddp)
 
     def set_noisy(self, noisy: Tensor) -> None:
-        """Say which items (B,) of the batch to come have a noise level."""
+        """Say which items (B,) of the next batch have a noise level."""
         self.noisy, self.measured = noisy, None
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _weighted(loss: nn.Module, weight_dice: float, weight_ce: float) -> nn.Modul
 
 
 class _NoDice(nn.Module):
-    """In the place of a Dice loss."""
+    """Stands in for a Dice loss."""
 
     def forward(self, *_: Any, **__: Any) -> float:
         """0."""

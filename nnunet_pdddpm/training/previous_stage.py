@@ -52,7 +52,7 @@ class PreviousStage:
         return complete[0]
 
     def missing_message(self, missing: dict[str, int], num_cases: int) -> str:
-        """The sentence about a previous stage of which no folder is complete."""
+        """The sentence that says what is missing where no folder of the previous stage is complete."""
         found = ' and '.join(f'{missing[trainer]} are missing in {folder}' for trainer, folder in self.folders.items())
         return (f'{self.context.configuration} needs the predictions of {self.name} for its {num_cases} training and '
                 f'validation cases, and {found}. The validation of {self.name} writes them, for every fold: '

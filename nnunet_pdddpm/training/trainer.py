@@ -33,17 +33,18 @@ from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.logs import log_forwarded_to
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
-from nnunet_pdddpm.network.refiner import LEVELS, DiffusionDesign, NoisyBatch, Refiner, check_version
-from nnunet_pdddpm.network.seen import Seen, split_overlap, stored_seen
+from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
+from nnunet_pdddpm.network.seen import Seen, stored_seen
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
+from nnunet_pdddpm.network.state import LEVELS, check_version
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
 from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.training.losses import DenoisingLoss
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file, load_network
 from nnunet_pdddpm.training.previous_stage import PreviousStage
+from nnunet_pdddpm.training.split import check_split
 from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
-from nnunet_pdddpm.tuning.budget import enough_cases
 from nnunet_pdddpm.tuning.calibration import Measured, cases_to_calibrate, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
 from nnunet_pdddpm.tuning.errors import TuningError
@@ -88,7 +89,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self._gloo: Any = None  # processes wait in it while one of them tunes
         self._stock_checkpoint: Any = None
         self._restored = False
-        self._previous_stage_told = False
+        self._previous_stage_logged = False
         self._average_in_network = False
         self._checkpoint = FINAL_CHECKPOINT  # whose weights are in the network when training has ended
 
@@ -171,7 +172,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         elif not self._restored:
             self._embed_stock_model()
         self._stock_checkpoint = None
-        self._check_split()
+        self._note_cases()
         if self.current_epoch == 0 and (earlier := Path(self.output_folder, FINAL_CHECKPOINT)).is_file():
             self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
                                    f'with it, and --c takes it for the end of this one.')
@@ -182,34 +183,15 @@ class PDDDPMTrainer(nnUNetTrainer):
             self._gloo = dist.new_group(backend='gloo', timeout=timedelta(days=30))
         super().on_train_start()
 
-    def _check_split(self) -> None:
-        """Note what the model is trained on, and say which validation cases it or its stock model has seen.
-
-        Raises:
-            CheckpointError: if the model was trained on cases that are to validate it now, but for those that the split
-                in force means to train on, too; or if the stock model has held out too few of them.
-        """
+    def _note_cases(self) -> None:
+        """Note what the model is trained on; refuse, or log, validation cases that it has seen: `check_split`."""
         training, validation = self.do_split()
         if not self._restored:
             stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
             self.refiner.seen = Seen.from_names([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
         if self.fold != 'all':
-            seen, number = self.refiner.seen, len(validation)
-            leak, foreign = seen.leaks(validation, training), seen.leaked_into_stock(validation)
-            if seen.leaked_into_denoiser(validation, training) or not enough_cases(number - len(foreign), number):
-                raise CheckpointError(f'By the present splits_final.json {leak}. Put back the one that was trained '
-                                      f'with, or train the stock model again with this one, and then this model from '
-                                      f'its beginning (without --c).')
-            if leak:
-                self.print_to_log_file(f'WARNING: by the present splits_final.json {leak}. The Dice of a validation is '
-                                       f'not of held-out cases alone. The sampling settings and intervals of volumes '
-                                       f'are fitted to the others.')
-            if both := split_overlap(validation, training):
-                self.print_to_log_file(f'WARNING: {both}. The Dice of a validation is not of held-out cases alone, and '
-                                       f'the sampling settings and intervals of volumes are not fitted to them.')
-            if unknown := self.refiner.seen.unknown():
-                self.print_to_log_file(f'{unknown} If splits_final.json was changed since, what is measured on the '
-                                       f'validation cases is wrong.')
+            for line in check_split(self.refiner.seen, training, validation):
+                self.print_to_log_file(line)
         self.refiner.seen = self.refiner.seen.with_training_cases(training)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
@@ -225,9 +207,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             stage = PreviousStage(self.configuration_manager.previous_stage_name, self.context(), type(self).__name__)
             folder = stage.complete_folder({*training, *validation}, self.dataset_class.get_identifiers)
             self.folder_with_segs_from_previous_stage = str(folder)
-            if not self._previous_stage_told:
+            if not self._previous_stage_logged:
                 self.print_to_log_file(f'Previous stage: {folder}')
-            self._previous_stage_told = True
+            self._previous_stage_logged = True
         return training, validation
 
     def on_train_epoch_start(self) -> None:
@@ -450,7 +432,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
         if self.local_rank == 0:
             store_measured(file, Measured(*(torch.cat(rows) for rows in zip(*scores, strict=True))),
-                 label_channels(self.dataset_json, self.plans_manager), self.print_to_log_file)
+                           label_channels(self.dataset_json, self.plans_manager), self.print_to_log_file)
 
     def _measure_own_share(self, file: Path) -> Measured | str:
         """Scores of this process's share of the validation cases; or why there are none."""

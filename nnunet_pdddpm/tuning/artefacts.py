@@ -1,4 +1,4 @@
-"""Simulated artefacts of preprocessed images: what masks of validation cases are worth on images worse than theirs.
+"""Simulated artefacts of preprocessed images, to measure how good masks are on worse images.
 
 They are made in the network's grid, where the images are at hand wherever there is a training, and afterwards the image
 is normalised again as nnU-Net would have, where it normalises by the image's own statistics.
@@ -22,7 +22,7 @@ def noise(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def blur(x: np.ndarray, strength: int, rng: np.random.Generator) -> np.ndarray:
-    """By a Gaussian of 1, 2 and 3 voxels."""
+    """Smoothing by a Gaussian of 1, 2 and 3 voxels."""
     return ndimage.gaussian_filter(x, [min(strength + 1, (n - 1) / 4) for n in x.shape])
 
 

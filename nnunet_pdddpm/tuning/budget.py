@@ -9,7 +9,7 @@ MIN_TUNING_CASES = 5
 
 
 def enough_cases(cases: int, available: int) -> bool:
-    """Whether so many of the validation cases are enough to measure anything on: MIN_TUNING_CASES, or all."""
+    """Whether this many of the available validation cases are enough to measure on: MIN_TUNING_CASES, or all."""
     return cases >= min(MIN_TUNING_CASES, available)
 
 

@@ -1,5 +1,4 @@
-"""What the volumes and the Dice of validation cases are, and what the model says of them: the scores that intervals and
-the order of cases are made of."""
+"""Volumes and Dice of validation cases beside what the model says of them; intervals and ranking are fitted to both."""
 from __future__ import annotations
 
 import time
@@ -14,15 +13,16 @@ from torch import Tensor
 
 from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
+from nnunet_pdddpm.inference.dice_regression import CLEAN
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
 from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import label_map, overlap
-from nnunet_pdddpm.inference.ranking import CLEAN, MIN_RANKING_CASES, ranking_of
+from nnunet_pdddpm.inference.ranking import MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
-from nnunet_pdddpm.network.refiner import CALIBRATION_CASES, QUALITY_FIELDS, stored_settings
+from nnunet_pdddpm.network.state import CALIBRATION_CASES, QUALITY_FIELDS, stored_settings
 from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.stored import store_calibration
@@ -44,24 +44,25 @@ def open_for_calibration(model_folder: Path, fold: int | str, device: torch.devi
 
 
 def cases_to_calibrate(names: Sequence[str]) -> list[str]:
-    """All of them; of more than a checkpoint has room for, as many as it has, spread evenly."""
+    """All of them, or as many as a checkpoint has room for, spread evenly."""
     if len(names) <= CALIBRATION_CASES:
         return list(names)
     return [names[i] for i in np.linspace(0, len(names) - 1, CALIBRATION_CASES).round().astype(int)]
 
 
 class Measured(NamedTuple):
-    """What is known of validation cases."""
+    """True values of validation cases beside the features that predict them."""
     volumes: Tensor
     """(cases, C, fields) float32, see `intervals.FIELDS`. Empty for a case with ignored voxels, whose true volume is
     not known, and for channels that stand for no label."""
     quality: Tensor
-    """(rows, C, fields) float32, see `ranking.FIELDS`: a row for a case and for each copy of it with an artefact."""
+    """(rows, C, fields) float32, see `dice_regression.FIELDS`: a row for each case, and for each copy of it with an
+    artefact."""
 
 
 def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[str], first: int = 0, step: int = 1
             ) -> Measured:
-    """Predict cases as `nnUNetv2_pdddpm_predict` does, and note their volumes and what tells how good the masks are.
+    """Predict cases as `nnUNetv2_pdddpm_predict` does, and measure their volumes and the quality of their masks.
 
     Where the cases are enough to find an order by, copies of them with simulated artefacts are predicted too, at most
     COPIES a case, as long as that takes at most SECONDS_A_CASE for each.
@@ -101,8 +102,10 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
 
 
 def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> list[Tensor]:
-    """The row of a case, with that number, with an artefact; families and strengths take turns over the copies. None if
-    the networks make no numbers of it."""
+    """The row of a copy of case `number` with an artefact; empty if the networks give no numbers for it.
+
+    Families and strengths of artefacts take turns over the copies.
+    """
     family, strength = copy % len(ARTEFACTS), copy // len(ARTEFACTS) % STRENGTHS
     image = with_artefact(case.image.numpy(), list(ARTEFACTS)[family], strength,
                           predictor.configuration_manager.normalization_schemes, [number, copy])
@@ -117,15 +120,16 @@ def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> lis
 
 def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePrediction, number: int, kind: int
                 ) -> Tensor:
-    """Of a predicted case, (C, fields) float32, see `ranking.FIELDS`; empty for labels that have neither truth nor
-    estimate. Voxels to be ignored do not count.
+    """What a predicted case knows of its Dice, (C, fields) float32, see `dice_regression.FIELDS`.
+
+    Empty for labels that have neither truth nor estimate. Voxels to be ignored do not count.
 
     Args:
         predictor: that has predicted it.
         case: with the truth in the network's grid.
         prediction: of its image, or of a copy.
         number: of the case.
-        kind: `ranking.CLEAN`, or that and the number of the artefact's family, counted from 1.
+        kind: `dice_regression.CLEAN`, or that and the number of the artefact's family, counted from 1.
     """
     row = torch.zeros(predictor.refiner.num_channels, QUALITY_FIELDS)
     manager, values = predictor.label_manager, foreground_labels(predictor.dataset_json)
@@ -174,7 +178,7 @@ def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
 
 
 def store_measured(file: Path, measured: Measured, channels: dict[str, int], log: Callable[[str], None]) -> None:
-    """Put what was measured into a checkpoint, and say what intervals and what order of cases it gives."""
+    """Store what was measured in a checkpoint, and log the intervals and the ranking that it gives."""
     store_calibration(file, *measured)
     for line in interval_lines(measured.volumes, channels):
         log(line)

@@ -109,8 +109,9 @@ class ValidationCases:
                     self._raters_of(name, properties, image.shape[1:]), properties, name)
 
     def true_volumes(self, name: str) -> dict[str, float] | None:
-        """Of each label or region in ml, from the original truth; None where voxels of it are to be ignored, and, which
-        is told, where it is damaged.
+        """True volume of each label or region in ml, from the original truth.
+
+        None if voxels of the truth are to be ignored, or, with a line in the log, if it is damaged.
 
         Its voxels are those of the image: nnU-Net copies the truth, and not the json that gives the size in a tif.
         """

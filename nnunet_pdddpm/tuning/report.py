@@ -31,7 +31,7 @@ SWEEP = 'sampling_sweep'
 
 
 def summary_lines(sweep: Sweep, settings: SamplingSettings, plain: float) -> list[str]:
-    """What was chosen and what it is worth on the cases it was chosen on, for the log.
+    """What was chosen, and its scores on the cases it was chosen on, for the log.
 
     `plain`: Dice of the mask in plain `nnUNetv2_predict`.
     """
@@ -55,7 +55,7 @@ def summary_lines(sweep: Sweep, settings: SamplingSettings, plain: float) -> lis
 
 
 def describe_mask(settings: SamplingSettings) -> str:
-    """In words."""
+    """What a mask is made of, in words."""
     parts = {'stock': 1.0 if settings.is_stock else settings.mask_stock,
              'blind mask': 0.0 if settings.is_stock else settings.mask_blind,
              'mean of the samples': 0.0 if settings.is_stock else settings.mask_chain}
@@ -63,7 +63,7 @@ def describe_mask(settings: SamplingSettings) -> str:
 
 
 def describe_samples(settings: SamplingSettings) -> str:
-    """In words."""
+    """How samples are drawn, in words."""
     drawn = f'dependence {settings.dependence:g}'
     if settings.samples_from == 'chain':
         return f'start {settings.start:g}, {settings.steps} step{"s" if settings.steps > 1 else ""}, {drawn}'

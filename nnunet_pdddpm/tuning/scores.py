@@ -23,7 +23,7 @@ OCTANTS = 8
 
 
 class Truth:
-    """The true labels of a case, without the voxels that are to be ignored, and what predictions are worth by them."""
+    """The true labels of a case, without the voxels that are to be ignored, and scores of predictions by them."""
 
     def __init__(self, labels: np.ndarray, label_manager: LabelManager, device: torch.device,
                  raters: Sequence[np.ndarray] = ()) -> None:
@@ -127,13 +127,13 @@ class Truth:
         """
         masks, n = [*samples, *(self.raters or [self.truth])], len(samples)
         volumes = torch.stack([self.part_volumes(mask) for mask in masks]).cpu().numpy()
-        apart = np.linalg.norm(volumes[:, None] - volumes[None], axis=-1)  # (masks, masks, labels)
+        volume_distances = np.linalg.norm(volumes[:, None] - volumes[None], axis=-1)  # (masks, masks, labels)
         shapes = np.zeros((len(masks), len(masks)))
         pairs = list(combinations(range(len(masks)), 2))
         pair_distances = torch.stack([self._distance(masks[i], masks[j]) for i, j in pairs]).cpu().numpy()
         for (i, j), distance in zip(pairs, pair_distances, strict=True):
             shapes[i, j] = shapes[j, i] = distance
-        distances = shapes + (apart / (1 + apart)).mean(-1)
+        distances = shapes + (volume_distances / (1 + volume_distances)).mean(-1)
         iou = 1 - shapes
         return (kernel_score(distances[:n, n:], distances[:n, :n]),
                 fair_ged_squared(iou[:n, n:], iou[:n, :n], iou[n:, n:]))

@@ -11,15 +11,8 @@ from torch import Tensor
 from nnunet_pdddpm.file_names import BEST_CHECKPOINT, FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
-from nnunet_pdddpm.network.refiner import (
-    CALIBRATION,
-    QUALITY,
-    QUALITY_FIELDS,
-    QUALITY_ROWS,
-    SETTING,
-    check_version,
-)
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
+from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, QUALITY_FIELDS, QUALITY_ROWS, SETTING, check_version
 
 
 def store(fold_folder: Path, settings: SamplingSettings) -> list[Path]:
@@ -55,7 +48,7 @@ def store_calibration(file: Path, calibration: Tensor, quality: Tensor | None = 
     Args:
         file: the checkpoint.
         calibration: (cases, C, fields), see `inference.intervals.FIELDS`.
-        quality: (rows, C, fields), see `inference.ranking.FIELDS`; None for none.
+        quality: (rows, C, fields), see `inference.dice_regression.FIELDS`; None for none.
 
     Raises:
         CheckpointError: if it cannot be read, or is no PDDDPM model of this version.

@@ -31,7 +31,7 @@ def fit_temperature(curves: Sequence[np.ndarray]) -> float:
     """The temperature with the lowest mean negative log-likelihood over cases, within the grid, to three decimals.
 
     Args:
-        of_cases: `likelihoods` of each case; one of which every voxel is to be ignored has none and is left out.
+        curves: `likelihoods` of each case; a case whose voxels are all to be ignored has none and is left out.
 
     Returns:
         It; 1 if no case is left.

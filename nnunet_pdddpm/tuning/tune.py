@@ -66,7 +66,7 @@ def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | No
     measured = sweep(predictor, cases, seconds, progress=progress)
     settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
     folder = Path(trainer.output_folder)
-    # the sweep last: where it is, training that is gone on with takes its settings for stored
+    # the sweep's files come last: a resumed training that finds them does not tune again
     files = [*store(folder, settings), *write_sweep(folder, measured, settings, plain)]
     for line in summary_lines(measured, settings, plain):
         log(line)

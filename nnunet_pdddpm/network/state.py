@@ -1,0 +1,52 @@
+"""What a trained model holds beside its weights: the names of these tensors in its state dict, and their readers."""
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunet_pdddpm.diffusion.levels import LevelTable
+from nnunet_pdddpm.network.checkpoint import CheckpointError
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_numbers
+
+SETTING = 'setting_'
+"""Prefix of the sampling settings."""
+CALIBRATION = 'calibration'
+"""What is known of the volumes of validation cases, see `inference.intervals.FIELDS`."""
+CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 7
+QUALITY = 'quality'
+"""Dice of validation cases and what may tell it, see `inference.dice_regression.FIELDS`."""
+QUALITY_ROWS, QUALITY_FIELDS = 768, 14
+LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
+"""The table of noise levels, and what it was measured by (see `LevelMeter`)."""
+
+
+def check_version(weights: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError for a refiner's state of a version that named noise levels by numbers."""
+    if not {LEVELS[0], SETTING + 'start', CALIBRATION} <= weights.keys():
+        raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
+                              f'otherwise: train it again with this version.')
+
+
+def add_missing_quality(weights: Mapping[str, Any], empty: Tensor) -> Mapping[str, Any]:
+    """A refiner's state dict; of a version that measured no quality, with an empty one, of the shape of `empty`."""
+    if QUALITY in weights:
+        return weights
+    found = OrderedDict(weights)
+    found[QUALITY] = torch.zeros_like(empty)
+    if hasattr(weights, '_metadata'):
+        found._metadata = weights._metadata  # type: ignore[attr-defined]
+    return found
+
+
+def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:
+    """The settings in a refiner's state dict, without any override; raises KeyError if it is no refiner's."""
+    return from_numbers({name: weights[SETTING + name].item() for name in as_numbers(SamplingSettings())})
+
+
+def stored_table(weights: Mapping[str, Tensor]) -> LevelTable:
+    """The table of noise levels in a refiner's state dict; raises ValueError if it is not monotone."""
+    return LevelTable(*(tuple(weights[name].double().tolist()) for name in LEVELS[:2]))
