@@ -1,10 +1,12 @@
 """A phantom data set with trained stock models, made once a test session with nnU-Net's own code."""
 from __future__ import annotations
 
+import copy
 import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from nnunet_pdddpm.demo.phantom import write_dataset
 DATASET_ID = 701
 DATASET = f'Dataset{DATASET_ID}_Phantom'
 PLANS = 'nnUNetPlansTiny'
+CASCADE = '3d_cascade_fullres'
 STOCK, REFINED = 'nnUNetTrainerTiny', 'PDDDPMTrainerTiny'
 BRIEF_STOCK, BRIEF = 'nnUNetTrainerBrief', 'PDDDPMTrainerBrief'  # for what has to run, not to segment
 
@@ -101,6 +104,22 @@ def predict_in_process(source: Path, output: Path, dataset: int, configuration: 
                          '-p', plans, '-f', *map(str, folds), '-device', 'cpu', '-npp', '0', '-nps', '0',
                          *([] if mirroring else ['--disable_tta']), *flags):
         predict_entry_point()
+
+
+def printed_commands(results: Path, source: Path, output: Path) -> list[list[str]]:
+    """What `nnUNetv2_find_best_configuration` says is to be run, in words.
+
+    Args:
+        results: folder of the data set's models, where it has left the commands.
+        source: with the images, in the place of its INPUT_FOLDER.
+        output: folder of its OUTPUT_FOLDERs.
+    """
+    commands = []
+    for line in re.findall(r'^nnUNetv2_.*$', (results / 'inference_instructions.txt').read_text(), re.MULTILINE):
+        words = [str(output / word) if word.startswith('OUTPUT_FOLDER') else word
+                 for word in line.replace('INPUT_FOLDER', str(source)).split()]
+        commands.append([*words, '-device', 'cpu'] if words[0] == 'nnUNetv2_predict' else words)
+    return commands
 
 
 def predict(output: Path, trainer: str, *flags: str, folds: tuple[int, ...] = (0,), source: Path | None = None,
@@ -224,6 +243,20 @@ def shrink_plans(preprocessed: Path, *configurations: str) -> None:
             n_stages=3, features_per_stage=[8, 16, 16], kernel_sizes=[[3] * dims] * 3,
             strides=[[1] * dims, [2] * dims, [2] * dims], n_conv_per_stage=[1, 1, 1], n_conv_per_stage_decoder=[1, 1])
     (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
+
+
+def add_cascade(preprocessed: Path) -> None:
+    """3d_lowres and 3d_cascade_fullres in the small plans, which nnU-Net plans for larger images only; preprocessed."""
+    plans = json.loads((preprocessed / f'{PLANS}.json').read_text())
+    fullres = plans['configurations']['3d_fullres']
+    plans['configurations']['3d_lowres'] = {
+        'inherits_from': '3d_fullres', 'data_identifier': f'{PLANS}_3d_lowres', 'next_stage': CASCADE,
+        'spacing': [2 * s for s in fullres['spacing']], 'patch_size': [8, 16, 8],
+        'architecture': copy.deepcopy(fullres['architecture'])}
+    plans['configurations'][CASCADE] = {'inherits_from': '3d_fullres', 'previous_stage': '3d_lowres'}
+    (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
+    with in_this_process():
+        preprocess([int(preprocessed.name[7:10])], PLANS, ['3d_lowres'], [1])
 
 
 def write_splits(raw: Path, preprocessed: Path, folds: int = 3) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from conftest import (
     make_trainer,
     predict,
     predict_in_process,
+    printed_commands,
     succeed_in_process,
 )
 
@@ -106,17 +106,12 @@ def test_find_best_configuration_compares_both_and_its_commands_work(results, re
         assert len(merged) == 9
         assert found[name] == pytest.approx(foreground_dice(merged, refined.raw / 'labelsTr'))
 
-    # the printed commands, with folders in the place of their placeholders and -device as this machine needs it
-    commands = re.findall(r'^nnUNetv2_.*$', (results / 'inference_instructions.txt').read_text(), re.MULTILINE)
+    commands = printed_commands(results, refined.raw / 'imagesTs', tmp_path)
     assert len(commands) in (2, 4)  # one model, or two and their ensemble; then the postprocessing
     for variable in ('nnUNet_npp', 'nnUNet_nps'):
         monkeypatch.setenv(variable, '0')
     for command in commands:
-        words = [str(tmp_path / word) if word.startswith('OUTPUT_FOLDER') else word
-                 for word in command.replace('INPUT_FOLDER', str(refined.raw / 'imagesTs')).split()]
-        if words[0] == 'nnUNetv2_predict':
-            words += ['-device', 'cpu']
-        succeed_in_process(*words)
+        succeed_in_process(*command)
     for case in CASES:
         mask = sitk.ReadImage(str(tmp_path / 'OUTPUT_FOLDER_PP' / f'{case}.nii.gz'))
         image = sitk.ReadImage(str(refined.raw / 'imagesTs' / f'{case}_0000.nii.gz'))

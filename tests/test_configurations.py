@@ -1,8 +1,6 @@
 """2d, 3d_lowres and the cascade on it; whose predictions of the previous stage a cascade is trained on."""
 from __future__ import annotations
 
-import copy
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,14 +12,14 @@ import torch
 from conftest import (
     BRIEF,
     BRIEF_STOCK,
+    CASCADE,
     PLANS,
-    in_this_process,
+    add_cascade,
     make_trainer,
     predict_in_process,
     prepare,
     train_in_process,
 )
-from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.demo.phantom import write_dataset
@@ -29,7 +27,6 @@ from nnunet_pdddpm.tuning.cases import ValidationCases
 
 DATASET_ID = 703
 DATASET = f'Dataset{DATASET_ID}_Cascade'
-CASCADE = '3d_cascade_fullres'
 FOLDS = 2
 
 
@@ -44,17 +41,7 @@ def cascade(folders) -> Path:
     """Raw data set with every configuration preprocessed, and stock models of 3d_lowres (validated) and the cascade."""
     raw = Path(os.environ['nnUNet_raw']) / DATASET
     write_dataset(raw, num_training=4, num_test=1, shape=(14, 24, 18), seed=3)
-    preprocessed = prepare(raw, '2d', '3d_fullres', folds=FOLDS)
-    plans = json.loads((preprocessed / f'{PLANS}.json').read_text())
-    fullres = plans['configurations']['3d_fullres']
-    plans['configurations']['3d_lowres'] = {
-        'inherits_from': '3d_fullres', 'data_identifier': f'{PLANS}_3d_lowres', 'next_stage': CASCADE,
-        'spacing': [2 * s for s in fullres['spacing']], 'patch_size': [8, 16, 8],
-        'architecture': copy.deepcopy(fullres['architecture'])}
-    plans['configurations'][CASCADE] = {'inherits_from': '3d_fullres', 'previous_stage': '3d_lowres'}
-    (preprocessed / f'{PLANS}.json').write_text(json.dumps(plans))
-    with in_this_process():
-        preprocess([DATASET_ID], PLANS, ['3d_lowres'], [1])
+    add_cascade(prepare(raw, '2d', '3d_fullres', folds=FOLDS))
     for fold in range(FOLDS):
         train_in_process(DATASET_ID, '3d_lowres', fold, BRIEF_STOCK)
     for fold in range(FOLDS):

@@ -15,7 +15,7 @@ PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md')])
 COMMANDS = {'nnUNetv2_pdddpm_predict': predict.main, 'nnUNetv2_pdddpm_check': check.main,
             'nnUNetv2_pdddpm_predict_from_modelfolder': predict.main_modelfolder,
             'nnUNetv2_pdddpm_evaluate': evaluate.main, 'nnUNetv2_pdddpm_tune': tune.main}
-TESTS = {name for file in (ROOT / 'tests').glob('test_*.py')
+TESTS = {name for file in (ROOT / 'tests').rglob('test_*.py')
          for name in re.findall(r'def (test_\w+)', file.read_text())}
 
 if not (ROOT / 'docs').is_dir():
@@ -43,7 +43,7 @@ def test_links_and_named_files_are_there(page):
         assert '://' in target or (page.parent / target).exists(), target
     for file in re.findall(r'(?:benchmarks|tests)/[\w/]+\.py', text):
         assert (ROOT / file).is_file(), file
-    for file in re.findall(r'`(test_\w+\.py)', text):
+    for file in re.findall(r'`((?:slow/)?test_\w+\.py)', text):
         assert (ROOT / 'tests' / file).is_file(), file
 
 

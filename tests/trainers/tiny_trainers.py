@@ -1,6 +1,7 @@
 """Trainers of a few iterations for the tests, found through nnUNet_extTrainer."""
 import numpy as np
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -45,6 +46,20 @@ class nnUNetTrainerTiny(FewIterations, nnUNetTrainer):
                  device: torch.device = torch.device('cuda')):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_iterations_per_epoch = 30
+
+
+class nnUNetTrainerUnmirrored(nnUNetTrainerTiny):
+    """Without mirroring, an eighth of the time of prediction; with AdamW, which finds some foreground sooner."""
+
+    def configure_optimizers(self):
+        self.initial_lr = 3e-3
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        configured = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return *configured[:-1], None
 
 
 class PDDDPMTrainerTiny(FewIterations, PDDDPMTrainer):
