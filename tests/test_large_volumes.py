@@ -355,7 +355,7 @@ def test_scores_of_a_case_on_a_gpu_are_made_there_and_asked_for_once(waits, regi
 
 
 @pytest.mark.parametrize('labels', test_cuda.LABELS)
-def test_a_training_batch_on_a_gpu_is_made_there(tmp_path, monkeypatch, labels):
+def test_a_training_batch_and_its_loss_on_a_gpu_are_made_there(tmp_path, monkeypatch, labels):
     """Only whether anything is to be ignored is asked for."""
     for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results'):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -366,15 +366,23 @@ def test_a_training_batch_on_a_gpu_is_made_there(tmp_path, monkeypatch, labels):
     trainer.on_train_epoch_start()
     batch, asked, levels = test_cuda.make_batch(trainer, labels), [], trainer.draw_levels(1)
     monkeypatch.setattr(trainer, 'draw_levels', lambda number: levels)  # in main memory, as it should be
+    shown = torch.tensor([True, False])
     with fake_gpu() as copies:
         to_fake_gpu(trainer.refiner)
         trainer.device, trainer.noise_generator = CUDA, None
         for name, value in (('__bool__', True), ('__int__', 1)):  # fake tensors have none in main memory, either
             monkeypatch.setattr(torch.Tensor, name, lambda of, value=value: (asked.append(of.device.type), value)[1])
-        image, target = (torch.empty_like(of, device=CUDA) for of in (batch['data'], batch['target'][0]))
-        noisy, noise = trainer.make_noisy_batch(image, target)
+        image, *targets = (torch.empty_like(of, device=CUDA) for of in (batch['data'], *batch['target']))
+        noisy, noise = trainer.make_noisy_batch(image, targets[0])
         assert {part.device.type for part in (*noisy, noise)} == {'cuda'} and copies.seen == []
-        assert asked.count('cuda') == (labels == 'ignore')
-        output = trainer.refiner(noisy)
-        assert {of.device.type for of in (output if isinstance(output, (list, tuple)) else [output])} == {'cuda'}
-        assert copies.seen == []
+        assert asked.count('cuda') == ('ignore' in labels)
+        outputs = trainer.refiner(noisy)
+        assert {output.device.type for output in outputs} == {'cuda'} and copies.seen == []
+        for over_processes in (False, True):
+            del asked[:]
+            trainer.denoising_loss.dice_over_processes = over_processes
+            trainer.denoising_loss.expect(shown)
+            loss = trainer.loss(outputs, targets)
+            assert loss.device.type == trainer.denoising_loss.measured.device.type == 'cuda' and copies.seen == []
+            # nnU-Net's loss of classes asks whether all is to be ignored, once for the noisy part and for the blind one
+            assert asked.count('cuda') == (2 if labels == 'ignore' else 0)
