@@ -30,14 +30,17 @@ from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.counting import VoxelCounter, tally
 from nnunet_pdddpm.inference.export import Outputs
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.ranking import NOT_MEASURED
 from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import volume_noise
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning.scores import Truth
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -227,6 +230,41 @@ def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, c
     said = capsys.readouterr().out
     assert said.count('\n') == 1 and 'its arrays are kept in main memory (it takes about 1.1 GB' in said
     assert predictor.perform_everything_on_device
+
+
+def test_so_it_is_where_a_case_is_opened_to_tune(on_gpu, monkeypatch):
+    monkeypatch.setattr(sweep_module._CaseSweep, '_where_there_is_memory', lambda self, do: None)
+    case = SimpleNamespace(image=image_of(11, 8, 10))
+    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6))
+    assert [sweep_module._CaseSweep(on_gpu(free)[0], case).device.type for free in (needed, needed - 1)] == [
+        'cuda', 'cpu']
+
+
+def test_what_is_kept_in_main_memory_is_made_by_all_threads_and_is_the_same(monkeypatch):
+    """Where nnU-Net's commands have set one, on a CPU in the place of the GPU that the networks are on."""
+    monkeypatch.setattr(predictor_module, 'all_cpus', lambda: 3)
+
+    def predicted(networks_on):
+        predictor, found, threads = predictor_of(3, [4, 6, 6], CHAIN), {}, []
+        predictor.outputs = Outputs(samples=True)
+        monkeypatch.setattr(predictor, 'threads_for', lambda device: VolumePredictor.threads_for(
+            SimpleNamespace(device=networks_on), device))
+
+        def add_sample(number, logits):
+            found[number] = logits
+            threads.append(torch.get_num_threads())
+
+        def add_rest(prediction):
+            found.update(prediction.spread.maps(), mask=prediction.logits)
+            threads.append(torch.get_num_threads())
+        case = SimpleNamespace(add_sample=add_sample, add_rest=add_rest, export=SimpleNamespace(case='case'))
+        PDDDPMPredictor._predict_case(predictor, case, image_of(11, 8, 10))
+        assert torch.get_num_threads() == 1
+        return found, threads
+    (expected, by_one), (found, by_all) = predicted(CPU), predicted(CUDA)
+    assert by_one == [1, 1, 1] and by_all == [3, 3, 3]
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-6, atol=1e-6)
 
 
 # a GPU without one
