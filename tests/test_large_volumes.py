@@ -13,6 +13,7 @@ import pytest
 import test_cuda
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from scipy import ndimage
 from test_network import EPS, X0, make_refiner, noisy_batch, patch
 from test_properties import pointwise_refiner, volume_predictor
 from test_resampling import export_of
@@ -29,7 +30,7 @@ from nnunet_pdddpm.inference.case import CaseUnderWay
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.counting import VoxelCounter, tally
-from nnunet_pdddpm.inference.export import Outputs
+from nnunet_pdddpm.inference.export import Outputs, places
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.ranking import NOT_MEASURED
 from nnunet_pdddpm.inference.room import tile_bytes, volume_bytes
@@ -198,6 +199,21 @@ def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, u
     assert set(maps) == {'none': set(), 'entropy': {'uncertainty'},
                          'all': {'uncertainty', 'variance', 'mutual_information'}}[uncertainty]
     assert case.counts.sample_sizes().shape == (2, 2)  # of the samples, which are counted where they are drawn
+
+
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+def test_labels_are_counted_in_the_boxes_around_them(regions):
+    """By numbers of any type, as nnU-Net's readers give them; label 4 is not there."""
+    values = {f'label {i}': tuple(range(i, 5)) if regions else (i,) for i in range(1, 5)}
+    mask = np.zeros((6, 9, 8), np.float32)
+    mask[1:3, 2:4, 1:3], mask[4, 7, 3:8], mask[4, 7, 5] = 1, 2, 3
+    looked_at = {}
+    for name, there in places(mask, values):
+        expected = np.isin(mask, values[name])
+        assert there.sum() == expected.sum() and ndimage.label(there)[1] == ndimage.label(expected)[1]
+        looked_at[name] = there.size
+    assert looked_at == ({'label 1': 4 * 6 * 7, 'label 2': 5, 'label 3': 1, 'label 4': 0} if regions
+                         else {'label 1': 8, 'label 2': 5, 'label 3': 1, 'label 4': 0})
 
 
 # the choice of a device
