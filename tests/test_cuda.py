@@ -17,8 +17,10 @@ from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
 CLASSES = {'background': 0, 'cell': 1, 'nucleus': 2}
+REGIONS = {'background': 0, 'whole': [1, 2], 'nucleus': [2]}
 LABELS = {'classes': {'labels': CLASSES}, 'ignore': {'labels': {**CLASSES, 'ignore': 3}},
-          'regions': {'labels': {'background': 0, 'whole': [1, 2], 'nucleus': [2]}, 'regions_class_order': [1, 2]}}
+          'regions': {'labels': REGIONS, 'regions_class_order': [1, 2]},
+          'regions and ignore': {'labels': {**REGIONS, 'ignore': 3}, 'regions_class_order': [1, 2]}}
 MIXED = {'samples': 2, 'steps': 2, 'mask_stock': 0.25, 'mask_blind': 0.25}
 
 
@@ -114,9 +116,11 @@ def make_trainer(kind, labels, device, folder):
 def make_batch(trainer, labels):
     """Noise, and labels in blocks, at both scales."""
     generator = torch.Generator().manual_seed(2)
-    blocks = torch.randint(0, 4 if labels == 'ignore' else 3, (2, 1, 4, 4, 4), generator=generator).float()
+    ignore = 'ignore' in labels
+    blocks = torch.randint(0, 3 + ignore, (2, 1, 4, 4, 4), generator=generator).float()
     full, half = (torch.nn.functional.interpolate(blocks, (n,) * 3) for n in (16, 8))
-    targets = [torch.cat([of > 0, of == 2], 1).float() if labels == 'regions' else of.short() for of in (full, half)]
+    targets = [torch.cat([(of == 1) | (of == 2), of == 2, *[of == 3] * ignore], 1) if 'regions' in labels
+               else of.short() for of in (full, half)]
     return {'data': torch.randn(full.shape, generator=generator) + full, 'target': targets, 'keys': ['a', 'b']}
 
 

@@ -13,6 +13,7 @@ import pytest
 import test_cuda
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from scipy import ndimage
 from test_network import EPS, X0, make_refiner, noisy_batch, patch
 from test_properties import pointwise_refiner, volume_predictor
 from test_resampling import export_of
@@ -29,15 +30,18 @@ from nnunet_pdddpm.inference.case import PendingCase
 from nnunet_pdddpm.inference.chunks import chunks
 from nnunet_pdddpm.inference.components import Parts
 from nnunet_pdddpm.inference.counting import VoxelCounter, tally
-from nnunet_pdddpm.inference.export import Outputs
+from nnunet_pdddpm.inference.export import Outputs, places
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.ranking import NOT_MEASURED
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_memory import tile_bytes, volume_bytes
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import volume_noise
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.tuning import case_sweep as sweep_module
 from nnunet_pdddpm.tuning.scores import Truth
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -198,6 +202,21 @@ def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, u
     assert case.counts.sample_sizes().shape == (2, 2)  # of the samples, which are counted where they are drawn
 
 
+@pytest.mark.parametrize('regions', [False, True], ids=['classes', 'regions'])
+def test_labels_are_counted_in_the_boxes_around_them(regions):
+    """By numbers of any type, as nnU-Net's readers give them; label 4 is not there."""
+    values = {f'label {i}': tuple(range(i, 5)) if regions else (i,) for i in range(1, 5)}
+    mask = np.zeros((6, 9, 8), np.float32)
+    mask[1:3, 2:4, 1:3], mask[4, 7, 3:8], mask[4, 7, 5] = 1, 2, 3
+    looked_at = {}
+    for name, there in places(mask, values):
+        expected = np.isin(mask, values[name])
+        assert there.sum() == expected.sum() and ndimage.label(there)[1] == ndimage.label(expected)[1]
+        looked_at[name] = there.size
+    assert looked_at == ({'label 1': 4 * 6 * 7, 'label 2': 5, 'label 3': 1, 'label 4': 0} if regions
+                         else {'label 1': 8, 'label 2': 5, 'label 3': 1, 'label 4': 0})
+
+
 # the choice of a device
 
 @pytest.fixture
@@ -226,6 +245,42 @@ def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, c
     said, = caplog.messages
     assert 'its arrays are kept in main memory (it takes about 1.1 GB' in said
     assert predictor.perform_everything_on_device
+
+
+def test_so_it_is_where_a_case_is_opened_to_tune(on_gpu, monkeypatch):
+    monkeypatch.setattr(sweep_module.CaseSweep, '_with_memory_fallback', lambda self, do: None)
+    case = SimpleNamespace(image=image_of(11, 8, 10))
+    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6))
+    assert [sweep_module.CaseSweep(on_gpu(free)[0], case).device.type for free in (needed, needed - 1)] == [
+        'cuda', 'cpu']
+
+
+def test_what_is_kept_in_main_memory_is_made_by_all_threads_and_is_the_same(monkeypatch):
+    """Where nnU-Net's commands have set one, on a CPU in the place of the GPU that the networks are on."""
+    monkeypatch.setattr(predictor_module, 'available_cpus', lambda: 3)
+
+    def predicted(networks_on):
+        predictor, found, threads = predictor_of(3, [4, 6, 6], CHAIN), {}, []
+        predictor.outputs = Outputs(samples=True)
+        monkeypatch.setattr(predictor, 'threads_for', lambda device: VolumePredictor.threads_for(
+            SimpleNamespace(device=networks_on), device))
+
+        def add_sample(number, logits):
+            found[number] = logits
+            threads.append(torch.get_num_threads())
+
+        def add_prediction(prediction):
+            found.update(prediction.spread.maps(), mask=prediction.logits)
+            threads.append(torch.get_num_threads())
+        case = SimpleNamespace(add_sample=add_sample, add_prediction=add_prediction,
+                               export=SimpleNamespace(case='case'))
+        PDDDPMPredictor._predict_case(predictor, case, image_of(11, 8, 10))
+        assert torch.get_num_threads() == 1
+        return found, threads
+    (expected, by_one), (found, by_all) = predicted(CPU), predicted(CUDA)
+    assert by_one == [1, 1, 1] and by_all == [3, 3, 3]
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-6, atol=1e-6)
 
 
 # a GPU without one
@@ -354,7 +409,7 @@ def test_scores_of_a_case_on_a_gpu_are_made_there_and_asked_for_once(waits, regi
 
 
 @pytest.mark.parametrize('labels', test_cuda.LABELS)
-def test_a_training_batch_on_a_gpu_is_made_there(tmp_path, monkeypatch, labels):
+def test_a_training_batch_and_its_loss_on_a_gpu_are_made_there(tmp_path, monkeypatch, labels):
     """Only whether anything is to be ignored is asked for."""
     for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results'):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -365,15 +420,23 @@ def test_a_training_batch_on_a_gpu_is_made_there(tmp_path, monkeypatch, labels):
     trainer.on_train_epoch_start()
     batch, asked, levels = test_cuda.make_batch(trainer, labels), [], trainer.draw_levels(1)
     monkeypatch.setattr(trainer, 'draw_levels', lambda number: levels)  # in main memory, as it should be
+    shown = torch.tensor([True, False])
     with fake_gpu() as copies:
         to_fake_gpu(trainer.refiner)
         trainer.device, trainer.noise_generator = CUDA, None
         for name, value in (('__bool__', True), ('__int__', 1)):  # fake tensors have none in main memory, either
             monkeypatch.setattr(torch.Tensor, name, lambda of, value=value: (asked.append(of.device.type), value)[1])
-        image, target = (torch.empty_like(of, device=CUDA) for of in (batch['data'], batch['target'][0]))
-        noisy, noise = trainer.make_noisy_batch(image, target)
+        image, *targets = (torch.empty_like(of, device=CUDA) for of in (batch['data'], *batch['target']))
+        noisy, noise = trainer.make_noisy_batch(image, targets[0])
         assert {part.device.type for part in (*noisy, noise)} == {'cuda'} and copies.seen == []
-        assert asked.count('cuda') == (labels == 'ignore')
-        output = trainer.refiner(noisy)
-        assert {of.device.type for of in (output if isinstance(output, (list, tuple)) else [output])} == {'cuda'}
-        assert copies.seen == []
+        assert asked.count('cuda') == ('ignore' in labels)
+        outputs = trainer.refiner(noisy)
+        assert {output.device.type for output in outputs} == {'cuda'} and copies.seen == []
+        for over_processes in (False, True):
+            del asked[:]
+            trainer.denoising_loss.dice_over_processes = over_processes
+            trainer.denoising_loss.set_noisy(shown)
+            loss = trainer.loss(outputs, targets)
+            assert loss.device.type == trainer.denoising_loss.measured.device.type == 'cuda' and copies.seen == []
+            # nnU-Net's loss of classes asks whether all is to be ignored, once for the noisy part and for the blind one
+            assert asked.count('cuda') == (2 if labels == 'ignore' else 0)

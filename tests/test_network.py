@@ -357,6 +357,16 @@ def test_noise_that_is_kept_is_bounded_and_the_same_as_drawn_anew():
         assert sum(f.nbytes for fields in kept.fields.values() for f in fields) <= 4 * field
 
 
+def test_where_the_noise_of_all_samples_cannot_be_kept_that_of_some_is(monkeypatch):
+    shape, drawn, randn = (2, 10, 10), [], torch.randn
+    kept = NoiseCache(max_bytes=4 * 2 * 10 * 10 * 2)
+    monkeypatch.setattr(torch, 'randn', lambda *args, **kwargs: (drawn.append(args), randn(*args, **kwargs))[1])
+    for _ in range(3):  # tiles
+        for sample in range(3):
+            kept.source(shape, 7, sample, torch.device('cpu'), 1)()
+    assert len(drawn) == 2 + 3
+
+
 @heads
 def test_one_step_is_the_same_whether_masks_are_redrawn_or_not(regions):
     refiner = make_refiner(regions=regions, settings=replace(SETTINGS, steps=1))

@@ -50,24 +50,25 @@ def seeded_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
 class NoiseCache:
     """`seeded_noise`, kept on its device: a network that predicts tile by tile asks for the same at every tile."""
 
-    def __init__(self, max_bytes: int = 2 ** 29) -> None:
-        """`max_bytes`: that are kept; what is larger is drawn anew every time."""
+    def __init__(self, max_bytes: int = 2 ** 30) -> None:
+        """`max_bytes`: that are kept, enough for one draw of 117 classes at 128^3; what is more is drawn every time.
+        """
         self.max_bytes = max_bytes
-        self.fields: dict[tuple[tuple[int, ...], int, int, int, str], list[Tensor]] = {}
+        self.fields: dict[int, list[Tensor]] = {}
+        """Of each sample."""
+        self._kept_for: tuple[tuple[int, ...], int, str, int] | None = None
 
     def source(self, shape: Sequence[int], seed: int, sample: int, device: torch.device, draws: int
                ) -> Callable[[], Tensor]:
-        """As `seeded_noise`, for at most `draws` draws."""
-        bytes_of_one = 4 * prod(shape) * draws
-        if bytes_of_one > self.max_bytes:
-            return seeded_noise(shape, seed, sample, device)
-        key = tuple(shape), seed, sample, draws, str(device)
-        if key not in self.fields:
-            while self.fields and bytes_of_one + self._bytes() > self.max_bytes:
-                del self.fields[next(iter(self.fields))]  # the oldest
+        """As `seeded_noise`, for at most so many draws."""
+        wanted = tuple(shape), seed, str(device), draws
+        if wanted != self._kept_for:
+            self._kept_for, self.fields = wanted, {}
+        if sample not in self.fields:
             draw = seeded_noise(shape, seed, sample, device)
-            self.fields[key] = [draw() for _ in range(draws)]
-        return iter(self.fields[key]).__next__
-
-    def _bytes(self) -> int:
-        return sum(field.nbytes for fields in self.fields.values() for field in fields)
+            # the first ones stay: every tile asks for all samples in turn, and if new ones took their place none would
+            # be there when it is asked for again
+            if 4 * prod(shape) * draws * (len(self.fields) + 1) > self.max_bytes:
+                return draw
+            self.fields[sample] = [draw() for _ in range(draws)]
+        return iter(self.fields[sample]).__next__

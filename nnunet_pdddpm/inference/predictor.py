@@ -294,8 +294,9 @@ class PDDDPMPredictor(VolumePredictor):
         """Predict a case and hand it over; nothing of it, as large as a volume, is there afterwards."""
         prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None, case.export.case,
                                          self.outputs.presegmentation)
-        require_finite(prediction)
-        case.add_prediction(prediction)
+        with self.threads_for(prediction.spread.mean.device):
+            require_finite(prediction)
+            case.add_prediction(prediction)
 
     def _finish(self, case: PendingCase, outputs: set[Path], finished: list[Path]) -> None:
         with self._isolate_failure(case, outputs):

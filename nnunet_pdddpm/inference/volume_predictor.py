@@ -142,20 +142,27 @@ class VolumePredictor(nnUNetPredictor):
         """
         stock = stock or self._needs_stock
         on_device = self.perform_everything_on_device
-        number = min(torch.get_num_threads(), default_num_processes)  # as nnU-Net: the stock result depends on it
         try:
             if on_device and self.device.type == 'cuda' and self.fits(data.shape):
                 try:
-                    with threads(number):
+                    with self.threads_for(self.device):
                         return self._predict_volume(data, self.device, on_sample, case, stock)
                 except torch.OutOfMemoryError:
                     logger.warning('%s.', DOES_NOT_FIT)
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
-            with threads(number if self.device.type == 'cpu' else available_cpus()):  # for a GPU nnU-Net sets one
-                return self._predict_volume(data, torch.device('cpu'), on_sample, case, stock)
+            main_memory = torch.device('cpu')
+            with self.threads_for(main_memory):
+                return self._predict_volume(data, main_memory, on_sample, case, stock)
         finally:
             self.perform_everything_on_device = on_device
+
+    def threads_for(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within it torch has the threads for a volume whose arrays are on this device: as many as nnU-Net takes, on
+        which the stock result depends; all where they are in main memory and the networks are not, for which nnU-Net's
+        commands set one."""
+        fallen_back = device.type == 'cpu' != self.device.type
+        return threads(available_cpus() if fallen_back else min(torch.get_num_threads(), default_num_processes))
 
     @property
     def _needs_stock(self) -> bool:

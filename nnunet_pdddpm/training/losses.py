@@ -43,23 +43,22 @@ class DenoisingLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Logits (B, C, ...), target as nnU-Net's losses take it -> scalar, mean over the batch."""
         noisy = torch.zeros(len(output), dtype=torch.bool) if self.noisy is None else self.noisy
-        share = float(noisy.float().mean())
+        shown, blind = ([i for i, of in enumerate(noisy.tolist()) if of == which] for which in (True, False))
+        share = len(shown) / len(output)
         loss: Any = 0
-        if share > 0:
+        if shown:
             # nnU-Net's loss of an item whose voxels are all to be ignored is 0, with classes a number
-            item_losses = [self.proper_loss(output[i:i + 1], target[i:i + 1]) for i in noisy.nonzero()[:, 0]]
+            item_losses = [self.proper_loss(output[i:i + 1], target[i:i + 1]) for i in shown]
             if self.measured is None:  # deep supervision asks for the finest first
                 measured = torch.stack([item.detach() if isinstance(item, Tensor) else output.new_tensor(torch.nan)
                                         for item in item_losses])
                 if target.shape[1] > output.shape[1]:  # regions, and behind them what is to be ignored
-                    ignored = target[noisy.nonzero()[:, 0].to(target.device), -1].flatten(1).bool().all(1)
-                    measured = measured.masked_fill(ignored, torch.nan)
+                    measured = measured.masked_fill(target[shown, -1].flatten(1).bool().all(1), torch.nan)
                 self.measured = measured
             loss = loss + share * sum(item_losses, start=output[..., :0].sum()) / len(item_losses)
         if self.dice_over_processes:
             loss = loss + (1 - share) * self.only_dice(*_as_background(noisy.to(output.device), output, target))
-        if share < 1:
-            blind = (~noisy).nonzero()[:, 0].to(output.device)
+        if blind:
             blind_loss = self.only_ce if self.dice_over_processes else self.mask_loss
             loss = loss + (1 - share) * blind_loss(output[blind], target[blind])
         return cast(Tensor, loss)

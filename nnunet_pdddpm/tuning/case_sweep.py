@@ -11,7 +11,6 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 
-from nnunet_pdddpm.cpu import available_cpus, threads
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.volume import Volume
@@ -35,14 +34,14 @@ class CaseSweep:
     def __init__(self, predictor: VolumePredictor, case: Case) -> None:
         self.predictor, self.case = predictor, case
         self.network_calls = {'stock': 0, 'denoiser': 0}
-        self.device = predictor.device if predictor.device.type == 'cuda' else torch.device('cpu')
+        on_gpu = predictor.device.type == 'cuda' and predictor.fits(case.image.shape)
+        self.device = predictor.device if on_gpu else torch.device('cpu')
         self._with_memory_fallback(lambda: None)
 
     def _with_memory_fallback(self, do: Callable[[], T]) -> T:
         """What it returns, the volume's arrays being on the device, or else in main memory."""
-        in_main_memory = self.device.type == 'cpu' and self.predictor.device.type != 'cpu'
         try:
-            with threads(available_cpus() if in_main_memory else torch.get_num_threads()):  # for a GPU nnU-Net sets one
+            with self.predictor.threads_for(self.device):
                 if self.opened_device != self.device:
                     self._open()
                 return do()
