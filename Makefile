@@ -2,12 +2,18 @@
 PYTHON ?= python3
 SOURCES := $(shell find nnunet_pdddpm trainers -type f -not -name "*.pyc") setup.cfg setup.py pyproject.toml README.md
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 demo: .venv/installed
 	.venv/bin/nnUNetv2_pdddpm_demo -o demo
 
 test: .venv/installed
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+docs: .venv/installed
+	.venv/bin/python docs/dev/commands.py
+	.venv/bin/python docs/dev/hooks.py
+	.venv/bin/python docs/dev/architecture.py
+	.venv/bin/python docs/explanation/method.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

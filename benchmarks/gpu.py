@@ -1,4 +1,4 @@
-"""What only a GPU shows, in stages that can be taken up again: see "On a GPU" in docs/design.md.
+"""What only a GPU shows, in stages that can be taken up again: see "On a GPU" in docs/dev/benchmarks.md.
 
 `prepare`: the hippocampus, on any machine. `tests`: those of CUDA. `speed`: prediction, and iterations of training, at
 nnU-Net's own plans with 2, 25 and 117 classes. `hippocampus`: trainings of equal length, scored. `page`: all of it.

@@ -1,70 +1,98 @@
-"""README and docs name files, tests, flags and defaults that there are."""
+"""README and docs are true of the code: links, anchors, files, tests, commands, flags, defaults, settings, fields."""
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from nnunet_pdddpm.commands import check, evaluate, predict, tune
+import nnunet_pdddpm
 from nnunet_pdddpm.network.settings import CHOICES, RANGES, SamplingSettings
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md')])
-COMMANDS = {'nnUNetv2_pdddpm_predict': predict.main, 'nnUNetv2_pdddpm_check': check.main,
-            'nnUNetv2_pdddpm_predict_from_modelfolder': predict.main_modelfolder,
-            'nnUNetv2_pdddpm_evaluate': evaluate.main, 'nnUNetv2_pdddpm_tune': tune.main}
+DOCS = ROOT / 'docs'
+PACKAGE = Path(nnunet_pdddpm.__file__).parent
+PAGES = sorted([*ROOT.glob('*.md'), *DOCS.glob('**/*.md')])
+CODE = sorted(file for folder in ('nnunet_pdddpm', 'trainers', 'tests', 'benchmarks', 'docs')
+              for file in (ROOT / folder).rglob('*.py'))
 TESTS = {name for file in (ROOT / 'tests').rglob('test_*.py')
          for name in re.findall(r'def (test_\w+)', file.read_text())}
+each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
-if not (ROOT / 'docs').is_dir():
+if not DOCS.is_dir():
     pytest.skip('the docs are not beside the tests', allow_module_level=True)
 
 
 @pytest.fixture(scope='module')
-def flags():
-    """Command -> its flags."""
-    def of(main) -> set[str]:
-        with pytest.MonkeyPatch.context() as patch:
-            shown: list[str] = []
-            patch.setattr('argparse.ArgumentParser._print_message',
-                          lambda self, message, file=None: shown.append(message))
-            with pytest.raises(SystemExit):
-                main(['-h'])
-        return set(re.findall(r'(?<![\w-])--?[a-zA-Z]\w*', ''.join(shown)))
-    return {name: of(main) for name, main in COMMANDS.items()}
+def parsers():
+    """Command -> its parser."""
+    return runpy.run_path(str(DOCS / 'dev' / 'commands.py'))['commands']()
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_named_files_are_there(page):
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.+)$', re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@each_page
+def test_links_anchors_and_named_files_are_there(page):
     text = page.read_text()
-    for target in re.findall(r'\]\(([^)#]+?)(?:#[^)]*)?\)', text):
-        assert '://' in target or (page.parent / target).exists(), target
-    for file in re.findall(r'(?:benchmarks|tests)/[\w/]+\.py', text):
+    for target, anchor in re.findall(r'\]\(([^)#]*)(?:#([^)]*))?\)', text):
+        if '://' not in target:
+            to = page.parent / target if target else page
+            assert to.exists(), target
+            assert not anchor or anchor in anchors(to), f'{target}#{anchor}'
+    for file in re.findall(r'(?:benchmarks|tests|docs)/[\w/.-]+\.(?:py|md|png|svg)', text):
         assert (ROOT / file).is_file(), file
-    for file in re.findall(r'`((?:slow/)?test_\w+\.py)', text):
-        assert (ROOT / 'tests' / file).is_file(), file
+    for file in re.findall(r'`(test_\w+\.py)', text):
+        assert list((ROOT / 'tests').rglob(file)), file
+    for file in re.findall(r'`([a-z]+/\w+\.py)', text):
+        assert (PACKAGE / file).is_file() or (ROOT / file).is_file(), file
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_that_the_code_names_are_there():
+    for file in CODE:
+        for named in re.findall(r'docs/[\w/.-]+\.(?:md|png|svg)', file.read_text()):
+            assert (ROOT / named).is_file(), (file, named)
+
+
+@each_page
 def test_named_tests_are_there(page):
     for name, cut in re.findall(r'(?:`|::)(test_\w+?)(\.\.\.)?(?=[`\[])', page.read_text()):
         assert any(test.startswith(name) for test in TESTS) if cut else name in TESTS, name
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_flags_of_the_commands_are_theirs(page, flags):
-    for command, arguments in re.findall(r'(nnUNetv2_pdddpm_\w+)((?: [^`\n#|]*)?)', page.read_text()):
-        if command in flags:
+@each_page
+def test_flags_and_defaults_of_the_commands_are_theirs(page, parsers):
+    text = page.read_text()
+    for command, arguments in re.findall(r'(nnUNetv2_pdddpm_\w+)((?: +(?!nnUNetv2_)[^\s`#|]+)*)', text):
+        if command in parsers:
             used = set(re.findall(r'(?<![\w-])--?[a-zA-Z]\w*', arguments))
-            assert used <= flags[command], (command, used - flags[command])
+            assert used <= parsers[command]._option_string_actions.keys(), (command, used)
+        else:
+            assert any(name.startswith(command) for name in parsers), command
+    flags = parsers['nnUNetv2_pdddpm_predict']._option_string_actions
+    for flag, default in re.findall(r'\(`(-\w+)`, (\d[\d.]*)\)', text):
+        assert flags[flag].default == float(default), flag
+
+
+@pytest.mark.parametrize('script, page', [('dev/commands.py', 'reference/commands.md'),
+                                          ('dev/hooks.py', 'dev/hooks.md')])
+def test_pages_made_of_the_code_are_up_to_date(script, page):
+    assert runpy.run_path(str(DOCS / script))['page']() == (DOCS / page).read_text(), f'run python docs/{script}'
+
+
+def test_the_picture_of_the_architecture_is_up_to_date():
+    script = runpy.run_path(str(DOCS / 'dev' / 'architecture.py'))
+    assert script['picture']() == (DOCS / 'dev' / 'architecture.svg').read_text(), 'run python docs/dev/architecture.py'
 
 
 def test_the_table_of_settings_has_their_ranges_and_defaults():
-    text = (ROOT / 'docs' / 'settings.md').read_text()
     rows = [[cell.strip() for cell in line.strip('|').split('|')]
-            for line in text.splitlines() if line.startswith('| `')]
+            for line in (DOCS / 'reference' / 'settings.md').read_text().splitlines() if line.startswith('| `')]
     stated = {}
     for names, _, allowed, default in (row for row in rows if len(row) == 4):
         for name, value in zip(re.findall(r'`(\w+)`', names), default.split(', '), strict=True):

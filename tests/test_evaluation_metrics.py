@@ -360,7 +360,7 @@ def test_ged_is_symmetric_and_not_negative_and_ignores_repeated_sets(samples, ra
 
 
 def test_ged_on_one_rater_rewards_spread():
-    """What docs/evaluation.md warns of: equally good samples score better when they differ."""
+    """What docs/reference/metrics.md warns of: equally good samples score better when they differ."""
     rater = np.array([[1] * 8 + [0] * 4], bool)
     larger, smaller = np.array([[1] * 10 + [0] * 2], bool), np.array([[0] + [1] * 7 + [0] * 3 + [1]], bool)
     agreeing, differing = np.concatenate([larger, larger]), np.concatenate([larger, smaller])

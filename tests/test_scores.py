@@ -192,7 +192,7 @@ def test_the_ged_of_the_literature_ranks_few_exact_samples_behind_too_narrow_one
 
 
 def test_samples_that_are_spread_evenly_score_better_than_independent_ones(toy):
-    """What docs/evaluation.md warns of: fair scores are for independent draws; others may even be too narrow."""
+    """What docs/reference/metrics.md warns of: fair scores are for independent draws; others may even be too narrow."""
     independent, *even = (scores_of(sampler, toy, 4) for sampler in (exact, spread_evenly, narrow_and_even))
     for score, flattered in itertools.product(('fair', 'crps', 'energy'), even):
         assert_lower(flattered[score], independent[score], margin=0.1)

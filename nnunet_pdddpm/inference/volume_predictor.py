@@ -179,7 +179,7 @@ class VolumePredictor(nnUNetPredictor):
         return needed <= free
 
     def bytes_needed(self, shape: Sequence[int]) -> int:
-        """Bytes of the volume's arrays for an image (image channels, Z, Y, X), about: see docs/uncertainty.md."""
+        """Bytes of the volume's arrays for an image (image channels, Z, Y, X), as docs/explanation/limits.md says."""
         patch = self.configuration_manager.patch_size
         _, *padded = (max(n, side) for n, side in zip(shape, [1] * (4 - len(patch)) + list(patch), strict=True))
         return volume_bytes(shape[0], (self.label_manager.num_segmentation_heads, *padded),
