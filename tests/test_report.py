@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -18,13 +21,22 @@ import tifffile
 from PIL import Image
 from skimage import io as image_io
 
-from nnunet_pdddpm.demo.phantom import LABELS, make_case, write_image
+from nnunet_pdddpm.demo.phantom import LABELS, make_case, oblique_direction, write_image
 from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.report import NothingToShow, write_report
-from nnunet_pdddpm.report.drawing import MAX_ALPHA, grey_layer, outline, uncertainty_layer
+from nnunet_pdddpm.report.components import boxes_of, components_of
+from nnunet_pdddpm.report.drawing import UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, grey_values, label_colours, levels
 from nnunet_pdddpm.report.page import REPORT
-from nnunet_pdddpm.report.summary import histogram
-from nnunet_pdddpm.report.views import intensity_window, make_view, most_uncertain_place
+from nnunet_pdddpm.report.summary import drawn, histogram, runs_of
+from nnunet_pdddpm.report.views import (
+    box_around,
+    intensity_window,
+    make_view,
+    most_uncertain_place,
+    reduced,
+    reduced_labels,
+    reduction,
+)
 from nnunet_pdddpm.report.volumes import CaseVolumes, DisplayAxes
 
 NASTY = 'fünf <script>document.title="taken"</script> & "quoted"'.replace('/', '∕')  # no slash in a file name
@@ -33,16 +45,22 @@ ORDER = ['unknown', 'poor', 'fair 10', NASTY, 'good']
 VOLUMES = {'good': 8.0, 'poor': 12.3, 'fair 10': 30.0, NASTY: 0.5, 'unknown': 100.4}
 SHAPE = (14, 40, 34)
 HOT = (5, 12, 20)
+COMMAND = 'nnUNetv2_pdddpm_predict -i "my images" --report'
+SETTINGS = {'model': 'Dataset701_Phantom/PDDDPMTrainer__nnUNetPlans__3d_fullres/checkpoint_final.pth', 'fold': 3,
+            'weights': '7d5ca183', 'start': 0.6, 'steps': 2, 'samples': 2, 'samples_from': 'chain', 'seed': 17}
 
 
 def entry(case: str, quality: float | None, ml: float = 12.3) -> dict[str, Any]:
-    """A case of pdddpm_summary.json; the organ's entry has only what must be there."""
+    """A case of pdddpm_summary.json; the organ's entry has no calibrated interval."""
+    organ = {'volume_ml': 250.0, 'samples_low_ml': 240.0, 'samples_high_ml': 260.0}
     lesion = {'volume_ml': ml, 'volume_ml_mean': 1.01 * ml, 'volume_ml_sd': 0.05 * ml, 'volume_ml_low': 0.9 * ml,
               'volume_ml_high': 1.13 * ml, 'interval_level': 0.95, 'samples_low_ml': 0.8 * ml, 'samples_high_ml': ml,
               'volume_ml_stock': 0.98 * ml, 'components': 3, 'pairwise_dice': quality,
               'uncertain_share': 0.2}
     return {'case': case, 'estimated_dice': quality, 'uncertain_share': 0.08, 'seconds': 12.3,
-            'network_calls': {'denoiser': 8}, 'labels': {'organ': {'volume_ml': 250.0}, 'lesion': lesion}}
+            'num_samples': 2, 'settings': [SETTINGS, {**SETTINGS, 'fold': 4, 'weights': '11aa22bb', 'steps': 1}],
+            'flags': ['lesion: 3 components'] if case == 'poor' else [], 'network_calls': {'denoiser': 8},
+            'labels': {'organ': organ, 'lesion': lesion}}
 
 
 def describe(folder: Path, entries: list[dict[str, Any]], reader: str = 'SimpleITKIO', ending: str = '.nii.gz',
@@ -75,7 +93,16 @@ def write_prediction(folder: Path, cases: list[str]) -> dict[str, list[Path]]:
         write_image(labels, folder / f'{case}.nii.gz')
         write_image(np.roll(labels, 2, 2), folder / 'presegmentation' / f'{case}.nii.gz')
         write_image(uncertainty_map(labels), folder / 'uncertainty' / f'{case}_uncertainty.nii.gz')
+        if case == 'poor':
+            for i in range(2):
+                write_image(sample_of(labels, i), folder / 'samples' / f'{case}_s{i:02d}.nii.gz')
     return images
+
+
+def sample_of(labels: np.ndarray, number: int) -> np.ndarray:
+    """The mask moved; the second one has no lesion."""
+    sample = np.roll(labels, number + 1, 1)
+    return np.where((sample == 2) & (number == 1), 1, sample).astype(np.uint8)
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +110,7 @@ def prediction(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
     folder = tmp_path_factory.mktemp('prediction') / 'out'
     images = write_prediction(folder, list(QUALITY))
     describe(folder, [entry(case, quality, VOLUMES[case]) for case, quality in QUALITY.items()])
-    write_report(folder, images)
+    write_report(folder, images, COMMAND, '2026-11-29 18:02')
     return folder, images
 
 
@@ -100,12 +127,23 @@ def cases_of(markup: str) -> list[str]:
     return [html.unescape(name) for name in re.findall(r'<h2[^>]*>(.*?)</h2>', markup)]
 
 
-def slices_of(markup: str) -> list[list[dict[str, Any]]]:
+def volumes_of(markup: str) -> list[dict[str, Any]]:
     return [json.loads(data) for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', markup)]
 
 
 def decoded(uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(',')[1]))).convert('RGBA'))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(',')[1]))).convert('L'))
+
+
+def grey_of(volumes: dict[str, Any]) -> np.ndarray:
+    """The image (z, y, x) that the page's script takes out of the picture."""
+    depth, rows, columns = volumes['shape']
+    sheet = decoded(volumes['image']).reshape(-1, rows, volumes['columns'], columns).swapaxes(1, 2)
+    return sheet.reshape(-1, rows, columns)[:depth]
+
+
+def labels_of(volumes: dict[str, Any], text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(volumes['shape'])
 
 
 def test_the_worst_case_is_first_and_one_without_an_estimate_before_it(page):
@@ -115,13 +153,60 @@ def test_the_worst_case_is_first_and_one_without_an_estimate_before_it(page):
 
 def test_volumes_come_with_their_interval_and_stock_beside(page):
     text = text_of(page)
-    assert '12.3 ml (95 %: 11.1 to 13.9) stock 12.1' in text
-    assert '0.50 ml (95 %: 0.45 to 0.56) stock 0.49' in text
-    assert '250 ml stock –' in text
+    assert '12.3 ml calibrated, 95 %: 11.1 to 13.9 stock 12.1' in text
+    assert '0.50 ml calibrated, 95 %: 0.45 to 0.56 stock 0.49' in text
+    assert '250 ml range of 2 samples: 240 to 260 stock –' in text
     assert 'not estimated' in text and '0.61' in text and '8.0 %' in text
     assert 'For research only. This is not a medical device' in text
-    assert 'Made by nnunet-pdddpm 0.1.' in text
-    assert 'left out' not in text
+    assert 'to keep this' not in text
+
+
+def test_an_interval_is_drawn_from_zero_to_the_largest_number():
+    label = {'volume_ml': 10.0, 'volume_ml_stock': 20.0, 'volume_ml_low': 8.0, 'volume_ml_high': 12.0,
+             'samples_low_ml': 9.0, 'samples_high_ml': 11.0}
+    found = drawn(label)
+    assert found.interval is None  # without a level it is none
+    found = drawn({**label, 'interval_level': 0.95})
+    assert (found.mask, found.stock) == (50, 100) and found.interval == (40, 60) and found.samples == (45, 55)
+    assert drawn({'volume_ml': 0.0}) is None and drawn({}) is None
+
+
+def test_the_page_opens_with_what_was_run(page):
+    text = text_of(page)
+    for fact in ('Model Dataset701_Phantom', 'Trainer PDDDPMTrainer', 'Plans nnUNetPlans', 'Configuration 3d_fullres',
+                 'Folds 3, 4', 'Checksum 7d5ca183, 11aa22bb', 'Samples 2', 'Seed 17', 'Versions nnunet-pdddpm 0.1',
+                 'Report of 2026-11-29 18:02', 'steps 2, 1', f'Command {COMMAND}'):
+        assert fact in text, fact
+    assert text.index('Command') < text.index('12.3 ml')
+    assert 'predict with --save_samples' not in text
+
+
+def test_cases_of_several_runs_are_told_apart():
+    one, other = entry('one', 0.5), entry('other', 0.5)
+    other['settings'] = [{**SETTINGS, 'seed': 18}]
+    first, second = runs_of([one, other, {**one, 'case': 'third'}])
+    assert first.cases == ['one', 'third'] and second.cases == ['other']
+    assert first.facts['Seed'] == '17' and second.facts['Seed'] == '18'
+    assert runs_of([{'case': 'of an earlier version'}])[0].facts == {}
+
+
+def test_links_lead_to_the_files(prediction, page):
+    folder, images = prediction
+    targets = [html.unescape(href) for href in re.findall(r'href="(\./[^"]*|\.\./[^"]*)"', page)]
+    files = [folder / unquote(target) for target in targets]
+    assert all(file.is_file() for file in files)
+    named = {file.resolve() for file in files}
+    assert {(folder / 'poor.nii.gz').resolve(), (folder / 'samples' / 'poor_s01.nii.gz').resolve(),
+            (folder / 'uncertainty' / f'{NASTY}_uncertainty.nii.gz').resolve(), images['poor'][0].resolve()} <= named
+
+
+def test_labels_have_colours_of_their_own():
+    for number in (1, 8, 117):
+        assert len(set(label_colours(number))) == number
+    uncertain = np.array(UNCERTAINTY_COLOUR)
+    for colour in label_colours(8):
+        rgb = np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)])
+        assert rgb.mean() > 120 and np.abs(rgb - uncertain).sum() > 150
 
 
 def test_the_histogram_counts_every_case_with_an_estimate(page):
@@ -137,7 +222,8 @@ def test_the_histogram_counts_every_case_with_an_estimate(page):
 def test_the_page_needs_nothing_but_itself(page):
     assert not re.search(r'https?://', page)
     references = re.findall(r'\b(?:src|href|xlink:href|action|data)\s*=\s*"([^"]*)"', page)
-    assert references and all(re.match(r'#|data:image/(png|webp);base64,', r) for r in references)
+    assert references and all(re.match(r'#|\./|pdddpm_summary', r) for r in references)
+    assert all(re.match('data:image/(png|webp);base64,', volumes['image']) for volumes in volumes_of(page))
     assert not re.search(r'url\(|@import|<link|<iframe|<object', page)
     assert "default-src 'none'" in page
 
@@ -149,61 +235,75 @@ def test_a_case_name_stays_a_name(page):
 
 def test_the_same_prediction_gives_the_same_bytes_and_leaves_nothing_beside(prediction, page):
     folder, images = prediction
-    assert write_report(folder, images).read_text(encoding='utf-8') == page
+    assert write_report(folder, images, COMMAND, '2026-11-29 18:02').read_text(encoding='utf-8') == page
     assert [p.name for p in folder.glob('*report*')] == ['report.html'] and not list(folder.glob('.*'))
 
 
-def test_slices_go_through_the_most_uncertain_place_and_show_image_masks_and_uncertainty(prediction, page):
+def test_the_page_holds_image_masks_samples_and_uncertainty(prediction, page):
     folder, images = prediction
-    slices = slices_of(page)[ORDER.index('poor')]
-    first = int(re.findall(r'data-most-uncertain="(\d+)"', page)[ORDER.index('poor')])
-    assert slices[first]['number'] == HOT[0] + 1
-    assert [s['number'] for s in slices] == list(range(1, SHAPE[0] + 1))  # everything lies within the margin
+    volumes = volumes_of(page)[ORDER.index('poor')]
     image, labels = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in (images['poor'][0],
                                                                              folder / 'poor.nii.gz'))
-    shown = decoded(slices[first]['image'])
-    assert shown.shape[:2] == SHAPE[1:]
-    assert np.corrcoef(shown[..., 0].ravel(), image[HOT[0]].ravel())[0, 1] > 0.95
-    layer = decoded(slices[first]['uncertainty'])[..., 3] / (255 * MAX_ALPHA)
-    np.testing.assert_allclose(layer, uncertainty_map(labels)[HOT[0]], atol=0.05)
-    for label, value in enumerate(v for v in LABELS.values() if v):
-        assert filled(slices[first]['consensus'][label], SHAPE[1:]) == pytest.approx(labels[HOT[0]] == value)
-        assert filled(slices[first]['stock'][label], SHAPE[1:]) == pytest.approx(
-            np.roll(labels, 2, 2)[HOT[0]] == value)
+    assert tuple(volumes['shape']) == SHAPE  # everything lies within the margin
+    assert np.corrcoef(grey_of(volumes).ravel(), image.ravel())[0, 1] > 0.95
+    np.testing.assert_array_equal(labels_of(volumes, volumes['consensus']), labels)
+    np.testing.assert_array_equal(labels_of(volumes, volumes['stock']), np.roll(labels, 2, 2))
+    for i, sample in enumerate(volumes['samples']):
+        np.testing.assert_array_equal(labels_of(volumes, sample) ^ labels, sample_of(labels, i))
+    np.testing.assert_allclose(labels_of(volumes, volumes['uncertainty']) / (UNCERTAINTY_LEVELS - 1),
+                               uncertainty_map(labels), atol=0.04)
+    assert len(volumes['samples']) == 2 and volumes_of(page)[ORDER.index('good')]['samples'] == []
+    places = volumes['places']
+    assert tuple(places['uncertain']) == HOT
+    assert places['largest'][0] == np.argmax((labels > 0).sum((1, 2)))
+    assert places['label-1'][2] == np.argmax((labels == 2).sum((0, 1)))
 
 
-def filled(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask whose outline this is: pixel centres inside by the even-odd rule."""
-    inside = np.zeros(shape, bool)
-    y, x = np.indices(shape) * 2 + 1
-    for part in filter(None, path.split('M')):
-        start, steps = part.rstrip('z').split('l')
-        points = [np.array([int(n) for n in re.findall(r'-?\d+', start)])]
-        numbers = [int(n) for n in re.findall(r'-?\d+', steps)]
-        for step in zip(numbers[::2], numbers[1::2], strict=True):
-            points.append(points[-1] + step)
-        for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
-            crosses = (ay > y) != (by > y)
-            inside ^= crosses & (x < ax + (y - ay) / (by - ay if by != ay else 1) * (bx - ax))
-    return inside
+def test_components_have_their_volume_and_the_samples_that_have_them(page):
+    labels = np.zeros((10, 12, 14), np.uint8)
+    labels[1:4, 1:4, 1:4] = 2
+    labels[6:8, 6:8, 6:8] = 2
+    labels[9, 11, 13] = labels[8, 10, 12] = 2  # they touch at a corner
+    sample = labels.copy()
+    sample[1:4, 1:4, 1:4] = 1
+    around, = boxes_of(labels, [(2, 5)])
+    found = components_of(labels, [sample, labels], (2, 5), around, (2.0, 1.0, 1.0))
+    assert [of.ml for of in found.largest] == pytest.approx([0.054, 0.016, 0.004])
+    assert found.largest[0].place == (2, 2, 2) and [of.samples for of in found.largest] == [1, 2, 2]
+    assert components_of(labels, [], (1,), *boxes_of(labels, [(1,)]), (2.0, 1.0, 1.0)).largest == []
+    speckle = np.zeros((40, 4, 4), np.uint8)
+    speckle[::2, 0, 0] = 1
+    found = components_of(speckle, [], (1,), *boxes_of(speckle, [(1,)]), (1.0, 1.0, 1.0))
+    assert len(found.largest) == 10 and found.others == 10 and found.others_ml == pytest.approx(0.01)
+    assert re.search(r'aria-label="Component 1 of lesion, [\d.]+ ml">[\d.]+ ml <small>in [12] of 2</small>', page)
 
 
-@pytest.mark.parametrize('seed', range(4))
-def test_an_outline_encloses_exactly_its_mask(seed):
-    rng = np.random.default_rng(seed)
-    mask = rng.random((9, 13)) < 0.5
-    np.testing.assert_array_equal(filled(outline(mask), mask.shape), mask)
-    assert outline(np.zeros((3, 3), bool)) == ''
-    assert outline(np.ones((2, 3), bool)).count('z') == 1
+def test_large_volumes_are_reduced_and_nothing_small_vanishes():
+    assert reduction((10, 20, 30), (1.0, 1.0, 1.0), 6000) == (1, 1, 1)
+    assert reduction((60, 400, 400), (5.0, 0.5, 0.5), 3_000_000) == (1, 2, 2)  # thick slices stay as they are
+    assert reduction((1, 3000, 600), (999.0, 1.0, 1.0), 4_000_000) == (1, 6, 2)
+    labels = np.zeros((9, 12, 12), np.uint8)
+    labels[2:8, 2:10, 2:10] = 1
+    labels[5, 5, 5] = 2  # a lesion of one voxel in the organ, between the centres
+    labels[0, 11, 0] = 2
+    small = reduced_labels(labels, (2, 2, 2))
+    assert small.shape == (5, 6, 6) and (small == 2).sum() == 2 and small[0, 5, 0] == 2
+    assert (reduced_labels(labels, (1, 1, 1)) == labels).all()
+    assert reduced(np.arange(8.0).reshape(2, 2, 2), (2, 2, 2)).tolist() == [[[3.5]]]
+    assert reduced(np.ones((3, 3, 3)), (2, 2, 2)).tolist() == np.ones((2, 2, 2)).tolist()
 
 
-def test_layers_are_reduced_and_keep_their_meaning():
-    ramp = np.tile(np.linspace(0, 10, 900, dtype=np.float32), (300, 1))
-    grey = decoded(grey_layer(ramp, (2.0, 8.0)))[..., 0]
-    assert grey.shape == (133, 400)
-    assert grey[:, :70].max() < 8 and grey[:, -70:].min() > 247 and abs(int(grey[60, 200]) - 127) < 5
-    layer = decoded(uncertainty_layer(np.array([[0, 0.5, 1]])))
-    assert layer[0, 0, 3] == 0 and layer[0, 2, 3] == int(255 * MAX_ALPHA)
+def test_the_box_is_around_what_there_is_to_see():
+    shown = np.zeros((50, 200, 200), bool)
+    shown[20:30, 100:180, 50] = True
+    assert box_around(shown, (5.0, 1.0, 1.0)) == (slice(16, 34), slice(80, 200), slice(30, 71))
+    assert box_around(np.zeros((2, 3, 4), bool), (1.0, 1.0, 1.0)) == (slice(0, 2), slice(0, 3), slice(0, 4))
+
+
+def test_grey_and_uncertainty_keep_their_meaning():
+    ramp = np.linspace(0, 10, 11)
+    assert grey_values(ramp, (2.0, 8.0)).tolist() == [0, 0, 0, 42, 85, 127, 170, 212, 255, 255, 255]
+    assert levels(np.array([0, 0.5, 1])).tolist() == [0, 8, UNCERTAINTY_LEVELS - 1]
 
 
 def test_the_most_uncertain_place_is_a_region_and_no_lone_voxel():
@@ -242,28 +342,31 @@ def test_every_orientation_is_shown_as_radiologists_look_at_it(orientation):
     by_nibabel = DisplayAxes.of({'nibabel_stuff': {'original_affine': to_ras @ affine}})
     assert by_nibabel == axes
     zeros = np.zeros((4, 5, 6), np.uint8)
-    case = CaseVolumes(axes.turn(stored), zeros, zeros, np.zeros((4, 5, 6), np.float32), (3.0, 2.0, 1.0), axes)
-    axial, coronal, sagittal = make_view(case, [(1,)], 10 ** 6).planes
-    assert (axial.columns * axial.spacing[1], axial.rows * axial.spacing[0]) == (6.0, 10.0)
-    assert (coronal.columns * coronal.spacing[1], coronal.rows * coronal.spacing[0]) == (6.0, 12.0)
-    assert (sagittal.columns * sagittal.spacing[1], sagittal.rows * sagittal.spacing[0]) == (10.0, 12.0)
+    case = CaseVolumes(axes.turn(stored), zeros, zeros, np.zeros((4, 5, 6), np.float32), (), (3.0, 2.0, 1.0), axes)
+    view = make_view(case, [(1,)], 10 ** 6)
+    axial, coronal, sagittal = view.planes
+    assert (axial.size, coronal.size, sagittal.size) == ((6.0, 10.0), (6.0, 12.0), (10.0, 12.0))
+    assert (axial.thickness, sagittal.thickness) == (3.0, 1.0)
     assert axial.edges == ('R', 'L', 'A', 'P') and sagittal.edges == ('A', 'P', 'S', 'I')
-    shown = decoded(coronal.layers.image)[..., 0].astype(float)
-    assert np.corrcoef(shown.ravel(), anatomical[::-1, 2].ravel())[0, 1] > 0.99
+    assert axial.scale == 2.0 and sagittal.scale == 2.0
+    assert np.corrcoef(grey_of(view.volumes).ravel(), anatomical.ravel())[0, 1] > 0.99
+    for axis, (first, step) in enumerate(zip(view.volumes['first'], view.volumes['step'], strict=True)):
+        number = first + step * 1  # the second slice shown is, in the file, the one of this number
+        there = np.moveaxis(stored, axes.order[axis], 0)[number - 1]
+        np.testing.assert_array_equal(np.sort(there.ravel()), np.sort(np.moveaxis(anatomical, axis, 0)[1].ravel()))
 
 
-def test_slices_beyond_the_budget_are_left_out_evenly_and_the_page_says_so(prediction, tmp_path, monkeypatch):
+def test_cases_beyond_the_budget_are_shown_coarser_and_the_page_says_so(prediction, tmp_path, monkeypatch):
     folder, images = prediction
     shutil.copytree(folder, tmp_path / 'out')
-    monkeypatch.setattr('nnunet_pdddpm.report.page.SLICE_BYTES', 5 * 12_000)
+    monkeypatch.setattr('nnunet_pdddpm.report.page.VOLUME_BYTES', 5 * 8_000)
     page = write_report(tmp_path / 'out', images).read_text(encoding='utf-8')
-    slices = slices_of(page)[1]
-    numbers = [s['number'] for s in slices]
-    assert 1 < len(numbers) < SHAPE[0] and HOT[0] + 1 in numbers
-    assert len(set(np.diff(numbers))) == 1 and np.diff(numbers)[0] > 1
-    assert sum(len(json.dumps(s)) for s in slices) < 15_000
-    assert f'{len(numbers)} of {numbers[-1] - numbers[0] + 1} slices are in this file' in text_of(page)
-    assert 'Of 5 cases axial slices were left out' in text_of(page)
+    for volumes in volumes_of(page):
+        assert len(json.dumps(volumes)) < 9_500 and np.prod(volumes['shape']) < np.prod(SHAPE)
+        assert grey_of(volumes).shape == tuple(volumes['shape'])
+        assert all(0 <= i < n for place in volumes['places'].values()
+                   for i, n in zip(place, volumes['shape'], strict=True))
+    assert '5 cases are shown coarser than their files' in text_of(page) and 'voxels are one here' in text_of(page)
 
 
 def test_regions_and_two_dimensional_images_with_colours(tmp_path):
@@ -281,14 +384,12 @@ def test_regions_and_two_dimensional_images_with_colours(tmp_path):
     describe(folder, [{'case': 'im', 'estimated_dice': None}], 'NaturalImage2DIO', '.png', labels)
     page = write_report(folder, {'im': [folder / 'im_0000.png']}).read_text(encoding='utf-8')
     assert 'type="range"' not in page and page.count('class="frame"') == 1
-    assert 'where the planes cut' not in page and 'class="volumes"' not in page
-    paths = re.findall(r'<path d="(M[^"]*z)"><title>([^<]*)', page)
-    assert [title for _, title in paths] == [
-        f'{label}, {kind}' for kind in ('consensus', 'stock') for label in ('cell', '&lt;/svg&gt;&lt;b&gt;nucleus')]
-    np.testing.assert_array_equal(filled(paths[0][0], mask.shape), mask > 0)
-    np.testing.assert_array_equal(filled(paths[1][0], mask.shape), mask == 2)
-    layer = decoded(re.search(r'class="uncertainty"[^>]*href="([^"]*)"', page)[1])[..., 3]
-    np.testing.assert_array_equal(layer > 0, uncertainty > 0)
+    assert 'where the planes cut' not in page and '<table class="volumes">' not in page and '10 px' in page
+    assert 'const REGIONS = [[1, 2], [2]], NAMES = ["cell", "\\u003c/svg\\u003e\\u003cb\\u003enucleus"]' in page
+    volumes, = volumes_of(page)
+    np.testing.assert_array_equal(labels_of(volumes, volumes['consensus'])[0], mask)
+    np.testing.assert_array_equal(labels_of(volumes, volumes['uncertainty'])[0] > 0, uncertainty > 0)
+    assert 'No samples were kept: predict with --save_samples' in text_of(page)
 
 
 def test_volumes_without_geometry_are_shown_as_stored(tmp_path):
@@ -303,7 +404,8 @@ def test_volumes_without_geometry_are_shown_as_stored(tmp_path):
     page = write_report(folder, {'vol': [folder / 'vol_0000.tif']}).read_text(encoding='utf-8')
     assert 'Section along x' in page and 'Axial' not in page and 'class="edge' not in page
     assert 'viewBox="0 0 34 28"' in page  # the slices are twice as thick as a pixel is wide
-    assert slices_of(page)[0][HOT[0]]['number'] == HOT[0] + 1
+    volumes, = volumes_of(page)
+    assert not volumes['flipped'] and (volumes['first'], volumes['step']) == ([1, 1, 1], [1, 1, 1])
 
 
 def damaged(folder: Path, name: str) -> None:
@@ -354,11 +456,12 @@ def of_an_earlier_version(folder: Path) -> None:
     (lambda folder: write_image(np.zeros((3, 3, 3), np.uint8), folder / 'presegmentation' / 'poor.nii.gz'),
      'the stock mask has shape'),
     (lambda folder: cut(folder / 'presegmentation' / 'poor.nii.gz'), 'poor.nii.gz is truncated'),
+    (lambda folder: cut(folder / 'samples' / 'poor_s01.nii.gz'), 'poor_s01.nii.gz is truncated'),
     (corrected, 'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
     (lambda folder: describe(folder, [entry(case, 0.5) for case in QUALITY if case != 'poor']),
      'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
     (of_an_earlier_version, 'poor.nii.gz cannot be told from another one: it is of a version of'),
-], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'cut', 'corrected', 'foreign', 'earlier version'])
+], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'cut', 'sample', 'corrected', 'foreign', 'earlier version'])
 def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(prediction, tmp_path, capsys, spoil, why):
     folder = tmp_path / 'out'
     shutil.copytree(prediction[0].parent, tmp_path, dirs_exist_ok=True)
@@ -448,30 +551,85 @@ def opened(browser, prediction) -> Iterator[Any]:
     tab.on('request', lambda request: requests.append(request.url))
     tab.goto((prediction[0] / REPORT).as_uri())
     yield tab
-    assert complaints == []
-    assert [url for url in requests if not url.startswith('data:')] == [(prediction[0] / REPORT).as_uri()]
+    assert complaints == [] and not tab.locator('#trouble').is_visible()
+    assert {url for url in requests if not url.startswith(('data:', 'blob:'))} == {(prediction[0] / REPORT).as_uri()}
     tab.close()
 
 
 def rows(tab: Any) -> list[str]:
-    return tab.locator('#overview tbody th').all_inner_texts()
+    return [name for name in tab.locator('#overview tbody th a').all_inner_texts() if name]
+
+
+def article_of(tab: Any, case: str) -> Any:
+    """The article of a case, in sight and drawn."""
+    article = tab.locator('article').nth(tab.locator('article h2').all_text_contents().index(case))
+    article.scroll_into_view_if_needed()
+    tab.wait_for_function('article => article.classList.contains("drawn")', arg=article.element_handle())
+    return article
+
+
+def shown(article: Any) -> list[int]:
+    """Indices (z, y, x), from 0, of the slices shown of a phantom, whose axes are flipped from the file's but for z."""
+    return [int(text) for text in article.locator('output').all_inner_texts()]
+
+
+def path_of(article: Any, axis: int, kind: str, label: int) -> str:
+    return article.locator(f'figure[data-axis="{axis}"] .{kind} .label-{label}').get_attribute('d') or ''
+
+
+def filled(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask whose outline this is: pixel centres inside by the even-odd rule."""
+    inside = np.zeros(shape, bool)
+    y, x = np.indices(shape) * 2 + 1
+    for part in filter(None, path.split('M')):
+        points = [tuple(map(int, point.split())) for point in part.rstrip('Z').split('L')]
+        for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
+            crosses = (ay > y) != (by > y)
+            inside ^= crosses & (x < ax + (y - ay) / (by - ay if by != ay else 1) * (bx - ax))
+    return inside
 
 
 def test_it_loads_with_every_picture_and_no_complaint(opened):
     assert opened.title() == 'Dataset701_Phantom: 5 cases to review'
     assert rows(opened) == ORDER
-    assert opened.locator('article svg[role=img] image.grey').count() == 15
-    broken = opened.evaluate('''async () => {
-        const uris = [...document.querySelectorAll('image')].map(i => i.getAttribute('href'));
-        const load = uri => new Promise(done => {
-            const image = new Image();
-            image.onload = () => done(0);
-            image.onerror = () => done(1);
-            image.src = uri;
-        });
-        return (await Promise.all(uris.map(load))).reduce((a, b) => a + b);
-    }''')
-    assert broken == 0
+    for case in ORDER[:3]:
+        article = article_of(opened, case)
+        spread = article.evaluate('''article => [...article.querySelectorAll('canvas.grey')].map(canvas => {
+            const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+            const grey = data.filter((value, i) => i % 4 === 0);
+            return Math.max(...grey) - Math.min(...grey);
+        })''')
+        assert len(spread) == 3 and min(spread) > 100
+
+
+def test_an_outline_encloses_exactly_its_mask(opened):
+    rng = np.random.default_rng(0)
+    masks = [np.zeros((3, 3), int), np.ones((2, 3), int), *(rng.integers(0, 3, (9, 13)) for _ in range(5))]
+    for mask in masks:
+        paths = opened.evaluate('''([values, rows, columns]) => {
+            const slice = { values: Uint8Array.from(values), rows, columns };
+            return [outline(slice, boxes(slice), [1]), outline(slice, boxes(slice), [1, 2])];
+        }''', [mask.ravel().tolist(), *mask.shape])
+        np.testing.assert_array_equal(filled(paths[0], mask.shape), mask == 1)
+        np.testing.assert_array_equal(filled(paths[1], mask.shape), mask > 0)
+    assert opened.evaluate('outline({ values: new Uint8Array(9), rows: 3, columns: 3 }, new Map(), [1])') == ''
+
+
+def test_the_planes_show_the_masks_of_the_slices_that_they_name(opened, prediction):
+    folder = prediction[0]
+    axes = DisplayAxes.of({'sitk_stuff': {'direction': oblique_direction()}})
+    assert not any(axes.flipped) and axes.order == (0, 1, 2)  # so what is shown is as in the file
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / 'poor.nii.gz')))
+    article = article_of(opened, 'poor')
+    assert shown(article) == [n + 1 for n in HOT]
+    for axis in range(3):
+        section = np.moveaxis(labels, axis, 0)[HOT[axis]]
+        stock, samples = (np.moveaxis(of, axis, 0)[HOT[axis]] for of in (np.roll(labels, 2, 2), sample_of(labels, 0)))
+        for value in (1, 2):
+            for kind, mask in (('consensus', section), ('stock', stock), *[('samples', samples)] * (value == 2)):
+                upright = mask if axis == 0 else mask[::-1]  # superior on top
+                np.testing.assert_array_equal(filled(path_of(article, axis, kind, value - 1), mask.shape),
+                                              upright == value, err_msg=f'{kind} {axis}')
 
 
 def test_a_click_on_a_column_sorts_rows_and_cases(opened):
@@ -483,60 +641,193 @@ def test_a_click_on_a_column_sorts_rows_and_cases(opened):
     assert opened.locator('th[aria-sort=descending]').inner_text() == 'lesion'
     volume.click()
     assert rows(opened) == largest_first[::-1]
-    opened.get_by_role('button', name='Case').press('Enter')
+    opened.get_by_role('button', name='Case', exact=True).press('Enter')
     assert rows(opened) == ['fair 10', NASTY, 'good', 'poor', 'unknown']
     opened.get_by_role('button', name='Estimated quality').click()
     assert rows(opened) == ORDER
 
 
-def test_the_slider_leafs_through_the_slices_by_keyboard_too(opened):
-    article = opened.locator('article', has_text='poor').first
-    slider, plane = article.locator('input[type=range]'), article.locator('svg[role=img]').first
-
-    def state() -> tuple[Any, ...]:
-        return (article.locator('output').inner_text(), plane.locator('.grey').get_attribute('href'),
-                plane.locator('.uncertainty').get_attribute('href'), plane.screenshot(),
-                plane.locator('.consensus path').first.get_attribute('d'),
-                article.locator('path.level').first.get_attribute('d'))
-
-    slider.scroll_into_view_if_needed()
-    start = state()
-    assert start[0] == str(HOT[0] + 1)
-    slider.focus()
-    slider.press('ArrowRight')
-    following = state()
-    assert following[0] == str(HOT[0] + 2)
-    assert slider.get_attribute('aria-valuetext') == f'slice {HOT[0] + 2}'
-    assert all(a != b for a, b in zip(start, following, strict=True))
-    slider.press('Home')
-    assert state()[0] == '1'
-    slider.press('End')
-    assert state()[0] == str(SHAPE[0])
-    slider.fill('3')
-    assert state()[0] == '4'
-    article.get_by_role('button', name='most uncertain').click()
-    again = state()
-    assert again[:3] == start[:3] and again[4] == start[4]
+def test_sliders_leaf_through_all_three_planes_by_keyboard_too(opened):
+    article = article_of(opened, 'poor')
+    for axis, name in enumerate(('Axial', 'Coronal', 'Sagittal')):
+        slider = article.get_by_role('slider', name=f'{name} slice of poor')
+        figure = article.locator(f'figure[data-axis="{axis}"]')
+        before = [figure.locator('.view').screenshot(), path_of(article, axis, 'stock', 0)]
+        slider.press('ArrowRight')
+        opened.wait_for_function('([output, text]) => output.value === text',
+                                 arg=[figure.locator('output').element_handle(), str(HOT[axis] + 2)])
+        assert slider.get_attribute('aria-valuetext') == f'slice {HOT[axis] + 2}'
+        after = [figure.locator('.view').screenshot(), path_of(article, axis, 'stock', 0)]
+        assert all(a != b for a, b in zip(before, after, strict=True))
+        slider.press('End')
+        opened.wait_for_function('([output, text]) => output.value === text',
+                                 arg=[figure.locator('output').element_handle(), str(SHAPE[axis])])
 
 
-def test_layers_can_be_hidden_and_planes_enlarged(opened):
-    plane = opened.locator('article svg[role=img]').first
-    plane.scroll_into_view_if_needed()
-    pictures = [plane.screenshot()]
-    for kind in ('consensus', 'stock', 'uncertainty', 'cross'):
+def test_a_case_opens_at_the_place_that_was_chosen_and_buttons_and_clicks_lead_to_others(opened, prediction):
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(prediction[0] / 'poor.nii.gz')))
+    largest, of_lesion = ([int(np.argmax(mask.sum(tuple({0, 1, 2} - {axis})))) + 1 for axis in range(3)]
+                          for mask in (labels > 0, labels == 2))
+    hot = [n + 1 for n in HOT]
+    assert len({tuple(place) for place in (largest, of_lesion, hot)}) == 3
+    article = article_of(opened, 'poor')
+
+    def wait(place: list[int]) -> None:
+        opened.wait_for_function(
+            '([article, text]) => [...article.querySelectorAll("output")].map(o => o.value).join() === text',
+            arg=[article.element_handle(), ','.join(map(str, place))])
+    article.get_by_role('button', name='largest cross-section', exact=True).click()
+    wait(largest)
+    article.get_by_role('button', name='Largest cross-section of lesion in poor').click()
+    wait(of_lesion)
+    article.get_by_role('button', name='most uncertain place').click()
+    wait(hot)
+    box = article.locator('figure[data-axis="0"] .view').bounding_box()
+    opened.mouse.click(box['x'] + box['width'] * 4.5 / SHAPE[2], box['y'] + box['height'] * 30.5 / SHAPE[1])
+    wait([hot[0], 31, 5])
+    article.locator('summary').click()
+    article.get_by_role('button', name='Component 1 of lesion').click()
+    z, y, x = (n - 1 for n in shown(article))
+    assert labels[z, y, x] == 2
+    opened.get_by_label('Open cases at').select_option('largest')
+    wait(largest)
+    opened.reload()
+    article = article_of(opened, 'poor')
+    wait(largest)
+
+
+def test_layers_and_labels_can_be_hidden_and_planes_enlarged(opened):
+    article = article_of(opened, 'poor')
+    view = article.locator('.view').first
+    pictures = [view.screenshot()]
+    for kind in ('label-1', 'consensus', 'stock', 'samples', 'uncertainty', 'cross'):
         opened.locator(f'#layers input[value={kind}]').press('Space')
-        assert not opened.locator(f'article .{kind}').first.is_visible()
-        pictures.append(plane.screenshot())
-    assert len(set(pictures)) == 5
-    before = plane.bounding_box()['width']
-    opened.get_by_role('button', name='Enlarge').first.press('Enter')
-    assert plane.bounding_box()['width'] > 2 * before
+        assert not article.locator(f'.frame .{kind}').first.is_visible()
+        pictures.append(view.screenshot())
+    assert len(set(pictures)) == 7
+    before, number = view.bounding_box()['width'], shown(article)[0]
+    article.get_by_role('button', name='Enlarge').first.press('Enter')
+    assert view.bounding_box()['width'] > 1.5 * before
+    view.hover()
+    opened.mouse.wheel(0, 100)
+    opened.wait_for_function('([output, before]) => output.value != before',
+                             arg=[article.locator('output').first.element_handle(), number])
 
 
-def test_it_fits_a_narrow_screen(opened, tmp_path):
+def test_verdicts_stay_in_the_browser_and_are_exported(opened, prediction):
+    article = article_of(opened, NASTY)
+    article.get_by_role('button', name='look again').click()
+    article.get_by_label('Comment on').fill('the "left" part, ünd =1+1')
+    article.get_by_label('Comment on').press('Enter')
+    opened.locator('#overview a', has_text='poor').click()
+    opened.keyboard.press('r')
+    assert article_of(opened, 'poor').locator('[aria-pressed=true][data-verdict]').inner_text() == 'reject'
+    assert '5 of 5 shown, 2 reviewed' in opened.locator('#count').inner_text()
+    opened.reload()
+    assert opened.locator('#overview tr', has_text='fünf').locator('.verdict').inner_text().startswith('look again')
+    with opened.expect_download() as download:
+        opened.get_by_role('button', name='Export').click()
+    assert download.value.suggested_filename == 'review_Dataset701_Phantom.csv'
+    lines = list(csv.DictReader(download.value.path().read_text(encoding='utf-8-sig').splitlines()))
+    found = {line['case']: (line['verdict'], line['comment']) for line in lines}
+    assert found == {**dict.fromkeys(ORDER, ('', '')), 'poor': ('reject', ''),
+                     NASTY: ('look again', 'the "left" part, ünd =1+1')}
+    assert {line['mask_crc32'] for line in lines} == {
+        identity(prediction[0] / f'{case}.nii.gz')['crc32'] for case in ORDER}
+    opened.get_by_label('Show').select_option('reject')
+    assert rows(opened) and opened.locator('article:visible h2').all_inner_texts() == ['poor']
+    opened.get_by_label('Show').select_option('open')
+    assert opened.locator('article:visible').count() == 3
+    opened.get_by_label('Show').select_option('')
+    opened.keyboard.press('Escape')
+    article_of(opened, 'poor').get_by_role('button', name='reject').click()  # taken back
+    assert '1 reviewed' in opened.locator('#count').inner_text()
+
+
+def test_search_and_keys_lead_from_case_to_case(opened):
+    def case_in_focus() -> str:
+        return opened.evaluate('document.activeElement.closest("article")?.dataset.name ?? ""')
+    for expected in ORDER[:3]:
+        opened.keyboard.press('n')
+        assert case_in_focus() == expected
+    opened.keyboard.press('p')
+    assert case_in_focus() == 'poor'
+    opened.keyboard.press('/')
+    opened.keyboard.type('FLAG lesion')  # letters are no keys here
+    assert opened.locator('article:visible').count() == 0
+    opened.get_by_label('Search').fill('components')
+    assert opened.locator('article:visible h2').all_inner_texts() == ['poor']
+    assert opened.locator('#count').inner_text().startswith('1 of 5 shown')
+    opened.get_by_label('Search').fill('')
+    opened.locator('.help summary').click()
+    opened.get_by_label('keys are on').uncheck()
+    opened.keyboard.press('n')
+    assert case_in_focus() == ''
+
+
+def test_it_fits_a_narrow_screen_and_the_case_stays_in_sight(opened):
     opened.set_viewport_size({'width': 390, 'height': 800})
     assert opened.evaluate('document.documentElement.scrollWidth') <= 390
-    assert opened.locator('article svg[role=img]').first.bounding_box()['width'] > 300
+    assert article_of(opened, 'poor').locator('.frame').first.bounding_box()['width'] > 300
+    region = opened.get_by_role('region', name='Cases, sortable')
+    region.evaluate('region => { region.scrollLeft = region.scrollWidth; }')
+    assert region.evaluate('region => region.scrollLeft') > 100
+    assert opened.locator('#overview tbody th').first.bounding_box()['x'] >= 0
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_text_has_a_contrast_of_at_least_4_5(opened, scheme):
+    opened.emulate_media(color_scheme=scheme)
+    opened.evaluate('document.querySelectorAll("details").forEach(part => { part.open = true; })')
+    article_of(opened, 'poor').get_by_role('button', name='reject').click()
+    low = opened.evaluate('''() => {
+        const channels = text => text.match(/[\\d.]+/g).map(Number);
+        const light = colour => colour.slice(0, 3).map(c => c / 255)
+            .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+        const ground = element => {
+            for (let e = element; e; e = e.parentElement) {
+                const colour = channels(getComputedStyle(e).backgroundColor);
+                if (colour.length < 4 || colour[3] === 1) return colour;
+            }
+            return [255, 255, 255];
+        };
+        const found = [];
+        const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (texts.nextNode()) {
+            const element = texts.currentNode.parentElement;
+            const text = texts.currentNode.textContent.trim();
+            if (!text || !element.checkVisibility() || element.closest('.frame, option')) continue;
+            const pair = [light(channels(getComputedStyle(element).color)), light(ground(element))];
+            const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+            if (contrast < 4.5) found.push([text, contrast]);
+        }
+        return found;
+    }''')
+    assert low == []
+    ground = opened.evaluate('getComputedStyle(document.body).backgroundColor')
+    assert (ground == 'rgb(255, 255, 255)') == (scheme == 'light')
+
+
+def test_printing_draws_all_cases_first_and_leaves_the_buttons_out(opened):
+    opened.evaluate('window.print = () => { window.printed = document.querySelectorAll("article.drawn").length; }')
+    opened.get_by_role('button', name='Print').click()
+    opened.wait_for_function('() => window.printed === 5')
+    opened.emulate_media(media='print')
+    assert not opened.locator('#tools').is_visible() and not opened.locator('.places').first.is_visible()
+    assert opened.locator('article canvas').first.is_visible()
+
+
+def test_the_page_can_be_used_by_keyboard_and_ear(opened):
+    opened.keyboard.press('Tab')
+    assert opened.evaluate('document.activeElement.getAttribute("href")') == '#overview'
+    unnamed = opened.evaluate('''() => {
+        const parts = document.querySelectorAll('button, input, select, svg[role=img], [role=region]');
+        const name = e => e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length;
+        return [...parts].filter(part => !name(part)).map(part => part.outerHTML);
+    }''')
+    assert unnamed == []
+    assert opened.locator('table').count() == opened.locator('table > caption').count() == 6
 
 
 def test_a_nasty_name_does_nothing(opened):

@@ -5,8 +5,10 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('-part_id', type=int, default=0,
                         help='which of them this is, 0 to num_parts - 1 (default: %(default)s)')
     add_flags(parser)
-    run(parser, parser.parse_args(arguments))
+    run(parser, arguments)
 
 
 def main_modelfolder(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +66,7 @@ def main_modelfolder(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('-m', required=True, help='folder of the model: the one with fold_0 and so on in it')
     add_flags(parser)
     parser.set_defaults(num_parts=1, part_id=0)
-    run(parser, parser.parse_args(arguments))
+    run(parser, arguments)
 
 
 def add_input_and_output(parser: argparse.ArgumentParser) -> None:
@@ -139,8 +141,10 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
                               '(default: not)')
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
     """Predict; what cannot be done is said in one sentence, with exit status 1."""
+    args = parser.parse_args(arguments)
+    args.command = shlex.join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     log_to_console()
     if not 0 <= args.part_id < args.num_parts:
         parser.error(f'-part_id is {args.part_id}: with -num_parts {args.num_parts} it must lie in 0 to '
@@ -196,7 +200,8 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     if args.report:
         cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
         try:
-            print(f'Report: {write_report(output, cases)}')
+            date = datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')
+            print(f'Report: {write_report(output, cases, args.command, date)}')
         except NothingToShow as error:  # other parts may still be at work
             logger.warning('No report is written: %s', error)
         except (ValueError, OSError) as error:  # it shall not hide what has failed before

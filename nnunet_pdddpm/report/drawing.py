@@ -1,74 +1,56 @@
-"""Slices as small images inside the page, masks as outlines in SVG, uncertainty as a transparent layer."""
+"""Volumes as the page's script reads them: the image as one compressed picture, masks and map without loss."""
 from __future__ import annotations
 
 import base64
+import colorsys
 import io
+import math
+import zlib
 
-import contourpy
 import numpy as np
 from PIL import Image
 
-MAX_SIDE = 400
-"""Pixels along the longer side of an embedded slice; larger ones are reduced. Outlines keep full resolution."""
-LOSSLESS_BELOW = 128 * 128
-"""Slices of fewer pixels are embedded without loss: they are shown much enlarged."""
+LOSSLESS_BELOW = 200_000
+"""Images of fewer voxels are embedded without loss: they are shown much enlarged."""
 UNCERTAINTY_COLOUR = (230, 30, 150)
 UNCERTAINTY_LEVELS = 16
 MAX_ALPHA = 0.8
+COLOURS = ('#4cc9ff', '#ffd60a', '#4be38a', '#ff8c42', '#c0a6ff', '#ffffff', '#b8f23a', '#ff9aa2')
+"""Of outlines: each stands out on black and on grey, and none is that of the uncertainty."""
+GOLDEN_ANGLE = 0.381966
 
 
-def data_uri(image: Image.Image, kind: str, **options: object) -> str:
-    """The image as a `data:` URI of the type `kind` (webp or png)."""
+def label_colours(number: int) -> list[str]:
+    """As many colours, no two the same: `COLOURS`, then hues as far from each other as they come."""
+    more = [colorsys.hls_to_rgb(i * GOLDEN_ANGLE % 1, (0.62, 0.8)[i % 2], 1) for i in range(number - len(COLOURS))]
+    return [*COLOURS[:number], *('#' + ''.join(f'{round(255 * part):02x}' for part in rgb) for rgb in more)]
+
+
+def picture(grey: np.ndarray) -> tuple[str, int]:
+    """A volume (z, y, x) uint8 as one image, `data:` URI: its slices row by row; and how many are in a row."""
+    depth, height, width = grey.shape
+    columns = max(1, min(depth, round(math.sqrt(depth * height / width))))
+    tiles = np.zeros((math.ceil(depth / columns) * columns, height, width), np.uint8)
+    tiles[:depth] = grey
+    sheet = tiles.reshape(-1, columns, height, width).swapaxes(1, 2).reshape(-1, columns * width)
+    kind = 'png' if grey.size < LOSSLESS_BELOW else 'webp'
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+    Image.fromarray(sheet).save(buffer, kind, **({'optimize': True} if kind == 'png' else {'quality': 75}))
+    return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}', columns
 
 
-def reduced(image: Image.Image) -> Image.Image:
-    """The image, made smaller by averaging if its longer side exceeds MAX_SIDE."""
-    factor = max(image.size) / MAX_SIDE
-    if factor <= 1:
-        return image
-    return image.resize((max(1, round(image.width / factor)), max(1, round(image.height / factor))),
-                        Image.Resampling.BOX)
+def packed(values: np.ndarray) -> str:
+    """Integers as base64 of their compressed bytes, little-endian: 8 bits each, or 16 if one needs them."""
+    kind = '<u1' if values.max(initial=0) < 256 else '<u2'
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(values, kind).tobytes(), 9)).decode()
 
 
-def grey_layer(plane: np.ndarray, window: tuple[float, float]) -> str:
-    """A slice (h, w) of the image as `data:` URI: black at window[0] and below, white at window[1] and above."""
+def levels(uncertainty: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as one of `UNCERTAINTY_LEVELS` numbers each, uint8."""
+    return np.rint(np.clip(uncertainty, 0, 1) * (UNCERTAINTY_LEVELS - 1)).astype(np.uint8)
+
+
+def grey_values(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Intensities as uint8: 0 at window[0] and below, 255 at window[1] and above."""
     low, high = window
-    grey = np.clip((plane - low) / (high - low), 0, 1) * 255
-    image = reduced(Image.fromarray(grey.astype(np.uint8)))
-    if image.width * image.height < LOSSLESS_BELOW:
-        return data_uri(image, 'png', optimize=True)
-    return data_uri(image, 'webp', quality=75)
-
-
-def uncertainty_layer(plane: np.ndarray) -> str:
-    """A slice (h, w) of the map, values in [0, 1], as `data:` URI: one colour, the more opaque the less certain."""
-    image = reduced(Image.fromarray((np.clip(plane, 0, 1) * 255).astype(np.uint8)))
-    levels = np.rint(np.asarray(image) / 255 * (UNCERTAINTY_LEVELS - 1)).astype(np.uint8)
-    layer = Image.fromarray(levels)
-    layer.putpalette(UNCERTAINTY_COLOUR * UNCERTAINTY_LEVELS)
-    opacity = np.linspace(0, 255 * MAX_ALPHA, UNCERTAINTY_LEVELS).astype(np.uint8)
-    return data_uri(layer, 'png', transparency=opacity.tobytes(), optimize=True)
-
-
-def outline(mask: np.ndarray) -> str:
-    """The boundary of a mask (h, w) as SVG path data in half pixels: pixel (i, j) fills (2j, 2i) to (2j + 2, 2i + 2).
-
-    The lines run between the centres of a pixel inside and its neighbour outside, so corners are cut, and where the
-    mask ends at the border of the slice the outline closes along it. '' for an empty mask.
-    """
-    if not mask.any():
-        return ''
-    lines = contourpy.contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
-    return ''.join(_path(np.rint(2 * np.asarray(line) - 1).astype(int)) for line in lines)
-
-
-def _path(points: np.ndarray) -> str:
-    """A closed line (n, 2) of (x, y), with only the points where it turns, as relative SVG path data."""
-    steps = np.diff(points, axis=0)
-    turns = np.any(steps[1:] != steps[:-1], axis=1)
-    corners = points[np.concatenate([[True], turns, [False]])]
-    relative = ' '.join(str(n) for n in np.diff(corners, axis=0).ravel())
-    return f'M{corners[0, 0]} {corners[0, 1]}l{relative}z'.replace(' -', '-')
+    return (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)

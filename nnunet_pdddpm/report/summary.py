@@ -18,6 +18,24 @@ MAX_BINS = 12
 
 
 @dataclass(frozen=True)
+class Run:
+    """What cases were predicted with: what is known of the model and the software, and the sampling settings."""
+    cases: list[str]
+    facts: dict[str, str]
+    settings: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A volume on a scale from 0 to 100, which is the largest number there is: ends of the calibrated interval and of
+    the samples' range, the mask's volume and stock's; None for what is not known."""
+    interval: tuple[float, float] | None
+    samples: tuple[float, float] | None
+    mask: float
+    stock: float | None
+
+
+@dataclass(frozen=True)
 class Bin:
     """A bar of the histogram: low <= value < high (the last one includes 1), and how many cases are in it."""
     low: float
@@ -127,17 +145,69 @@ def volume(label: Mapping[str, Any], name: str = 'volume_ml') -> str:
     return '–' if number is None else f'{number:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f}'
 
 
+def small_volume(ml: float) -> str:
+    """A component's volume for reading, without the unit: two digits that count."""
+    return f'{ml:.0f}' if ml >= 100 else f'{ml:.2g}' if ml < 10 else f'{ml:.1f}'
+
+
+def ends_of(label: Mapping[str, Any], calibrated: bool) -> tuple[float, float] | None:
+    """Ends in ml of a label's calibrated interval, or of the range of its samples; None if there is none."""
+    low, high = (finite(label.get(name)) for name in (('volume_ml_low', 'volume_ml_high') if calibrated else
+                                                      ('samples_low_ml', 'samples_high_ml')))
+    return None if low is None or high is None or calibrated and finite(label.get('interval_level')) is None else (
+        low, high)
+
+
 def interval(label: Mapping[str, Any], samples: Any = None) -> str:
-    """A label's volume with its calibrated interval, '12.3 ml (95 %: 11.1 to 13.9)'; or with the range of its samples,
-    '12.3 ml (8 samples: 11.1 to 13.9)'; without brackets if it has neither; a dash if it has no volume."""
-    if finite(label.get('volume_ml')) is None:
-        return '–'
-    level = finite(label.get('interval_level'))
-    of, names = ('', ()) if level is None else (in_percent(level), ('volume_ml_low', 'volume_ml_high'))
-    if not names and finite(samples) is not None:
-        of, names = f'{samples} samples', ('samples_low_ml', 'samples_high_ml')
-    ends = [volume(label, name) for name in names]
-    return f'{volume(label)} ml' + (f' ({of}: {ends[0]} to {ends[1]})' if ends and '–' not in ends else '')
+    """Where a label's volume lies: 'calibrated, 95 %: 11.1 to 13.9', or the range of its samples, 'range of 8 samples:
+    11.1 to 13.9'; '' if it has neither."""
+    of, names = '', ('', '')
+    if ends_of(label, calibrated=True):
+        of, names = f'calibrated, {in_percent(label["interval_level"])}', ('volume_ml_low', 'volume_ml_high')
+    elif ends_of(label, calibrated=False) and finite(samples) is not None:
+        of, names = f'range of {samples} samples', ('samples_low_ml', 'samples_high_ml')
+    return f'{of}: {volume(label, names[0])} to {volume(label, names[1])}' if of else ''
+
+
+def drawn(label: Mapping[str, Any]) -> Drawn | None:
+    """A label's volume for drawing; None without one."""
+    mask, stock = finite(label.get('volume_ml')), finite(label.get('volume_ml_stock'))
+    ends = [ends_of(label, calibrated) for calibrated in (True, False)]
+    most = max([mask or 0.0, stock or 0.0, *(pair[1] for pair in ends if pair)])
+    if mask is None or most <= 0:
+        return None
+    calibrated, samples = (None if pair is None else (100 * max(pair[0], 0.0) / most, 100 * pair[1] / most)
+                           for pair in ends)
+    return Drawn(calibrated, samples, 100 * mask / most, None if stock is None else 100 * stock / most)
+
+
+def runs_of(entries: Iterable[Mapping[str, Any]]) -> list[Run]:
+    """What cases were predicted with, one for each different model, settings or software: usually one."""
+    runs: dict[str, Run] = {}
+    for entry in entries:
+        models, versions = entry.get('settings', []), entry.get('versions', {})
+        known = json.dumps([models, versions])
+        if known not in runs:
+            settings = {name: _joined(model.get(name) for model in models) for name in (models[0] if models else ())}
+            software = ', '.join(f'{name} {version}' for name, version in versions.items())
+            runs[known] = Run([], {**_model(settings), **({'Versions': software} if software else {})}, settings)
+        runs[known].cases.append(entry['case'])
+    return list(runs.values())
+
+
+def _model(settings: dict[str, str]) -> dict[str, str]:
+    """What is to be said of a model, taken out of its settings."""
+    folder = settings.pop('model', '').split('/')
+    trainer, plans, configuration = ([*folder[-2].split('__'), '', ''] if len(folder) > 1 else ['', '', ''])[:3]
+    facts = {'Model': ' / '.join(folder[:1]), 'Trainer': trainer, 'Plans': plans, 'Configuration': configuration,
+             'Folds': settings.pop('fold', ''), 'Checkpoint': folder[-1], 'Checksum': settings.pop('weights', ''),
+             'Samples': settings.pop('samples', ''), 'Seed': settings.pop('seed', '')}
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _joined(values: Iterable[Any]) -> str:
+    """The values that models have of a setting, each once."""
+    return ', '.join(dict.fromkeys(f'{value:g}' if isinstance(value, float) else str(value) for value in values))
 
 
 def label_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:

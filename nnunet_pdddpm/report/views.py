@@ -1,83 +1,81 @@
-"""What the page shows of a case: three planes through its most uncertain place, and axial slices to leaf through."""
+"""What the page shows of a case: the box around all that there is to see, and the places to look at first."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter
 
-from nnunet_pdddpm.report.drawing import grey_layer, outline, uncertainty_layer
+from nnunet_pdddpm.report.components import Found, boxes_of, components_of
+from nnunet_pdddpm.report.drawing import grey_values, levels, packed, picture
 from nnunet_pdddpm.report.volumes import CaseVolumes
 
 FOCUS_SIGMA = 1.5
 """Standard deviation, in the finest spacing, of the Gaussian that smooths the map before its maximum is sought."""
 UNCERTAIN = 0.25
 """From this uncertainty on, a voxel counts as a place to look at, whatever the masks say there."""
-MARGIN_MM = 10.0
-"""Axial slices are shown this far beyond the masks and uncertain places, at least two of them."""
+MARGIN_MM, MARGIN_SHARE = 20.0, 0.25
+"""The box shown goes so far beyond masks and uncertain places, or so large a part of their extent."""
+MAX_SIDE = 512
+MAX_VOXELS = 4_000_000
+"""Of the volume in the page: beyond it several voxels become one."""
 PLANES = ('axial', 'coronal', 'sagittal')
-
-
-@dataclass(frozen=True)
-class Layers:
-    """One slice: `data:` URIs of image and uncertainty, path data of the outlines, one a label."""
-    image: str
-    uncertainty: str
-    consensus: list[str]
-    stock: list[str]
-
-    def size(self) -> int:
-        """Bytes in the page."""
-        return len(self.image) + len(self.uncertainty) + sum(map(len, self.consensus + self.stock))
+Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A slice with what its frame says.
+    """A plane's frame.
 
     Attributes:
         name: axial, coronal or sagittal; slice or section where the file has no anatomical axes.
-        columns: pixels along x.
-        rows: pixels along y.
-        spacing: mm of a pixel, (y, x).
+        axis: that it is perpendicular to.
         edges: letters of the patient's side at left, right, top and bottom; empty without anatomical axes.
-        cross: (x, y) mm at which the two other planes cut this one.
-        layers: the slice.
+        size: width and height, mm.
+        thickness: of its slices, mm.
+        slices: how many there are in the page.
+        of: how many there are in the file.
     """
     name: str
-    columns: int
-    rows: int
-    spacing: tuple[float, float]
+    axis: int
     edges: tuple[str, ...]
-    cross: tuple[float, float]
-    layers: Layers
+    size: tuple[float, float]
+    thickness: float
+    slices: int
+    of: int
+
+    @property
+    def scale(self) -> float:
+        """Length of the scale bar in mm: 1, 2 or 5 times a power of ten, at most a third of the width."""
+        most = self.size[0] / 3
+        power = 10.0 ** math.floor(math.log10(most))
+        return next(step for step in (5 * power, 2 * power, power) if step <= most * (1 + 1e-9))
 
 
 @dataclass(frozen=True)
 class CaseView:
-    """Planes (one for a 2D image, else three) and axial slices, from inferior to superior.
+    """Planes (one for a 2D image, else three), what the script draws them of, and the components of each region.
 
     Attributes:
-        planes: through the most uncertain place.
-        slices: of each embedded axial slice the layers, its number in the file (from 1) and its height in mm as the
-            other planes have it.
-        first: index in `slices` of the one that `planes` shows.
-        num_axial: slices of the volume.
-        in_range: slices that there are from the lowest to the highest embedded one.
-        step: every how many-th of those is embedded.
+        planes: see there.
+        volumes: what the script needs, see `make_view`.
+        components: of each region, largest first.
+        factors: voxels of the image along each axis that are one in the page.
+        cut: whether the box shown is less than the image.
+        unit: of lengths.
     """
     planes: list[Plane]
-    slices: list[dict[str, Any]]
-    first: int
-    num_axial: int
-    in_range: int
-    step: int
+    volumes: dict[str, Any]
+    components: list[Found]
+    factors: Place
+    cut: bool
+    unit: str
 
 
-def most_uncertain_place(uncertainty: np.ndarray, masks: np.ndarray, spacing: tuple[float, ...]) -> tuple[int, ...]:
+def most_uncertain_place(uncertainty: np.ndarray, masks: np.ndarray, spacing: tuple[float, ...]) -> Place:
     """Index of the maximum of the smoothed map: an uncertain region wins over a single uncertain voxel.
 
     Without any uncertainty it is the voxel of `masks` nearest to their centre; without masks, the volume's centre.
@@ -91,12 +89,17 @@ def most_uncertain_place(uncertainty: np.ndarray, masks: np.ndarray, spacing: tu
              for n, s in zip(uncertainty.shape, spacing, strict=True)]
     smooth = gaussian_filter(uncertainty.astype(np.float32), sigma, mode='nearest')
     if smooth.max() > 0:
-        return tuple(int(i) for i in np.unravel_index(np.argmax(smooth), smooth.shape))
+        return _place(np.unravel_index(np.argmax(smooth), smooth.shape))
     if not masks.any():
-        return tuple(n // 2 for n in masks.shape)
+        return _place(n // 2 for n in masks.shape)
     voxels = np.argwhere(masks)
     distance = (((voxels - voxels.mean(0)) * spacing) ** 2).sum(1)
-    return tuple(int(i) for i in voxels[np.argmin(distance)])
+    return _place(voxels[np.argmin(distance)])
+
+
+def largest_sections(mask: np.ndarray) -> Place:
+    """Along each axis, the slice in which a mask (z, y, x) has the most voxels."""
+    return _place(int(np.argmax(mask.sum(tuple(a for a in range(3) if a != axis)))) for axis in range(3))
 
 
 def intensity_window(image: np.ndarray, region: np.ndarray) -> tuple[float, float]:
@@ -113,71 +116,127 @@ def intensity_window(image: np.ndarray, region: np.ndarray) -> tuple[float, floa
     return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
 
 
+def box_around(shown: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, ...]:
+    """The box of what is True, with a margin; the whole where nothing is."""
+    box = []
+    for axis, (size, mm) in enumerate(zip(shown.shape, spacing, strict=True)):
+        there = np.flatnonzero(shown.any(tuple(a for a in range(3) if a != axis)))
+        if not len(there):
+            return tuple(slice(0, n) for n in shown.shape)
+        margin = math.ceil(max(MARGIN_MM / mm, MARGIN_SHARE * (there[-1] - there[0] + 1)))
+        box.append(slice(max(0, int(there[0]) - margin), min(size, int(there[-1]) + 1 + margin)))
+    return tuple(box)
+
+
+def reduction(shape: tuple[int, ...], spacing: tuple[float, ...], voxels: int) -> Place:
+    """How many voxels become one along each axis: the finest axes first, until no more than `voxels` are left."""
+    factors = [1, 1, 1]
+    while True:
+        sizes = [math.ceil(n / factor) for n, factor in zip(shape, factors, strict=True)]
+        if math.prod(sizes) <= voxels and max(sizes) <= MAX_SIDE:
+            return _place(factors)
+        too_long = [axis for axis in range(3) if sizes[axis] > MAX_SIDE]
+        axes = too_long or [axis for axis in range(3) if sizes[axis] > 1]
+        factors[min(axes, key=lambda axis: spacing[axis] * factors[axis])] += 1
+
+
+def _blocks(array: np.ndarray, factors: Place, mode: str) -> np.ndarray:
+    """An array (z, y, x) as (Z, fz, Y, fy, X, fx), padded at its ends."""
+    padded = np.pad(array, [(0, -n % factor) for n, factor in zip(array.shape, factors, strict=True)], mode)  # type: ignore[call-overload]
+    return padded.reshape([part for n, factor in zip(padded.shape, factors, strict=True)
+                           for part in (n // factor, factor)])
+
+
+def reduced(image: np.ndarray, factors: Place) -> np.ndarray:
+    """The means of blocks of voxels."""
+    return image if factors == (1, 1, 1) else _blocks(image, factors, 'edge').mean((1, 3, 5), dtype=np.float32)
+
+
+def reduced_labels(labels: np.ndarray, factors: Place) -> np.ndarray:
+    """The labels at the centres of blocks; a higher one that lies between all centres: no lesion is to vanish."""
+    if factors == (1, 1, 1):
+        return labels
+    blocks = _blocks(labels, factors, 'constant')
+    z, y, x = (factor // 2 for factor in factors)
+    centres, any_of = blocks[:, z, :, y, :, x], blocks.max((1, 3, 5))
+    return np.where(any_of > maximum_filter(centres, 3), any_of, centres)
+
+
 def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) -> CaseView:
-    """Draw a case.
+    """What the page has of a case.
+
+    `volumes` of it are, for the script: `shape`, `spacing` of a voxel in the page, `flipped` (whether coronal and
+    sagittal planes are shown upside down), `image` with its `columns`, `uncertainty`, `consensus`, `stock` and
+    `samples` as in `drawing`, where samples are the exclusive or with the consensus; `first` and `step` of the slices'
+    numbers in the file; and `places` (z, y, x) to go to by their names.
 
     Args:
         case: its volumes.
         regions: for each outline the label values it surrounds.
-        budget: bytes that the axial slices may take; beyond it, evenly spaced ones are left out.
+        budget: bytes that it may take in the page; beyond, it becomes coarser.
     """
     masks = (case.consensus > 0) | (case.stock > 0)
-    shown = masks | (case.uncertainty >= UNCERTAIN)
-    focus = most_uncertain_place(case.uncertainty, masks, case.spacing)
-    window = intensity_window(case.image, shown)
+    seen = masks | (case.uncertainty >= UNCERTAIN)
+    box = box_around(seen, case.spacing)
+    grey = grey_values(case.image[box], intensity_window(case.image, seen))
+    around = boxes_of(case.consensus, regions)
+    components = [components_of(case.consensus, case.samples, values, inside, case.spacing)
+                  for values, inside in zip(regions, around, strict=True)]
+    places = {'uncertain': most_uncertain_place(case.uncertainty, masks, case.spacing),
+              'largest': largest_sections(case.consensus > 0 if any(around) else masks)}
+    for i, (values, inside, found) in enumerate(zip(regions, around, components, strict=True)):
+        if inside is not None:
+            sections = largest_sections(np.isin(case.consensus[inside], values))
+            places[f'label-{i}'] = _place(n + part.start for n, part in zip(sections, inside, strict=True))
+        places.update({f'component-{i}-{j}': of.place for j, of in enumerate(found.largest)})
 
-    def draw(axis: int, index: int) -> Layers:
-        consensus, stock = (_section(case, array, axis, index) for array in (case.consensus, case.stock))
-        return Layers(grey_layer(_section(case, case.image, axis, index), window),
-                      uncertainty_layer(_section(case, case.uncertainty, axis, index)),
-                      [outline(np.isin(consensus, values)) for values in regions],
-                      [outline(np.isin(stock, values)) for values in regions])
-
-    planes = [_plane(case, axis, focus, draw(axis, focus[axis])) for axis in range(3 if len(shown) > 1 else 1)]
-    lowest, highest = _range(shown, focus[0], case.spacing[0])
-    # the slice with the most uncertainty is among those that take most bytes
-    step = math.ceil((highest - lowest + 1) * planes[0].layers.size() / max(budget, 1))
-    indices = list(_every(step, lowest, highest, focus[0]))
-    slices = [{**asdict(planes[0].layers if index == focus[0] else draw(0, index)),
-               'number': _number_in_file(case, index), 'height': _height(case, index)} for index in indices]
-    return CaseView(planes, slices, indices.index(focus[0]), len(shown), indices[-1] - indices[0] + 1, step)
-
-
-def _section(case: CaseVolumes, array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice as it is shown: superior or anterior at the top, the patient's right or anterior at the left."""
-    section = np.moveaxis(array, axis, 0)[index]
-    return section[::-1] if axis > 0 and case.axes.anatomical else section
+    voxels = MAX_VOXELS
+    while True:
+        factors = reduction(grey.shape, case.spacing, voxels)
+        volumes, size = _volumes(case, box, grey, factors)
+        shape = volumes['shape']
+        if size <= budget or voxels < 1000:
+            break
+        voxels = int(min(math.prod(shape), voxels) * min(0.9 * budget / size, 0.8))
+    spacing = [float(f'{mm * factor:.6g}') for mm, factor in zip(case.spacing, factors, strict=True)]
+    numbers = [_numbers(case, axis, box[axis].start, factors[axis]) for axis in range(3)]
+    volumes |= {'spacing': spacing, 'flipped': case.axes.anatomical, 'first': [first for first, _ in numbers],
+                'step': [step for _, step in numbers], 'places': {
+                    name: [min(max((i - part.start) // factor, 0), n - 1)
+                           for i, part, factor, n in zip(place, box, factors, shape, strict=True)]
+                    for name, place in places.items()}}
+    planes = [_plane(case, axis, shape, spacing) for axis in range(3 if len(seen) > 1 else 1)]
+    return CaseView(planes, volumes, components, factors, grey.shape != seen.shape, case.unit)
 
 
-def _plane(case: CaseVolumes, axis: int, focus: tuple[int, ...], layers: Layers) -> Plane:
+def _volumes(case: CaseVolumes, box: tuple[slice, ...], grey: np.ndarray, factors: Place) -> tuple[dict[str, Any], int]:
+    """The volumes of a box with every so many voxels as one, as text, and how long that is."""
+    small = reduced_labels(case.consensus[box], factors)
+    image, columns = picture(reduced(grey, factors).astype(np.uint8))
+    texts = {'image': image, 'consensus': packed(small), 'stock': packed(reduced_labels(case.stock[box], factors)),
+             'uncertainty': packed(levels(reduced(case.uncertainty[box], factors)))}
+    samples = [packed(reduced_labels(sample[box], factors) ^ small) for sample in case.samples]
+    return ({**texts, 'samples': samples, 'columns': columns, 'shape': list(small.shape)},
+            sum(map(len, [*texts.values(), *samples])))
+
+
+def _plane(case: CaseVolumes, axis: int, shape: list[int], spacing: list[float]) -> Plane:
     down, right = [a for a in range(3) if a != axis]
-    shape, spacing = case.image.shape, (case.spacing[down], case.spacing[right])
     edges: tuple[str, ...] = ()
-    name = 'image' if shape[0] == 1 else ('slice', 'section along x', 'section along y')[axis]
+    name = 'image' if len(case.image) == 1 else ('slice', 'section along x', 'section along y')[axis]
     if case.axes.anatomical:
         name = PLANES[axis]
         edges = (('R', 'L', 'A', 'P'), ('R', 'L', 'S', 'I'), ('A', 'P', 'S', 'I'))[axis]
-    height = (focus[1] + 0.5) * case.spacing[1] if axis == 0 else _height(case, focus[0])
-    return Plane(name, shape[right], shape[down], spacing, edges, ((focus[right] + 0.5) * spacing[1], height), layers)
+    return Plane(name, axis, edges, (shape[right] * spacing[right], shape[down] * spacing[down]), spacing[axis],
+                 shape[axis], case.image.shape[axis])
 
 
-def _height(case: CaseVolumes, index: int) -> float:
-    """Where an axial slice cuts the other planes: mm from their top."""
-    place = index + 0.5
-    return (len(case.image) - place if case.axes.anatomical else place) * case.spacing[0]
+def _numbers(case: CaseVolumes, axis: int, start: int, factor: int) -> tuple[int, int]:
+    """Number in the file, from 1, of the first slice of the page along an axis, and the step to the next."""
+    index = min(start + factor // 2, case.image.shape[axis] - 1)
+    return (case.image.shape[axis] - index, -factor) if case.axes.flipped[axis] else (index + 1, factor)
 
 
-def _number_in_file(case: CaseVolumes, index: int) -> int:
-    return len(case.image) - index if case.axes.flipped[0] else index + 1
-
-
-def _range(shown: np.ndarray, focus: int, spacing: float) -> tuple[int, int]:
-    """Lowest and highest axial slice with something to look at, and a margin."""
-    occupied = np.append(np.flatnonzero(shown.any((1, 2))), focus)
-    margin = max(2, math.ceil(MARGIN_MM / spacing))
-    return max(0, int(occupied.min()) - margin), min(len(shown) - 1, int(occupied.max()) + margin)
-
-
-def _every(step: int, lowest: int, highest: int, through: int) -> Iterator[int]:
-    """From lowest to highest in steps that meet `through`."""
-    yield from range(through - (through - lowest) // step * step, highest + 1, step)
+def _place(numbers: Iterable[Any]) -> Place:
+    z, y, x = (int(number) for number in numbers)
+    return z, y, x

@@ -1,6 +1,7 @@
 """Image, masks and uncertainty map of one case, turned so that the page shows them as radiologists look at them."""
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, full_scale
+
+MAX_SAMPLES = 16
+"""Samples of a case that the page shows."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,19 @@ class CaseVolumes:
         consensus: label map.
         stock: label map of the stock model.
         uncertainty: in [0, 1].
+        samples: label maps of the samples, of the first `MAX_SAMPLES`; none if they are not in the folder.
         spacing: mm along the three axes.
         axes: the turn that was made.
+        unit: what a length is in: mm; px where the file has no voxel size.
     """
     image: np.ndarray
     consensus: np.ndarray
     stock: np.ndarray
     uncertainty: np.ndarray
+    samples: tuple[np.ndarray, ...]
     spacing: tuple[float, float, float]
     axes: DisplayAxes
+    unit: str = 'mm'
 
 
 def existing(file: Path) -> Path:
@@ -78,6 +86,14 @@ def existing(file: Path) -> Path:
     if not file.is_file():
         raise UnusableImage(f'The report needs {file}, which is not there; predict again with --report')
     return file
+
+
+def sample_files(folder: Path, case: str, ending: str) -> list[Path]:
+    """The samples of a case in an output folder, in order."""
+    named = re.compile(re.escape(case) + r'_s(\d+)' + re.escape(ending))
+    found = [(int(match[1]), file) for file in (folder / 'samples').glob(f'*{ending}')
+             if (match := named.fullmatch(file.name))]
+    return [file for _, file in sorted(found)]
 
 
 def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, reader: Any) -> CaseVolumes:
@@ -99,13 +115,15 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     consensus, properties = _read(reader, folder / f'{case}{ending}')
     stock, _ = _read(reader, folder / 'presegmentation' / f'{case}{ending}')
     uncertainty, _ = _read(reader, map_file)
+    samples = [_read(reader, file)[0] for file in sample_files(folder, case, ending)[:MAX_SAMPLES]]
     first = str(existing(Path(images[0])))
     with as_unusable_image(first):
         image, _ = reader.read_images((first,))
     image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
     if isinstance(reader, NaturalImage2DIO | Tiff3DIO):
         uncertainty = uncertainty / full_scale(ending)
-    for name, array in (('stock mask', stock[0]), ('uncertainty map', uncertainty[0]), ('image', image)):
+    for name, array in (('stock mask', stock[0]), ('uncertainty map', uncertainty[0]), ('image', image),
+                        *((f'sample {i}', sample[0]) for i, sample in enumerate(samples))):
         if array.shape != consensus[0].shape:
             raise UnusableImage(f'Case {case!r}: the {name} has shape {array.shape}, the mask {consensus[0].shape}; '
                                 f'predict into an empty folder')
@@ -115,7 +133,9 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     axes = DisplayAxes.of(properties)
     spacing = [float(properties['spacing'][axis]) for axis in axes.order]
     return CaseVolumes(axes.turn(np.nan_to_num(image, posinf=0, neginf=0)), axes.turn(_labels(consensus)),
-                       axes.turn(_labels(stock)), axes.turn(uncertainty[0]), (spacing[0], spacing[1], spacing[2]), axes)
+                       axes.turn(_labels(stock)), axes.turn(uncertainty[0]),
+                       tuple(axes.turn(_labels(sample)) for sample in samples), (spacing[0], spacing[1], spacing[2]),
+                       axes, 'px' if isinstance(reader, NaturalImage2DIO) else 'mm')
 
 
 def _read(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
