@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from conftest import DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, in_this_process, train_in_process
 from processes import Run, measured
 
@@ -45,9 +46,12 @@ class Job:
         self.folder.mkdir(exist_ok=True)
 
     def copy(self, trainer: str) -> None:
-        """A trained model into the folder, as results."""
+        """A trained model into the folder, as results; without mirroring, an eighth of the time."""
         model = self.models.model(trainer)
-        shutil.copytree(model, self.folder / DATASET / model.name, ignore=shutil.ignore_patterns('fold_[12]'))
+        copied = self.folder / DATASET / model.name
+        shutil.copytree(model, copied, ignore=shutil.ignore_patterns('fold_[12]'))
+        for file in copied.rglob('*.pth'):
+            torch.save({**torch.load(file, weights_only=False), 'inference_allowed_mirroring_axes': None}, file)
 
     def size(self) -> int:
         return sum(file.stat().st_size for file in self.folder.rglob('*') if file.is_file())
