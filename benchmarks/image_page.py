@@ -68,9 +68,15 @@ def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], t
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
     forest(found, RATERS[0], base, page.with_suffix('.png'))
     write(page, 'raters', **common, patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
-          train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), minutes=of.dataset.tuning_minutes,
-          tuned=of.dataset.tuned(work), correlation=base['correlation_reference'].mean(),
+          train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work), correlation=base['correlation_reference'].mean(),
           of_samples=table(found, RATERS, base), of_mean=table(found, OF_MEAN, base))
+
+
+def tuned(of: RaterSet, work: Path) -> str:
+    """What the tuning chose, or that there was none."""
+    chosen = of.dataset.tuned(work)
+    return (f' Tuned: by `nnUNetv2_pdddpm_tune`,\n{of.dataset.tuning_minutes} minutes:\n\n{chosen}' if chosen
+            else ' Not measured yet: the settings\nthat `nnUNetv2_pdddpm_tune` chooses.')
 
 
 def correlation(scores: Scores) -> np.ndarray:

@@ -80,8 +80,8 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
     results.mkdir(exist_ok=True)
     table = [row for row in rows(of.kind)[0] if row.network != 'shared' or 'shared' in of.networks]
     for fold in folds:
-        models = Models(of, work, fold, of.validation(work, fold))
-        for row in table:
+        models, tuned = Models(of, work, fold, of.validation(work, fold)), of.dataset.sweep(work, fold).is_file()
+        for row in table if tuned else [row for row in table if row.network != 'tuned']:
             for number, (name, images) in enumerate(tests.items()):
                 file = results / f'{name}__{row.name}__{fold}.json'
                 if file.is_file() or number > 0 and row.one_size:

@@ -15,7 +15,7 @@ from tiny_model import plans, write_model
 from nnunet_pdddpm.commands import evaluate, predict
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.choice import MaskRow, SampleRow
-from nnunet_pdddpm.tuning.report import write
+from nnunet_pdddpm.tuning.report import write_sweep
 from nnunet_pdddpm.tuning.sweep import Sweep
 
 DOCS = Path(__file__).parent.parent / 'docs'
@@ -133,7 +133,7 @@ def test_fields_of_the_sweep(tmp_path):
     samples = [SampleRow(SamplingSettings(), values, values), SampleRow(blind, values, values)]
     sweep = Sweep(['a', 'b'], [MaskRow(stock, values, values), MaskRow(blind, values, values)], samples, samples, 1.0,
                   1.0, [], 4.0, 1.0, chosen_samples=blind)
-    write(tmp_path, sweep, blind, 0.8)
+    write_sweep(tmp_path, sweep, blind, 0.8)
     stated, result = tables('sampling_sweep.json'), json.loads((tmp_path / 'sampling_sweep.json').read_text())
     assert result.keys() == stated['field'].keys()
     assert {field for row in result['rows'] for field in row} == stated['of a row'].keys()
