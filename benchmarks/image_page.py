@@ -68,8 +68,9 @@ def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], t
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
     forest(found, RATERS[0], base, page.with_suffix('.png'))
     write(page, 'raters', **common, patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
-          train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work), correlation=base['correlation_reference'].mean(),
-          of_samples=table(found, RATERS, base), of_mean=table(found, OF_MEAN, base))
+          train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work),
+          correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base),
+          of_mean=table(found, OF_MEAN, base))
 
 
 def tuned(of: RaterSet, work: Path) -> str:
