@@ -46,7 +46,7 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
     common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
               'stock': of.dataset.epochs[0] * of.dataset.iterations[0],
-              'others': of.dataset.epochs[1] * of.dataset.iterations[1], 'figure': f'{args.page.stem}.png'}
+              'others': of.dataset.epochs[1] * of.dataset.iterations[1]}
     if of.kind == 'phantom':
         of_phantoms(of, work, args, common)
     else:
@@ -66,8 +66,8 @@ def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], t
     found = lines(work, tests, table_rows)
     base = next(line.scores for line in found if line.title == base_title)
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
-    forest(found, RATERS[0], base, page.with_suffix('.png'))
-    write(page, 'raters', **common, patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
+    write(page, 'raters', **common, figure=forest(found, RATERS[0], base, page.with_suffix('.png')),
+          patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
           train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work),
           correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base),
           of_mean=table(found, OF_MEAN, base))
@@ -122,7 +122,7 @@ def of_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict
         ideal = Line('exact samples', exact(f'phantom_{number}'), '', '')
         tables[f'of_{number}'] = table([*found, ideal], TWO if number == 2 else MANY, base)
         if number == 2:
-            forest(found, TWO[0], base, args.page.with_suffix('.png'))
+            tables['figure'] = forest(found, TWO[0], base, args.page.with_suffix('.png'))
     default = args.images == PHANTOM.number
     write(args.page, 'phantom', **common, **tables, number=args.images, validation=NUM_VALIDATION, two=NUM_TEST[2],
           eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if default else

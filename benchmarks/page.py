@@ -1,6 +1,7 @@
 """Pages of the benchmarks: tables of scores whose unit is the training, forest plots, and the texts in `pages/`."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,24 +40,31 @@ class Line:
 
 
 def table(lines: Sequence[Line], columns: Sequence[Column], base: Scores) -> str:
-    """Markdown: mean and standard deviation over trainings, and paired differences to a base with 95 % intervals."""
+    """Markdown: mean and standard deviation over trainings, and paired differences to a base with 95 % intervals. With
+    fewer than three trainings there are no intervals, which the row says."""
     calls = any(line.calls is not None for line in lines)
     heads = [head for column in columns for head in (column.title, *(['Δ'] if column.delta else []))]
     text = [f'| | {"calls | " if calls else ""}{" | ".join(heads)} |', '|---' * (1 + calls + len(heads)) + '|']
     for line in lines:
-        cells = [line.title, *([line.calls or ''] if calls else [])]
+        trainings = len(columns[0].values(line.scores))
+        few = line.note is None and trainings < 3
+        cells = [line.title + (f' ({trainings} training{"s" * (trainings > 1)})' if few else ''),
+                 *([line.calls or ''] if calls else [])]
         for column in columns:
             values, same = column.values(line.scores), line.scores is base or line.note is not None
-            cells.append(spread(values, column.digits) if line.note is None else
-                         f'{np.nanmean(values):.{column.digits}f}{line.note}')
+            mean = f'{np.nanmean(values):.{column.digits}f}'
+            cells.append(mean if few else spread(values, column.digits) if line.note is None else mean + line.note)
             if column.delta:
-                cells.append('' if same else difference(values, column.values(base), column.digits))
+                other = column.values(base)
+                cells.append('' if same else f'{np.nanmean(values) - np.nanmean(other):+.{column.digits}f}' if few
+                             else difference(values, other, column.digits))
         text.append(f'| {" | ".join(cells)} |')
     return '\n'.join(text)
 
 
-def forest(lines: Sequence[Line], column: Column, base: Scores, file: Path) -> None:
-    """Figure of the differences to the base with their intervals; none with fewer than three trainings."""
+def forest(lines: Sequence[Line], column: Column, base: Scores, file: Path) -> str:
+    """Figure of the differences to the base with their intervals, and what shows it in Markdown; none with fewer than
+    three trainings."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
@@ -64,7 +72,7 @@ def forest(lines: Sequence[Line], column: Column, base: Scores, file: Path) -> N
     found = [t_interval(np.nanmean(column.values(line.scores), 1) - np.nanmean(column.values(base), 1))
              for line in shown if len(column.values(line.scores)) > 2]
     if not found:
-        return
+        return ''
     figure, axis = plt.subplots(figsize=(8, 0.6 + 0.26 * len(shown)))
     for y, (mean, low, high) in enumerate(found):
         colour = 'C2' if high < 0 else 'C3' if low > 0 else '0.4'
@@ -77,9 +85,11 @@ def forest(lines: Sequence[Line], column: Column, base: Scores, file: Path) -> N
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+    return f'![Differences in {column.title}]({file.name})\n'
 
 
 def write(file: Path, text_name: str, **values: object) -> None:
     """A page, of the text `pages/TEXT_NAME.md` with its places filled in."""
     text = (Path(__file__).parent / 'pages' / f'{text_name}.md').read_text()
-    file.write_text(text.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, autocast=AUTOCAST, **values))
+    text = text.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, autocast=AUTOCAST, **values)
+    file.write_text(re.sub('\n{3,}', '\n\n', text).rstrip() + '\n')

@@ -184,9 +184,9 @@ def write_page(work: Path, file: Path) -> None:
     missing = {row.title for row in table_rows} - {line.title for line in found}
     base = next(line.scores for line in found if line.title == base_title)
     planned, (stock, others) = HIPPOCAMPUS.planned(work), HIPPOCAMPUS.epochs
-    forest(found, COLUMNS[0], base, file.with_suffix('.png'))
     write(file, 'hippocampus', test=base['dice'].shape[1], seed=SPLIT_SEED, folds=NUM_FOLDS,
           patch=planned['patch_size'], features=planned['architecture']['arch_kwargs']['features_per_stage'],
           batch=planned['batch_size'], stock=250 * stock, others=250 * others, minutes=HIPPOCAMPUS.tuning_minutes,
-          tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base), figure=f'{file.stem}.png',
+          tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base),
+          figure=forest(found, COLUMNS[0], base, file.with_suffix('.png')),
           missing=f' Not measured yet: {"; ".join(sorted(missing))}.' if missing else '')
