@@ -15,12 +15,11 @@ import torch
 from benchmark_trainers import PDDDPMTrainerGPU, PDDDPMTrainerGPUSecond, nnUNetTrainerGPU, nnUNetTrainerGPULonger
 from datasets import hippocampus as benchmark
 from gpu_run import Run
-from machine import PLANS
+from machine import PLANS, timed
 from nnunet import find_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from speed import timed
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.functional import interpolate

@@ -6,7 +6,10 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,3 +44,13 @@ def results() -> Path:
     """Folder of the tables; those of a GPU lie in one of its name."""
     folder = Path(__file__).resolve().parent.parent / 'docs' / 'results'
     return folder / re.sub(r'\W+', '_', torch.cuda.get_device_name()) if FULL else folder
+
+
+def timed(device: torch.device, do: Callable[[], Any]) -> float:
+    """Seconds, until the device is done."""
+    synchronise = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    do()
+    synchronise()
+    return time.perf_counter() - start

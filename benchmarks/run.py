@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODULES = {'phantom': 'images', 'nuclei': 'images', 'cells': 'images', 'nodules': 'images', 'hippocampus': 'volumes',
-           'intervals': 'intervals', 'triage': 'triage', 'headline': 'figures', 'levels': 'figures'}
+           'intervals': 'intervals', 'triage': 'triage', 'speed': 'speed',
+           'headline': 'figures', 'levels': 'figures'}
 """Name -> the module that has its `STAGES`, `arguments` and `run`."""
 
 

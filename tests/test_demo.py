@@ -65,10 +65,15 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
     table = format_table({'dice': dice, 'seconds_per_case': seconds, 'cases': 2}).splitlines()
     assert table[1].split()[-4:] == ['1.0000', '1.0000', '1.0000', '1.0']
     assert table[2].split()[-4:] == [f'{value:.4f}' for value in dice['pdddpm'].values()] + ['2.5']
+    assert '--control' in table[-1]
+    with_control = format_table({'dice': {**dice, 'longer': dice['stock']}, 'cases': 2,
+                                 'seconds_per_case': {**seconds, 'longer': 1.1}}).splitlines()
+    assert with_control[2].split() == ['stock', 'trained', 'longer', '1.0000', '1.0000', '1.0000', '1.1']
+    assert not any('--control' in line for line in with_control)
     mean_dice(raw / 'labelsTs', predictions / 'samples', labels)
     assert dice_of_cases(predictions / 'samples') == pytest.approx(
         dict(zip(('phantom_000', 'phantom_001'), np.mean(expected, 1), strict=True)))
-    draw_figure(raw, predictions, tmp_path / 'demo.png', num_cases=2)
+    draw_figure(raw, predictions, tmp_path / 'demo.png', labels, num_cases=2)
     assert imread(tmp_path / 'demo.png').std() > 0.05
 
 

@@ -18,6 +18,8 @@ DATASET = f'Dataset{DATASET_ID}_Phantom'
 PLANS = 'nnUNetPlansDemo'
 CONFIGURATION = '3d_fullres'
 STOCK, PDDDPM = 'nnUNetTrainer_5epochs', 'PDDDPMTrainer_5epochs'
+LONGER = 'nnUNetTrainer_10epochs'
+"""The control: as many iterations as stock model and denoiser together."""
 NUM_TRAINING, NUM_VALIDATION, NUM_TEST = 20, 20, 6
 
 
@@ -101,20 +103,25 @@ def main() -> None:
                                                  'compare them. About 15 minutes on two CPU cores, no download.')
     parser.add_argument('-o', default='demo', help='folder for everything the demo writes (default: demo)')
     parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='default: %(default)s')
+    parser.add_argument('--control', action='store_true',
+                        help='also train stock nnU-Net for as many iterations as both (default: not; it takes twice as '
+                             'long as the stock model)')
     args = parser.parse_args()
     demo = Demo(Path(args.o).resolve(), args.device)
     demo.prepare()
-    for trainer in (STOCK, PDDDPM):
+    for trainer in (STOCK, PDDDPM, *([LONGER] if args.control else [])):
         demo.train(trainer)
     seconds = {'stock': demo.predict(STOCK, 'stock'), 'pdddpm': demo.predict(PDDDPM, 'pdddpm'),
                'samples': demo.predict(PDDDPM, 'samples', 'nnUNetv2_pdddpm_predict', '--save_samples', '--report')}
+    if args.control:
+        seconds['longer'] = demo.predict(LONGER, 'longer')
 
     truth, predictions = demo.raw / 'labelsTs', demo.folder / 'predictions'
     foreground = {name: label for name, label in LABELS.items() if label > 0}
     dice = {name: mean_dice(truth, predictions / name, foreground) for name in seconds}
     summary = {'dice': dice, 'seconds_per_case': {k: round(v, 2) for k, v in seconds.items()}, 'cases': NUM_TEST}
     (demo.folder / 'summary.json').write_text(json.dumps(summary, indent=1))
-    draw_figure(demo.raw, predictions, demo.folder / 'demo.png')
+    draw_figure(demo.raw, predictions, demo.folder / 'demo.png', foreground)
     print('\n' + format_table(summary) + '\n')
     print('\n'.join(volume_lines(predictions / 'samples', truth, foreground)))
     print(f'\nTable: {demo.folder / "summary.json"}\nPicture: {demo.folder / "demo.png"}\n'

@@ -16,6 +16,12 @@ from nnunet_pdddpm.inference.intervals import in_percent
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+
+TRUTH, MASK, SAMPLE = '#4be38a', '#ff8c42', '#4cc9ff'
+ROWS = {'stock': 'stock nnU-Net', 'longer': 'stock trained longer', 'pdddpm': 'PDDDPM',
+        'samples': 'the same, 8 samples'}
+"""Of the table, in their order."""
 
 
 def mean_dice(truth: Path, predictions: Path, labels: dict[str, int]) -> dict[str, float]:
@@ -33,13 +39,16 @@ def mean_dice(truth: Path, predictions: Path, labels: dict[str, int]) -> dict[st
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """The table that the demo prints, from what it writes into summary.json."""
+    """The table that the demo prints, from what it writes into summary.json; a row for each of `ROWS` that is there."""
     labels = list(summary['dice']['stock'])
     lines = ['Dice on held-out cases'.ljust(24) + ''.join(label.rjust(9) for label in labels) + 's/case'.rjust(9)]
-    for name, title in (('stock', 'stock nnU-Net'), ('pdddpm', 'PDDDPM'), ('samples', 'the same, 8 samples')):
+    for name, title in ((name, title) for name, title in ROWS.items() if name in summary['dice']):
         lines.append(title.ljust(24) + ''.join(f'{summary["dice"][name][label]:9.4f}' for label in labels)
                      + f'{summary["seconds_per_case"][name]:9.1f}')
-    return '\n'.join([*lines, f'{summary["cases"]} cases; seconds include starting the program and file I/O'])
+    lines.append(f'{summary["cases"]} cases; seconds include starting the program and file I/O')
+    if 'longer' not in summary['dice']:
+        lines.append('PDDDPM goes on from the stock model for as long again: --control trains stock as long as both.')
+    return '\n'.join(lines)
 
 
 def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list[str]:
@@ -57,11 +66,10 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
     lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{header:<22}{"true":>8}']
     inside: dict[str, list[bool]] = {'calibrated intervals': [], f'ranges of {number} samples': []}
     for case in cases:
-        image = sitk.ReadImage(str(truth / f'{case["case"]}.nii.gz'))
-        voxel_ml = float(np.prod(image.GetSpacing())) / 1000
+        of_case, voxel_ml = _read(truth / f'{case["case"]}.nii.gz')
         for name, value in labels.items():
             row = case['labels'][name]
-            true = (sitk.GetArrayFromImage(image) == value).sum() * voxel_ml
+            true = (of_case == value).sum() * voxel_ml
             texts = []
             for found, level, low, high in zip(inside.values(), (row['interval_level'], None),
                                                (row['volume_ml_low'], row['samples_low_ml']),
@@ -83,46 +91,71 @@ def dice_of_cases(predictions: Path) -> dict[str, float]:
             float(np.mean([metrics['Dice'] for metrics in case['metrics'].values()])) for case in cases}
 
 
-def draw_figure(raw: Path, predictions: Path, file: Path, num_cases: int = 3) -> None:
+def draw_figure(raw: Path, predictions: Path, file: Path, labels: dict[str, int], num_cases: int = 3) -> None:
     """PNG with a row a case, from the worst to the best: outlines of truth and stock mask, of truth and this package's
-    mask, and of the samples, on the image; and the entropy.
+    mask, and of the samples, on the image; and the entropy. Under each stand Dice and volumes of the whole case.
 
     Args:
         raw: raw data set with imagesTs and labelsTs.
         predictions: folder with `stock` and, by `nnUNetv2_pdddpm_predict`, `samples` with samples and uncertainty maps,
             both evaluated by `mean_dice`.
         file: the PNG to write.
+        labels: name to value of the labels that were scored.
         num_cases: rows; with more than one the worst and the best are among them.
     """
     dice = {name: dice_of_cases(predictions / name) for name in ('stock', 'samples')}
     order = sorted(dice['samples'], key=lambda case: dice['samples'][case])
     cases = [order[round(i)] for i in np.linspace(0, len(order) - 1, num_cases)]
-    figure, axes = plt.subplots(len(cases), 4, figsize=(11, 3 * len(cases)), squeeze=False)
+    figure, axes = plt.subplots(len(cases), 4, figsize=(12, 3.6 * len(cases)), squeeze=False, layout='constrained')
     for row, case in zip(axes, cases, strict=True):
-        def read(path: Path) -> np.ndarray:
-            return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-        truth = read(raw / 'labelsTs' / f'{case}.nii.gz')
-        z = int(np.argmax((truth > 1).sum((1, 2))))
-        image = read(raw / 'imagesTs' / f'{case}_0000.nii.gz')[z]
-        for axis in row:
-            axis.imshow(image, cmap='gray')
-            axis.set(xticks=[], yticks=[])
-        for axis, (name, title) in zip(row, (('stock', 'stock nnU-Net'), ('samples', 'PDDDPM')), strict=False):
-            _outline(axis, truth[z], 'C2', 1.5)
-            _outline(axis, read(predictions / name / f'{case}.nii.gz')[z], 'C1', 1.5)
-            axis.set_title(f'{title} (orange), truth (green)', fontsize=9)
-            axis.set_xlabel(f'Dice {dice[name][case]:.3f}', fontsize=9)
-        samples = sorted((predictions / 'samples' / 'samples').glob(f'{case}_s*.nii.gz'))
-        for sample in samples:
-            _outline(row[2], read(sample)[z], 'C0', 0.6)
-        row[2].set_title(f'{len(samples)} samples', fontsize=9)
-        entropy = read(predictions / 'samples' / 'uncertainty' / f'{case}_uncertainty.nii.gz')[z]
-        row[3].imshow(np.ma.masked_less(entropy, 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
-        row[3].set_title('uncertainty (entropy)', fontsize=9)
-        row[0].set_ylabel(case, fontsize=9)
-    figure.tight_layout()
+        _draw_case(row, raw, predictions, case, labels, {name: of[case] for name, of in dice.items()})
+        which = {0: ' (worst)', len(order) - 1: ' (best)'}.get(order.index(case), '')
+        row[0].set_ylabel(f'{case}{which}', fontsize=9)
+    figure.colorbar(row[3].images[-1], ax=axes[:, 3], shrink=0.5, label='uncertainty (entropy), 0 to 1')
+    lines = [Line2D([], [], color=colour, linewidth=width, label=name) for name, colour, width in
+             (('truth', TRUTH, 2), ('mask', MASK, 1.5), ('samples', SAMPLE, 0.8))]
+    figure.legend(handles=lines, loc='outside upper center', ncols=3, fontsize=9, frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[str, int], dice: dict[str, float]
+               ) -> None:
+    """One row of the picture, in the axial slice with most of the highest label."""
+    truth, voxel_ml = _read(raw / 'labelsTs' / f'{case}.nii.gz')
+    z = int(np.argmax((truth == max(labels.values())).sum((1, 2))))
+    masks = {name: _read(predictions / name / f'{case}.nii.gz')[0] for name in dice}
+    samples = [_read(of)[0] for of in sorted((predictions / 'samples' / 'samples').glob(f'{case}_s*.nii.gz'))]
+    true = {name: (truth == value).sum() * voxel_ml for name, value in labels.items()}
+
+    image = _read(raw / 'imagesTs' / f'{case}_0000.nii.gz')[0][z]
+    for axis in row:
+        axis.imshow(image, cmap='gray')
+        axis.set(xticks=[], yticks=[])
+    for axis, (name, title) in zip(row, (('stock', 'stock nnU-Net'), ('samples', 'PDDDPM')), strict=False):
+        _outline(axis, truth[z], TRUTH, 2)
+        _outline(axis, masks[name][z], MASK, 1.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel('\n'.join([f'Dice {dice[name]:.3f}', *(
+            f'{label} {(masks[name] == value).sum() * voxel_ml:.2f} ml, true {true[label]:.2f}'
+            for label, value in labels.items())]), fontsize=9)
+    for sample in samples:
+        _outline(row[2], sample[z], SAMPLE, 0.8)
+    _outline(row[2], truth[z], TRUTH, 1)
+    row[2].set_title(f'{len(samples)} samples', fontsize=10)
+    volumes = {label: [(sample == value).sum() * voxel_ml for sample in samples] for label, value in labels.items()}
+    row[2].set_xlabel('\n'.join(['range of the samples', *(
+        f'{label} {min(of):.2f} to {max(of):.2f} ml, true {true[label]:.2f}' for label, of in volumes.items() if of)]),
+        fontsize=9)
+    entropy = _read(predictions / 'samples' / 'uncertainty' / f'{case}_uncertainty.nii.gz')[0][z]
+    row[3].imshow(np.ma.masked_less(entropy, 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
+    row[3].set_title('uncertainty', fontsize=10)
+
+
+def _read(file: Path) -> tuple[np.ndarray, float]:
+    """Voxels (z, y, x) of an image, and the volume of one in ml."""
+    image = sitk.ReadImage(str(file))
+    return sitk.GetArrayFromImage(image), float(np.prod(image.GetSpacing())) / 1000
 
 
 def _outline(axis: Any, labels: np.ndarray, colour: str, width: float) -> None:
