@@ -36,7 +36,8 @@ WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
 """Name -> network, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
 LESIONS = Dataset(6, 'MSLesion', '3d_fullres', 'Benchmark', (8, 16, 32, 64),
                   (('batch_size', 2), ('patch_size', [96, 96, 96])), (1, 1), (20, 20), one_thread=False)
-CASES, REPEATS, TRAINING_STEPS = {HIPPOCAMPUS: 6, LESIONS: 1}, {HIPPOCAMPUS: 3, LESIONS: 1}, 12
+DATASETS = (HIPPOCAMPUS, LESIONS)
+CASES, REPEATS, TRAINING_STEPS = {'Hippocampus': 6, 'MSLesion': 1}, {'Hippocampus': 3, 'MSLesion': 1}, 12
 STEPS = ('training step of stock', 'training step of PDDDPM')
 
 
@@ -51,7 +52,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     hippocampus = (args.hippocampus or work).resolve()
     if 'prepare' in args.stages:
         prepare_lesions(work, args.data)
-    for dataset, folder in ((HIPPOCAMPUS, hippocampus), (LESIONS, work)) if 'measure' in args.stages else ():
+    for dataset, folder in zip(DATASETS, (hippocampus, work), strict=True) if 'measure' in args.stages else ():
         if not (file := file_of(work, dataset)).is_file():
             measure(folder, dataset, file)
     if 'table' in args.stages:
@@ -96,7 +97,7 @@ def images(predictor: Any, work: Path, dataset: Dataset) -> list[torch.Tensor]:
     preprocessor = configuration.preprocessor_class(verbose=False)
     folder = next(raw / name for name in ('imagesTs', 'imagesTr') if (raw / name).is_dir())
     found, ending = [], '_0000.nii.gz'
-    for first in sorted(folder.glob(f'*{ending}'))[:CASES[dataset]]:
+    for first in sorted(folder.glob(f'*{ending}'))[:CASES[dataset.name]]:
         channels = [str(file) for file in sorted(folder.glob(f'{first.name[:-len(ending)]}_????.nii.gz'))]
         image, *_ = preprocessor.run_case(channels, None, predictor.plans_manager, configuration,
                                           predictor.dataset_json)
@@ -115,7 +116,7 @@ def measure(work: Path, dataset: Dataset, file: Path) -> None:
         'float32': nullcontext, 'bfloat16': lambda: torch.autocast('cpu', torch.bfloat16)}
     for precision, context in precisions.items():
         of = seconds[precision] = {name: [] for name in all_ways}
-        for repeat in range(REPEATS[dataset] + 1):
+        for repeat in range(REPEATS[dataset.name] + 1):
             for name, predict in all_ways.items():
                 with context(), torch.inference_mode():
                     mean = float(np.mean([timed(device, partial(predict, image)) for image in all_images]))
@@ -160,12 +161,12 @@ def write_page(work: Path, file: Path) -> None:
     """Of what is measured, and of what needs no model and is measured now."""
     from speed_synthetic import export_in_words, main_memory_in_words
     lines = []
-    for dataset in CASES:
+    for dataset in DATASETS:
         for precision, of in json.loads(file_of(work, dataset).read_text()).items():
             for name, values in of.items():
                 ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(WAYS))])
                 lines.append(f'| {dataset.name} | {precision} | {name} | {np.median(values):.2f} | '
                              f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |')
-    write(file, 'speed', cases=CASES[HIPPOCAMPUS], repeats=REPEATS[HIPPOCAMPUS], lesion_cases=CASES[LESIONS],
-          lesion_repeats=REPEATS[LESIONS], iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
+    write(file, 'speed', cases=CASES['Hippocampus'], repeats=REPEATS['Hippocampus'], lesion_cases=CASES['MSLesion'],
+          lesion_repeats=REPEATS['MSLesion'], iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
           table='\n'.join(lines), main_memory=main_memory_in_words(), export=export_in_words())
