@@ -444,7 +444,7 @@ def test_a_mean_is_over_the_labels_that_are_there():
 def a_row(folder, number, folds=1):
     mask = folder / f'case_{number:03d}.nii.gz'
     mask.write_bytes(b'a mask')
-    settings = [{'start': 0.6, 'steps': 1 + fold, 'samples_from': 'chain', 'slice_correlation': 0.9}
+    settings = [{'start': 0.6, 'steps': 1 + fold, 'samples_from': 'chain'}
                 for fold in range(folds)]
     return {'case': f'case_{number:03d}', 'estimated_dice': None, 'uncertain_share': 0.25, 'num_samples': 2,
             'settings': settings, 'network_calls': {'stock': 8, 'denoiser': number},

@@ -122,9 +122,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
             low, high = RANGES[name]
             sampling.add_argument(f'-{name}', type=KINDS[name],
                                   help=f"{what}; {low:g} to {high:.10g} (default: the model's)")
-    sampling.add_argument('-slice_correlation', type=float, default=0.9,
-                          help='2d: correlation of the noise of neighbouring slices, 0 to 1 (default: %(default)s; no '
-                               'variable)')
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +223,7 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
         tile_step_size=args.step_size, use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device, device=prepare_device(args.device),
         verbose=args.verbose, verbose_preprocessing=args.verbose, allow_tqdm=not args.disable_progress_bar,
-        overrides=overrides, slice_correlation=args.slice_correlation,
+        overrides=overrides,
         outputs=Outputs(uncertainty='entropy' if args.report and args.uncertainty == 'none' else args.uncertainty,
                         samples=args.save_samples, presegmentation=args.save_presegmentation or args.report))
     folder = args.m if hasattr(args, 'm') else model_folder(args)

@@ -47,7 +47,7 @@ CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
 """Types of the errors at which a case may fail alone."""
 
 
-TUNING_DEFAULTS = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True, 'slice_correlation': 0.9}
+TUNING_DEFAULTS = {'use_mirroring': True, 'tile_step_size': 0.5, 'use_gaussian': True}
 """Attributes of a predictor and their defaults: models are tuned with these."""
 
 
@@ -133,8 +133,7 @@ class PDDDPMPredictor(VolumePredictor):
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
-        common = {'slice_correlation': self.slice_correlation, 'step_size': self.tile_step_size,
-                  'mirroring': self.use_mirroring}
+        common = {'step_size': self.tile_step_size, 'mirroring': self.use_mirroring}
         return [{'model': self.model, 'fold': fold, 'weights': weights, **asdict(settings), **common}
                 for fold, weights, settings in zip(self.folds, self.weights, self.fold_settings, strict=True)]
 

@@ -32,6 +32,9 @@ from nnunet_pdddpm.network.settings import SamplingSettings
 
 logger = logging.getLogger(__name__)
 
+SLICE_CORRELATION = 0.9
+"""Of the noise of neighbouring slices, in configurations that segment slices (2d): a stack of them hangs together."""
+
 
 class Networks(Protocol):
     """What a `Volume` asks of its predictor: nnU-Net's predictor, and how the refiner in it is run."""
@@ -53,7 +56,6 @@ class Networks(Protocol):
     # this package's
     refiner: Refiner
     fold_settings: list[SamplingSettings]
-    slice_correlation: float
     tile_batch: int
 
     def using_stock_network(self, mirrored: bool = True) -> AbstractContextManager[None]:
@@ -98,7 +100,7 @@ class Volume:
         self.weight = compute_gaussian(patch_size, value_scaling_factor=10, dtype=torch.float32, device=device) \
             if predictor.use_gaussian else torch.ones(patch_size, device=device)
         self.mirrorings = mirrorings(predictor.allowed_mirroring_axes if predictor.use_mirroring else None)
-        self.slice_correlation = predictor.slice_correlation if len(patch_size) == 2 else 0.0
+        self.slice_correlation = SLICE_CORRELATION if len(patch_size) == 2 else 0.0
         self.progress = tqdm(desc='Sampling', total=0, disable=not predictor.allow_tqdm)
         self.network_calls = {'stock': 0, 'denoiser': 0}
 

@@ -54,23 +54,15 @@ class VolumePredictor(nnUNetPredictor):
     perform_everything_on_device: bool
     use_mirroring: bool
 
-    def __init__(self, *args: Any, overrides: Mapping[str, Value] | None = None,
-                 slice_correlation: float = 0.9, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, overrides: Mapping[str, Value] | None = None, **kwargs: Any) -> None:
         """
         Args:
             args, kwargs: of nnUNetPredictor.
             overrides: sampling settings in the place of the model's, by name.
-            slice_correlation: of the noise of neighbouring slices, for configurations that segment slices (2d).
-
-        Raises:
-            PredictionError: if the correlation lies outside [0, 1].
         """
         super().__init__(*args, **kwargs)
-        if not 0 <= slice_correlation <= 1:
-            raise PredictionError(f'slice_correlation={slice_correlation} is out of range: it must lie in 0 to 1.')
         self.tile_batch = 4 if self.device.type == 'cuda' else 1  # on a CPU more at a time are not faster
         self.overrides = dict(overrides or {})
-        self.slice_correlation = slice_correlation
         self.bfloat16 = cpu_has_bfloat16()
         self.model = ''
         self.folds: list[int | str] = []
