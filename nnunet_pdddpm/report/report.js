@@ -396,14 +396,23 @@ function current() {
   return articles().findLast(article => seen(article).top < innerHeight / 2 && seen(article).bottom > 0) ?? null;
 }
 
+function goTo(article) {
+  chosen = article;
+  article.scrollIntoView({ behavior: 'instant' });
+  article.focus({ preventScroll: true });
+}
+
 function step(by) {
   const all = articles(), now = all.indexOf(current());
   const index = now < 0 ? (by > 0 ? all.findIndex(a => a.getBoundingClientRect().top > 0) : -1) : now + by;
-  if (!all[index]) return;
-  chosen = all[index];
-  chosen.scrollIntoView({ behavior: 'instant' });
-  chosen.focus({ preventScroll: true });
+  if (all[index]) goTo(all[index]);
 }
+
+// at once: the browser scrolls later, and a key pressed before would be for the case that was in sight
+document.getElementById('overview').addEventListener('click', event => {
+  const link = event.target.closest('a[href^="#case"]');
+  if (link) goTo(document.getElementById(link.hash.slice(1)));
+});
 
 document.getElementById('next').addEventListener('click', () => step(1));
 document.getElementById('previous').addEventListener('click', () => step(-1));
