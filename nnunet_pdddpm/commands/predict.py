@@ -32,8 +32,8 @@ SETTINGS = {
     'start': "share of the uncertainty that remains where a chain starts: 1 is pure noise, 0 the stock model's result "
              'itself',
     'steps': 'denoising steps; each decides the same share of the uncertainty',
-    'samples_from': "chain: samples by denoising; stock or blind: thresholds of the probabilities of the stock model, or "
-                    "of the blind mask (the denoiser's result without a noisy mask)",
+    'samples_from': "chain: samples by denoising; stock or blind: thresholds of the probabilities of the stock model, "
+                    "or of the blind mask (the denoiser's result without a noisy mask)",
     'start_mask': "the mask that is noised at the start: drawn at random from the stock model's probabilities, or its "
                   'hard mask (the most likely labels)',
     'redraw': '1: a mask is sampled after every step; 0: steps of DDPM',
