@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
                         help='time for tuning, above 0 (default: no limit); to keep it, cases and chains of five steps '
                              'are left out; calibration takes additional time')
     parser.add_argument('-raters', type=Path,
-                        help='folder with masks of several raters, CASE__RATER.nii.gz: the sampling settings are chosen '
-                             'by the distance of the samples to these masks (default: to the truth)')
+                        help='folder with masks of several raters, CASE__RATER.nii.gz: the sampling settings are '
+                             'chosen by the distance of the samples to these masks (default: to the truth)')
     parser.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     return parser
 
