@@ -13,8 +13,9 @@ HERE = Path(__file__).resolve().parent
 PAGE, PACKAGE = HERE / 'hooks.md', HERE.parents[1] / 'nnunet_pdddpm'
 HEAD = """# nnU-Net's hooks in use
 
-`python docs/dev/hooks.py` writes this page from the code. Most of these hooks are not a public interface of nnU-Net: check
-them before allowing a new version of nnunetv2. `tests/test_docs.py` fails if one is missing in the installed nnunetv2.
+`python docs/dev/hooks.py` writes this page from the code. Most of these hooks are not a public interface of nnU-Net:
+check them before allowing a new version of nnunetv2. `tests/test_docs.py` fails if one is missing in the installed
+nnunetv2.
 """
 TREES = {file: ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob('*.py'))}
 
