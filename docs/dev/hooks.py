@@ -1,4 +1,4 @@
-"""Writes docs/dev/hooks.md, what of nnU-Net the package overrides, uses and imports: `python docs/dev/hooks.py`."""
+"""Writes docs/dev/hooks.md, what the package overrides, uses and imports of nnU-Net: `python docs/dev/hooks.py`."""
 from __future__ import annotations
 
 import ast
