@@ -13,12 +13,12 @@ from unittest import mock
 PAGE = Path(__file__).resolve().parent.parent / 'reference' / 'commands.md'
 HEAD = """# Commands
 
-`python docs/dev/commands.py` writes this page from the commands' own `--help`. Settings of sampling are explained in
-[settings](settings.md), and the files in [outputs](outputs.md). nnU-Net documents
-[its own commands](https://github.com/MIC-DKFZ/nnUNet/tree/master/documentation).
+`python docs/dev/commands.py` writes this page from the `--help` of the commands. See also the
+[sampling settings](settings.md), the [output files](outputs.md), and nnU-Net's
+[documentation of its own commands](https://github.com/MIC-DKFZ/nnUNet/tree/master/documentation).
 
-The exit status is 0 if everything was done. It is 1 if something could not be done: one sentence says what, and why. It
-is 2 if the command line is wrong.
+The exit status is 0 if everything was done, 1 if something could not be done (one sentence says what and why), and 2 if
+the command line is wrong.
 """
 VARIABLES = ('nnUNet_npp', 'nnUNet_nps', 'nnUNet_def_n_proc')
 """That change defaults."""
@@ -88,7 +88,7 @@ def page() -> str:
     sections: dict[str, str] = {}
     for name, parser in commands().items():
         shared = sections.get(name.removesuffix('_from_modelfolder'), '')
-        note = '\nThe other arguments are those of `nnUNetv2_pdddpm_predict`, but for `-d`, `-c`, `-tr`, `-p`, ' \
+        note = '\nAll other arguments are those of `nnUNetv2_pdddpm_predict`, except `-d`, `-c`, `-tr`, `-p`, ' \
                '`-num_parts` and\n`-part_id`.\n'
         sections[name] = section(name, parser, shared.splitlines()) + note * bool(shared)
     return '\n'.join([HEAD, *sections.values()])

@@ -1,4 +1,4 @@
-"""Writes docs/dev/hooks.md, what of nnU-Net the package overrides, uses and imports: `python docs/dev/hooks.py`."""
+"""Writes docs/dev/hooks.md, what the package overrides, uses and imports of nnU-Net: `python docs/dev/hooks.py`."""
 from __future__ import annotations
 
 import ast
@@ -13,8 +13,9 @@ HERE = Path(__file__).resolve().parent
 PAGE, PACKAGE = HERE / 'hooks.md', HERE.parents[1] / 'nnunet_pdddpm'
 HEAD = """# nnU-Net's hooks in use
 
-`python docs/dev/hooks.py` writes this page from the code. Most of this is no public interface: compare it with a new
-version of nnunetv2 before that is allowed. `tests/test_docs.py` fails if one is missing in the installed nnunetv2.
+`python docs/dev/hooks.py` writes this page from the code. Most of these hooks are not a public interface of nnU-Net:
+check them before allowing a new version of nnunetv2. `tests/test_docs.py` fails if one is missing in the installed
+nnunetv2.
 """
 TREES = {file: ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob('*.py'))}
 
@@ -99,7 +100,7 @@ def page() -> str:
     lines = [HEAD, '## Overridden', '', '| method | in | what for |', '|---|---|---|']
     hooks, rest = sorted(overridden().items()), sorted(used().items())
     lines += [f'| `{name}` | {", ".join(sorted(files))} | {why} |' for name, (files, why) in hooks]
-    lines += ['', '## Used as they are', '', '| class | methods and attributes |', '|---|---|']
+    lines += ['', '## Used without overriding', '', '| class | methods and attributes |', '|---|---|']
     lines += [f'| `{name}` | {", ".join(f"`{of}`" for of in sorted(names))} |' for name, names in rest]
     lines += ['', '## Imported', '', '| module | names | in |', '|---|---|---|']
     lines += [f'| `{module}` | {", ".join(f"`{name}`" for name in sorted(names))} | '

@@ -26,10 +26,11 @@ SHIM = Path('nnunetv2', 'training', 'nnUNetTrainer', 'variants', 'pdddpm')
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report; exit with 1 if training or predicting would fail."""
-    parser = argparse.ArgumentParser(description='Check that PDDDPMTrainer can be trained and used for prediction.')
+    parser = argparse.ArgumentParser(
+        description='Check that everything is in place for training and prediction with PDDDPMTrainer.')
     parser.add_argument('dataset', metavar='DATASET', nargs='?',
-                        help='id or name of a data set to check, too (default: none)')
-    parser.add_argument('-c', metavar='CONFIG', help='its configuration (default: every one of the plans)')
+                        help='id or name of a data set to check as well (default: none)')
+    parser.add_argument('-c', metavar='CONFIG', help='its configuration (default: all configurations of the plans)')
     parser.add_argument('-p', metavar='PLANS', default='nnUNetPlans', help='its plans (default: %(default)s)')
     args = parser.parse_args(arguments)
     if args.c is not None and args.dataset is None:

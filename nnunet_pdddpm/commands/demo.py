@@ -101,11 +101,11 @@ def main() -> None:
     """Entry point of `nnUNetv2_pdddpm_demo`."""
     parser = argparse.ArgumentParser(description='Train stock nnU-Net and PDDDPMTrainer on a phantom data set and '
                                                  'compare them. About 15 minutes on two CPU cores, no download.')
-    parser.add_argument('-o', default='demo', help='folder for everything the demo writes (default: demo)')
+    parser.add_argument('-o', default='demo', help='folder for everything that the demo writes (default: demo)')
     parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='default: %(default)s')
     parser.add_argument('--control', action='store_true',
-                        help='also train stock nnU-Net for as many iterations as both (default: not; it takes twice as '
-                             'long as the stock model)')
+                        help='also train stock nnU-Net for as many iterations as both together, as a control; this '
+                             'takes twice as long as training the stock model (default: no)')
     args = parser.parse_args()
     demo = Demo(Path(args.o).resolve(), args.device)
     demo.prepare()

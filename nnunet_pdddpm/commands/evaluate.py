@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Accuracy, calibration and, with samples or several raters, the quality of their distribution. '
-                    'Needs only what nnUNetv2_predict writes; tells what more would need.')
+        description='Measure accuracy and calibration and, with samples or several raters, how well the samples are '
+                    'distributed. The output of nnUNetv2_predict is enough; metrics whose input is missing are '
+                    'listed.')
     parser.add_argument('-pred', type=Path, required=True,
                         help='output folder of nnUNetv2_pdddpm_predict or nnUNetv2_predict')
     parser.add_argument('-ref', type=Path, required=True, help='folder with the reference masks')
@@ -50,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-pfile', type=Path, help='plans.json (default: the one in -pred)')
     parser.add_argument('-o', type=Path, help='folder for the results (default: -pred)')
     parser.add_argument('-nsd_tolerance', type=float, default=1.0,
-                        help='mm within which a surface counts as found, from 0 (default: %(default)s)')
+                        help='tolerance of the surface Dice in mm, from 0 (default: %(default)s)')
     parser.add_argument('-np', type=int, default=default_num_processes,
                         help='number of processes, from 1 (default: %(default)s)')
     parser.add_argument('--chill', action='store_true',
-                        help='evaluate what is there if predictions of some references are missing (default: refuse)')
+                        help='evaluate the existing predictions although some references have none (default: refuse)')
     parser.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     return parser
 

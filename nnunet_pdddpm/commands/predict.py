@@ -29,41 +29,46 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = {
     'samples': 'number of samples',
-    'start': 'share of the uncertainty that is left where a chain starts, 1 pure noise, 0 the stock model itself',
-    'steps': 'denoising steps, each decides the same share',
-    'samples_from': "a chain, or draws without one from the probabilities of the stock model or the blind mask",
-    'start_mask': "what is noised at the start: drawn from the stock model's probabilities, or its hard mask",
-    'redraw': '1: steps from mask to mask; 0: those of DDPM',
-    'dependence': 'how far draws of different objects go together, 1 as one, 0 independently',
-    'temperature': "what the stock model's logits are divided by before a draw",
-    'blind_temperature': "what the blind mask's logits are divided by before a draw",
+    'start': "share of the uncertainty that remains where a chain starts: 1 is pure noise, 0 the stock model's result "
+             'itself',
+    'steps': 'denoising steps; each decides the same share of the uncertainty',
+    'samples_from': "chain: samples by denoising; stock or blind: thresholds of the probabilities of the stock model, "
+                    "or of the blind mask (the denoiser's result without a noisy mask)",
+    'start_mask': "the mask that is noised at the start: drawn at random from the stock model's probabilities, or its "
+                  'hard mask (the most likely labels)',
+    'redraw': '1: a mask is sampled after every step; 0: steps of DDPM',
+    'dependence': 'coupling of the randomness of different objects: 1 all share it, 0 independent',
+    'temperature': "divisor of the stock model's logits before a mask is sampled",
+    'blind_temperature': "divisor of the blind mask's logits before a mask is sampled",
     'mask_stock': "weight of the stock model's probabilities in the mask",
-    'mask_blind': "weight of the denoiser's that is shown no mask; the rest is the samples' mean",
-    'seed': 'of noise and draws'}
+    'mask_blind': "weight of the blind mask's probabilities in the mask; the mean of the samples has the rest",
+    'seed': 'seed of noise and random masks'}
 """Sampling settings that have a flag of the same name: what each is. `mask_samples` is for plain `nnUNetv2_predict`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`nnUNetv2_pdddpm_predict`."""
-    parser = argparse.ArgumentParser(description='Predict with a PDDDPM model: mask, samples, uncertainty.')
+    parser = argparse.ArgumentParser(
+        description='Predict masks, samples, volumes and uncertainty maps with a PDDDPM model.')
     add_input_and_output(parser)
     parser.add_argument('-d', required=True, help='data set, by id or name')
     parser.add_argument('-c', required=True, help='configuration, such as 3d_fullres')
     parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
     parser.add_argument('-num_parts', type=int, default=1,
-                        help='number of calls that share the work, from 1 (default: %(default)s)')
+                        help='number of parallel calls that share the cases, from 1 (default: %(default)s)')
     parser.add_argument('-part_id', type=int, default=0,
-                        help='which of them this is, 0 to num_parts - 1 (default: %(default)s)')
+                        help='number of this call, 0 to num_parts - 1 (default: %(default)s)')
     add_flags(parser)
     run(parser, arguments)
 
 
 def main_modelfolder(arguments: Sequence[str] | None = None) -> None:
     """`nnUNetv2_pdddpm_predict_from_modelfolder`."""
-    parser = argparse.ArgumentParser(description='As nnUNetv2_pdddpm_predict, with the model given by its folder.')
+    parser = argparse.ArgumentParser(
+        description='The same as nnUNetv2_pdddpm_predict, but the model is given by its folder.')
     add_input_and_output(parser)
-    parser.add_argument('-m', required=True, help='folder of the model: the one with fold_0 and so on in it')
+    parser.add_argument('-m', required=True, help='folder of the model, which contains fold_0 and so on')
     add_flags(parser)
     parser.set_defaults(num_parts=1, part_id=0)
     run(parser, arguments)
@@ -71,8 +76,8 @@ def main_modelfolder(arguments: Sequence[str] | None = None) -> None:
 
 def add_input_and_output(parser: argparse.ArgumentParser) -> None:
     """-i and -o."""
-    parser.add_argument('-i', required=True, help='folder with the images, named as nnU-Net wants them (CASE_0000 …)')
-    parser.add_argument('-o', required=True, help='folder for the results; it is made')
+    parser.add_argument('-i', required=True, help='folder with the images, named as in nnU-Net (CASE_0000 …)')
+    parser.add_argument('-o', required=True, help='folder for the results; created if missing')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,35 +91,38 @@ def add_stock_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of nnU-Net's own commands, with the same meaning."""
     stock = parser.add_argument_group('as in nnUNetv2_predict')
     stock.add_argument('-f', nargs='+', type=parse_fold, default=[0, 1, 2, 3, 4],
-                       help='folds, numbers from 0 or all (default: 0 1 2 3 4)')
+                       help='folds: numbers from 0, or all (default: 0 1 2 3 4)')
     stock.add_argument('-chk', default=FINAL_CHECKPOINT, help='checkpoint (default: %(default)s)')
     stock.add_argument('-step_size', type=float, default=0.5,
-                       help='of the sliding window, of a tile; above 0, not above 1 (default: %(default)s)')
-    stock.add_argument('--disable_tta', action='store_true', help='no mirroring (default: as in training)')
+                       help='step of the sliding window as a share of the tile size; above 0, at most 1 '
+                            '(default: %(default)s)')
+    stock.add_argument('--disable_tta', action='store_true',
+                       help='predict without mirroring (default: mirroring as in training)')
     stock.add_argument('--save_probabilities', action='store_true',
-                       help='CASE.npz and .pkl, for nnUNetv2_ensemble (default: not)')
+                       help='write CASE.npz and CASE.pkl, for nnUNetv2_ensemble (default: no)')
     stock.add_argument('--continue_prediction', '--c', action='store_true',
-                       help='leave out cases that are complete (default: predict all)')
+                       help='skip cases that are complete (default: predict all)')
     for flag, variable, what in (('-npp', 'nnUNet_npp', 'preprocessing'), ('-nps', 'nnUNet_nps', 'export')):
         if not (text := os.environ.get(variable) or '3').isdecimal():
             parser.error(f'the environment variable {variable} must be a whole number from 0 on, got "{text}"')
         stock.add_argument(flag, type=int, default=os.environ.get(variable) or 3,
-                           help=f'processes for {what}, 0 for none (default: {variable}, else 3)')
+                           help=f'processes for {what}; 0: no extra process (default: the variable {variable}, else 3)')
     stock.add_argument('-prev_stage_predictions',
-                       help='folder with the masks of the previous stage (default: none; a cascade needs it)')
+                       help='folder with the masks of the previous stage; required for a cascade (default: none)')
     stock.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     stock.add_argument('--not_on_device', action='store_true',
-                       help='volumes in main memory, for little GPU memory (default: on the device)')
+                       help='keep volumes in main memory, for a GPU with little memory (default: on the device)')
     stock.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
-    stock.add_argument('--verbose', action='store_true', help='more lines (default: not)')
+    stock.add_argument('--verbose', action='store_true', help='print more (default: no)')
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """One for each sampling setting, and what is not stored in a model."""
     sampling = parser.add_argument_group(
-        'sampling', f'Default: what is stored in the model, or an environment variable {ENVIRONMENT_PREFIX}NAME. The '
-                    f'variable {ENVIRONMENT_PREFIX}mask_samples has no flag: it is how many of the samples plain '
-                    f'nnUNetv2_predict draws for its mask; here the mask is made of all of them.')
+        'sampling', f'The default is the value stored in the model. An environment variable {ENVIRONMENT_PREFIX}NAME '
+                    f'overrides the model, a flag overrides both. The variable {ENVIRONMENT_PREFIX}mask_samples has no '
+                    f'flag: it is the number of samples in the mask of plain nnUNetv2_predict; this command uses all '
+                    f'its samples.')
     for name, what in SETTINGS.items():
         if name in CHOICES:
             sampling.add_argument(f'-{name}', choices=CHOICES[name], help=f"{what} (default: the model's)")
@@ -128,14 +136,15 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """What is written beside the masks."""
     outputs = parser.add_argument_group('further outputs')
     outputs.add_argument('--uncertainty', nargs='?', choices=('entropy', 'all'), const='entropy', default='none',
-                         help='uncertainty/CASE_uncertainty: entropy in 0 to 1; all: also mutual information, variance '
-                              'and a probability map for each label (default: none; without a value: entropy)')
-    outputs.add_argument('--save_samples', action='store_true', help='samples/CASE_s00 and so on (default: not)')
+                         help='entropy: write uncertainty/CASE_uncertainty, the entropy from 0 to 1; all: also mutual '
+                              'information, variance and a probability map per label (default: none; the flag alone '
+                              'means entropy)')
+    outputs.add_argument('--save_samples', action='store_true', help='write samples/CASE_s00 and so on (default: no)')
     outputs.add_argument('--save_presegmentation', action='store_true',
-                         help="presegmentation/CASE: the stock model's (default: not)")
+                         help="write the stock model's mask, presegmentation/CASE (default: no)")
     outputs.add_argument('--report', action='store_true',
-                         help='report.html, worst cases first; with --uncertainty and --save_presegmentation '
-                              '(default: not)')
+                         help='write report.html, cases to review first on top; includes --uncertainty and '
+                              '--save_presegmentation (default: no)')
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:

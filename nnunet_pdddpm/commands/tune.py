@@ -74,9 +74,9 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTraine
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Find the sampling settings of a trained PDDDPM fold on its validation cases, then calibrate its '
-                    'intervals of volumes on all of them, and store both in its checkpoints. Training does so at its '
-                    'end; this repeats it, with more time or with raters.')
+        description='Tune the sampling settings of a trained PDDDPM fold on its validation cases, calibrate its volume '
+                    'intervals on all of them, and store both in its checkpoints. Training does this at its end; this '
+                    'command repeats it, with more time or with masks of several raters.')
     parser.add_argument('d', metavar='DATASET', help='id or name')
     parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
     parser.add_argument('f', metavar='FOLD', type=parse_fold, help='fold, a number from 0')
@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     parser.add_argument('-budget', type=float, metavar='MINUTES',
-                        help='leave out cases and chains of five steps, to find the settings in this time, above 0 '
-                             '(default: no limit); calibration comes on top')
+                        help='time for tuning, above 0 (default: no limit); to keep it, cases and chains of five steps '
+                             'are left out; calibration takes additional time')
     parser.add_argument('-raters', type=Path,
-                        help="folder with several people's masks, CASE__RATER.nii.gz: the samples are chosen by their "
-                             'distance to them (default: to the truth)')
+                        help='folder with masks of several raters, CASE__RATER.nii.gz: the sampling settings are '
+                             'chosen by the distance of the samples to these masks (default: to the truth)')
     parser.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     return parser
 
