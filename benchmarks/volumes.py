@@ -17,7 +17,7 @@ import tomllib
 import torch
 from datasets.hippocampus import CHANNELS, HIPPOCAMPUS, SPLIT_SEED, VOXEL_ML, names, prepare
 from nnunet import HERE, NUM_FOLDS, find_data
-from page import Column, Line, Scores, forest, table, write
+from page import Column, Line, Scores, base_of, forest, table, write
 from statistics_of_trainings import files_of_trainings
 from torch import Tensor
 
@@ -182,11 +182,11 @@ def write_page(work: Path, file: Path) -> None:
     found = [Line(row.title, scores, note=' (one model)' if row.ensemble else None)
              for row in table_rows if (scores := read(work, row))]
     missing = {row.title for row in table_rows} - {line.title for line in found}
-    base = next(line.scores for line in found if line.title == base_title)
+    base = base_of(found, base_title)
     planned, (stock, others) = HIPPOCAMPUS.planned(work), HIPPOCAMPUS.epochs
     write(file, 'hippocampus', test=base['dice'].shape[1], seed=SPLIT_SEED, folds=NUM_FOLDS,
           patch=planned['patch_size'], features=planned['architecture']['arch_kwargs']['features_per_stage'],
           batch=planned['batch_size'], stock=250 * stock, others=250 * others, minutes=HIPPOCAMPUS.tuning_minutes,
           tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base),
-          figure=forest(found, COLUMNS[0], base, file.with_suffix('.png')),
+          figure=forest(found, COLUMNS[0], base, 'higher', file.with_suffix('.png')),
           missing=f' Not measured yet: {"; ".join(sorted(missing))}.' if missing else '')

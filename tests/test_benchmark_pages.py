@@ -100,3 +100,21 @@ def test_page_of_intervals(tmp_path, monkeypatch):
     inside, anew = (float(table['as the package does it'][i].split(' ')[0]) for i in (1, 2))
     assert 85 < inside <= 100 and 92 < anew < 99
     assert float(table['range of 8 samples'][1].split(' ')[0]) < 60
+
+
+def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    page = import_module('page')
+    scores = {title: {'dice': np.array(values)[:, None]} for title, values in (
+        ('base', [1.0, 2, 3]), ('one', [1.5]), ('all', [2.0, 3, 4]), ('same', [1.0, 2, 4]))}
+    lines, column = [page.Line(title, of) for title, of in scores.items()], page.Column('Dice', 'dice', 1)
+    monkeypatch.setattr(plt, 'close', lambda figure: None)
+    page.forest(lines, column, scores['base'], 'higher', tmp_path / 'forest.png')
+    axis = plt.gcf().axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ['all', 'same']
+    assert [line.get_xdata()[0] for line in axis.lines[1::2]] == pytest.approx([1, 1 / 3])
+    of_two = {'dice': scores['base']['dice'][:2]}
+    text = page.table(lines[1:3], [column], of_two)
+    assert '| one (1 training) | 1.5 | +0.5 |' in text and '| all | 3.0 ± 1.0 | +1.0 |' in text
+    with pytest.raises(SystemExit, match='"base".* is not measured'):
+        page.base_of(lines[1:], 'base')
