@@ -43,10 +43,10 @@ def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
 def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, tests: str | None = None) -> None:
     """Of what is measured, on the benchmark's own test images or others."""
     network = of.dataset.planned(work)
+    stock, others = of.dataset.total_iterations
     common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
-              'stock': of.dataset.epochs[0] * of.dataset.iterations[0],
-              'others': of.dataset.epochs[1] * of.dataset.iterations[1]}
+              'stock': stock, 'others': others}
     if of.kind == 'phantom':
         of_phantoms(of, work, args, common)
     else:
@@ -123,7 +123,7 @@ def of_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict
         tables[f'of_{number}'] = table([*found, ideal], TWO if number == 2 else MANY, base)
         if number == 2:
             tables['figure'] = forest(found, TWO[0], base, 'lower', args.page.with_suffix('.png'))
-    default = args.images == PHANTOM.number
-    write(args.page, 'phantom', **common, **tables, number=args.images, validation=NUM_VALIDATION, two=NUM_TEST[2],
-          eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if default else
-          f' -images {args.images} -batch {args.batch} -page docs/results/{args.page.name}')
+    number, batch = PHANTOM.images_of(work), common['batch']
+    write(args.page, 'phantom', **common, **tables, number=number, validation=NUM_VALIDATION, two=NUM_TEST[2],
+          eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if number == PHANTOM.number else
+          f' -images {number} -batch {batch} -page docs/results/{args.page.name}')

@@ -118,3 +118,19 @@ def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, m
     assert '| one (1 training) | 1.5 | +0.5 |' in text and '| all | 3.0 ± 1.0 | +1.0 |' in text
     with pytest.raises(SystemExit, match='"base".* is not measured'):
         page.base_of(lines[1:], 'base')
+
+
+def test_another_number_of_phantoms_needs_another_folder(tmp_path):
+    phantoms = import_module('datasets.phantom').PHANTOM
+    planned(phantoms.dataset, tmp_path, [8, 8])
+    with pytest.raises(SystemExit, match='3 images for training, not 1800'):
+        phantoms.prepare(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['intervals', 'triage_page'])
+def test_no_page_of_nothing(name, tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text('as it was')
+    with pytest.raises(SystemExit, match='holds no measurement'):
+        import_module(name).write_page(tmp_path, page)
+    assert page.read_text() == 'as it was'
