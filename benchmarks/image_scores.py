@@ -12,7 +12,7 @@ from nnunet_pdddpm.evaluation.calibration import reliability
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix
 from nnunet_pdddpm.evaluation.parts import components, octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared, hungarian_matched_iou
-from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
+from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score, mean_distance
 from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
 from nnunet_pdddpm.inference.components import POSSIBLE
 
@@ -86,7 +86,7 @@ def against_truth(case: Phantom, masks: np.ndarray, mean: np.ndarray, seed: int)
     Returns:
         `nll` and `dice` of the mean; `clean`: share of the objects in the samples that are one of the three shapes;
         `frequency_error`: half of the summed differences between the frequencies of the shapes and their probabilities;
-        `ged`: GED² with pairs of a mask with itself, for two objects; `crps`: of the total area, over its mean;
+        `ged`: fair GED², for two objects; `crps`: of the total area, over its mean;
         `variance`, `true_variance`: of the total over its mean; `variance_objects`, `covariance`: of "more than the
         core", for the correlation of objects.
     """
@@ -112,10 +112,11 @@ def exact_map(case: Phantom) -> np.ndarray:
 
 
 def ged(case: Phantom, masks: np.ndarray) -> float:
-    """GED² to the exact distribution of two objects, pairs of a mask with itself included."""
+    """Fair GED² to the exact distribution of two objects: without pairs of a sample with itself, which would reward
+    samples for being alike."""
     possible, weights = case.distribution()
     of_truth = weights @ (1 - iou_matrix(possible, possible)) @ weights
-    return float(2 * ((1 - iou_matrix(masks, possible)) @ weights).mean() - (1 - iou_matrix(masks, masks)).mean()
+    return float(2 * ((1 - iou_matrix(masks, possible)) @ weights).mean() - mean_distance(1 - iou_matrix(masks, masks))
                  - of_truth)
 
 

@@ -120,6 +120,15 @@ def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, m
         page.base_of(lines[1:], 'base')
 
 
+def test_exact_samples_have_no_distance_however_few_they_are():
+    scores, phantom = import_module('image_scores'), import_module('datasets.phantom_drawing').phantom
+    rng, found = np.random.default_rng(0), {4: [], 16: []}
+    for case in map(phantom, range(40)):
+        for number, of in found.items():
+            of.append(scores.ged(case, np.stack([case.draw(rng) for _ in range(number)])))
+    assert np.abs([np.mean(of) for of in found.values()]).max() < 0.03
+
+
 def test_another_number_of_phantoms_needs_another_folder(tmp_path):
     phantoms = import_module('datasets.phantom').PHANTOM
     planned(phantoms.dataset, tmp_path, [8, 8])
