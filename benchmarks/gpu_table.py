@@ -96,7 +96,7 @@ def write_table(results: Path) -> None:
         *(['| classes | | | seconds | to stock | GiB | to stock | first calls, s | |', '|---|---|---|---|---|---|---|---|---|',
            *timing(iterations, {'stock': 'nnUNetTrainer', 'PDDDPM': 'PDDDPMTrainer'})] if iterations else nothing), '',
         '## Hippocampus', '',
-        "nnU-Net's own plan, one fold, one training each, the 50 test cases of `hippocampus.py`, with mirroring. Settings "
+        "nnU-Net's own plan, one fold, one training each, the 50 test cases of `run.py hippocampus`, with mirroring. Settings "
         'are not tuned. Δ is the mean difference to the control: of one training, so without an interval. Seconds are of '
         "a case's network part, median; checkpoints are in the work folder, in MB.", '',
         *(['| | iterations | Dice | Δ | NLL | Δ | s a case | checkpoint |', '|---|---|---|---|---|---|---|---|', *rows]

@@ -140,7 +140,8 @@ class Models:
                                 steps=row.steps, start_mask=row.start_mask, redraw=row.redraw)
 
     def _fit_dependence(self, row: Row) -> float:
-        """That with the lowest energy score of the parts' areas."""
+        """That with the lowest energy score of the parts' areas; of stock for the ensemble, as with the temperature."""
+        row = replace(row, map='stock' if row.map == 'ensemble' else row.map)
         settings = self.settings(replace(row, dependence=1.0))
 
         def energy(dependence: float) -> float:

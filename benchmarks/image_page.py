@@ -11,7 +11,7 @@ from datasets.phantom import NUM_TEST, NUM_VALIDATION, PHANTOM
 from datasets.raters import RaterSet
 from image_models import DRAWS, Row, rows
 from image_scores import against_truth, exact_map
-from page import Column, Line, Scores, forest, table, write
+from page import Column, Line, Scores, base_of, forest, table, write
 from statistics_of_trainings import files_of_trainings
 
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
@@ -43,10 +43,10 @@ def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
 def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, tests: str | None = None) -> None:
     """Of what is measured, on the benchmark's own test images or others."""
     network = of.dataset.planned(work)
+    stock, others = of.dataset.total_iterations
     common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
-              'stock': of.dataset.epochs[0] * of.dataset.iterations[0],
-              'others': of.dataset.epochs[1] * of.dataset.iterations[1]}
+              'stock': stock, 'others': others}
     if of.kind == 'phantom':
         of_phantoms(of, work, args, common)
     else:
@@ -64,9 +64,9 @@ def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], t
     """Page of masks of several people."""
     table_rows, base_title = rows('raters')
     found = lines(work, tests, table_rows)
-    base = next(line.scores for line in found if line.title == base_title)
+    base = base_of(found, base_title)
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
-    write(page, 'raters', **common, figure=forest(found, RATERS[0], base, page.with_suffix('.png')),
+    write(page, 'raters', **common, figure=forest(found, RATERS[0], base, 'lower', page.with_suffix('.png')),
           patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
           train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work),
           correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base),
@@ -92,7 +92,8 @@ def sd_ratio(scores: Scores) -> np.ndarray:
 
 SHAPES = (Column('one of the shapes', 'clean', delta=False), Column('frequency error', 'frequency_error', delta=False),
           Column('correlation of the objects', correlation, 2, False))
-TWO = (Column('GED²', 'ged', 4), *SHAPES, Column('NLL', 'nll', 4), Column('Dice of the mean', 'dice', 4))
+TWO = (Column('GED²', 'ged', 4), Column('GED², biased', 'ged_biased', 4, False), *SHAPES, Column('NLL', 'nll', 4),
+       Column('Dice of the mean', 'dice', 4))
 MANY = (Column('CRPS of the total', 'crps', 4), Column('sd ratio', sd_ratio, 2, False), *SHAPES)
 
 
@@ -118,12 +119,12 @@ def of_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict
     tables = {}
     for number in NUM_TEST:
         found = lines(work, f'phantom_{number}', [row for row in table_rows if number == 2 or not row.one_size])
-        base = next(line.scores for line in found if line.title == base_title)
+        base = base_of(found, base_title)
         ideal = Line('exact samples', exact(f'phantom_{number}'), '', '')
         tables[f'of_{number}'] = table([*found, ideal], TWO if number == 2 else MANY, base)
         if number == 2:
-            tables['figure'] = forest(found, TWO[0], base, args.page.with_suffix('.png'))
-    default = args.images == PHANTOM.number
-    write(args.page, 'phantom', **common, **tables, number=args.images, validation=NUM_VALIDATION, two=NUM_TEST[2],
-          eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if default else
-          f' -images {args.images} -batch {args.batch} -page docs/results/{args.page.name}')
+            tables['figure'] = forest(found, TWO[0], base, 'lower', args.page.with_suffix('.png'))
+    number, batch = PHANTOM.images_of(work), common['batch']
+    write(args.page, 'phantom', **common, **tables, number=number, validation=NUM_VALIDATION, two=NUM_TEST[2],
+          eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if number == PHANTOM.number else
+          f' -images {number} -batch {batch} -page docs/results/{args.page.name}')

@@ -12,7 +12,7 @@ from nnunet_pdddpm.evaluation.calibration import reliability
 from nnunet_pdddpm.evaluation.overlap import dice_of_iou, iou_matrix
 from nnunet_pdddpm.evaluation.parts import components, octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared, hungarian_matched_iou
-from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
+from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score, mean_distance
 from nnunet_pdddpm.evaluation.voxelwise import SMALLEST_PROBABILITY
 from nnunet_pdddpm.inference.components import POSSIBLE
 
@@ -85,8 +85,9 @@ def against_truth(case: Phantom, masks: np.ndarray, mean: np.ndarray, seed: int)
 
     Returns:
         `nll` and `dice` of the mean; `clean`: share of the objects in the samples that are one of the three shapes;
-        `frequency_error`: half of the summed differences between the frequencies of the shapes and their probabilities;
-        `ged`: GED² with pairs of a mask with itself, for two objects; `crps`: of the total area, over its mean;
+        `frequency_error`: half of the summed differences between the frequencies of the shapes and their
+        probabilities; for two objects `ged`: fair GED², and `ged_biased`: with pairs of a mask with itself, as it is
+        usually published; `crps`: of the total area, over its mean;
         `variance`, `true_variance`: of the total over its mean; `variance_objects`, `covariance`: of "more than the
         core", for the correlation of objects.
     """
@@ -103,7 +104,9 @@ def against_truth(case: Phantom, masks: np.ndarray, mean: np.ndarray, seed: int)
           'crps': fair_crps(totals / expected, truths / expected),
           'variance': float(totals.var(ddof=1) / expected ** 2), 'true_variance': float(variance / expected ** 2),
           'variance_objects': float(np.diag(covariance).mean()), 'covariance': float(covariance[off].mean())}
-    return {**of, 'ged': ged(case, masks)} if len(case.objects) == 2 else of
+    if len(case.objects) == 2:
+        of['ged'], of['ged_biased'] = ged(case, masks)
+    return of
 
 
 def exact_map(case: Phantom) -> np.ndarray:
@@ -111,12 +114,14 @@ def exact_map(case: Phantom) -> np.ndarray:
     return sum(np.einsum('k,kyx->yx', one.probabilities, one.masks) for one in case.objects)
 
 
-def ged(case: Phantom, masks: np.ndarray) -> float:
-    """GED² to the exact distribution of two objects, pairs of a mask with itself included."""
+def ged(case: Phantom, masks: np.ndarray) -> tuple[float, float]:
+    """GED² to the exact distribution of two objects: fair, without pairs of a sample with itself, which would reward
+    samples for being alike; and with these pairs."""
     possible, weights = case.distribution()
     of_truth = weights @ (1 - iou_matrix(possible, possible)) @ weights
-    return float(2 * ((1 - iou_matrix(masks, possible)) @ weights).mean() - (1 - iou_matrix(masks, masks)).mean()
-                 - of_truth)
+    between = 2 * ((1 - iou_matrix(masks, possible)) @ weights).mean() - of_truth
+    among = 1 - iou_matrix(masks, masks)
+    return float(between - mean_distance(among)), float(between - among.mean())
 
 
 def _expected_dice(case: Phantom, mask: np.ndarray, rng: np.random.Generator) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from datasets.images import Image, ImageSet
 from datasets.phantom import PHANTOM
 from datasets.raters import RATER_SETS
 from machine import results
-from nnunet import HERE, NUM_FOLDS
+from nnunet import NUM_FOLDS
 
 STAGES = ('prepare', 'train', 'tune', 'measure', 'table', 'evaluate')
 ON_DEMAND = ('evaluate',)
@@ -65,8 +64,7 @@ def evaluate(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> N
 
 def here(of: ImageSet, work: Path) -> None:
     """Make the data set's folders those of this process, in which nnU-Net's modules are then imported."""
-    os.environ.update(of.dataset.environment(work))
-    sys.path.append(str(HERE / 'trainers'))
+    of.dataset.enter(work)
     torch.set_num_threads(1)
 
 

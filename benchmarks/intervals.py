@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -183,5 +184,7 @@ def table(into: Path, name: str) -> str:
 def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
     measured = [name for name in TITLES if list(into.glob(f'{name}__*.json'))]
+    if not measured:
+        sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
     write(file, 'intervals', calibration=CALIBRATION_IMAGES, test=TEST_IMAGES, splits=SPLITS,
           tables='\n\n'.join(table(into, name) for name in measured))

@@ -53,6 +53,12 @@ class Dataset:
         return f'Dataset{self.number:03d}_{self.name}'
 
     @property
+    def total_iterations(self) -> tuple[int, int]:
+        """Of the stock model, and of all others."""
+        stock, others = (LONGER * e * i for e, i in zip(self.epochs, self.iterations, strict=True))
+        return stock, others
+
+    @property
     def variables(self) -> dict[str, str]:
         """Of the environment, beside nnU-Net's folders."""
         workers = {'nnUNet_n_proc_DA': '0'} if self.one_thread else {} if FULL else {'nnUNet_n_proc_DA': '1'}
@@ -79,6 +85,12 @@ class Dataset:
         """Of a finished training."""
         return self.model(work, network) / f'fold_{fold}' / 'checkpoint_final.pth'
 
+    def trained(self, work: Path, network: str, fold: int) -> Path:
+        """The same, which is there."""
+        if not (file := self.checkpoint(work, network, fold)).is_file():
+            sys.exit(f'{file} is missing: first prepare and train {self.name} there by its benchmark.')
+        return file
+
     def splits(self, work: Path) -> list[dict[str, list[str]]]:
         """Names of the training and validation cases of each fold."""
         return json.loads((self.preprocessed(work) / 'splits_final.json').read_text())
@@ -95,13 +107,22 @@ class Dataset:
         if executable is None:
             sys.exit(f'{command[0]} is neither beside {sys.executable} nor in PATH: install nnU-Net and this project.')
         print('$', *(f'{name}={value}' for name, value in variables.items()), *command, flush=True)
-        subprocess.run([executable, *command[1:]], env={**self.environment(work), **variables}, check=True)
+        if subprocess.run([executable, *command[1:]], env={**self.environment(work), **variables}).returncode:
+            sys.exit(f'{command[0]} failed, see above. What is done in {work} is not done again by the next call.')
 
     def environment(self, work: Path) -> dict[str, str]:
         """Of nnU-Net's commands: its folders below `work`, the trainers, no sampling settings of the user."""
         kept = {k: v for k, v in os.environ.items() if k not in package_variables()}
         trainers = os.pathsep.join([str(HERE / 'trainers'), str(HERE.parent / 'trainers')])
         return {**kept, **{name: str(work / name) for name in FOLDERS}, 'nnUNet_extTrainer': trainers, **self.variables}
+
+    def enter(self, work: Path) -> None:
+        """Make this the environment of the process. nnU-Net reads its folders once, when it is imported."""
+        os.environ.update(self.environment(work))
+        sys.path.append(str(HERE / 'trainers'))
+        read = getattr(sys.modules.get('nnunetv2.paths'), FOLDERS[1], None)
+        if read not in (None, os.environ[FOLDERS[1]]):
+            sys.exit(f'This call has already used {Path(read).parent}; a further one goes on with {work}.')
 
     def is_prepared(self, work: Path) -> bool:
         """Whether its splits, which are written last, are there."""
@@ -164,14 +185,15 @@ class Dataset:
 
     def open(self, work: Path, network: str, folds: Sequence[int], kind: type | Any, **arguments: Any) -> Any:
         """A predictor of a kind, with the weights of these folds."""
+        for fold in folds:
+            self.trained(work, network, fold)
         predictor = kind(device=torch.device(DEVICE), allow_tqdm=False, **arguments)
         predictor.initialize_from_trained_model_folder(str(self.model(work, network)), tuple(folds))
         return predictor
 
     def weights(self, work: Path, network: str, fold: int) -> dict[str, torch.Tensor]:
         """Of a checkpoint."""
-        return torch.load(self.checkpoint(work, network, fold), map_location='cpu',
-                          weights_only=False)['network_weights']
+        return torch.load(self.trained(work, network, fold), map_location='cpu', weights_only=False)['network_weights']
 
 
 def find_data(argument: str | None, dataset: str, holds: str) -> Path:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,14 @@ class Line:
     """What stands in the place of the spread, if it is one model whatever the training; there is no difference then."""
 
 
+def base_of(lines: Sequence[Line], title: str) -> Scores:
+    """Of the row that the others are compared with."""
+    found = next((line.scores for line in lines if line.title == title), None)
+    if found is None:
+        sys.exit(f'The row "{title}", with which all are compared, is not measured: run the stage measure first.')
+    return found
+
+
 def table(lines: Sequence[Line], columns: Sequence[Column], base: Scores) -> str:
     """Markdown: mean and standard deviation over trainings, and paired differences to a base with 95 % intervals. With
     fewer than three trainings there are no intervals, which the row says."""
@@ -55,32 +64,42 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: Scores) -> str
             mean = f'{np.nanmean(values):.{column.digits}f}'
             cells.append(mean if few else spread(values, column.digits) if line.note is None else mean + line.note)
             if column.delta:
-                other = column.values(base)
-                cells.append('' if same else f'{np.nanmean(values) - np.nanmean(other):+.{column.digits}f}' if few
-                             else difference(values, other, column.digits))
+                cells.append('' if same else _delta(*paired(column, line.scores, base), column.digits))
         text.append(f'| {" | ".join(cells)} |')
     return '\n'.join(text)
 
 
-def forest(lines: Sequence[Line], column: Column, base: Scores, file: Path) -> str:
+def paired(column: Column, scores: Scores, base: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the trainings that both have: the first ones."""
+    one, other = column.values(scores), column.values(base)
+    common = min(len(one), len(other))
+    return one[:common], other[:common]
+
+
+def _delta(one: np.ndarray, other: np.ndarray, digits: int) -> str:
+    return difference(one, other, digits) if len(one) > 2 else f'{np.nanmean(one) - np.nanmean(other):+.{digits}f}'
+
+
+def forest(lines: Sequence[Line], column: Column, base: Scores, better: str, file: Path) -> str:
     """Figure of the differences to the base with their intervals, and what shows it in Markdown; none with fewer than
-    three trainings."""
+    three trainings. `better`: lower or higher."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
-    shown = [line for line in lines if line.scores is not base and line.note is None]
-    found = [t_interval(np.nanmean(column.values(line.scores), 1) - np.nanmean(column.values(base), 1))
-             for line in shown if len(column.values(line.scores)) > 2]
+    pairs = {line.title: paired(column, line.scores, base) for line in lines
+             if line.scores is not base and line.note is None}
+    found = {title: t_interval(np.nanmean(one, 1) - np.nanmean(other, 1)) for title, (one, other) in pairs.items()
+             if len(one) > 2}
     if not found:
         return ''
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.26 * len(shown)))
-    for y, (mean, low, high) in enumerate(found):
-        colour = 'C2' if high < 0 else 'C3' if low > 0 else '0.4'
+    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.26 * len(found)))
+    for y, (mean, low, high) in enumerate(found.values()):
+        colour = '0.5' if low <= 0 <= high else 'C0'
         axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
-        axis.plot(mean, -y, {'C2': '<', 'C3': '>'}.get(colour, 'o'), color=colour, markersize=5)
+        axis.plot(mean, -y, 'o', color=colour, markersize=5)
     axis.axvline(0, color='k', linewidth=0.8)
-    axis.set_yticks(range(0, -len(shown), -1), [line.title for line in shown], fontsize=7)
-    axis.set_xlabel(f'{column.title}: difference to the base, 95 % over trainings', fontsize=8)
+    axis.set_yticks(range(0, -len(found), -1), list(found), fontsize=7)
+    axis.set_xlabel(f'{column.title}: difference to the base, {better} is better, 95 % over trainings', fontsize=8)
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)

@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument('-data', help='folder of the data sets (or set NNUNET_PDDDPM_DATA)')
         command.add_argument('-page', type=Path, default=results() / page,
                              help='to write (default %(default)s)')
-        command.add_argument('-folds', type=int, nargs='+', default=list(range(NUM_FOLDS)),
-                             help='trainings (default: all)')
+        command.add_argument('-folds', type=int, nargs='+', default=list(range(NUM_FOLDS)), choices=range(NUM_FOLDS),
+                             help='trainings (default: all); rows of an ensemble need all of them to be trained')
         command.add_argument('--stages', nargs='+', choices=benchmark.STAGES,
                              default=[of for of in benchmark.STAGES if of not in getattr(benchmark, 'ON_DEMAND', ())])
         benchmark.arguments(command, name)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from datasets.hippocampus import HIPPOCAMPUS
 from machine import DEVICE, PLANS, timed
-from nnunet import HERE, Dataset, find_data
+from nnunet import Dataset, find_data
 from page import write
 
 STAGES = ('prepare', 'measure', 'table')
@@ -107,8 +106,8 @@ def images(predictor: Any, work: Path, dataset: Dataset) -> list[torch.Tensor]:
 
 def measure(work: Path, dataset: Dataset, file: Path) -> None:
     """Seconds of every precision, way, repeat and case, as a file."""
-    os.environ.update(dataset.environment(work), nnUNet_n_proc_DA='0')
-    sys.path.append(str(HERE / 'trainers'))
+    dataset.enter(work)
+    os.environ['nnUNet_n_proc_DA'] = '0'
     device, (all_images, all_ways) = torch.device(DEVICE), predictors(work, dataset)
     seconds: dict[str, dict[str, list[float]]] = {}
     # nnU-Net autocasts by itself on a GPU

@@ -11,10 +11,10 @@ from scipy import stats
 def files_of_trainings(folder: Path, name: str, ending: str = '.json') -> list[Path]:
     """Files `NAME__FOLD ENDING` of the trainings 0, 1, ..., in this order; raises ValueError if one is missing."""
     pattern = re.compile(re.escape(name) + r'__\d+' + re.escape(ending))
-    files = [file for file in folder.iterdir() if pattern.fullmatch(file.name)]
+    files = [file for file in folder.glob('*') if pattern.fullmatch(file.name)]
     expected = [folder / f'{name}__{fold}{ending}' for fold in range(len(files))]
     if {*files} != {*expected}:
-        raise ValueError(f'{folder} lacks one of {", ".join(file.name for file in expected)}.')
+        raise ValueError(f'{folder} lacks one of {", ".join(file.name for file in expected)}: measure it first.')
     return expected
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from artefacts import FAMILIES
 from datasets.versions import CLEAN, SUBJECTS, Case, Subject, versions
 from machine import DEVICE, PLANS
-from nnunet import HERE, NUM_FOLDS
+from nnunet import NUM_FOLDS
 
 STAGES = ('measure', 'table')
 POOLED_CASES = 60
@@ -45,8 +43,7 @@ def run(name: str, args: argparse.Namespace) -> None:
 
 def measure(of: Subject, work: Path, data: str | None, fold: int, into: Path) -> None:
     """All that is known of the validation cases, of training cases, and of the versions of the test cases."""
-    os.environ.update(of.dataset.environment(work))
-    sys.path.append(str(HERE / 'trainers'))
+    of.dataset.enter(work)
     (into / 'test').mkdir(parents=True, exist_ok=True)
     models = Models(of, work, fold)
     measure_validation(models, into / 'fit.json')

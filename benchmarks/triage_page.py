@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from page import write
 from scipy.special import expit
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
-from statistics_of_trainings import difference, spread
+from statistics_of_trainings import difference, files_of_trainings, spread
 
 from nnunet_pdddpm.inference.dice_regression import ALL_FEATURES, KIND, LabelModel, case_estimates
 from nnunet_pdddpm.inference.quality import LabelQuality
@@ -38,6 +39,8 @@ class Training:
     families: np.ndarray
     scores: dict[str, np.ndarray]
     """Order -> what is the smaller the earlier a case is to be looked at."""
+    bounded: np.ndarray
+    """Whether the package gives a lower bound."""
     ranking: Ranking
 
     def drawn(self) -> list[np.ndarray]:
@@ -67,7 +70,7 @@ def read(of: Subject, into: Path) -> Training:
               DISTANCE: -distance(np.array([one['pooled'] for one in found]))}
     return Training(np.array([np.mean([one['dice'] for one in of_labels]) for of_labels in labels]),
                     np.array([name for name, *_ in versions]), np.array([family for _, family, _ in versions]), scores,
-                    ranking)
+                    np.array([low is not None for low in bounds]), ranking)
 
 
 def qualities(of: dict[str, Any]) -> dict[str, LabelQuality]:
@@ -106,20 +109,22 @@ def pooled_table(trainings: list[Training]) -> list[str]:
     for name in trainings[0].scores:
         values = {metric: np.array([[of(one.scores[name], one.dice)] for one in trainings])
                   for metric, of in metrics.items()}
-        text.append(f'| {name} | {"" if name == FOLDS else against_folds(trainings, name)} | '
+        text.append(f'| {name} | {"" if name == FOLDS else against(trainings, name, FOLDS)} | '
                     + ' | '.join(spread(value) for value in values.values()) + ' |')
     return text
 
 
-def against_folds(trainings: list[Training], name: str) -> str:
-    """Normalised AURC less that of the stock folds."""
-    both = [np.array([[normalised_aurc(one.scores[order], one.dice)] for one in trainings]) for order in (name, FOLDS)]
+def against(trainings: list[Training], name: str, base: str,
+            metric: Callable[[np.ndarray, np.ndarray], float] = normalised_aurc, family: str | None = None) -> str:
+    """A score of one order less that of another, over all versions or those of a family."""
+    def less(one: Training, i: np.ndarray) -> float:
+        i = i if family is None else i[one.families[i] == family]
+        return metric(one.scores[name][i], one.dice[i]) - metric(one.scores[base][i], one.dice[i])
+    found = np.array([[less(one, np.arange(len(one.dice)))] for one in trainings])
     if len(trainings) > 2:
-        return difference(*both)
-    one = trainings[0]
-    resampled = np.array([normalised_aurc(one.scores[name][i], one.dice[i])
-                          - normalised_aurc(one.scores[FOLDS][i], one.dice[i]) for i in one.drawn()])
-    return f'{(both[0] - both[1]).mean():+.3f} {interval(resampled)}, bootstrap over cases'
+        return difference(found, np.zeros_like(found))
+    resampled = np.mean([[less(one, i) for i in one.drawn()] for one in trainings], 0)
+    return f'{found.mean():+.3f} {interval(resampled)}, bootstrap over cases'
 
 
 def family_table(trainings: list[Training]) -> list[str]:
@@ -130,30 +135,39 @@ def family_table(trainings: list[Training]) -> list[str]:
     for family in (CLEAN, *FAMILIES):
         of = [(one, one.families == family) for one in trainings]
         dice = np.concatenate([one.dice[here] for one, here in of])
-        low = np.concatenate([one.scores[PACKAGE][here] for one, here in of])
+        low = np.concatenate([one.scores[PACKAGE][here & one.bounded] for one, here in of])
+        bounded = np.concatenate([one.dice[here & one.bounded] for one, here in of])
+        held = f'{100 * (bounded >= low).mean():.0f} %' if len(low) else '–'
         cells = [f'{np.mean([spearman(one.scores[name][here], one.dice[here]) for one, here in of]):.2f}'
                  if of[0][1].sum() >= FEWEST else '–' for name in orders]
         text.append(f'| {family} | {of[0][1].sum()} | {dice.mean():.3f} | {100 * (dice < FAILED).mean():.0f} % | '
-                    + ' | '.join(cells) + f' | {100 * (dice >= low).mean():.0f} % |')
+                    + ' | '.join(cells) + f' | {held} |')
     return text
 
 
 def section(of: Subject, trainings: list[Training]) -> str:
     """Of one data set."""
     one = trainings[0]
-    held = 100 * np.mean([np.mean(each.dice >= each.scores[PACKAGE]) for each in trainings])
+    share = 100 * np.mean([each.bounded.mean() for each in trainings])
+    held = 100 * np.mean(np.concatenate([(each.dice >= each.scores[PACKAGE])[each.bounded] for each in trainings])) \
+        if share else 0
     said = [f'- fold {fold}: "{each.ranking.describe()}"' for fold, each in enumerate(trainings)]
     return '\n'.join([
         f'## {of.name.capitalize()}', '',
         f'{len(one.dice)} versions of {len(np.unique(one.cases))} test cases, {len(trainings)} '
         f'training{"s" * (len(trainings) > 1)}. What the package says after validation:', '', *said, '',
         *pooled_table(trainings), '',
-        f'The lower bound is to hold in 90 % of the versions and held in {held:.0f} %.', '',
+        f'The lower bound is to hold in 90 % of the versions. {share:.0f} % have one'
+        + (f'; it held in {held:.0f} % of these.' if share else '.'), '',
+        f"Spearman on the images as they are, the package's order less {TODAY}: "
+        f'{against(trainings, PACKAGE, TODAY, spearman, CLEAN)}.', '',
         'Spearman by family:', '', *family_table(trainings)])
 
 
 def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
-    found = [(of, [read(of, folder) for folder in sorted(into.glob(f'{of.name}__*'))]) for of in SUBJECTS.values()]
+    found = [(of, [read(of, folder) for folder in files_of_trainings(into, of.name, '')]) for of in SUBJECTS.values()]
+    if not any(trainings for _, trainings in found):
+        sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
     write(file, 'triage', families=len(FAMILIES),
           sections='\n\n'.join(section(of, trainings) for of, trainings in found if trainings))

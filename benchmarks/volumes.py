@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,7 @@ import tomllib
 import torch
 from datasets.hippocampus import CHANNELS, HIPPOCAMPUS, SPLIT_SEED, VOXEL_ML, names, prepare
 from nnunet import HERE, NUM_FOLDS, find_data
-from page import Column, Line, Scores, forest, table, write
+from page import Column, Line, Scores, base_of, forest, table, write
 from statistics_of_trainings import files_of_trainings
 from torch import Tensor
 
@@ -78,12 +76,6 @@ def run(name: str, args: argparse.Namespace) -> None:
         write_page(work, args.page)
 
 
-def here(work: Path) -> None:
-    """Make the data set's folders those of this process, in which nnU-Net's modules are then imported."""
-    os.environ.update(HIPPOCAMPUS.environment(work))
-    sys.path.append(str(HERE / 'trainers'))
-
-
 def cases(predictor: Any, work: Path, which: str, of: Sequence[str]) -> Iterator[Case]:
     """Test ('Ts') or training ('Tr') cases, preprocessed for a predictor."""
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
@@ -113,7 +105,7 @@ def open_row(work: Path, row: Row, fold: int) -> Any:
 @torch.inference_mode()
 def measure(work: Path, folds: Sequence[int]) -> None:
     """Scores of every row and training, as `measured/ROW__FOLD.json`; what is there is left alone."""
-    here(work)
+    HIPPOCAMPUS.enter(work)
     (work / 'measured').mkdir(exist_ok=True)
     for fold in folds:
         key = None
@@ -182,11 +174,11 @@ def write_page(work: Path, file: Path) -> None:
     found = [Line(row.title, scores, note=' (one model)' if row.ensemble else None)
              for row in table_rows if (scores := read(work, row))]
     missing = {row.title for row in table_rows} - {line.title for line in found}
-    base = next(line.scores for line in found if line.title == base_title)
-    planned, (stock, others) = HIPPOCAMPUS.planned(work), HIPPOCAMPUS.epochs
+    base = base_of(found, base_title)
+    planned, (stock, others) = HIPPOCAMPUS.planned(work), HIPPOCAMPUS.total_iterations
     write(file, 'hippocampus', test=base['dice'].shape[1], seed=SPLIT_SEED, folds=NUM_FOLDS,
           patch=planned['patch_size'], features=planned['architecture']['arch_kwargs']['features_per_stage'],
-          batch=planned['batch_size'], stock=250 * stock, others=250 * others, minutes=HIPPOCAMPUS.tuning_minutes,
+          batch=planned['batch_size'], stock=stock, others=others, minutes=HIPPOCAMPUS.tuning_minutes,
           tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base),
-          figure=forest(found, COLUMNS[0], base, file.with_suffix('.png')),
+          figure=forest(found, COLUMNS[0], base, 'higher', file.with_suffix('.png')),
           missing=f' Not measured yet: {"; ".join(sorted(missing))}.' if missing else '')

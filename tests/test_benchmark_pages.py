@@ -48,8 +48,8 @@ def test_page_of_images(name, tmp_path):
     planned(of.dataset, tmp_path, [8, 8])
     rng = np.random.default_rng(0)
     sets = {'phantom': ['phantom_2', 'phantom_8', 'phantom_20'], 'nuclei': ['nucleus']}[name]
-    metrics = {'phantom': ('ged', 'clean', 'frequency_error', 'covariance', 'variance_objects', 'nll', 'dice', 'crps',
-                           'variance', 'true_variance'),
+    metrics = {'phantom': ('ged', 'ged_biased', 'clean', 'frequency_error', 'covariance', 'variance_objects', 'nll',
+                           'dice', 'crps', 'variance', 'true_variance'),
                'nuclei': ('ged', 'hm_iou', 'nll', 'ece', 'dice', 'f1', 'crps', 'components', 'energy')}[name]
     rows, base = models.rows(of.kind)
     assert len({row.name for row in rows}) == len(rows) and base in {row.title for row in rows}
@@ -100,3 +100,46 @@ def test_page_of_intervals(tmp_path, monkeypatch):
     inside, anew = (float(table['as the package does it'][i].split(' ')[0]) for i in (1, 2))
     assert 85 < inside <= 100 and 92 < anew < 99
     assert float(table['range of 8 samples'][1].split(' ')[0]) < 60
+
+
+def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    page = import_module('page')
+    scores = {title: {'dice': np.array(values)[:, None]} for title, values in (
+        ('base', [1.0, 2, 3]), ('one', [1.5]), ('all', [2.0, 3, 4]), ('same', [1.0, 2, 4]))}
+    lines, column = [page.Line(title, of) for title, of in scores.items()], page.Column('Dice', 'dice', 1)
+    monkeypatch.setattr(plt, 'close', lambda figure: None)
+    page.forest(lines, column, scores['base'], 'higher', tmp_path / 'forest.png')
+    axis = plt.gcf().axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ['all', 'same']
+    assert [line.get_xdata()[0] for line in axis.lines[1::2]] == pytest.approx([1, 1 / 3])
+    of_two = {'dice': scores['base']['dice'][:2]}
+    text = page.table(lines[1:3], [column], of_two)
+    assert '| one (1 training) | 1.5 | +0.5 |' in text and '| all | 3.0 ± 1.0 | +1.0 |' in text
+    with pytest.raises(SystemExit, match='"base".* is not measured'):
+        page.base_of(lines[1:], 'base')
+
+
+def test_exact_samples_have_no_distance_however_few_they_are():
+    scores, phantom = import_module('image_scores'), import_module('datasets.phantom_drawing').phantom
+    rng, found = np.random.default_rng(0), {4: [], 16: []}
+    for case in map(phantom, range(40)):
+        for number, of in found.items():
+            of.append(scores.ged(case, np.stack([case.draw(rng) for _ in range(number)]))[0])
+    assert np.abs([np.mean(of) for of in found.values()]).max() < 0.03
+
+
+def test_another_number_of_phantoms_needs_another_folder(tmp_path):
+    phantoms = import_module('datasets.phantom').PHANTOM
+    planned(phantoms.dataset, tmp_path, [8, 8])
+    with pytest.raises(SystemExit, match='3 images for training, not 1800'):
+        phantoms.prepare(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['intervals', 'triage_page'])
+def test_no_page_of_nothing(name, tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text('as it was')
+    with pytest.raises(SystemExit, match='holds no measurement'):
+        import_module(name).write_page(tmp_path, page)
+    assert page.read_text() == 'as it was'
