@@ -102,7 +102,7 @@ def forest(lines: Sequence[Line], column: Column, base: Scores, better: str, fil
     axis.set_xlabel(f'{column.title}: difference to the base, {better} is better, 95 % over trainings', fontsize=8)
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches='tight')
     plt.close(figure)
     return f'![Differences in {column.title}]({file.name})\n'
 
