@@ -140,7 +140,8 @@ class Dataset:
         (self.raw(work) / 'dataset.json').write_text(json.dumps(description, indent=1))
         processes = self.variables['nnUNet_def_n_proc']
         self.call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(self.number), '-c', self.configuration, '-npfp',
-                  processes, '-np', processes, '--verify_dataset_integrity')
+                  processes, '-np', processes, '--verify_dataset_integrity',
+                  nnUNet_n_proc_DA='1')  # which the planner takes for its number of threads: 0 would end it
         if not FULL:
             self._reduce(self.preprocessed(work))
         of_folds = [{'train': list(train), 'val': list(validation)} for train, validation in splits]
