@@ -16,6 +16,7 @@ import torch
 from datasets.images import Image, ImageSet
 from image_scores import energy_of_parts
 from nnunet import NUM_FOLDS
+from statistics_of_trainings import file_name
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
@@ -58,13 +59,14 @@ class Row:
     @property
     def name(self) -> str:
         """In the names of files."""
-        return ''.join(c if c.isalnum() else '_' for c in self.title)
+        return file_name(self.title)
 
 
-def rows(kind: str) -> tuple[list[Row], str]:
-    """Of `phantom` or `raters`, and the title of the row that the others are compared with."""
-    of = tomllib.loads((Path(__file__).parent / 'rows.toml').read_text())[kind]
-    return [Row(**row) for row in of['rows']], of['base']
+def rows(images: ImageSet) -> tuple[list[Row], str]:
+    """Those whose network is trained, and the title of the row that the others are compared with."""
+    of = tomllib.loads((Path(__file__).parent / 'rows.toml').read_text())[images.kind]
+    every = [Row(**row) for row in of['rows']]
+    return [row for row in every if row.network != 'shared' or 'shared' in images.networks], of['base']
 
 
 class Models:

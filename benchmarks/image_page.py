@@ -62,22 +62,24 @@ OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice')
 
 def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
     """Page of masks of several people."""
-    table_rows, base_title = rows('raters')
+    table_rows, base_title = rows(of)
     found = lines(work, tests, table_rows)
-    base = base_of(found, base_title)
+    base, titles = base_of(found, base_title), {line.title for line in found}
+    missing = [row.title for row in table_rows if row.title not in titles]
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
     write(page, 'raters', **common, figure=forest(found, RATERS[0], base, 'lower', page.with_suffix('.png')),
           patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
           train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work),
+          missing=f' Not measured yet: {"; ".join(missing)}.' if missing else '',
           correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base),
           of_mean=table(found, OF_MEAN, base))
 
 
 def tuned(of: RaterSet, work: Path) -> str:
-    """What the tuning chose, or that there was none."""
+    """What the tuning chose, if it has been."""
     chosen = of.dataset.tuned(work)
     return (f' Tuned: by `nnUNetv2_pdddpm_tune`,\n{of.dataset.tuning_minutes} minutes:\n\n{chosen}' if chosen
-            else ' Not measured yet: the settings\nthat `nnUNetv2_pdddpm_tune` chooses.')
+            else '')
 
 
 def correlation(scores: Scores) -> np.ndarray:
@@ -115,7 +117,7 @@ def exact(name: str) -> Scores:
 
 def of_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
     """Page of phantoms."""
-    table_rows, base_title = rows('phantom')
+    table_rows, base_title = rows(of)
     tables = {}
     for number in NUM_TEST:
         found = lines(work, f'phantom_{number}', [row for row in table_rows if number == 2 or not row.one_size])

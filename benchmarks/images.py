@@ -76,7 +76,7 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
     from image_models import Models, rows
     results = work / 'measured'
     results.mkdir(exist_ok=True)
-    table = [row for row in rows(of.kind)[0] if row.network != 'shared' or 'shared' in of.networks]
+    table, _ = rows(of)
     for fold in folds:
         models, tuned = Models(of, work, fold, of.validation(work, fold)), of.dataset.sweep(work, fold).is_file()
         for row in table if tuned else [row for row in table if row.network != 'tuned']:

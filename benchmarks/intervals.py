@@ -68,15 +68,16 @@ def measure(args: argparse.Namespace, into: Path) -> None:
         if not (file := into / f'{name}__{fold}.json').is_file():
             print(name, 'fold', fold, flush=True)
             file.write_text(json.dumps(make()))
-    for fold in args.folds:
-        if args.hippocampus:
-            for label, channel in CHANNELS.items():
-                keep(label, fold, lambda i=channel, f=fold: of_hippocampus(args.hippocampus.resolve(), f, i))
-        for objects, grid in GRIDS.items() if args.phantom else ():
+    for label, channel in CHANNELS.items() if args.hippocampus else ():
+        for fold in args.folds:
+            keep(label, fold, lambda i=channel, f=fold: of_hippocampus(args.hippocampus.resolve(), f, i))
+    for objects, grid in GRIDS.items() if args.phantom else ():  # all of a work folder: a call predicts in one only
+        for fold in args.folds:
             many = (as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES))
             keep(f'{objects}_objects', fold, lambda m=many, f=fold: divided(of_images(
                 PHANTOM, args.phantom.resolve(), f, m)))
-        for name in ('nuclei', 'cells') if args.raters else ():
+    for name in ('nuclei', 'cells') if args.raters else ():
+        for fold in args.folds:
             keep(name, fold, lambda of=RATER_SETS[name], f=fold: of_raters(of, args.raters.resolve(), args.data, f))
 
 

@@ -8,6 +8,11 @@ import numpy as np
 from scipy import stats
 
 
+def file_name(title: str) -> str:
+    """Of a row, in the names of its files."""
+    return ''.join(c if c.isalnum() else '_' for c in title)
+
+
 def files_of_trainings(folder: Path, name: str, ending: str = '.json') -> list[Path]:
     """Files `NAME__FOLD ENDING` of the trainings 0, 1, ..., in this order; raises ValueError if one is missing."""
     pattern = re.compile(re.escape(name) + r'__\d+' + re.escape(ending))

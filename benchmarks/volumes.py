@@ -16,7 +16,7 @@ import torch
 from datasets.hippocampus import CHANNELS, HIPPOCAMPUS, SPLIT_SEED, VOXEL_ML, names, prepare
 from nnunet import HERE, NUM_FOLDS, find_data
 from page import Column, Line, Scores, base_of, forest, table, write
-from statistics_of_trainings import files_of_trainings
+from statistics_of_trainings import file_name, files_of_trainings
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
@@ -43,7 +43,7 @@ class Row:
     @property
     def name(self) -> str:
         """In the names of files."""
-        return ''.join(c if c.isalnum() else '_' for c in self.title)
+        return file_name(self.title)
 
     def folds(self, fold: int) -> list[int]:
         """That are predicted together."""

@@ -51,7 +51,7 @@ def test_page_of_images(name, tmp_path):
     metrics = {'phantom': ('ged', 'ged_biased', 'clean', 'frequency_error', 'covariance', 'variance_objects', 'nll',
                            'dice', 'crps', 'variance', 'true_variance'),
                'nuclei': ('ged', 'hm_iou', 'nll', 'ece', 'dice', 'f1', 'crps', 'components', 'energy')}[name]
-    rows, base = models.rows(of.kind)
+    rows, base = models.rows(of)
     assert len({row.name for row in rows}) == len(rows) and base in {row.title for row in rows}
     for row in rows:
         for one in sets:
