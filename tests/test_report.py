@@ -23,8 +23,9 @@ from skimage import io as image_io
 
 from nnunet_pdddpm.demo.phantom import LABELS, make_case, oblique_direction, write_image
 from nnunet_pdddpm.files import identity
+from nnunet_pdddpm.labels import boxes_of
 from nnunet_pdddpm.report import NothingToShow, write_report
-from nnunet_pdddpm.report.components import boxes_of, components_of
+from nnunet_pdddpm.report.components import components_of
 from nnunet_pdddpm.report.drawing import UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, grey_values, label_colours, levels
 from nnunet_pdddpm.report.page import REPORT
 from nnunet_pdddpm.report.summary import drawn, histogram, runs_of

@@ -25,7 +25,7 @@ from scipy import ndimage
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.image_files import damage, full_scale
 from nnunet_pdddpm.inference.resampling import axes_of, resampled_classes, resampled_regions
-from nnunet_pdddpm.labels import foreground_labels, label_channels
+from nnunet_pdddpm.labels import boxes_of, foreground_labels, label_channels
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,9 @@ def places(mask: np.ndarray, labels: Mapping[str, tuple[int, ...]]) -> Iterator[
         mask: (z, y, x), whole numbers of any type.
         labels: name -> the values that it has in the mask.
     """
-    values_at = mask.astype(np.int32)
-    boxes = dict(enumerate(ndimage.find_objects(values_at), 1))
-    for name, values in labels.items():
-        found = [box for value in values if (box := boxes.get(value)) is not None]
-        around = tuple(slice(min(of.start for of in axis), max(of.stop for of in axis))
-                       for axis in zip(*found, strict=True)) if found else (slice(0, 0),) * mask.ndim
-        yield name, np.isin(values_at[around], values)
+    values_at, nowhere = mask.astype(np.int32), (slice(0, 0),) * mask.ndim
+    for (name, values), box in zip(labels.items(), boxes_of(values_at, labels.values()), strict=True):
+        yield name, np.isin(values_at[box or nowhere], values)
 
 
 def check_written(file: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from scipy import ndimage
 
 from nnunet_pdddpm.geometry import voxel_volume_ml
+from nnunet_pdddpm.labels import Box
 
-Box = tuple[slice, ...]
 MOST = 10
 """Components of a label that are listed one by one."""
 
@@ -36,17 +36,6 @@ class Found:
     others_ml: float
 
 
-def boxes_of(labels: np.ndarray, regions: Sequence[tuple[int, ...]]) -> list[Box | None]:
-    """The box around each region, given by its values, in a label map (z, y, x); None where it is not there."""
-    of_values = dict(enumerate(ndimage.find_objects(labels), 1))
-    boxes: list[Box | None] = []
-    for values in regions:
-        parts = [box for value in values if (box := of_values.get(value)) is not None]
-        boxes.append(tuple(slice(min(part.start for part in along), max(part.stop for part in along))
-                           for along in zip(*parts, strict=True)) if parts else None)
-    return boxes
-
-
 def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tuple[int, ...], around: Box | None,
                   spacing: tuple[float, ...]) -> Found:
     """The components of a region. Neighbours share a face, an edge or a corner.
@@ -55,7 +44,7 @@ def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tup
         labels: label map (z, y, x).
         samples: those of the samples.
         values: of the region.
-        around: its box, see `boxes_of`.
+        around: its box, see `labels.boxes_of`.
         spacing: mm.
     """
     if around is None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter
 
-from nnunet_pdddpm.report.components import Found, boxes_of, components_of
+from nnunet_pdddpm.labels import boxes_of
+from nnunet_pdddpm.report.components import Found, components_of
 from nnunet_pdddpm.report.drawing import grey_values, levels, packed, picture
 from nnunet_pdddpm.report.volumes import CaseVolumes
 
