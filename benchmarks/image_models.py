@@ -53,7 +53,7 @@ class Row:
     def calls(self) -> str:
         """Of a network beside the stock model, for a sample."""
         if self.map is not None:
-            return str(int(self.map not in ('stock', 'ensemble')))
+            return {'stock': '0', 'ensemble': str(NUM_FOLDS)}.get(self.map, '1')
         return {'tuned': '', 'ssn': '1'}.get(self.network, str(self.steps))
 
     @property
@@ -112,17 +112,17 @@ class Models:
         predictor = self.predictor('denoiser')
         own, probabilities = predictor.list_of_parameters[0], []
         for fold in range(NUM_FOLDS) if name == 'ensemble' else [self.fold]:
-            weights = self._weights('longer' if name == 'longer' else 'stock', fold)
+            weights = self._weights('stock' if name == 'stock' else 'longer', fold)
             predictor.refiner.presegmenter.load_state_dict(weights)
             probabilities.append(self.opened(image).stock_logits.float().softmax(0))
         predictor.refiner.load_state_dict(own)
         return torch.stack(probabilities).mean(0).clamp(1e-12).log()
 
     def _fit_temperature(self, name: str) -> float:
-        """That of stock for the ensemble, of which two networks have seen the validation images."""
+        """That of one control for their ensemble, of which two networks have seen the validation images."""
         of_images = []
         for image in self.validation:
-            z = self.map('stock' if name == 'ensemble' else name, image)
+            z = self.map('longer' if name == 'ensemble' else name, image)
             z, share = inner(z[1, 0] - z[0, 0], image), torch.from_numpy(image.masks.mean(0)).float()
             of_images.append(np.array([float(binary_cross_entropy_with_logits(z / t, share)) for t in GRID]))
         return fit_temperature(of_images)
@@ -142,8 +142,8 @@ class Models:
                                 steps=row.steps, start_mask=row.start_mask, redraw=row.redraw)
 
     def _fit_dependence(self, row: Row) -> float:
-        """That with the lowest energy score of the parts' areas; of stock for the ensemble, as with the temperature."""
-        row = replace(row, map='stock' if row.map == 'ensemble' else row.map)
+        """That with the lowest energy score of the parts' areas; for the ensemble as with the temperature."""
+        row = replace(row, map='longer' if row.map == 'ensemble' else row.map)
         settings = self.settings(replace(row, dependence=1.0))
 
         def energy(dependence: float) -> float:

@@ -46,7 +46,7 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
     stock, others = of.dataset.total_iterations
     common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
-              'stock': stock, 'others': others}
+              'stock': stock, 'others': others, 'epochs': of.dataset.epochs[0]}
     if of.kind == 'phantom':
         of_phantoms(of, work, args, common)
     else:

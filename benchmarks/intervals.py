@@ -182,10 +182,42 @@ def table(into: Path, name: str) -> str:
     return '\n'.join([f'## {TITLES[name]}', '', *lines])
 
 
+def draw(into: Path, measured: Sequence[str], file: Path) -> None:
+    """Figure of the first training: intervals of the test cases in the order of the true volumes, misses marked."""
+    import matplotlib
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    columns = 3
+    figure, axes = plt.subplots(-(-len(measured) // columns), columns, squeeze=False, layout='constrained',
+                                figsize=(11, 2.6 * -(-len(measured) // columns)))
+    for axis in axes.flat[len(measured):]:
+        axis.remove()
+    for axis, name in zip(axes.flat, measured, strict=False):
+        calibration, test = json.loads((into / f'{name}__0.json').read_text())
+        make = ways(calibration)[WAYS[0]]
+        test.sort(key=lambda case: case['fields'][0])
+        true = np.array([case['fields'][0] for case in test])
+        low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T / true.mean()
+        true, at = true / true.mean(), np.arange(len(test))
+        missed = (true < low) | (true > high)
+        for which, colour, label in ((~missed, '0.6', 'interval'), (missed, 'C3', 'interval that misses')):
+            axis.vlines(at[which], low[which], high[which], colour, linewidth=1, label=label)
+        axis.plot(at, true, '.', color='C0', markersize=3, label='true volume')
+        axis.set_title(f'{TITLES[name]}: {missed.sum()} of {len(test)} missed', fontsize=9)
+        axis.set_xticks([])
+        axis.tick_params('y', labelsize=7)
+    axes[0, 0].set_ylabel('volume over mean true volume', fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
+                  frameon=False)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
 def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
     measured = [name for name in TITLES if list(into.glob(f'{name}__*.json'))]
     if not measured:
         sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
-    write(file, 'intervals', calibration=CALIBRATION_IMAGES, test=TEST_IMAGES, splits=SPLITS,
-          tables='\n\n'.join(table(into, name) for name in measured))
+    draw(into, measured, file.with_suffix('.png'))
+    write(file, 'intervals', figure=f'![Intervals]({file.stem}.png)', calibration=CALIBRATION_IMAGES, test=TEST_IMAGES,
+          splits=SPLITS, tables='\n\n'.join(table(into, name) for name in measured))

@@ -157,6 +157,30 @@ def training_steps(work: Path, dataset: Dataset, device: torch.device,
     return seconds
 
 
+def draw(work: Path, file: Path) -> None:
+    """Figure of the time of every way of predicting, over that of stock in the same repeat."""
+    import matplotlib
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    measured = [(dataset.name, precision, of) for dataset in DATASETS
+                for precision, of in json.loads(file_of(work, dataset).read_text()).items()]
+    names = list(WAYS)
+    figure, axis = plt.subplots(figsize=(8, 3), layout='constrained')
+    for number, (dataset, precision, of) in enumerate(measured):
+        for y, name in enumerate(names):
+            ratio = np.array(of[name]) / np.array(of[names[0]])
+            at, label = -y + 0.2 * (1 - number), f'{dataset}, {precision}' if y == 0 else None
+            axis.plot([ratio.min(), ratio.max()], [at, at], color=f'C{number}', linewidth=1.5)
+            axis.plot(np.median(ratio), at, 'os^'[number], color=f'C{number}', markersize=5, label=label)
+    axis.set_yticks(range(0, -len(names), -1), [name.replace('`', '') for name in names], fontsize=7)
+    axis.set_xlim(0)
+    axis.set_xlabel('time of a prediction, stock nnU-Net with mirroring = 1', fontsize=8)
+    axis.tick_params('x', labelsize=7)
+    axis.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def write_page(work: Path, file: Path) -> None:
     """Of what is measured, and of what needs no model and is measured now."""
     from speed_synthetic import export_in_words, main_memory_in_words
@@ -167,6 +191,8 @@ def write_page(work: Path, file: Path) -> None:
                 ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(WAYS))])
                 lines.append(f'| {dataset.name} | {precision} | {name} | {np.median(values):.2f} | '
                              f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |')
-    write(file, 'speed', cases=CASES['Hippocampus'], repeats=REPEATS['Hippocampus'], lesion_cases=CASES['MSLesion'],
+    draw(work, file.with_suffix('.png'))
+    write(file, 'speed', figure=f'![Time over that of stock]({file.stem}.png)',
+          cases=CASES['Hippocampus'], repeats=REPEATS['Hippocampus'], lesion_cases=CASES['MSLesion'],
           iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
           table='\n'.join(lines), main_memory=main_memory_in_words(), export=export_in_words())

@@ -132,18 +132,18 @@ def shrunk(image: np.ndarray, by: int) -> np.ndarray:
     return image[:height, :width].reshape(height // by, by, width // by, by).mean((1, 3))
 
 
-def _dataset(number: int, name: str, features: tuple[int, ...], batch_size: int, patch: int, stock: int, others: int,
-             minutes: int = 6) -> Dataset:
-    """For so many iterations, in two epochs, and minutes of tuning."""
+def _dataset(number: int, name: str, features: tuple[int, ...], batch_size: int, patch: int, epochs: int, stock: int,
+             others: int, minutes: int = 6) -> Dataset:
+    """For so many epochs of so many iterations, and minutes of tuning. The first epoch of PDDDPM is its warm-up."""
     return Dataset(number, name, '2d', 'Raters', features, (('batch_size', batch_size), ('patch_size', [patch] * 2)),
-                   (2, 2), (stock // 2, others // 2), tuning_minutes=minutes)
+                   (epochs, epochs), (stock, others), tuning_minutes=minutes)
 
 
 RATER_SETS = {
     'nuclei': RaterSet('Nuclei in brain sections, five experts an image', 'cfos_nuclei', 'nucleus', 2,
-                       _dataset(772, 'Nucleus', (16, 32, 64, 128, 128, 128), 2, 256, 1000, 600, 30),
+                       _dataset(772, 'Nucleus', (16, 32, 64, 128, 128, 128), 2, 256, 2, 500, 300, 30),
                        (*NETWORKS, 'shared')),
     'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 'cell', 1,
-                      _dataset(773, 'Cell', (16, 32, 64, 128), 4, 128, 1500, 1500)),
+                      _dataset(773, 'Cell', (16, 32, 64, 128), 4, 128, 6, 250, 250)),
     'nodules': RaterSet('Lung nodules, four radiologists an image', 'lidc_nodules_2d', 'nodule', 1,
-                        _dataset(774, 'Nodule', (16, 32, 64, 128), 4, 128, 3000, 3000))}
+                        _dataset(774, 'Nodule', (16, 32, 64, 128), 4, 128, 12, 250, 250))}
