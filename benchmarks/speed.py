@@ -37,6 +37,8 @@ LESIONS = Dataset(6, 'MSLesion', '3d_fullres', 'Benchmark', (8, 16, 32, 64),
                   (('batch_size', 2), ('patch_size', [96, 96, 96])), (1, 1), (20, 20), one_thread=False)
 DATASETS = (HIPPOCAMPUS, LESIONS)
 CASES, REPEATS, TRAINING_STEPS = {'Hippocampus': 6, 'MSLesion': 1}, {'Hippocampus': 3, 'MSLesion': 1}, 12
+SYNTHETIC = 'speed_synthetic.json'
+"""File of what needs no trained model."""
 STEPS = ('training step of stock', 'training step of PDDDPM')
 
 
@@ -54,6 +56,9 @@ def run(name: str, args: argparse.Namespace) -> None:
     for dataset, folder in zip(DATASETS, (hippocampus, work), strict=True) if 'measure' in args.stages else ():
         if not (file := file_of(work, dataset)).is_file():
             measure(folder, dataset, file)
+    if 'measure' in args.stages and not (file := work / SYNTHETIC).is_file():
+        from speed_synthetic import export_seconds, main_memory_seconds
+        file.write_text(json.dumps({'main memory': main_memory_seconds(), 'export': export_seconds()}))
     if 'table' in args.stages:
         write_page(work, args.page)
 
@@ -182,8 +187,9 @@ def draw(work: Path, file: Path) -> None:
 
 
 def write_page(work: Path, file: Path) -> None:
-    """Of what is measured, and of what needs no model and is measured now."""
+    """Of what is measured."""
     from speed_synthetic import export_in_words, main_memory_in_words
+    synthetic = json.loads((work / SYNTHETIC).read_text())
     lines = []
     for dataset in DATASETS:
         for precision, of in json.loads(file_of(work, dataset).read_text()).items():
@@ -195,4 +201,5 @@ def write_page(work: Path, file: Path) -> None:
     write(file, 'speed', figure=f'![Time over that of stock]({file.stem}.png)',
           cases=CASES['Hippocampus'], repeats=REPEATS['Hippocampus'], lesion_cases=CASES['MSLesion'],
           iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
-          table='\n'.join(lines), main_memory=main_memory_in_words(), export=export_in_words())
+          table='\n'.join(lines), main_memory=main_memory_in_words(synthetic['main memory']),
+          export=export_in_words(synthetic['export']))

@@ -94,9 +94,8 @@ def main_memory_seconds() -> dict[str, float]:
     return seconds
 
 
-def main_memory_in_words() -> str:
+def main_memory_in_words(of: dict[str, float]) -> str:
     """What a volume takes whose arrays are kept in main memory."""
-    of = main_memory_seconds()
     copies = '' if FULL else ' Copies between GPU and main memory are not in it.'
     return (f'Arrays in main memory, with networks that cost nothing: {CLASSES} classes, {VOLUME} voxels, tiles of '
             f'{TILE}, 8 samples of one step, mirrored, all maps. On a CPU {of["CPU"]:.1f} s; as the fall-back of a GPU '
@@ -139,9 +138,8 @@ def export_seconds() -> dict[str, float]:
     return seconds
 
 
-def export_in_words() -> str:
+def export_in_words(of: dict[str, float]) -> str:
     """What the export of a synthetic volume takes."""
-    of = export_seconds()
     return (f'Export of a synthetic volume of {CLASSES} classes, {GRID} voxels resampled to {IMAGE}, to files, on one '
             f'thread: mask and entropy map {of["rest"]:.1f} s, 8 samples {of["samples"]:.1f} s, together '
             f'{(of["rest"] + of["samples"]) / of["stock"]:.2f} times the {of["stock"]:.1f} s of stock nnU-Net\'s mask.')
