@@ -125,7 +125,7 @@ def measure_tests(models: Models, data: str | None, into: Path) -> None:
     for number, case in enumerate(models.of.tests(models.work, data, models.predictor)):
         file = into / f'{case[0]}.json'
         found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        for family, strength in versions(number, models.of.rounds):
+        for family, strength in versions():
             if (key := f'{family} {strength}') not in found:
                 found[key] = measure_version(models, case, number, family, strength)
                 file.write_text(json.dumps(found))

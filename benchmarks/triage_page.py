@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from artefacts import FAMILIES
+from artefacts import FAMILIES, STRENGTHS
 from datasets.versions import CLEAN, SUBJECTS, Subject
 from orders import aurc, excess_aurc, failures_found, normalised_aurc, spearman
 from page import write
@@ -169,5 +169,5 @@ def write_page(into: Path, file: Path) -> None:
     found = [(of, [read(of, folder) for folder in files_of_trainings(into, of.name, '')]) for of in SUBJECTS.values()]
     if not any(trainings for _, trainings in found):
         sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
-    write(file, 'triage', families=len(FAMILIES),
+    write(file, 'triage', families=len(FAMILIES), strengths=STRENGTHS,
           sections='\n\n'.join(section(of, trainings) for of, trainings in found if trainings))

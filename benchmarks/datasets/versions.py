@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ class Subject:
     name: str
     dataset: Dataset
     labels: dict[str, int]
-    rounds: int
-    """Versions with artefacts of each case, up to 27."""
 
     def tests(self, work: Path, data: str | None, predictor: Any) -> Iterator[Case]:
         """As nnU-Net reads them. Of nuclei the truth is what most experts say."""
@@ -40,15 +39,11 @@ class Subject:
                        (image.masks.mean(0) > 0.5)[None, None].astype(np.int8), {'spacing': (999, 1, 1)})
 
 
-SUBJECTS = {'hippocampus': Subject('hippocampus', HIPPOCAMPUS, CHANNELS, 2),
-            'nuclei': Subject('nuclei', RATER_SETS['nuclei'].dataset, {'nucleus': 1}, 14)}
+SUBJECTS = {'hippocampus': Subject('hippocampus', HIPPOCAMPUS, CHANNELS),
+            'nuclei': Subject('nuclei', RATER_SETS['nuclei'].dataset, {'nucleus': 1})}
 
 
-def versions(number: int, rounds: int) -> Iterator[tuple[str, int]]:
-    """Family and strength of the versions of a test case: the clean one, and one for each round. Families and strengths
-    take turns over cases and rounds.
-    """
+def versions() -> Iterator[tuple[str, int]]:
+    """Family and strength of the versions of a test case: the clean one, and each family in each strength."""
     yield CLEAN, 0
-    for turn in range(rounds):
-        yield list(FAMILIES)[(number + turn) % len(FAMILIES)], \
-            (number // len(FAMILIES) + turn + turn // len(FAMILIES)) % STRENGTHS
+    yield from product(FAMILIES, range(STRENGTHS))
