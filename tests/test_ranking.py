@@ -21,6 +21,7 @@ from nnunet_pdddpm.inference.dice_regression import (
     ALL_FEATURES,
     CLEAN,
     DICE,
+    EXPECTED_DICE,
     FIELDS,
     MIN_SD,
     RIDGE_PENALTY,
@@ -83,6 +84,7 @@ def test_it_is_a_ridge_regression_of_the_logit():
     clean = of[of[:, 0] == CLEAN, DICE + 1:]
     far = clean.mean(0) + 100 * clean.std(0)
     beyond = clean.mean(0) + 1000 * clean.std(0)
+    far[[*EXPECTED_DICE]] = beyond[[*EXPECTED_DICE]] = 0  # which always counts
     assert model.estimate(far[None]) == model.estimate(beyond[None])  # no estimate runs away
 
 
@@ -128,6 +130,21 @@ def test_it_is_not_used_where_it_does_not_beat_the_probabilities_alone():
     of = {name: LabelQuality(usual, None) for name in CHANNELS}
     other = {name: LabelQuality(odd, None) for name in CHANNELS}
     assert ranking.judge(of).estimate == ranking.judge(other).estimate
+
+
+def test_the_worst_cases_are_told_apart_where_validation_cases_are_alike():
+    of = rows('expected')
+    clean = of[:, 1, 0] == CLEAN
+    of[clean, 1:, DICE + 1] = 2.5 + 0.1 * of[clean, 1:, DICE + 2]
+    of[clean, 1:, DICE] = expit(of[clean, 1:, DICE + 1])
+    ranking = ranking_of(of, CHANNELS)
+    assert ranking.by == PROBABILITIES
+    lows = []
+    for expected in (2.5, 1.0, -1.0, -2.0, -4.0):
+        features = np.zeros(len(FEATURES))
+        features[[*EXPECTED_DICE]] = expected
+        lows.append(ranking.judge({name: LabelQuality(features, None) for name in CHANNELS}).low)
+    assert all(one > other + 0.01 for one, other in zip(lows[:-1], lows[1:], strict=True)), lows
 
 
 def test_where_nothing_ranks_nothing_is_ranked():

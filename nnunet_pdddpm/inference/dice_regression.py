@@ -25,7 +25,8 @@ BOUND_COVERAGE = 0.9
 RIDGE_PENALTY = 0.7
 """Of the ridge regression, for each row: far from what it was fitted on it should say little."""
 MAX_DISTANCE = 6.0
-"""Standard deviations from the validation cases beyond which a feature counts no more."""
+"""Standard deviations from the validation cases beyond which a feature counts no more. The expected Dice always counts:
+otherwise the worst cases would all be equal."""
 TWO_SIDED = tuple(FEATURES.index(name) for name in ('volume', 'brightness', 'contrast', 'roughness'))
 """Features of which both large and small values are odd."""
 MIN_SD = np.array([0.1, 0.1, 0.1, 0.01, 0.01, 0.02, 0.05, 0.2, 0.05, 0.02, 0.02])
@@ -70,7 +71,9 @@ class LabelModel:
 
     def regressors(self, features: np.ndarray) -> np.ndarray:
         """(n, FEATURES) -> (n, columns)"""
-        z = np.clip(self.distances(features), -MAX_DISTANCE, MAX_DISTANCE)
+        distances = self.distances(features)
+        z = np.clip(distances, -MAX_DISTANCE, MAX_DISTANCE)
+        z[:, EXPECTED_DICE] = distances[:, EXPECTED_DICE]
         z[:, TWO_SIDED] = np.abs(z[:, TWO_SIDED])
         return z[:, self.columns]
 
