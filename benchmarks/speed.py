@@ -40,6 +40,8 @@ CASES, REPEATS, TRAINING_STEPS = {'Hippocampus': 6, 'MSLesion': 1}, {'Hippocampu
 SYNTHETIC = 'speed_synthetic.json'
 """File of what needs no trained model."""
 STEPS = ('training step of stock', 'training step of PDDDPM')
+GOALS = {**{name: 1.25 for name in WAYS if name.startswith('8 samples, 1 step,')}, list(WAYS)[1]: 2.05, STEPS[1]: 1.1}
+"""Row -> how many times stock's time it should take at most."""
 
 
 def arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -186,20 +188,29 @@ def draw(work: Path, file: Path) -> None:
     plt.close(figure)
 
 
+def goals_in_words(ratios: dict[str, list[float]]) -> str:
+    """Which of the `GOALS` are reached in every data set and precision; `ratios`: row -> its medians, to stock."""
+    said = [f'- {name}: at most {most}: {"reached" if max(ratios[name]) < most + 0.005 else "**missed**"} '
+            f'({min(ratios[name]):.2f} to {max(ratios[name]):.2f})' for name, most in GOALS.items()]
+    return '\n'.join(['Goals, in times of stock, and the medians of all data sets and precisions:', '', *said])
+
+
 def write_page(work: Path, file: Path) -> None:
     """Of what is measured."""
     from speed_synthetic import export_in_words, main_memory_in_words
     synthetic = json.loads((work / SYNTHETIC).read_text())
-    lines = []
+    lines: list[str] = []
+    ratios: dict[str, list[float]] = {}
     for dataset in DATASETS:
         for precision, of in json.loads(file_of(work, dataset).read_text()).items():
             for name, values in of.items():
                 ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(WAYS))])
+                ratios.setdefault(name, []).append(float(np.median(ratio)))
                 lines.append(f'| {dataset.name} | {precision} | {name} | {np.median(values):.2f} | '
                              f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |')
     draw(work, file.with_suffix('.png'))
     write(file, 'speed', figure=f'![Time over that of stock]({file.stem}.png)',
           cases=CASES['Hippocampus'], repeats=REPEATS['Hippocampus'], lesion_cases=CASES['MSLesion'],
           iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
-          table='\n'.join(lines), main_memory=main_memory_in_words(synthetic['main memory']),
-          export=export_in_words(synthetic['export']))
+          table='\n'.join(lines), goals=goals_in_words(ratios),
+          main_memory=main_memory_in_words(synthetic['main memory']), export=export_in_words(synthetic['export']))

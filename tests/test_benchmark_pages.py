@@ -157,6 +157,8 @@ def test_page_of_speed_compares_what_was_measured_in_the_same_repeat(tmp_path):
     page = (tmp_path / 'page.md').read_text()
     assert f'| MSLesion | float32 | {list(speed.WAYS)[1]} | 3.50 | 1.83 (1.67 to 2.00) |' in page
     assert f'| {speed.STEPS[1]} | 12.50 | 1.14 (1.13 to 1.14) |' in page
+    assert f'- {list(speed.WAYS)[1]}: at most 2.05: reached (1.83 to 1.83)' in page
+    assert f'- {list(speed.WAYS)[2]}: at most 1.25: **missed** (2.67 to 2.67)' in page
     assert '1.20 times as long' in page and '1.80 times the 10.0 s' in page
     assert (tmp_path / 'page.png').is_file()
 

@@ -99,8 +99,8 @@ def test_a_volume_that_does_not_fit_on_the_gpu_is_the_same_from_main_memory(tmp_
     assert_close(found.presegmentation, expected.presegmentation, False)
 
 
-def make_trainer(kind, labels, device, folder):
-    """Initialised, without data, with deep supervision at two scales. That of PDDDPM has an untrained stock model."""
+def bare_trainer(kind, labels, device, folder):
+    """Without data, not initialised, with deep supervision at two scales."""
     of_all = plans('SimpleITKIO', 3, 1)
     of_all['configurations']['3d_fullres']['architecture']['arch_kwargs'].update(
         n_stages=3, features_per_stage=[4] * 3, kernel_sizes=[[3] * 3] * 3, strides=[[1] * 3, [2] * 3, [2] * 3],
@@ -108,7 +108,12 @@ def make_trainer(kind, labels, device, folder):
     data = folder / 'nnUNet_preprocessed' / of_all['dataset_name'] / 'plain'
     data.mkdir(parents=True, exist_ok=True)
     (data / 'none.b2nd').touch()  # by whose ending nnU-Net knows the format
-    trainer = kind({**of_all, 'continue_training': False}, '3d_fullres', 0, description(labels), torch.device(device))
+    return kind({**of_all, 'continue_training': False}, '3d_fullres', 0, description(labels), torch.device(device))
+
+
+def make_trainer(kind, labels, device, folder):
+    """The same, initialised. That of PDDDPM has an untrained stock model."""
+    trainer = bare_trainer(kind, labels, device, folder)
     trainer.initialize()
     return trainer
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_cuda
 import torch
 from conftest import DATASET, PLANS, REFINED, in_this_process, make_trainer, succeed
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.diffusion.measuring import NODES, LevelMeter
+from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning import sweep
 
 ON_CPU = 'PDDDPMTrainerOnCPU'
@@ -132,6 +135,24 @@ def test_two_processes_train_one_model(scratch_results, tmp_path):
     assert (true[:3] > 0).all() and len(set(true[:3].tolist())) == 3 and not true[3:].any()
     again = tmp_path / 'validation' / 'phantom_003.nii.gz'
     assert again.read_bytes() == (fold / 'validation' / again.name).read_bytes()
+
+
+def test_where_processes_cannot_wait_for_each_other_training_does_not_begin(tmp_path, monkeypatch):
+    """gloo needs the name of the host: after days of training its lack would end the run, and every --c."""
+    for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results'):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    trainer, begun = test_cuda.bare_trainer(PDDDPMTrainer, 'classes', 'cpu', tmp_path), []
+
+    def no_host(backend, **kwargs):
+        assert backend == 'gloo'
+        raise RuntimeError('cannot resolve the host')
+    monkeypatch.setattr(distributed, 'new_group', no_host)
+    monkeypatch.setattr(nnUNetTrainer, 'on_train_start', lambda self: begun.append(self))
+    monkeypatch.setattr(trainer, '_note_cases', lambda: None)
+    trainer.is_ddp, trainer.was_initialized, trainer._restored = True, True, True
+    with pytest.raises(RuntimeError, match='cannot resolve the host'):
+        trainer.on_train_start()
+    assert begun == []
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
