@@ -9,8 +9,10 @@ import pytest
 import SimpleITK as sitk
 from matplotlib.image import imread
 
+from nnunet_pdddpm.commands.demo import NUM_VALIDATION
 from nnunet_pdddpm.demo.phantom import ORIGIN, SPACING, make_case, oblique_direction, write_dataset
 from nnunet_pdddpm.demo.report import dice_of_cases, draw_figure, format_table, mean_dice, volume_lines
+from nnunet_pdddpm.inference.intervals import COVERAGE, attainable_level
 
 
 def test_phantoms_are_seeded_nested_and_lie_obliquely(tmp_path):
@@ -30,6 +32,10 @@ def test_phantoms_are_seeded_nested_and_lie_obliquely(tmp_path):
     neighbours = np.stack([np.roll(labels, shift, axis) for axis in range(3) for shift in (-1, 1)])
     assert (neighbours[:, labels == 2] > 0).mean() > 0.95  # the lesion lies within the organ
     assert image[labels == 2].mean() > image[labels == 1].mean() > image[labels == 0].mean()
+
+
+def test_the_demo_has_enough_validation_cases_for_intervals_of_95_percent():
+    assert attainable_level(NUM_VALIDATION) == COVERAGE
 
 
 def test_table_and_picture_are_made_from_predictions(tmp_path):

@@ -33,6 +33,7 @@ from nnunet_pdddpm.diffusion.process import (
     x0_from_eps,
 )
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
+from nnunet_pdddpm.network.settings import SamplingSettings
 
 # levels of diffusers' own schedules, and any others: log SNRs of a schedule of few steps, of all sizes
 UNEVEN = [9.0, 4.4, 4.3, 1.0, 0.0, -0.2, -3.0, -3.1, -9.0, -17.0]
@@ -496,6 +497,37 @@ def test_with_full_dependence_all_parts_are_drawn_as_one_volume(channels, region
         shifts = draw_shifts(channels, regions, sample, 3, 7, parts=5)
         assert shifts.shape == (channels, 5) and shifts.dtype == torch.float32
         assert torch.equal(shifts, draw_shifts(channels, regions, sample, 3, 7).expand(-1, 5))
+
+
+def test_over_the_cases_of_a_cohort_every_label_has_its_probability():
+    """24 labels, of which each voxel has one with 0.3, 8 samples, one seed: only the cases' names differ."""
+    labels, cohort = 24, 250
+    p = torch.full((1 + labels, labels), 1e-6)
+    p[0], p[1:] = 0.7, p[1:] + 0.3 * torch.eye(labels)
+    found = torch.zeros(cohort, labels)
+    for number in range(cohort):
+        seed = SamplingSettings(seed=1).for_case(f'case_{number:03d}').seed
+        for sample in range(SAMPLES):
+            mask = drawn_mask(p, False, draw_shifts(1 + labels, False, sample, SAMPLES, seed))
+            found[number] += mask[1:].diagonal() / SAMPLES
+    error = math.sqrt(0.3 * 0.7 / SAMPLES / cohort)  # of independent samples
+    assert ((found.mean(0) - 0.3).abs() < 5 * error).all()
+    other = {SamplingSettings(seed=seed).for_case(name).seed for seed in (1, 2) for name in ('case_000', 'case_001')}
+    assert len(other) == 4
+
+
+@pytest.mark.parametrize(('parts', 'of_range'), [(1, 7 / 8), (20, 0.82)])
+def test_the_range_of_eight_exact_samples_is_no_interval_of_95_percent(parts, of_range):
+    """Of the total of independent objects, the size of each as random as its threshold."""
+    inside, generator = {'range': 0, 'quantiles': 0}, torch.Generator().manual_seed(0)
+    for seed in range(600):
+        u = torch.cat([torch.sigmoid(-draw_shifts(2, False, i, SAMPLES, seed, END, parts, 0.0)[1:].double())
+                       for i in range(SAMPLES)]).sum(1)
+        truth = torch.rand(parts, generator=generator, dtype=torch.float64).sum()
+        inside['range'] += int(u.min() <= truth <= u.max())
+        inside['quantiles'] += int(u.quantile(0.025) <= truth <= u.quantile(0.975))
+    assert abs(inside['range'] / 600 - of_range) < 0.06
+    assert inside['quantiles'] / 600 < 0.89
 
 
 @pytest.mark.parametrize('dependence', [0.0, 1.0])

@@ -319,7 +319,8 @@ def summary_of(data: Data, estimated: Callable[[int], float]) -> list[dict[str, 
             volume = float((mask == value).sum() * np.prod(SPACING) / 1000)
             low = volume * (0.9 if i % 2 == 0 else 1.1)
             labels[name] = {'volume_ml': volume, 'volume_ml_mean': volume, 'volume_ml_sd': 0.1, 'volume_ml_low': low,
-                            'volume_ml_high': low + 0.2 * volume, 'samples_low_ml': 0, 'samples_high_ml': volume,
+                            'volume_ml_high': low + 0.2 * volume, 'interval_level': 0.95, 'samples_low_ml': 0,
+                            'samples_high_ml': volume,
                             'estimated_dice': estimated(i), 'components': 1}
         entries.append({'case': case, 'labels': labels, 'estimated_dice': estimated(i), 'seconds': 2.5,
                         'mask': identity(data.pred / f'{case}.nii.gz')})
@@ -342,6 +343,17 @@ def test_estimates_of_the_summary_are_compared_with_the_truth(data):
     assert results['foreground_mean']['reference_in_interval'] == pytest.approx(0.6)
     assert column(results, 'organ', 'reference_in_range') == [1] * 5
     assert results['mean']['lesion']['estimated_dice'] == pytest.approx(np.mean(estimated))
+
+
+def test_ends_without_a_level_are_no_interval(data):
+    """Summaries of earlier versions have quantiles of the samples there."""
+    entries = summary_of(data, lambda i: 0.5)
+    for entry in entries:
+        del entry['labels']['organ']['interval_level']
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({'cases': entries}))
+    results = data.evaluate()
+    assert column(results, 'organ', 'reference_in_interval') == [None] * 5
+    assert column(results, 'lesion', 'reference_in_interval') == [1, 0, 1, 0, 1]
 
 
 def test_a_summary_without_a_case_or_a_value_leaves_it_undefined(data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nnunet_pdddpm.inference import intervals
 from nnunet_pdddpm.inference.intervals import (
     FIELDS,
     MIN_INTERVAL_CASES,
@@ -26,7 +27,7 @@ from nnunet_pdddpm.inference.summary import interval
 SAMPLES = 8
 
 
-def cases(rng: np.random.Generator, number: int, kind: str) -> np.ndarray:
+def cases(rng: np.random.Generator, number: int, kind: str, samples: int = SAMPLES) -> np.ndarray:
     """(number, FIELDS) of a label whose volume varies between cases.
 
     'organ': errors are a share of the volume, and the samples know nothing of them. 'lesions': every object is there or
@@ -37,30 +38,33 @@ def cases(rng: np.random.Generator, number: int, kind: str) -> np.ndarray:
         if kind == 'organ':
             mask[i] = rng.uniform(2, 6)
             true[i] = mask[i] * np.exp(rng.normal(0.03, 0.05))
-            drawn = mask[i] * np.exp(rng.normal(0, 0.001, (1, SAMPLES)))
+            drawn = mask[i] * np.exp(rng.normal(0, 0.001, (1, samples)))
         else:
             sizes = rng.uniform(0.1, 1, 6)
             p = np.where(rng.random() < 0.5, rng.uniform(0.4, 0.6, 6), 0.999)  # a case is open, or not at all
             true[i] = (sizes * (rng.random(6) < p)).sum()
             mask[i] = (sizes * (p > 0.5)).sum()
-            drawn = sizes[:, None] * (rng.random((6, SAMPLES)) < p[:, None])
+            drawn = sizes[:, None] * (rng.random((6, samples)) < p[:, None])
         of_objects = drawn.std(1, ddof=1)
         mean[i], sd[i] = drawn.sum(0).mean(), drawn.sum(0).std(ddof=1)
         squares[i], square[i] = (of_objects ** 2).sum(), of_objects.sum() ** 2
-    return np.stack([true, mask, mean, sd, squares, square, np.full(number, float(SAMPLES))], 1)
+    return np.stack([true, mask, mean, sd, squares, square, np.full(number, float(samples))], 1)
 
 
 def features(row: np.ndarray) -> Features:
     return Features(*(row[i:i + 1] for i in range(1, 6)))
 
 
-def coverage(rng: np.random.Generator, kind: str, number: int, with_samples: bool, repeats: int = 300
-             ) -> tuple[float, float]:
-    """Share of the true volumes in the interval, and its mean width, over calibrations by so many cases."""
+def coverage(rng: np.random.Generator, kind: str, number: int, with_samples: bool, repeats: int = 300,
+             samples: int = SAMPLES) -> tuple[float, float]:
+    """Share of the true volumes in the interval, and its mean width, over calibrations by so many cases.
+
+    `samples`: of the cases that the interval is made for; those of the calibration have `SAMPLES`.
+    """
     inside, widths = [], []
     for _ in range(repeats):
         calibrated = calibrate([cases(rng, number, kind)], with_samples)
-        for row in cases(rng, 4, kind):
+        for row in cases(rng, 4, kind, samples):
             if (ends := calibrated.interval(features(row))) is None:
                 continue  # an empty mask has no logarithm
             low, high = ends
@@ -70,13 +74,27 @@ def coverage(rng: np.random.Generator, kind: str, number: int, with_samples: boo
 
 
 @pytest.mark.parametrize('kind', ['organ', 'lesions'])
-@pytest.mark.parametrize('number', [MIN_INTERVAL_CASES, 19, 60])
+@pytest.mark.parametrize('number', [MIN_INTERVAL_CASES, 19, 40, 60])
 def test_the_true_volume_is_inside_as_often_as_the_level_says(kind, number):
-    """Within 2 %, also where the rule is chosen on the same errors."""
+    """Within 2.5 %, also where the rule is chosen on the same errors, which costs most with 40."""
     found, _ = coverage(np.random.default_rng(number), kind, number, True)
     level = attainable_level(number)
-    assert level == {9: 0.9, 19: 0.95, 60: 0.95}[number]
-    assert abs(found - level) < 0.02
+    assert level == {9: 0.9, 19: 0.95, 40: 0.95, 60: 0.95}[number]
+    assert abs(found - level) < 0.025
+
+
+def test_a_rule_chosen_by_fewer_cases_would_not_hold_what_it_promises(monkeypatch):
+    monkeypatch.setattr(intervals, 'MIN_RULE_CASES', 1)
+    found, _ = coverage(np.random.default_rng(20), 'organ', 20, True)
+    assert found < 0.95 - 0.03
+
+
+def test_with_fewer_samples_than_in_calibration_only_intervals_without_them_hold():
+    """Calibrated with 8 samples, predicted with 2."""
+    by_samples, without = (coverage(np.random.default_rng(5), 'lesions', 60, with_samples, 150, samples=2)[0]
+                           for with_samples in (True, False))
+    assert by_samples < 0.9
+    assert abs(without - 0.95) < 0.025
 
 
 def test_the_samples_are_used_where_they_know_something_and_cost_nothing_where_not():

@@ -170,9 +170,11 @@ def _add_estimates(data: _Case, samples: list[Mask], result: CaseResult) -> None
         comparable = bool(data.valid.all())  # the summary's volumes include what the reference ignores
         for name, metrics in result.labels.items():
             given = entry.get('labels', {}).get(name, {})
+            calibrated = not np.isnan(_number(given.get('interval_level')))  # ends without a level promise nothing
             keys = {'volume_low_ml': 'volume_ml_low', 'volume_high_ml': 'volume_ml_high',
                     'samples_low_ml': 'samples_low_ml', 'samples_high_ml': 'samples_high_ml'}
-            metrics |= {ours: _number(given.get(theirs)) if comparable else NAN for ours, theirs in keys.items()}
+            metrics |= {ours: _number(given.get(theirs)) if comparable and (calibrated or ours == theirs) else NAN
+                        for ours, theirs in keys.items()}
             metrics['estimated_dice'] = _number(given.get('estimated_dice'))
     elif len(samples) > 1 and data.name not in data.folders.foreign_masks:
         for name, label in data.folders.labels.items():

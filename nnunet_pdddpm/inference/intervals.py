@@ -20,7 +20,7 @@ COVERAGE = 0.95
 MIN_INTERVAL_CASES = 9
 """Validation cases below which there is no interval: with n of them the widest honest level is n / (n + 1)."""
 MIN_RULE_CASES = 39
-"""Scores from which on the rule is chosen by them: chosen by fewer, intervals hold 2 to 4 % fewer true volumes than
+"""Scores from which on the rule is chosen by them: chosen by 20 to 30, intervals hold 2 to 4 % fewer true volumes than
 promised. From one more on each end can have a quantile of its own: 2.5 % of 40 is one."""
 
 
