@@ -1,10 +1,14 @@
 """Intervals of volumes hold what their level says, by whatever rule, of one model and of several."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from nnunet_pdddpm.inference import intervals
+from nnunet_pdddpm.inference import predictor as predictor_module
 from nnunet_pdddpm.inference.intervals import (
     FIELDS,
     MIN_INTERVAL_CASES,
@@ -22,7 +26,10 @@ from nnunet_pdddpm.inference.intervals import (
     interval_scores,
     signed_errors,
 )
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.summary import interval
+from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
+from nnunet_pdddpm.network.state import CALIBRATION, SETTING
 
 SAMPLES = 8
 
@@ -193,6 +200,24 @@ def test_without_samples_drawn_alike_no_rule_uses_them():
     true, of = rows[:, 0], Features(*rows[:, 1:6].T)
     assert choose_rule(true, of, True).scale in SAMPLE_SCALES
     assert choose_rule(true, of, False).scale not in SAMPLE_SCALES
+
+
+def test_units_of_samples_are_left_out_where_samples_are_not_drawn_as_in_calibration(monkeypatch):
+    monkeypatch.setattr(predictor_module, 'label_channels', lambda *of: {'lesions': 1})
+    settings, scores = SamplingSettings(), torch.zeros(60, 2, len(FIELDS))
+    scores[:, 1] = torch.from_numpy(cases(np.random.default_rng(2), 60, 'lesions'))
+    weights = {CALIBRATION: scores, **{SETTING + name: torch.tensor(value) for name, value in
+                                       as_numbers(settings).items()}}
+
+    def uses_samples(samples: int = SAMPLES, models: int = 1, **changes: float) -> bool:
+        predictor = PDDDPMPredictor(device=torch.device('cpu'))
+        predictor.dataset_json = predictor.plans_manager = None
+        predictor.list_of_parameters, predictor.num_samples = [weights] * models, samples * models
+        predictor.fold_settings = [replace(settings, **changes)] * models
+        return predictor._calibrated()['lesions'].with_label.rule.uses_samples
+    assert uses_samples()
+    assert not any((uses_samples(2), uses_samples(16), uses_samples(start=0.5), uses_samples(dependence=0.0),
+                    uses_samples(models=2)))
 
 
 def test_too_few_cases_and_empty_rows_give_no_interval():
