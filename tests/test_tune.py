@@ -36,7 +36,7 @@ from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import DiffusionDesign
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
-from nnunet_pdddpm.network.state import SETTING, stored_settings
+from nnunet_pdddpm.network.state import CALIBRATION, SETTING, stored_settings
 from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 from nnunet_pdddpm.tuning import budget as budget_module
 from nnunet_pdddpm.tuning import case_sweep as case_sweep_module
@@ -955,6 +955,9 @@ def test_a_training_too_short_to_tune_in_keeps_its_settings_and_says_so(stock, s
     assert 'The sampling settings stay as they are: 0.0 minutes are too short' in log(model)
     stored = weights(model / 'fold_0' / 'checkpoint_final.pth')
     assert stored_settings(stored) == trainer.sampling and not (FILES & set(os.listdir(model / 'fold_0')))
+    trainer.perform_actual_validation()  # where intervals are calibrated all the same, on all validation cases
+    stored = weights(model / 'fold_0' / 'checkpoint_final.pth')
+    assert int((stored[CALIBRATION][:, 1, -1] > 0).sum()) == len(trainer.do_split()[1]) > 0
     for fold, share, said in (('all', 1, 'fold all was trained on every case'), (0, 0, 'tuning_share is 0')):
         trainer = make_trainer(TUNED, fold)
         trainer.tuning_share = share
