@@ -186,14 +186,15 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
     """The ranking that rows (rows, labels, FIELDS) of labels with these names give."""
     kinds, cases = rows[..., KIND].max(1), rows[..., CASE].max(1)
     true, plain = true_dice(rows), expected_dice(rows)
-    by, estimates = REGRESSION, cross_validated(rows, ALL_FEATURES)
-    low, bound = _lower_bounds(estimates, true, kinds)
+    candidates = {by: cross_validated(rows, columns)
+                  for by, columns in ((REGRESSION, ALL_FEATURES), (PROBABILITIES, EXPECTED_DICE))}
+    bounds_of = {by: _lower_bounds(estimates, true, kinds) for by, estimates in candidates.items()}
 
     def better(i: np.ndarray) -> float:
-        return rank_correlation(low[i], true[i]) - rank_correlation(plain[i], true[i])
-    if bootstrap_interval(cases, better)[0] <= 0:
-        by, estimates = PROBABILITIES, cross_validated(rows, EXPECTED_DICE)
-        low, bound = _lower_bounds(estimates, true, kinds)
+        regression, expected = (rank_correlation(low[i], true[i]) for low, _ in bounds_of.values())
+        return regression - expected
+    by = REGRESSION if bootstrap_interval(cases, better)[0] > 0 else PROBABILITIES
+    estimates, (low, bound) = candidates[by], bounds_of[by]
     interval = bootstrap_interval(cases, lambda i: rank_correlation(low[i], true[i]))
     scores = Scores(rank_correlation(low, true), interval,
                     rank_correlation(low[kinds == CLEAN], true[kinds == CLEAN]), rank_correlation(plain, true),
