@@ -17,6 +17,7 @@ from sklearn.linear_model import Ridge
 from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands.predict import main_modelfolder
+from nnunet_pdddpm.inference import ranking as ranking_module
 from nnunet_pdddpm.inference.dice_regression import (
     ALL_FEATURES,
     CLEAN,
@@ -25,6 +26,7 @@ from nnunet_pdddpm.inference.dice_regression import (
     FIELDS,
     MIN_SD,
     RIDGE_PENALTY,
+    Estimates,
     LabelModel,
     bootstrap_interval,
     cross_validated,
@@ -130,6 +132,17 @@ def test_it_is_not_used_where_it_does_not_beat_the_probabilities_alone():
     of = {name: LabelQuality(usual, None) for name in CHANNELS}
     other = {name: LabelQuality(odd, None) for name in CHANNELS}
     assert ranking.judge(of).estimate == ranking.judge(other).estimate
+
+
+def test_the_regression_is_compared_with_the_order_that_it_would_replace(monkeypatch):
+    """Which may rank worse in cross-validation than the expected Dice itself, of one fit."""
+    of, rng = rows('expected'), np.random.default_rng(2)
+    true = logit(of[:, 1:, DICE])
+
+    def estimates(rows, columns):
+        return Estimates(true + rng.normal(0, 0.3 if columns == ALL_FEATURES else 1.5, true.shape), np.ones(true.shape))
+    monkeypatch.setattr(ranking_module, 'cross_validated', estimates)
+    assert ranking_of(of, CHANNELS).by == REGRESSION
 
 
 def test_the_worst_cases_are_told_apart_where_validation_cases_are_alike():
