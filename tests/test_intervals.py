@@ -83,11 +83,11 @@ def coverage(rng: np.random.Generator, kind: str, number: int, with_samples: boo
 @pytest.mark.parametrize('kind', ['organ', 'lesions'])
 @pytest.mark.parametrize('number', [MIN_INTERVAL_CASES, 19, 40, 60])
 def test_the_true_volume_is_inside_as_often_as_the_level_says(kind, number):
-    """Within 2.5 %, also where the rule is chosen on the same errors, which costs most with 40."""
+    """Within 2 %, also where the rule is chosen on the same errors; within 2.5 % with 40, where that costs most."""
     found, _ = coverage(np.random.default_rng(number), kind, number, True)
     level = attainable_level(number)
     assert level == {9: 0.9, 19: 0.95, 40: 0.95, 60: 0.95}[number]
-    assert abs(found - level) < 0.025
+    assert abs(found - level) < (0.025 if number == 40 else 0.02)
 
 
 def test_a_rule_chosen_by_fewer_cases_would_not_hold_what_it_promises(monkeypatch):
