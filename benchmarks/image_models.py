@@ -2,13 +2,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import tomllib
@@ -21,10 +18,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
 from nnunet_pdddpm.diffusion.drawing import drawn_mask
-from nnunet_pdddpm.inference import volume as volume_module
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.inference.volume_sampling import NoiseField, volume_noise
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.network.state import stored_settings
 from nnunet_pdddpm.tuning.sweep import DEPENDENCES
@@ -63,10 +58,9 @@ class Row:
 
 
 def rows(images: ImageSet) -> tuple[list[Row], str]:
-    """Those whose network is trained, and the title of the row that the others are compared with."""
+    """All of them, and the title of the row that the others are compared with."""
     of = tomllib.loads((Path(__file__).parent / 'rows.toml').read_text())[images.kind]
-    every = [Row(**row) for row in of['rows']]
-    return [row for row in every if row.network != 'shared' or 'shared' in images.networks], of['base']
+    return [Row(**row) for row in of['rows']], of['base']
 
 
 class Models:
@@ -168,9 +162,7 @@ class Models:
         volume = self.opened(image, row.network)
         if row.map is not None:
             volume.stock_logits = volume._start_logits = self.map(row.map, image)
-        shared = row.network == 'shared'
-        with patch.object(volume_module, 'volume_noise', _shared_noise) if shared else nullcontext():
-            masks, mean = drawn(volume, settings.for_case(image.name), number)
+        masks, mean = drawn(volume, settings.for_case(image.name), number)
         return inner(masks, image), inner(mean, image)
 
     def _logits_of_ssn(self, image: Image, number: int) -> Tensor:
@@ -209,18 +201,6 @@ def drawn(volume: Volume, settings: SamplingSettings, number: int) -> tuple[np.n
         masks.append(drawn_mask(p[:, 0], refiner.regions, shifts, parts.at(0))[1].numpy() > 0)
         mean = mean + p[1, 0].double().numpy() / number
     return np.stack(masks), mean
-
-
-def _shared_noise(shape: Sequence[int], seed: int, sample: int, *arguments: Any) -> Callable[[], NoiseField]:
-    """As `volume_noise` of one slice, with the noise of that trainer."""
-    from benchmark_trainers import shared_noise
-    start = volume_noise(shape, seed, sample, *arguments)
-    generator = torch.Generator().manual_seed(seed + 7919 * sample)
-
-    def field() -> NoiseField:
-        white = start()
-        return lambda count: shared_noise(white(count).movedim(1, 0), generator).movedim(0, 1)
-    return field
 
 
 def inner(values: Tensor | np.ndarray, like: Image) -> Tensor | np.ndarray:

@@ -8,7 +8,6 @@ A family has, under its name, stock nnU-Net, the control (the trained stock mode
 the denoiser), the denoiser, and a second network without diffusion.
 """
 import os
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,11 +15,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from ssn import StochasticSegmentationTraining
 
 from nnunet_pdddpm.cpu import cpu_has_bfloat16
-from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
-
-SQUARE = 64
 
 
 class ShortTraining:
@@ -100,26 +96,6 @@ class NoDiffusion:
         pass
 
 
-def shared_noise(white: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """White noise (B, C, Y, X), of whose variance a fifth is given to a number for the whole image, and a fifth to one
-    for each square of SQUARE pixels."""
-    *many, height, width = white.shape
-    squares = torch.randn((*many, -(-height // SQUARE), -(-width // SQUARE)), generator=generator)
-    squares = squares.repeat_interleave(SQUARE, -2).repeat_interleave(SQUARE, -1)[..., :height, :width]
-    constant = torch.randn((*many, 1, 1), generator=generator)
-    return 0.6 ** 0.5 * white + 0.2 ** 0.5 * (squares + constant).to(white.device)
-
-
-class SharedNoise:
-    """Mixin: with noise that is shared over the image in part."""
-
-    def make_noisy_batch(self, image, target):
-        def q(x0, log_snr, noise):
-            return q_sample(x0, log_snr, shared_noise(noise, self.level_generator))
-        with patch('nnunet_pdddpm.training.trainer.q_sample', q):
-            return super().make_noisy_batch(image, target)
-
-
 def add(name: str, *bases: type) -> None:
     """A trainer that nnU-Net finds by its name."""
     globals()[name] = type(name, bases, {'__module__': __name__})
@@ -132,4 +108,3 @@ for family, *mixins in (('Benchmark', ShortTraining), ('GPU', ShortTraining), ('
     add(f'nnUNetTrainer{family}SSN', *mixins, StochasticSegmentationTraining, nnUNetTrainer)
     add(f'PDDDPMTrainer{family}', *mixins, PDDDPMTrainer)
     add(f'PDDDPMTrainer{family}Second', NoDiffusion, *mixins, PDDDPMTrainer)
-    add(f'PDDDPMTrainer{family}SharedNoise', SharedNoise, *mixins, PDDDPMTrainer)
