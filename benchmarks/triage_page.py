@@ -18,8 +18,15 @@ from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from statistics_of_trainings import difference, files_of_trainings, spread
 
-from nnunet_pdddpm.inference.dice_regression import ALL_FEATURES, KIND, LabelModel, case_estimates
-from nnunet_pdddpm.inference.quality import LabelQuality
+from nnunet_pdddpm.inference.dice_regression import (
+    ALL_FEATURES,
+    KIND,
+    LabelModel,
+    case_estimates,
+    cross_validated,
+    true_dice,
+)
+from nnunet_pdddpm.inference.quality import LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import Ranking, ranking_of
 
 FAILED, FIRST = 0.8, (0.1, 0.2)
@@ -29,6 +36,7 @@ FEWEST = 8
 """Versions of a family below which its rank correlation says nothing."""
 TODAY, PACKAGE, FOLDS = "the probabilities' expected Dice", 'as the package does it', 'pairwise Dice of 3 stock folds'
 REGRESSION, ENTROPY, DISTANCE = 'the regression', 'mean entropy', 'Mahalanobis distance of deep features'
+BOTH = 'the regression and the Mahalanobis distance'
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class Training:
 
 def read(of: Subject, into: Path) -> Training:
     """All that is measured of one."""
-    fitted_on = np.array(json.loads((into / 'fit.json').read_text()))
+    validation = json.loads((into / 'fit.json').read_text())
+    fitted_on = np.array(validation['rows'])
     ranking = ranking_of(fitted_on, of.labels)
     versions = [(file.stem, key.rsplit(' ', 1)[0], one) for file in sorted((into / 'test').glob('*.json'))
                 for key, one in json.loads(file.read_text()).items()]
@@ -61,13 +70,17 @@ def read(of: Subject, into: Path) -> Training:
                   for name, channel in of.labels.items()}
     distance = mahalanobis(np.array(json.loads((into / 'pooled.json').read_text())))
     bounds = [ranking.judge(qualities(one)).low for one in found]
+    distances = distance(np.array([one['pooled'] for one in found]))
+    by_regression = np.array([by_models(regression, one) for one in found])
     scores = {PACKAGE: np.array([-1.0 if low is None else low for low in bounds]),
-              REGRESSION: np.array([by_models(regression, one) for one in found]),
+              REGRESSION: by_regression,
+              BOTH: stacked(fitted_on[:, list(of.labels.values())], distance(np.array(validation['pooled'])))(
+                  by_regression, distances),
               TODAY: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
                                for of_labels in labels]),
               FOLDS: np.array([np.mean([one['folds'] or 0 for one in of_labels]) for of_labels in labels]),
               ENTROPY: -np.array([one['entropy'] for one in found]),
-              DISTANCE: -distance(np.array([one['pooled'] for one in found]))}
+              DISTANCE: -distances}
     return Training(np.array([np.mean([one['dice'] for one in of_labels]) for of_labels in labels]),
                     np.array([name for name, *_ in versions]), np.array([family for _, family, _ in versions]), scores,
                     np.array([low is not None for low in bounds]), ranking)
@@ -84,6 +97,17 @@ def by_models(models: dict[str, LabelModel], of: dict[str, Any]) -> float:
     known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
              for name, label in qualities(of).items() if label.features is not None]
     return float(case_estimates(*np.array(known).T[:, None])[0][0]) if known else -10.0
+
+
+def stacked(rows: np.ndarray, distances: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Linear regression of the logit of the Dice on the regression's estimate and the logarithm of the distance, fitted
+    on validation rows (rows, labels, FIELDS) and their distances, with the estimates of cross-validation."""
+    estimates = cross_validated(rows, ALL_FEATURES)
+    by_regression, _ = case_estimates(estimates.logits, estimates.units)
+    there = np.isfinite(by_regression)
+    x = np.column_stack([np.ones(there.sum()), by_regression[there], np.log(distances[there])])
+    constant, slope, of_distance = np.linalg.lstsq(x, logit(true_dice(rows[there])), rcond=None)[0]
+    return lambda estimate, distance: constant + slope * estimate + of_distance * np.log(distance)
 
 
 def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -30,6 +30,8 @@ class RaterSet:
     kind: str = 'raters'
     networks: tuple[str, ...] = NETWORKS
     whole: bool = True
+    most: int | None = None
+    """Images that are tested and, of a fold, fitted on: so many at even distances, instead of all."""
 
     def groups(self, data: str | None) -> dict[str, str]:
         """Image -> what must not be divided (the patient), or is to be spread evenly (the group of nuclei)."""
@@ -86,13 +88,18 @@ class RaterSet:
         of_images: dict[str, list[str]] = {}
         for case in cases:
             of_images.setdefault(case.rsplit('-', 1)[0], []).append(case)
+        of_images = {name: of_images[name] for name in self.some(list(of_images))}
         return [Image(name, io.imread(raw / 'imagesTr' / f'{of[0]}_0000.png').astype(float),
                       np.stack([io.imread(raw / 'labelsTr' / f'{case}.png') > 0 for case in of]))
                 for name, of in of_images.items()]
 
     def tests(self, data: str | None) -> Mapping[str, Sequence[Image]]:
         """One set."""
-        return {self.label: self.images(find_data(data, self.folder, 'raters'), self.split(data)[0])}
+        return {self.label: self.images(find_data(data, self.folder, 'raters'), self.some(self.split(data)[0]))}
+
+    def some(self, names: list[str]) -> list[str]:
+        """At most `most` of them."""
+        return names[::-(-len(names) // self.most)] if self.most else names
 
     def raters_of_cases(self, work: Path) -> Path:
         """Folder in which every case, an image with one rater's mask, has the masks of all."""
@@ -145,4 +152,4 @@ RATER_SETS = {
     'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 'cell', 1,
                       _dataset(773, 'Cell', (16, 32, 64, 128), 4, 128, 6, 250, 250)),
     'nodules': RaterSet('Lung nodules, four radiologists an image', 'lidc_nodules_2d', 'nodule', 1,
-                        _dataset(774, 'Nodule', (16, 32, 64, 128), 4, 128, 12, 250, 250))}
+                        _dataset(774, 'Nodule', (16, 32, 64, 128), 4, 128, 6, 250, 250), most=100)}
