@@ -83,7 +83,7 @@ def samples_of(refined: Workspace):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(predictor, 'predict_sliding_window_return_logits', lambda image: logits.half())
             # under little noise: the mask that was noised
-            patch.setattr(predictor.refiner, 'denoise', lambda image, x, *_: 2 * harden(x, regions) - 1)
+            patch.setattr(predictor.refiner, 'denoise', lambda image, x, level: 2 * harden(x, regions) - 1)
             # the data set has no regions, and nothing is asked of volumes
             patch.setattr(VoxelCounter, '_add', lambda counter, *_: torch.zeros(counter.num_values, 1).int())
             predictor.predict_volume(torch.zeros(1, *SHAPE), keep)

@@ -25,7 +25,7 @@ from torch import Tensor
 from nnunet_pdddpm.commands.tune import main
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.levels import LevelTable
-from nnunet_pdddpm.diffusion.process import noise_scale, signal
+from nnunet_pdddpm.diffusion.process import log_likelihood_ratio, noise_scale, signal
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
@@ -328,7 +328,8 @@ class Exact(torch.nn.Module):
             likeness = torch.einsum('bczyx,kczyx->bk', noisy, 2 * self.masks - 1)
             scale = signal(log_snr) / noise_scale(log_snr) ** 2
             weights = (likeness * scale[:, None].float()).softmax(1)
-        return torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
+        logits = torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
+        return logits - log_likelihood_ratio(noisy, log_snr, -1, 1) if log_snr[0] != self.blind_level else logits
 
 
 class Stock(Exact):
@@ -718,9 +719,9 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
             now[0] += 8 if mirrored else 0
             return super().presegment(mirrored)
 
-        def _denoised_tiles(self, x, level, mirrored, own_evidence):
+        def _denoised_tiles(self, x, level, mirrored):
             now[0] += len(mirrored)
-            return super()._denoised_tiles(x, level, mirrored, own_evidence)
+            return super()._denoised_tiles(x, level, mirrored)
     monkeypatch.setattr(case_sweep_module, 'SweepVolume', Clocked)
     monkeypatch.setattr(sweep_module, 'MORE_STEPS', (3, 5))
     monkeypatch.setattr(sweep_module, 'DEPENDENCES', (1.0,))

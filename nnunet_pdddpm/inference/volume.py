@@ -198,7 +198,7 @@ class Volume:
         parts, start_logits = self.parts(settings), self.start_logits
         shifts = self.refiner.start_shifts(settings, sample, samples, parts.number)
         x = refine_volume(
-            lambda x, level: self.denoise(x, level, mirrored, not settings.redraw),
+            lambda x, level: self.denoise(x, level, mirrored),
             lambda z: self.refiner.chain(settings, sample, samples, parts.at(z), parts.number),
             lambda z: self.refiner.start_mask(start_logits[:, z], settings, shifts, parts.at(z)),
             self.shape, self.device, self.refiner.table.chain(settings.start, settings.steps), noise)
@@ -212,23 +212,22 @@ class Volume:
             p[:, z] = at(z)
         return p
 
-    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]], own_evidence: bool
-                ) -> Iterator[SliceValues]:
-        """Estimate of the clean coded mask (`Refiner.denoise`), fused over tiles and mirrorings, see `fuse_tiles`."""
-        return fuse_tiles(self._denoised_tiles(x, level, mirrored, own_evidence), self.shape, self.weight, self.device)
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[SliceValues]:
+        """Estimate of the clean coded mask, fused over tiles and mirrorings, see `fuse_tiles`."""
+        return fuse_tiles(self._denoised_tiles(x, level, mirrored), self.shape, self.weight, self.device)
 
     def probabilities_at(self, logits: Tensor, z: slice, temperature: float = 1.0) -> Tensor:
         """Probabilities (C, slices, Y, X) float32 of some slices of logits (C, Z, Y, X), over a temperature."""
         return logits_to_probabilities(logits[None, :, z].float() / temperature, self.refiner.regions)[0]
 
-    def _denoised_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]], own_evidence: bool
+    def _denoised_tiles(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]
                         ) -> Iterator[tuple[Tile, Tensor]]:
         """Tiles, and the estimate (C, ...) in them, under each mirroring, as many at a time as memory allows."""
         left = [(tile, axes) for tile in self.tiles for axes in mirrored]
         while left:
             batch = left[:self.predictor.tile_batch]
             try:
-                estimates = self._denoise_tiles(x, level, batch, own_evidence)
+                estimates = self._denoise_tiles(x, level, batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -239,15 +238,14 @@ class Volume:
             del left[:len(batch)]
             yield from zip((tile for tile, _ in batch), estimates, strict=True)
 
-    def _denoise_tiles(self, x: Tensor, level: float, batch: Sequence[tuple[Tile, tuple[int, ...]]],
-                       own_evidence: bool) -> list[Tensor]:
+    def _denoise_tiles(self, x: Tensor, level: float, batch: Sequence[tuple[Tile, tuple[int, ...]]]) -> list[Tensor]:
         """The denoiser's estimates (C, ...) in tiles under mirrorings, mirrored back."""
         def stacked(select: Callable[[Tile], Tensor]) -> Tensor:
             return torch.stack([select(tile).flip([axis + 1 for axis in axes])
                                 for tile, axes in batch]).to(self.predictor.device)
         with self.predictor.autocast():
             image, masks = stacked(lambda tile: self.image[tile]), stacked(lambda tile: x[tile])
-            estimates = self.refiner.denoise(image, masks, level, own_evidence)
+            estimates = self.refiner.denoise(image, masks, level)
         self.network_calls['denoiser'] += len(batch)
         self.progress.update(len(batch))
         return [estimate.flip([axis + 1 for axis in axes])

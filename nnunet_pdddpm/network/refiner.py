@@ -307,24 +307,21 @@ class Refiner(nn.Module):
             shifts = self.start_shifts(settings, sample, number)
             mask = torch.stack([self.start_mask(logits, settings, shifts) for logits in stock_logits])
             draw = self._noise.source(mask.shape[1:], settings.seed, sample, mask.device, settings.steps)
-            x = _refine(lambda x, level: self.denoise(image, x, level, not settings.redraw),
-                        self.chain(settings, sample, number), mask, levels, draw)
+            x = _refine(lambda x, level: self.denoise(image, x, level), self.chain(settings, sample, number), mask,
+                        levels, draw)
             mean += self.probabilities(x) / number
         return mean
 
     @torch.compiler.disable(recursive=False)
-    def denoise(self, image: Tensor, x: Tensor, level: float, own_evidence: bool) -> Tensor:
+    def denoise(self, image: Tensor, x: Tensor, level: float) -> Tensor:
         """The denoiser's estimate of the clean coded mask under x_t, (B, C, ...) float32.
 
         Args:
             image: (B, image channels, ...).
             x: (B, C, ...) coded mask x_t.
             level: log SNR.
-            own_evidence: whether the logits contain what each noisy voxel says by itself, see `denoiser_output`. Chains
-                that redraw masks go without it: a trained network does not wholly cancel the noise in it, and what is
-                left would be drawn as specks. The steps of DDPM need it.
         """
-        output = (self.denoiser_output if own_evidence else self.denoiser)(image, x, self._level(level, x))
+        output = self.denoiser_output(image, x, self._level(level, x))
         output = (output[0] if isinstance(output, list) else output).float()
         coding = self.design.coding
         if self.design.parameterisation == 'x0':

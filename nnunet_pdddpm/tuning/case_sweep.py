@@ -139,21 +139,19 @@ class CaseSweep:
 class SweepVolume(Volume):
     """A volume whose first estimate after `clear_estimate` is kept: chains from the same noisy mask begin with it."""
 
-    kept: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+    kept: tuple[Tensor, float, Sequence[tuple[int, ...]], Tensor] | None = None
 
     def clear_estimate(self) -> None:
         """Another start level or sample is to come."""
         self.kept = None
 
-    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]], own_evidence: bool
-                ) -> Iterator[SliceValues]:
+    def denoise(self, x: Tensor, level: float, mirrored: Sequence[tuple[int, ...]]) -> Iterator[SliceValues]:
         """As `Volume.denoise`, but not computed twice from the same mask."""
-        of = level, mirrored, own_evidence
         if self.kept is None:
             noisy, estimate = x.clone(), torch.empty_like(x)
-            for z, values in super().denoise(x, *of):
+            for z, values in super().denoise(x, level, mirrored):
                 estimate[:, z] = values
-            self.kept = noisy, of, estimate
-        elif not (of == self.kept[1] and torch.equal(x, self.kept[0])):
-            return super().denoise(x, *of)
-        return in_chunks(self.kept[2])
+            self.kept = (noisy, level, mirrored, estimate)
+        elif not (level == self.kept[1] and mirrored == self.kept[2] and torch.equal(x, self.kept[0])):
+            return super().denoise(x, level, mirrored)
+        return in_chunks(self.kept[3])
