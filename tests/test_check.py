@@ -21,7 +21,7 @@ from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import find_trainer
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
-from nnunet_pdddpm.network.state import CALIBRATION, SETTING
+from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, QUALITY_FIELDS, QUALITY_ROWS, SETTING
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 
 CHECKOUT = Path(__file__).parents[1]
@@ -67,6 +67,7 @@ class Checker:
             table = even_table(-11.0, 41)
             weights = {'level_log_snr': torch.tensor(table.log_snr), 'level_share': torch.tensor(table.share),
                        CALIBRATION: torch.zeros(1, 3, 7),
+                       QUALITY: torch.zeros(QUALITY_ROWS, 3, QUALITY_FIELDS),
                        **{SETTING + name: torch.tensor(value) for name, value in as_numbers(settings).items()}}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
@@ -290,8 +291,7 @@ def test_a_model_of_an_earlier_version_is_a_problem_in_one_sentence(checker):
                {'t_max': 1000, 't_start': 700, 'steps': 1, 'sampler_t_start': 700, 'sampler_steps': 1}.items()}
     torch.save({**torch.load(file), 'network_weights': earlier}, file)
     assert checker.problem(str(DATASET_ID), '-p', PLANS) == (
-        f'The model {file} is of an earlier version of PDDDPMTrainer, which placed noise levels otherwise: train it '
-        f'again with this version.')
+        f'The model {file} is of an earlier version of PDDDPMTrainer: train it again with this version.')
 
 
 def test_a_model_whose_noise_levels_are_not_in_order_is_a_problem_of_that_model(checker):

@@ -28,7 +28,6 @@ from nnunet_pdddpm.network.state import (
     QUALITY_FIELDS,
     QUALITY_ROWS,
     SETTING,
-    add_missing_quality,
     check_version,
     stored_settings,
     stored_table,
@@ -150,13 +149,13 @@ class Refiner(nn.Module):
 
         Raises:
             ValueError: if a setting is out of range, or the weights are damaged, see `check_weights`.
-            CheckpointError: if it is the state of a version that had no table of levels.
+            CheckpointError: if it is the state of an earlier version.
         """
         check_version(state_dict, 'The model')
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)
         self.seen = stored_seen(state_dict)
         before = self.settings
-        result = super().load_state_dict(add_missing_quality(state_dict, self.quality), strict, assign)
+        result = super().load_state_dict(state_dict, strict, assign)
         self.use_stored_settings()
         stored = self.settings
         self.settings = effective_settings(stored)

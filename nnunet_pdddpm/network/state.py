@@ -1,11 +1,9 @@
 """What a trained model holds beside its weights: the names of these tensors in its state dict, and their readers."""
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.levels import LevelTable
@@ -25,21 +23,9 @@ LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
 
 
 def check_version(weights: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError for a refiner's state of a version that named noise levels by numbers."""
-    if not {LEVELS[0], SETTING + 'start', CALIBRATION} <= weights.keys():
-        raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer, which placed noise levels '
-                              f'otherwise: train it again with this version.')
-
-
-def add_missing_quality(weights: Mapping[str, Any], empty: Tensor) -> Mapping[str, Any]:
-    """A refiner's state dict; of a version that measured no quality, with an empty one, of the shape of `empty`."""
-    if QUALITY in weights:
-        return weights
-    found = OrderedDict(weights)
-    found[QUALITY] = torch.zeros_like(empty)
-    if hasattr(weights, '_metadata'):
-        found._metadata = weights._metadata  # type: ignore[attr-defined]
-    return found
+    """Raise CheckpointError for a refiner's state that lacks what this version stores beside the weights."""
+    if not {LEVELS[0], SETTING + 'start', CALIBRATION, QUALITY} <= weights.keys():
+        raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer: train it again with this version.')
 
 
 def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:

@@ -36,8 +36,7 @@ def store(fold_folder: Path, settings: SamplingSettings) -> list[Path]:
         for name, value in as_numbers(settings).items():
             weights[SETTING + name].fill_(value)
         weights[CALIBRATION].zero_()
-        if QUALITY in weights:  # else it is of a version that measured none
-            weights[QUALITY].zero_()
+        weights[QUALITY].zero_()
         _replace(file, checkpoint)
     return files
 
