@@ -341,7 +341,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(source, tmp_path):
     (tmp_path / 'file').write_text('')
     said = refusal(source, tmp_path / 'file' / 'out')
     assert said.startswith('Error: Not a directory') and str(tmp_path / 'file') in said
-    assert 'go on with --continue_prediction' in said
+    assert 'continue with --continue_prediction' in said
 
 
 def test_a_second_run_at_the_same_case_is_refused_and_disturbs_nothing(source, tmp_path, monkeypatch):

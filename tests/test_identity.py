@@ -324,7 +324,7 @@ def test_earlier_cases_without_what_a_report_needs_are_named_in_it(source, out, 
     shutil.copy(source / f'{B}_0000.nii.gz', source / f'{A}_0000.nii.gz')
     capsys.readouterr()
     predict(source, out, '--report', '-num_parts', '2', '-part_id', '1')  # part 0, which has A, comes later
-    assert f'Not in the report: {A} (The report needs' in capsys.readouterr().out
+    assert f'Not in the report: {A} (The report needs' in capsys.readouterr().err
     page = (out / 'report.html').read_text()
     assert f'Not shown:</strong> {A} (The report needs' in page and f'>{B}</h2>' in page
 

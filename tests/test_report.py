@@ -463,7 +463,7 @@ def of_an_earlier_version(folder: Path) -> None:
      'poor.nii.gz is not the mask that pdddpm_summary.json was made of'),
     (of_an_earlier_version, 'poor.nii.gz cannot be told from another one: it is of a version of'),
 ], ids=['map', 'stock', 'mask', 'image', 'values', 'shape', 'cut', 'sample', 'corrected', 'foreign', 'earlier version'])
-def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(prediction, tmp_path, capsys, spoil, why):
+def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(prediction, tmp_path, caplog, spoil, why):
     folder = tmp_path / 'out'
     shutil.copytree(prediction[0].parent, tmp_path, dirs_exist_ok=True)
     images = {case: [tmp_path / 'images' / files[0].name] for case, files in prediction[1].items()}
@@ -471,8 +471,7 @@ def test_a_case_that_cannot_be_shown_is_named_and_the_others_are_shown(predictio
     page = write_report(folder, images).read_text(encoding='utf-8')
     assert sorted(cases_of(page)) == sorted(case for case in ORDER if case != 'poor')
     assert 'Not shown: poor (' in text_of(page) and why in text_of(page)
-    said = capsys.readouterr().out
-    assert 'Not in the report: poor (' in said and why in said
+    assert 'Not in the report: poor (' in caplog.text and why in caplog.text
 
 
 @pytest.mark.parametrize('content', [b'', b'{"cases": [', b'\xff\xfe'])
@@ -486,7 +485,7 @@ def test_a_file_that_is_empty_or_torn_after_a_loss_of_power_is_named(prediction,
     assert str(folder / name) in str(error.value) and 'Expecting' not in str(error.value)
 
 
-def test_cases_that_are_not_there_yet_or_failed_are_named_once(prediction, tmp_path, capsys):
+def test_cases_that_are_not_there_yet_or_failed_are_named_once(prediction, tmp_path, caplog):
     folder, images = tmp_path / 'out', prediction[1]
     shutil.copytree(prediction[0], folder)
     summary = json.loads((folder / 'pdddpm_summary.json').read_text())
@@ -495,7 +494,7 @@ def test_cases_that_are_not_there_yet_or_failed_are_named_once(prediction, tmp_p
     (folder / 'pdddpm_summary.json').write_text(json.dumps(summary))
     page = text_of(write_report(folder, {**images, 'other': images['poor']}).read_text(encoding='utf-8'))
     assert 'Not predicted: good (is empty)' in page and 'Not shown: other (it is not predicted yet)' in page
-    assert capsys.readouterr().out == 'Not in the report: other (it is not predicted yet)\n'
+    assert caplog.messages == ['Not in the report: other (it is not predicted yet)']
 
 
 def test_with_nothing_to_show_or_a_summary_that_is_none_an_earlier_report_stays(prediction, tmp_path):

@@ -170,11 +170,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> Non
         if not lacks_memory(error):
             raise
         sys.exit('Error: There is not enough memory, not even for the model. Cases finished before are there; with '
-                 'more memory, or fewer processes (-npp, -nps), go on with --continue_prediction.')
+                 'more memory, or fewer processes (-npp, -nps), continue with --continue_prediction.')
     except OSError as error:
         place = f' ({error.filename})' if error.filename else ''
         sys.exit(f'Error: {error.strerror or error}{place}. Cases finished before are there; when that is put right, '
-                 f'go on with --continue_prediction.')
+                 f'continue with --continue_prediction.')
     if failed or no_report:
         num_cases = len(images[args.part_id::args.num_parts]) + len(unusable)
         told = [f'{failure_message(failed, num_cases)}.'] if failed else []

@@ -47,7 +47,7 @@ def format_table(summary: dict[str, Any]) -> str:
                      + f'{summary["seconds_per_case"][name]:9.1f}')
     lines.append(f'{summary["cases"]} cases; seconds include starting the program and file I/O')
     if 'longer' not in summary['dice']:
-        lines.append('PDDDPM goes on from the stock model for as long again: --control trains stock as long as both.')
+        lines.append('PDDDPM continues from the stock model for as long again: --control trains stock as long as both.')
     return '\n'.join(lines)
 
 

@@ -168,9 +168,6 @@ class Bound:
     quantile: float
     held: float
     """Share of the rows, each by the errors of other families."""
-    worst: int
-    """Kind of the rows in which it holds least."""
-    worst_held: float
 
     @classmethod
     def from_errors(cls, errors: np.ndarray, kinds: np.ndarray) -> Bound:
@@ -178,5 +175,4 @@ class Bound:
         several = np.ptp(kinds) > 0
         held = {int(kind): float((errors[kinds == kind] >= lower_quantile(
             errors[kinds != kind] if several else errors)).mean()) for kind in np.unique(kinds)}
-        worst = min(held, key=lambda kind: held[kind])
-        return cls(lower_quantile(errors), float(np.mean([held[int(kind)] for kind in kinds])), worst, held[worst])
+        return cls(lower_quantile(errors), float(np.mean([held[int(kind)] for kind in kinds])))

@@ -235,7 +235,7 @@ class PDDDPMPredictor(VolumePredictor):
             results = [result.result() if isinstance(result, Future) else result for result in results]
         except BrokenProcessPool:
             raise PredictionError('A background process was killed, probably for lack of memory: use fewer with -npp '
-                                  'and -nps. Finished cases are there; go on with --continue_prediction.') from None
+                                  'and -nps. Finished cases are there; continue with --continue_prediction.') from None
         except OutputInUse as error:
             raise PredictionError(str(error)) from None
         finally:

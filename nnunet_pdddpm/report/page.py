@@ -1,6 +1,7 @@
 """Writes report.html."""
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, label_colours
 from nnunet_pdddpm.report.views import make_view
 from nnunet_pdddpm.report.volumes import existing, read_case, sample_files
+
+logger = logging.getLogger(__name__)
 
 REPORT = 'report.html'
 VOLUME_BYTES = 40_000_000
@@ -59,7 +62,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]], comm
         page, missing = _page(folder, images, text.read_summary(folder), command, date)
         written = write_atomically(folder, {REPORT: page})[0]
     if missing:
-        print(f'Not in the report: {_with_reasons(missing)}')
+        logger.warning('Not in the report: %s', _with_reasons(missing))
     return written
 
 

@@ -58,7 +58,7 @@ class LossWatch:
 
     def _error(self, loss: SupportsFloat, iteration: int, epoch: int, cases: Sequence[str], what: str) -> NonFiniteLoss:
         kept = [name for name in ('checkpoint_latest.pth', 'checkpoint_best.pth') if (self.folder / name).is_file()]
-        remedy = f'{" and ".join(kept)} in {self.folder} are from before it: go on with --c' if kept else \
+        remedy = f'{" and ".join(kept)} in {self.folder} are from before it: continue with --c' if kept else \
             'no checkpoint has been written yet: start again'
         return NonFiniteLoss(f'The loss is {float(loss)} at iteration {iteration} of epoch {epoch}{what}, on patches '
                              f'of {", ".join(dict.fromkeys(map(str, cases)))}, and training stops. Look for NaN in the '
