@@ -33,11 +33,18 @@ def machine() -> str:
 
 def commit() -> str:
     """Of the checkout, with a word if files differ from it."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(['git', *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-                              ).stdout.strip()
-    changed = git('status', '--porcelain', '../nnunet_pdddpm')
-    return git('rev-parse', '--short', 'HEAD') + (' and changes' if changed else '')
+    changed = _git('status', '--porcelain', '../nnunet_pdddpm')
+    return _git('rev-parse', '--short', 'HEAD') + (' and changes' if changed else '')
+
+
+def date(commit: str) -> str:
+    """Of a commit, year first; empty if it is not in the checkout's history."""
+    return _git('show', '--no-patch', '--format=%cs', commit)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(['git', *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+                          ).stdout.strip()
 
 
 def results() -> Path:

@@ -76,7 +76,12 @@ def test_page_of_volumes(tmp_path):
     for row in rows[:-1]:
         for fold in range(1 if row.ensemble else 3):
             (tmp_path / 'measured' / f'{row.name}__{fold}.json').write_text(json.dumps(measured(('dice', 'nll'), rng)))
+    (tmp_path / 'README.md').write_text('# Results\n\n| page | commit | date | machine |\n| [of before](x.md) | |\n')
     volumes.write_page(tmp_path, tmp_path / 'page.md')
+    pages = rows_of(tmp_path / 'README.md')
+    _, commit, _, machine = pages['[page](page.md)']
+    assert f'Commit {commit}' in (tmp_path / 'page.md').read_text() and 'CPU cores' in machine
+    assert (tmp_path / 'README.md').read_text().startswith('# Results\n\n') and '[of before](x.md)' not in pages
     table = rows_of(tmp_path / 'page.md')
     assert {row.title for row in rows[:-1]} <= table.keys()
     assert table[base][2] == '' and '(one model)' in table['stock, ensemble of the 3 folds'][1]

@@ -85,6 +85,13 @@ def test_pages_made_of_the_code_are_up_to_date(script, page):
     assert runpy.run_path(str(DOCS / script))['page']() == (DOCS / page).read_text(), f'run python docs/{script}'
 
 
+def test_the_list_of_results_names_the_commit_of_each_page():
+    listed = (DOCS / 'results' / 'README.md').read_text()
+    for page in (DOCS / 'results').glob('*.md'):
+        for commit in re.findall(r'^Commit (\w+)', page.read_text(), re.MULTILINE):
+            assert f'| [{page.stem}]({page.name}) | {commit} | 20' in listed
+
+
 def test_the_picture_of_the_architecture_is_up_to_date():
     script = runpy.run_path(str(DOCS / 'dev' / 'architecture.py'))
     assert script['picture']() == (DOCS / 'dev' / 'architecture.svg').read_text(), 'run python docs/dev/architecture.py'
