@@ -181,7 +181,7 @@ def section(of: Subject, trainings: list[Training]) -> str:
         f'{len(one.dice)} versions of {len(np.unique(one.cases))} test cases, {len(trainings)} '
         f'training{"s" * (len(trainings) > 1)}. What the package says after validation:', '', *said, '',
         *pooled_table(trainings), '',
-        f'The lower bound is to hold in 90 % of the versions. {share:.0f} % have one'
+        f'The lower bound should hold in 90 % of the versions. {share:.0f} % have one'
         + (f'; it held in {held:.0f} % of these.' if share else '.'), '',
         f"Spearman on the images as they are, the package's order less {TODAY}: "
         f'{against(trainings, PACKAGE, TODAY, spearman, CLEAN)}.', '',

@@ -105,7 +105,8 @@ class Ranking:
              'better')
         return (f'Cases are sorted by {how}. Rank correlation with the Dice {correlation} on {number}; '
                 f'{scores.clean:.2f} on the cases as they are; by the probabilities alone {scores.probabilities:.2f}. '
-                f'The lower bound is to hold in {100 * BOUND_COVERAGE:.0f} % and held in {100 * bound.held:.0f} %.')
+                f'The lower bound should hold in {100 * BOUND_COVERAGE:.0f} % of images; in validation it held in '
+                f'{100 * bound.held:.0f} %.')
 
     def judge(self, qualities: Mapping[str, LabelQuality]) -> Judgement:
         """What is said of a case, by what is known of its labels."""
