@@ -5,6 +5,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets.hippocampus import HIPPOCAMPUS, names
@@ -70,6 +71,17 @@ def read(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
+def bounds(places: np.ndarray, size: int) -> tuple[float, float]:
+    """From the first to the last of them, with a margin of up to eight voxels."""
+    return max(places.min() - 8.5, -0.5), min(places.max() + 8.5, size - 0.5)
+
+
+def outlines(axis: Any, mask: np.ndarray, colour: str, width: float) -> None:
+    """Of each label of a slice."""
+    for label in np.unique(mask[mask > 0]):
+        axis.contour(mask == label, [0.5], colors=colour, linewidths=width)
+
+
 def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     """The figure of a prediction."""
     from matplotlib import pyplot as plt
@@ -78,15 +90,17 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     samples = [read(of) for of in sorted((output / 'samples').glob(f'{case}_s*.nii.gz'))]
     entropy = read(output / 'uncertainty' / f'{case}_uncertainty.nii.gz')
     z = int((truth > 0).sum((1, 2)).argmax())
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), width_ratios=(1, 1, 1, 1.25))
+    (top, bottom), (left, right) = (bounds(places, size) for places, size in zip(
+        np.nonzero(np.any([truth, *samples], 0)[z]), truth[z].shape, strict=True))
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), width_ratios=(1, 1, 1, 1.3))
     for axis in axes[:3]:
         axis.imshow(image[z], cmap='gray')
-        axis.set(xticks=[], yticks=[])
-    axes[0].contour(stock[z] > 0, [0.5], colors='C1', linewidths=1.5)
-    axes[0].contour(truth[z] > 0, [0.5], colors='C2', linewidths=1.5)
+        axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+    outlines(axes[0], stock[z], 'C1', 1.5)
+    outlines(axes[0], truth[z], 'C2', 1.5)
     axes[0].set_title('stock nnU-Net (orange), truth (green)', fontsize=9)
     for sample in samples:
-        axes[1].contour(sample[z] > 0, [0.5], colors='C0', linewidths=0.7)
+        outlines(axes[1], sample[z], 'C0', 0.7)
     axes[1].set_title(f'{len(samples)} samples', fontsize=9)
     axes[2].imshow(np.ma.masked_less(entropy[z], 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
     axes[2].set_title('uncertainty (entropy)', fontsize=9)
@@ -98,8 +112,9 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
         axes[3].plot(of['volume_ml'], y, 'o', color='C0', label='mask' if y == 0 else None)
         axes[3].plot((truth == labels[name]).sum() / 1000, y, '|', color='C2', markersize=22, markeredgewidth=2.5,
                      label='truth' if y == 0 else None)
-    axes[3].set(yticks=range(len(row['labels'])), yticklabels=row['labels'], ylim=(-0.6, len(row['labels']) + 0.3),
+    axes[3].set(yticks=range(len(row['labels'])), yticklabels=row['labels'], ylim=(-0.6, len(row['labels']) - 0.4),
                 xlabel='volume in ml')
-    axes[3].legend(fontsize=8, ncols=3, loc='upper center', frameon=False)
+    axes[3].set_xlim(0, 1.05 * axes[3].get_xlim()[1])
+    axes[3].legend(fontsize=8, ncols=3, loc='lower center', bbox_to_anchor=(0.45, 1), frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
