@@ -4,11 +4,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import tomllib
@@ -38,7 +36,6 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     temperature: bool = False
     ensemble: bool = False
-    mirrored_start: bool = False
 
     @property
     def name(self) -> str:
@@ -133,8 +130,7 @@ def predict(predictor: Any, row: Row, name: str, image: Tensor, truth: Truth) ->
     """Truth, logits of the mask, and for each label what intervals of its volume are made of and measured by."""
     if row.network in ('stock', 'longer'):
         return truth, predictor.predict_logits_from_preprocessed_data(image).float(), []
-    with mirrored_start() if row.mirrored_start else nullcontext():
-        prediction = predictor.predict_volume(image, case=name, stock=row.mirrored_start)
+    prediction = predictor.predict_volume(image, case=name, stock=False)
     true = np.bincount(truth.truth.cpu(), minlength=1 + len(CHANNELS))[1:] * VOXEL_ML
     sizes = prediction.counts.sample_sizes() * VOXEL_ML
     features = prediction.counts.features(np.full(len(CHANNELS), VOXEL_ML))
@@ -150,12 +146,6 @@ def score(truth: Truth, logits: Tensor) -> dict[str, float]:
     """Dice and NLL of a mask."""
     dice, nll = truth.score(logits_to_probabilities(logits[None].float(), False)[0])
     return {'dice': dice, 'nll': nll}
-
-
-def mirrored_start() -> AbstractContextManager[Any]:
-    """Within it chains start from the mirrored pre-segmentation."""
-    from nnunet_pdddpm.inference.volume import Volume
-    return patch.object(Volume, 'start_logits', property(lambda volume: volume.stock_logits))
 
 
 COLUMNS = (Column('Dice', 'dice', 4), Column('NLL', 'nll', 4))
