@@ -7,6 +7,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from scipy.special import expit
+
+from nnunet_pdddpm.inference.dice_regression import CASE, CLEAN, FIELDS, KIND
+from nnunet_pdddpm.inference.dice_regression import DICE as DICE_OF_ROW
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
@@ -54,6 +58,18 @@ def test_ranks_and_failures_by_hand(scores):
     assert scores.spearman(np.ones(4), DICE) == 0
     assert scores.failures_found(DICE, DICE, 0.7, 0.25) == 0.5 and scores.failures_found(DICE, DICE, 0.7, 0.5) == 1
     assert scores.failures_found(-DICE, DICE, 0.7, 0.5) == 0
+
+
+def test_the_regression_and_the_distance_count_as_validation_rows_say():
+    rng = np.random.default_rng(0)
+    known, distances = rng.normal(size=60), np.exp(rng.normal(size=60))
+    rows = np.zeros((60, 1, len(FIELDS)))
+    rows[..., KIND], rows[:, 0, CASE], rows[:, 0, DICE_OF_ROW] = CLEAN, np.arange(60), expit(known - np.log(distances))
+    rows[:, 0, DICE_OF_ROW + 1:] = rng.normal(size=(60, len(FIELDS) - 3))
+    rows[:, 0, DICE_OF_ROW + 1] = known  # one of the features
+    estimate = module('triage_page').stacked(rows, distances)
+    assert np.corrcoef(estimate(known, distances), known - np.log(distances))[0, 1] > 0.98
+    assert abs(np.corrcoef(estimate(known, np.ones(60)), known)[0, 1]) > 0.999  # linear in each
 
 
 @pytest.mark.parametrize('shape', [(12, 20, 16), (40, 32)])
