@@ -15,7 +15,7 @@ from nnunet_pdddpm.evaluation.calibration import (
 )
 from nnunet_pdddpm.evaluation.folders import Folders, Label, Mask
 from nnunet_pdddpm.evaluation.overlap import iou_matrix, lesion_f1, mean_of_pairs
-from nnunet_pdddpm.evaluation.parts import Figures, measure
+from nnunet_pdddpm.evaluation.parts import Measurements, measure
 from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squared, hungarian_matched_iou
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
@@ -47,7 +47,7 @@ class CaseResult:
     bins: dict[str, Reliability] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     best_dice_per_rater: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, tuple[Figures, Figures]] = field(default_factory=dict)
+    figures: dict[str, tuple[Measurements, Measurements]] = field(default_factory=dict)
 
 
 class _Case:

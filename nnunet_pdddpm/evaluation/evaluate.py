@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nnunet_pdddpm.evaluation.calibration import NUM_BINS, Reliability, correlation
 from nnunet_pdddpm.evaluation.cases import MARGIN_MM, CaseResult, evaluate_case
 from nnunet_pdddpm.evaluation.folders import EvaluationError, Folders
-from nnunet_pdddpm.evaluation.parts import Figures
+from nnunet_pdddpm.evaluation.parts import Measurements
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 from nnunet_pdddpm.file_names import SUMMARY
 
@@ -144,7 +144,7 @@ def _estimates(folders: Folders, results: Sequence[CaseResult]) -> dict[str, dic
                                 for which in ('estimated_dice', 'dice'))) for name, values in rows.items()}
 
 
-def _spread(figures: Sequence[tuple[Figures, Figures]]) -> dict[str, float]:
+def _spread(figures: Sequence[tuple[Measurements, Measurements]]) -> dict[str, float]:
     """Spread of a label's samples against the truth's residuals: of volume, number of components, octants' volumes."""
     volumes, counts, octants = (
         spread_and_correlation([(values_of(samples), values_of(observed)) for samples, observed in figures])

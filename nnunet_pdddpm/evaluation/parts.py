@@ -85,7 +85,7 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measurements:
     """What is measured of n masks of a label.
 
     Attributes:
@@ -101,8 +101,8 @@ class Figures:
 
 
 def measure(samples: np.ndarray, observations: np.ndarray, spacing: Sequence[float],
-            voxel_ml: float) -> tuple[Figures, Figures]:
-    """Figures of samples and observations by the parts of the observations' union.
+            voxel_ml: float) -> tuple[Measurements, Measurements]:
+    """Measurements of samples and observations by the parts of the observations' union.
 
     Args:
         samples: (n, ...) bool.
@@ -115,10 +115,10 @@ def measure(samples: np.ndarray, observations: np.ndarray, spacing: Sequence[flo
     octant, number = octants(union)
     by_octants, by_component = (octant[box], number), nearest_component(union[box], spacing)
 
-    def figures(masks: np.ndarray) -> Figures:
+    def figures(masks: np.ndarray) -> Measurements:
         inside = [mask[box] for mask in masks]
         in_octants, in_parts = (np.stack([volumes_of_parts(mask, *parts) for mask in inside]) * voxel_ml
                                 for parts in (by_octants, by_component))
         volume = np.array([np.count_nonzero(mask) for mask in inside]) * voxel_ml
-        return Figures(volume, in_octants, in_parts, np.array([components(mask)[1] for mask in inside]))
+        return Measurements(volume, in_octants, in_parts, np.array([components(mask)[1] for mask in inside]))
     return figures(samples), figures(observations)

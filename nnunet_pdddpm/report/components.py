@@ -10,7 +10,7 @@ from scipy import ndimage
 from nnunet_pdddpm.geometry import voxel_volume_ml
 from nnunet_pdddpm.labels import Box
 
-MOST = 10
+MAX_COMPONENTS = 10
 """Components of a label that are listed one by one."""
 
 
@@ -29,15 +29,15 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The `MOST` largest components, largest first; and how many others there are, with their volume in all."""
+class ComponentList:
+    """The `MAX_COMPONENTS` largest components, largest first; the number of others, and their volume in all."""
     largest: list[Component]
     others: int
     others_ml: float
 
 
 def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tuple[int, ...], around: Box | None,
-                  spacing: tuple[float, ...]) -> Found:
+                  spacing: tuple[float, ...]) -> ComponentList:
     """The components of a region. Neighbours share a face, an edge or a corner.
 
     Args:
@@ -48,7 +48,7 @@ def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tup
         spacing: mm.
     """
     if around is None:
-        return Found([], 0, 0.0)
+        return ComponentList([], 0, 0.0)
     ml = voxel_volume_ml(labels.shape, spacing)
     index, number = ndimage.label(np.isin(labels[around], values), np.ones((3, 3, 3)))
     of_samples = [np.isin(sample[around], values) for sample in samples]
@@ -56,11 +56,11 @@ def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tup
     order = np.argsort(-sizes, kind='stable')
     boxes = ndimage.find_objects(index)
     found = []
-    for i in order[:MOST]:
+    for i in order[:MAX_COMPONENTS]:
         there = index[boxes[i]] == i + 1
         voxels = np.argwhere(there)
         nearest = voxels[np.argmin((((voxels - voxels.mean(0)) * spacing) ** 2).sum(1))]
         z, y, x = (int(n + part.start + all_.start) for n, part, all_ in zip(nearest, boxes[i], around, strict=True))
         found.append(Component(float(sizes[i] * ml), (z, y, x),
                                sum(bool(sample[boxes[i]][there].any()) for sample in of_samples)))
-    return Found(found, len(order) - len(found), float(sizes[order[MOST:]].sum() * ml))
+    return ComponentList(found, len(order) - len(found), float(sizes[order[MAX_COMPONENTS:]].sum() * ml))

@@ -150,7 +150,7 @@ def small_volume(ml: float) -> str:
     return f'{ml:.0f}' if ml >= 100 else f'{ml:.2g}' if ml < 10 else f'{ml:.1f}'
 
 
-def ends_of(label: Mapping[str, Any], calibrated: bool) -> tuple[float, float] | None:
+def interval_ends(label: Mapping[str, Any], calibrated: bool) -> tuple[float, float] | None:
     """Ends in ml of a label's calibrated interval, or of the range of its samples; None if there is none."""
     low, high = (finite(label.get(name)) for name in (('volume_ml_low', 'volume_ml_high') if calibrated else
                                                       ('samples_low_ml', 'samples_high_ml')))
@@ -162,9 +162,9 @@ def interval(label: Mapping[str, Any], samples: Any = None) -> str:
     """Where a label's volume lies: 'calibrated, 95 %: 11.1 to 13.9', or the range of its samples, 'range of 8 samples:
     11.1 to 13.9'; '' if it has neither."""
     of, names = '', ('', '')
-    if ends_of(label, calibrated=True):
+    if interval_ends(label, calibrated=True):
         of, names = f'calibrated, {in_percent(label["interval_level"])}', ('volume_ml_low', 'volume_ml_high')
-    elif ends_of(label, calibrated=False) and finite(samples) is not None:
+    elif interval_ends(label, calibrated=False) and finite(samples) is not None:
         of, names = f'range of {samples} samples', ('samples_low_ml', 'samples_high_ml')
     return f'{of}: {volume(label, names[0])} to {volume(label, names[1])}' if of else ''
 
@@ -172,7 +172,7 @@ def interval(label: Mapping[str, Any], samples: Any = None) -> str:
 def drawn(label: Mapping[str, Any]) -> Drawn | None:
     """A label's volume for drawing; None without one."""
     mask, stock = finite(label.get('volume_ml')), finite(label.get('volume_ml_stock'))
-    ends = [ends_of(label, calibrated) for calibrated in (True, False)]
+    ends = [interval_ends(label, calibrated) for calibrated in (True, False)]
     most = max([mask or 0.0, stock or 0.0, *(pair[1] for pair in ends if pair)])
     if mask is None or most <= 0:
         return None

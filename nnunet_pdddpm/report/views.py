@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter
 
 from nnunet_pdddpm.labels import boxes_of
-from nnunet_pdddpm.report.components import Found, components_of
+from nnunet_pdddpm.report.components import ComponentList, components_of
 from nnunet_pdddpm.report.drawing import grey_values, levels, packed, picture
 from nnunet_pdddpm.report.volumes import CaseVolumes
 
@@ -70,7 +70,7 @@ class CaseView:
     """
     planes: list[Plane]
     volumes: dict[str, Any]
-    components: list[Found]
+    components: list[ComponentList]
     factors: Place
     cut: bool
     unit: str

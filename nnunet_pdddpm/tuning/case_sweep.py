@@ -104,12 +104,12 @@ class CaseSweep:
         return self._with_memory_fallback(lambda: self._energies(settings, samples))
 
     def _energies(self, settings: Sequence[SamplingSettings], samples: Sequence[int]) -> list[tuple[float, float]]:
-        def together(i: int) -> tuple[float, float]:
+        def first_pass(i: int) -> tuple[float, float]:
             # chains from one start share their first pass; all else goes one by one, since masks take memory
             chain = settings[i].samples_from == 'chain'
             return settings[i].temperature, settings[i].start if chain else 2.0 + i
         energies: dict[int, tuple[float, float]] = {}
-        for _, group in groupby(sorted(range(len(settings)), key=together), key=together):
+        for _, group in groupby(sorted(range(len(settings)), key=first_pass), key=first_pass):
             masks: dict[int, list[Tensor]] = {i: [] for i in group}
             for sample in samples:
                 self.volume.clear_estimate()

@@ -109,8 +109,8 @@ class Truth:
         if self.regions is not None:
             volumes = torch.stack([tally(self.part, OCTANTS, region.long()) for region in mask])
         else:
-            together = mask.long() * OCTANTS + self.part
-            volumes = tally(together, OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
+            label_and_octant = mask.long() * OCTANTS + self.part
+            volumes = tally(label_and_octant, OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
         return volumes.double() / self.unit[:, None]
 
     def energy(self, samples: Sequence[Tensor]) -> tuple[float, float]:
