@@ -85,6 +85,21 @@ def test_pages_made_of_the_code_are_up_to_date(script, page):
     assert runpy.run_path(str(DOCS / script))['page']() == (DOCS / page).read_text(), f'run python docs/{script}'
 
 
+@pytest.mark.parametrize('table', ['README.md', 'docs/results/README.md'])
+def test_numbers_with_a_fraction_in_the_tables_of_results_are_on_the_pages_that_they_name(table):
+    pages, number = [], re.compile(r'[-+]?\d+\.\d+')
+    for row in (ROOT / table).read_text().splitlines():
+        if not row.startswith('| ') or 'commit' in row or re.search(r'\| \d{4}-\d\d-\d\d \|', row):
+            continue
+        named = re.findall(r'\]\((?:docs/results/)?(\w+\.md)\)', row)
+        pages = named or pages  # "the same" is that of the row before
+        known = {float(value) for page in pages if (DOCS / 'results' / page).is_file()
+                 for value in number.findall((DOCS / 'results' / page).read_text())}
+        for value in number.findall(re.sub(r'\]\(.*?\)|`.*?`', '', row)) if pages else ():
+            digits = len(value.split('.')[1])
+            assert any(abs(round(abs(one), digits) - abs(float(value))) < 1e-9 for one in known), (pages, value, row)
+
+
 def test_the_list_of_results_names_the_commit_of_each_page():
     listed = (DOCS / 'results' / 'README.md').read_text()
     for page in (DOCS / 'results').glob('*.md'):
