@@ -49,7 +49,7 @@ class Row:
         """Of a network beside the stock model, for a sample."""
         if self.map is not None:
             return {'stock': '0', 'ensemble': str(NUM_FOLDS)}.get(self.map, '1')
-        return {'tuned': '', 'ssn': '1'}.get(self.network, str(self.steps))
+        return {'tuned': '', 'ssn': '1', 'paper': '300'}.get(self.network, str(self.steps))
 
     @property
     def name(self) -> str:
@@ -127,8 +127,8 @@ class Models:
 
     def settings(self, row: Row) -> SamplingSettings:
         """Fitted as the row says."""
-        if row.network == 'tuned':
-            return stored_settings(self.predictor('denoiser').list_of_parameters[0])
+        if row.network in ('tuned', 'paper'):
+            return stored_settings(self.predictor(row.network).list_of_parameters[0])
         temperature = self.temperature(row.map or 'stock') if row.temperature else 1.0
         dependence = self.dependence(row) if row.dependence == 'fitted' else float(row.dependence)
         return SamplingSettings(samples_from='chain' if row.map is None else 'stock', temperature=temperature,

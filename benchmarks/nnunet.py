@@ -18,7 +18,7 @@ from nnunet_pdddpm.network.settings import package_variables
 
 HERE = Path(__file__).resolve().parent
 TRAINERS = {'stock': 'nnUNetTrainer{}', 'longer': 'nnUNetTrainer{}Longer', 'denoiser': 'PDDDPMTrainer{}',
-            'second': 'PDDDPMTrainer{}Second', 'ssn': 'nnUNetTrainer{}SSN'}
+            'second': 'PDDDPMTrainer{}Second', 'ssn': 'nnUNetTrainer{}SSN', 'paper': 'PDDDPMTrainer{}Paper'}
 """Networks of a benchmark -> their trainers, of a family: see `trainers/benchmark_trainers.py`."""
 NUM_FOLDS = 3
 """Each is a training."""

@@ -32,7 +32,7 @@ class PhantomSet:
     samples: int = 16
     kind: str = 'phantom'
     whole: bool = False
-    networks: tuple[str, ...] = ('stock', 'denoiser', 'second')
+    networks: tuple[str, ...] = ('stock', 'denoiser', 'second', 'paper')
     number: int = 1800
     """Images for training, each with one draw of the truth; two thirds of them for each fold."""
 

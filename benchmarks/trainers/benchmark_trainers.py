@@ -5,7 +5,7 @@ with instructions for bfloat16 all use autocast (nnU-Net trains in fp32 there), 
 Validation is left out: the benchmarks measure on cases of their own.
 
 A family has, under its name, stock nnU-Net, the control (the trained stock model, trained on for as many iterations as
-the denoiser), the denoiser, and a second network without diffusion.
+the denoiser), the denoiser, a second network without diffusion, and the published method.
 """
 import os
 
@@ -17,6 +17,7 @@ from ssn import StochasticSegmentationTraining
 from nnunet_pdddpm.cpu import cpu_has_bfloat16
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.training.variants import PDDDPMTrainerPaper
 
 
 class ShortTraining:
@@ -108,3 +109,4 @@ for family, *mixins in (('Benchmark', ShortTraining), ('GPU', ShortTraining), ('
     add(f'nnUNetTrainer{family}SSN', *mixins, StochasticSegmentationTraining, nnUNetTrainer)
     add(f'PDDDPMTrainer{family}', *mixins, PDDDPMTrainer)
     add(f'PDDDPMTrainer{family}Second', NoDiffusion, *mixins, PDDDPMTrainer)
+    add(f'PDDDPMTrainer{family}Paper', *mixins, PDDDPMTrainerPaper)
