@@ -169,7 +169,7 @@ class Models:
         padded = self.opened(image).image[None, :, 0]
         torch.manual_seed(int.from_bytes(hashlib.blake2s(image.name.encode(), digest_size=4).digest(), 'big'))
         self.ssn.train()  # it then gives all that the distribution is made of
-        return self.ssn.distribution(self.ssn(padded)).sample((number,)).reshape(number, 2, *padded.shape[2:])
+        return self.ssn.distribution(self.ssn(padded)).sample((number,)).float().reshape(number, 2, *padded.shape[2:])
 
     def _fit_temperature_of_ssn(self) -> float:
         of_images = []

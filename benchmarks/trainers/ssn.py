@@ -24,8 +24,9 @@ class StochasticSegmentation(nn.Module):
         return self.unet.decoder
 
     def distribution(self, output: Tensor) -> LowRankMultivariateNormal:
-        """Of the logits (B, C * pixels), of the network's output (B, (2 + RANK) * C, ...)."""
-        mean, diagonal, *factors = output.float().flatten(2).split(self.num_classes, 1)
+        """Of the logits (B, C * pixels) in float64, of the network's output (B, (2 + RANK) * C, ...): in float32 the
+        factorization of the covariance fails now and then."""
+        mean, diagonal, *factors = output.double().flatten(2).split(self.num_classes, 1)
         return LowRankMultivariateNormal(mean.flatten(1), torch.stack([of.flatten(1) for of in factors], -1),
                                          diagonal.flatten(1).exp() + 1e-5)
 
@@ -47,7 +48,7 @@ class StochasticLoss(nn.Module):
         if output.shape[1] == self.num_classes:  # validation
             return nn.functional.cross_entropy(output.float().flatten(2), target)
         with torch.autocast(output.device.type, enabled=False):
-            logits = self._distribution(output).rsample((20,))
+            logits = self._distribution(output).rsample((20,)).float()
             logits = logits.reshape(20 * len(target), self.num_classes, -1)
             of_pixels = nn.functional.cross_entropy(logits, target.repeat(20, 1), reduction='none')
             likelihood = -of_pixels.sum(1).reshape(20, -1)
