@@ -148,7 +148,7 @@ def _dataset(number: int, name: str, features: tuple[int, ...], batch_size: int,
 
 RATER_SETS = {
     'nuclei': RaterSet('Nuclei in brain sections, five experts an image', 'cfos_nuclei', 'nucleus', 2,
-                       _dataset(772, 'Nucleus', (16, 32, 64, 128, 128, 128), 2, 256, 6, 160, 100, 15)),
+                       _dataset(772, 'Nucleus', (16, 32, 64, 128, 128, 128), 2, 256, 6, 160, 100, 25)),
     'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 'cell', 1,
                       _dataset(773, 'Cell', (16, 32, 64, 128), 4, 128, 6, 250, 250)),
     'nodules': RaterSet('Lung nodules, four radiologists an image', 'lidc_nodules_2d', 'nodule', 1,
