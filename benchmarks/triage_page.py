@@ -193,5 +193,9 @@ def write_page(into: Path, file: Path) -> None:
     found = [(of, [read(of, folder) for folder in files_of_trainings(into, of.name, '')]) for of in SUBJECTS.values()]
     if not any(trainings for _, trainings in found):
         sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
+    measured = [of.name for of, trainings in found if trainings]
+    missing = [name for name in SUBJECTS if name not in measured]
     write(file, 'triage', families=len(FAMILIES), strengths=STRENGTHS,
+          subjects=' and '.join(f'[{name}.md]({name}.md)' for name in measured),
+          missing=f' Not measured yet: {", ".join(missing)}.' if missing else '',
           sections='\n\n'.join(section(of, trainings) for of, trainings in found if trainings))
