@@ -202,7 +202,7 @@ def test_flags_say_what_no_validation_case_had():
     flags = ranking.judge({'cell': LabelQuality(odd, None), 'nucleus': LabelQuality(None, None)}).flags
     assert flags[1:] == ['cell: 7 components, validation cases have 1 to 2',
                          'cell: other intensities than in validation', 'cell: the image is smoother than in validation']
-    assert flags[0].startswith('cell: stock and refined mask overlap with Dice 0.01, in validation at least')
+    assert flags[0].startswith('cell: mask and stock mask overlap with Dice 0.01, in validation at least')
 
 
 def test_several_models_are_sorted_by_how_far_they_agree():

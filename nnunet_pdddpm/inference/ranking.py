@@ -147,7 +147,7 @@ def _flag(feature: str, label: str, value: float, low: float, high: float) -> st
         what = f'{number} voxels' if feature == 'volume' else f'{number} {"component" if number == 1 else "components"}'
         return f'{label}: {what}, validation cases have {least} to {most}'
     if feature == 'stock' and value < low:
-        return (f'{label}: stock and refined mask overlap with Dice {expit(value):.2f}, in validation at least '
+        return (f'{label}: mask and stock mask overlap with Dice {expit(value):.2f}, in validation at least '
                 f'{expit(low):.2f}')
     if feature == 'expected' and value < low:
         return f'{label}: less sure than in any validation case'
