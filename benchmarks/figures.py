@@ -108,7 +108,7 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     labels = json.loads((raw / 'dataset.json').read_text())['labels']
     for y, (name, of) in enumerate(row['labels'].items()):
         axes[3].plot([of['volume_ml_low'], of['volume_ml_high']], [y, y], color='C0', linewidth=6, alpha=0.4,
-                     label=f'interval, {in_percent(of["interval_level"])}' if y == 0 else None)
+                     solid_capstyle='butt', label=f'interval, {in_percent(of["interval_level"])}' if y == 0 else None)
         axes[3].plot(of['volume_ml'], y, 'o', color='C0', label='mask' if y == 0 else None)
         axes[3].plot((truth == labels[name]).sum() / 1000, y, '|', color='C2', markersize=22, markeredgewidth=2.5,
                      label='truth' if y == 0 else None)
