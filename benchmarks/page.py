@@ -113,14 +113,15 @@ def write(file: Path, text_name: str, **values: object) -> None:
     text = text.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, autocast=AUTOCAST, **values)
     file.write_text(re.sub('\n{3,}', '\n\n', text).rstrip() + '\n')
     if (index := file.with_name('README.md')).is_file():
-        index.write_text(re.sub(r'\n\| page \| commit .*', '\n' + list_of_pages(file.parent), index.read_text(),
-                                flags=re.DOTALL))
+        table = r'\n\| page \| commit .*\n(\|.*\n)*'
+        index.write_text(re.sub(table, '\n' + list_of_pages(file.parent), index.read_text()))
 
 
 def list_of_pages(folder: Path) -> str:
     """Markdown: commit, its date, and machine of every page of a folder."""
     text = ['| page | commit | date | machine |', '|---|---|---|---|']
     for page in sorted(folder.glob('*.md')):
-        if found := re.search(r'^Commit (\w+).*?[.] Machine: ([^;\n]*?)[.;](?: |$)', page.read_text(), re.MULTILINE):
-            text.append(f'| [{page.stem}]({page.name}) | {found[1]} | {date(found[1])} | {found[2]} |')
+        found = re.search(r'^Commit (\w+)(.*?)[.] Machine: ([^;\n]*?)[.;](?: |$)', page.read_text(), re.MULTILINE)
+        if found:
+            text.append(f'| [{page.stem}]({page.name}) | {found[1]}{found[2]} | {date(found[1])} | {found[3]} |')
     return '\n'.join(text) + '\n'

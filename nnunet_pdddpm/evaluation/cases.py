@@ -38,7 +38,7 @@ class CaseResult:
         bins: reliability by region of voxels.
         values: of the case as a whole: `dice`, `estimated_dice`, `samples`, `raters`.
         best_dice_per_rater: mean over labels, by rater.
-        figures: of samples and of raters (else the reference), by label name; empty if there are fewer than two
+        measurements: of samples and of raters (else the reference), by label name; empty if there are fewer than two
             samples or the reference has ignored voxels.
     """
     case: str
@@ -47,7 +47,7 @@ class CaseResult:
     bins: dict[str, Reliability] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     best_dice_per_rater: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, tuple[Measurements, Measurements]] = field(default_factory=dict)
+    measurements: dict[str, tuple[Measurements, Measurements]] = field(default_factory=dict)
 
 
 class _Case:
@@ -230,7 +230,7 @@ def _add_scores(data: _Case, name: str, samples: np.ndarray, observed: np.ndarra
     if not data.valid.all():
         result.labels[name] |= dict.fromkeys(VOLUME_SCORES, NAN)
         return
-    s, o = result.figures[name] = measure(samples, observed, data.reference.spacing, data.voxel_ml)
+    s, o = result.measurements[name] = measure(samples, observed, data.reference.spacing, data.voxel_ml)
     result.labels[name] |= dict(zip(VOLUME_SCORES, (
         fair_crps(s.volume, o.volume), fair_crps(s.components, o.components),
         fair_energy_score(s.octants, o.octants), fair_energy_score(s.parts, o.parts)), strict=True))

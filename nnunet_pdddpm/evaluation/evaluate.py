@@ -92,8 +92,8 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float,
                                 'accuracy': _ratio(bins.correct, bins.count)} for where, bins in pooled.items()},
         'estimated_dice': _estimates(folders, results),
         'best_dice_per_rater': _means(result.best_dice_per_rater for result in results),
-        'sample_spread': {name: _spread([r.figures[name] for r in results if name in r.figures])
-                          for name in folders.labels if any(name in r.figures for r in results)},
+        'sample_spread': {name: _spread([r.measurements[name] for r in results if name in r.measurements])
+                          for name in folders.labels if any(name in r.measurements for r in results)},
         'samples': sorted({int(result.values['samples']) for result in results}),
         'raters': sorted({int(result.values['raters']) for result in results}),
         'left_out': folders.left_out,
@@ -144,12 +144,12 @@ def _estimates(folders: Folders, results: Sequence[CaseResult]) -> dict[str, dic
                                 for which in ('estimated_dice', 'dice'))) for name, values in rows.items()}
 
 
-def _spread(figures: Sequence[tuple[Measurements, Measurements]]) -> dict[str, float]:
+def _spread(measurements: Sequence[tuple[Measurements, Measurements]]) -> dict[str, float]:
     """Spread of a label's samples against the truth's residuals: of volume, number of components, octants' volumes."""
     volumes, counts, octants = (
-        spread_and_correlation([(values_of(samples), values_of(observed)) for samples, observed in figures])
+        spread_and_correlation([(values_of(samples), values_of(observed)) for samples, observed in measurements])
         for values_of in (lambda f: f.volume[:, None], lambda f: f.components[:, None], lambda f: f.octants))
-    return {'cases': len(figures), 'sd_ratio': volumes['sd_ratio'], 'sd_ratio_components': counts['sd_ratio'],
+    return {'cases': len(measurements), 'sd_ratio': volumes['sd_ratio'], 'sd_ratio_components': counts['sd_ratio'],
             'sd_ratio_parts': octants['sd_ratio'], 'correlation_parts': octants['correlation'],
             'correlation_parts_reference': octants['correlation_reference']}
 

@@ -2,7 +2,7 @@
 
 A score of the volumes of parts is proper only if the parts do not depend on the outcome that is scored. The evaluation
 takes them from the reference, or from the union of the raters' masks, so that they are the same for every model that is
-compared: the comparison is of equal figures, but strictly proper it is not.
+compared: the comparison is of equals, but strictly proper it is not.
 """
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ def measure(samples: np.ndarray, observations: np.ndarray, spacing: Sequence[flo
     octant, number = octants(union)
     by_octants, by_component = (octant[box], number), nearest_component(union[box], spacing)
 
-    def figures(masks: np.ndarray) -> Measurements:
+    def measured(masks: np.ndarray) -> Measurements:
         inside = [mask[box] for mask in masks]
         in_octants, in_parts = (np.stack([volumes_of_parts(mask, *parts) for mask in inside]) * voxel_ml
                                 for parts in (by_octants, by_component))
         volume = np.array([np.count_nonzero(mask) for mask in inside]) * voxel_ml
         return Measurements(volume, in_octants, in_parts, np.array([components(mask)[1] for mask in inside]))
-    return figures(samples), figures(observations)
+    return measured(samples), measured(observations)
