@@ -5,7 +5,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets.hippocampus import HIPPOCAMPUS, names
@@ -13,6 +12,7 @@ from datasets.phantom import PHANTOM
 from machine import PLANS
 from nnunet import NUM_FOLDS
 
+from nnunet_pdddpm.demo.report import outline
 from nnunet_pdddpm.inference.intervals import in_percent
 
 STAGES = ('draw',)
@@ -76,12 +76,6 @@ def bounds(places: np.ndarray, size: int) -> tuple[float, float]:
     return max(places.min() - 8.5, -0.5), min(places.max() + 8.5, size - 0.5)
 
 
-def outlines(axis: Any, mask: np.ndarray, colour: str, width: float) -> None:
-    """Of each label of a slice."""
-    for label in np.unique(mask[mask > 0]):
-        axis.contour(mask == label, [0.5], colors=colour, linewidths=width)
-
-
 def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     """The figure of a prediction."""
     from matplotlib import pyplot as plt
@@ -96,11 +90,11 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     for axis in axes[:3]:
         axis.imshow(image[z], cmap='gray')
         axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-    outlines(axes[0], stock[z], 'C1', 1.5)
-    outlines(axes[0], truth[z], 'C2', 1.5)
+    outline(axes[0], stock[z], 'C1', 1.5)
+    outline(axes[0], truth[z], 'C2', 1.5)
     axes[0].set_title('stock nnU-Net (orange), truth (green)', fontsize=9)
     for sample in samples:
-        outlines(axes[1], sample[z], 'C0', 0.7)
+        outline(axes[1], sample[z], 'C0', 0.7)
     axes[1].set_title(f'{len(samples)} samples', fontsize=9)
     axes[2].imshow(np.ma.masked_less(entropy[z], 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
     axes[2].set_title('uncertainty (entropy)', fontsize=9)

@@ -5,7 +5,8 @@ with instructions for bfloat16 all use autocast (nnU-Net trains in fp32 there), 
 Validation is left out: the benchmarks measure on cases of their own.
 
 A family has, under its name, stock nnU-Net, the control (the trained stock model, trained on for as many iterations as
-the denoiser), the denoiser, a second network without diffusion, and the published method.
+the denoiser), the denoiser, a second network without diffusion, the published method, and a stochastic segmentation
+network.
 """
 import os
 

@@ -133,15 +133,15 @@ def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[s
         axis.imshow(image, cmap='gray')
         axis.set(xticks=[], yticks=[])
     for axis, (name, title) in zip(row, (('stock', 'stock nnU-Net'), ('samples', 'PDDDPM')), strict=False):
-        _outline(axis, truth[z], TRUTH, 2)
-        _outline(axis, masks[name][z], MASK, 1.5)
+        outline(axis, truth[z], TRUTH, 2)
+        outline(axis, masks[name][z], MASK, 1.5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel('\n'.join([f'Dice {dice[name]:.3f}', *(
             f'{label} {(masks[name] == value).sum() * voxel_ml:.2f} ml, true {true[label]:.2f}'
             for label, value in labels.items())]), fontsize=9)
     for sample in samples:
-        _outline(row[2], sample[z], SAMPLE, 0.8)
-    _outline(row[2], truth[z], TRUTH, 1)
+        outline(row[2], sample[z], SAMPLE, 0.8)
+    outline(row[2], truth[z], TRUTH, 1)
     row[2].set_title(f'{len(samples)} samples', fontsize=10)
     volumes = {label: [(sample == value).sum() * voxel_ml for sample in samples] for label, value in labels.items()}
     row[2].set_xlabel('\n'.join(['range of the samples', *(
@@ -158,7 +158,7 @@ def _read(file: Path) -> tuple[np.ndarray, float]:
     return sitk.GetArrayFromImage(image), float(np.prod(image.GetSpacing())) / 1000
 
 
-def _outline(axis: Any, labels: np.ndarray, colour: str, width: float) -> None:
+def outline(axis: Any, labels: np.ndarray, colour: str, width: float) -> None:
     """Outlines of each label together with all above it, where a slice has both."""
     for label in range(1, int(labels.max()) + 1):
         axis.contour(labels >= label, [0.5], colors=colour, linewidths=width)
