@@ -39,7 +39,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from nnunet_pdddpm.commands.predict import SETTINGS, main, main_modelfolder
+from nnunet_pdddpm.commands.predict import NO_FLAG, SETTINGS, main, main_modelfolder
 from nnunet_pdddpm.demo.phantom import make_case, write_dataset
 from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.intervals import FIELDS
@@ -565,20 +565,24 @@ def saved(folder: Path) -> np.ndarray:
     return np.load(folder / f'{CASES[1]}.npz')['probabilities']
 
 
-@pytest.mark.parametrize('flags', [('-start', '1'), ('-steps', '4'), ('-redraw', '0', '-steps', '2'), ('-seed', '3'),
-                                   ('-start_mask', 'hard'), ('-samples_from', 'stock'), ('-samples_from', 'blind'),
-                                   ('-temperature', '4'), ('-dependence', '0')], ids=' '.join)
-def test_settings_of_the_samples_change_these_and_not_the_blind_mask(one_case, quick, tmp_path, flags):
+@pytest.mark.parametrize('settings', [{'start': '1'}, {'steps': '4'}, {'redraw': '0', 'steps': '2'}, {'seed': '3'},
+                                      {'start_mask': 'hard'}, {'samples_from': 'stock'}, {'samples_from': 'blind'},
+                                      {'temperature': '4'}, {'dependence': '0'}], ids=str)
+def test_settings_of_the_samples_change_these_and_not_the_blind_mask(one_case, quick, tmp_path, monkeypatch, settings):
+    flags = [text for name in settings.keys() & SETTINGS.keys() for text in (f'-{name}', settings[name])]
+    for name in settings.keys() - SETTINGS.keys():
+        monkeypatch.setenv(f'nnUNet_pdddpm_{name}', settings[name])
     predict(one_case, tmp_path, *QUICK, '-samples', '2', *flags)
     assert filecmp.cmp(tmp_path / f'{CASES[1]}.nii.gz', quick / f'{CASES[1]}.nii.gz', shallow=False)
     assert any((a != b).any() for a, b in zip(samples_of(tmp_path), samples_of(quick), strict=True))
     before, after = (rows(folder)[CASES[1]]['settings'][0] for folder in (quick, tmp_path))
-    values = {flag[1:]: KINDS[flag[1:]](value) for flag, value in zip(flags[::2], flags[1::2], strict=True)}
-    assert after == {**before, **values}
+    assert after == {**before, **{name: KINDS[name](value) for name, value in settings.items()}}
 
 
-def test_the_mask_is_the_weighted_mean_of_the_probabilities_of_stock_blind_mask_and_samples(one_case, tmp_path):
-    flags = (*QUICK, '--save_probabilities', '-samples', '2', '-temperature', '1')
+def test_the_mask_is_the_weighted_mean_of_the_probabilities_of_stock_blind_mask_and_samples(one_case, tmp_path,
+                                                                                            monkeypatch):
+    monkeypatch.setenv('nnUNet_pdddpm_temperature', '1')
+    flags = (*QUICK, '--save_probabilities', '-samples', '2')
 
     def run(stock: str, blind: str) -> np.ndarray:
         weights = '-mask_stock', stock, '-mask_blind', blind
@@ -592,18 +596,19 @@ def test_the_mask_is_the_weighted_mean_of_the_probabilities_of_stock_blind_mask_
     assert row['network_calls']['denoiser'] == 2 * row['network_calls']['stock']
 
 
-def test_a_temperature_makes_probabilities_in_the_mask_less_sure(one_case, tmp_path):
-    def sureness(name: str, *flags: str) -> float:
-        folder = predict(one_case, tmp_path / name, *QUICK, '--save_probabilities', '-samples', '1', *flags)
-        return float(saved(folder).max(0).mean())
+def test_a_temperature_makes_probabilities_in_the_mask_less_sure(one_case, tmp_path, monkeypatch):
+    def probabilities(name: str, *flags: str, **temperatures: int) -> np.ndarray:
+        with monkeypatch.context() as environment:
+            for of, temperature in temperatures.items():
+                environment.setenv(f'nnUNet_pdddpm_{of}', str(temperature))
+            return saved(predict(one_case, tmp_path / name, *QUICK, '--save_probabilities', '-samples', '1', *flags))
     half = ('-mask_stock', '0.5', '-mask_blind', '0.5')
-    base, of_stock, of_blind = (sureness(str(i), *half, *flags) for i, flags in enumerate(
-        ((), ('-temperature', '6'), ('-blind_temperature', '6'))))
+    base, of_stock, of_blind = (probabilities(str(i), *half, **of).max(0).mean() for i, of in enumerate(
+        ({}, {'temperature': 6}, {'blind_temperature': 6})))
     assert max(of_stock, of_blind) < base - 0.05
     # the stock prediction itself has none
-    hot, plain = (saved(predict(one_case, tmp_path / temperature, *QUICK, '--save_probabilities', '-samples', '1',
-                                *OF_STOCK, '-temperature', temperature)) for temperature in ('6', '1'))
-    np.testing.assert_array_equal(hot, plain)
+    np.testing.assert_array_equal(probabilities('hot', *OF_STOCK, temperature=6),
+                                  probabilities('plain', *OF_STOCK, temperature=1))
 
 
 def test_environment_variables_stand_in_for_flags_that_are_not_given(one_case, quick, tmp_path, monkeypatch):
@@ -777,8 +782,8 @@ def test_a_refused_command_exits_with_1(one_case, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_every_sampling_setting_has_a_flag_but_the_number_of_samples_in_nnunets_own_command():
-    assert {*SETTINGS, 'mask_samples'} == KINDS.keys() == {*RANGES, *CHOICES}
+def test_every_sampling_setting_has_a_flag_or_is_named_among_those_without():
+    assert sorted([*SETTINGS, *NO_FLAG]) == sorted(KINDS) == sorted([*RANGES, *CHOICES])
 
 
 @pytest.mark.parametrize('name', [name for name in SETTINGS if name in RANGES])
@@ -806,7 +811,7 @@ def test_weights_that_sum_to_more_than_1_are_refused(one_case, tmp_path, flags, 
 @pytest.mark.parametrize(('flag', 'value'), [('-part_id', '1'), ('-step_size', '0'), ('-step_size', '1.5'),
                                              ('-uncertainty', 'much'), ('-device', 'tpu'), ('-steps', 'two'),
                                              ('-steps', '1.5'), ('-start', 'high'), ('-samples_from', 'truth'),
-                                             ('-start_mask', 'soft'), ('-t_start', '300'), ('-eta', '1'),
+                                             ('-start_mask', 'hard'), ('-t_start', '300'), ('-eta', '1'),
                                              ('-blend', '0.5'), ('-mask_samples', '2')])
 def test_flags_out_of_range_are_refused_by_name(one_case, tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit) as refused:

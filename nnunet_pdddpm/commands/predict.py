@@ -34,16 +34,14 @@ SETTINGS = {
     'steps': 'denoising steps; each decides the same share of the uncertainty',
     'samples_from': "chain: samples by denoising; stock or blind: thresholds of the probabilities of the stock model, "
                     "or of the blind mask (the denoiser's result without a noisy mask)",
-    'start_mask': "the mask that is noised at the start: drawn at random from the stock model's probabilities, or its "
-                  'hard mask (the most likely labels)',
-    'redraw': '1: a mask is sampled after every step; 0: steps of DDPM',
     'dependence': 'coupling of the randomness of different objects: 1 all share it, 0 independent',
-    'temperature': "divisor of the stock model's logits before a mask is sampled",
-    'blind_temperature': "divisor of the blind mask's logits before a mask is sampled",
     'mask_stock': "weight of the stock model's probabilities in the mask",
     'mask_blind': "weight of the blind mask's probabilities in the mask; the mean of the samples has the rest",
     'seed': 'seed of noise and random masks'}
-"""Sampling settings that have a flag of the same name: what each is. `mask_samples` is for plain `nnUNetv2_predict`."""
+"""Sampling settings that have a flag of the same name: what each is."""
+NO_FLAG = ('temperature', 'blind_temperature', 'start_mask', 'redraw', 'mask_samples')
+"""Those without: tuning fits the temperatures, `start_mask` and `redraw` are for comparisons with the published method,
+and `mask_samples` is for plain `nnUNetv2_predict`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,12 +115,11 @@ def add_stock_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """One for each sampling setting, and what is not stored in a model."""
+    """Settings of the samples and of the mask."""
     sampling = parser.add_argument_group(
         'sampling', f'The default is the value stored in the model. An environment variable {ENVIRONMENT_PREFIX}NAME '
-                    f'overrides the model, a flag overrides both. The variable {ENVIRONMENT_PREFIX}mask_samples has no '
-                    f'flag: it is the number of samples in the mask of plain nnUNetv2_predict; this command uses all '
-                    f'its samples.')
+                    f'overrides the model, a flag overrides both. These settings have a variable but no flag: '
+                    f'{", ".join(NO_FLAG)}.')
     for name, what in SETTINGS.items():
         if name in CHOICES:
             sampling.add_argument(f'-{name}', choices=CHOICES[name], help=f"{what} (default: the model's)")
