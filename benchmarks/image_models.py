@@ -43,6 +43,7 @@ class Row:
     start_mask: str = 'drawn'
     redraw: int = 1
     one_size: bool = False
+    plotted: bool = True
 
     @property
     def calls(self) -> str:

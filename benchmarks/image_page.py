@@ -36,7 +36,7 @@ def read(work: Path, name: str, row: Row) -> Scores:
 def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
     """Of the rows that are measured."""
     found = [(row, read(work, name, row)) for row in of]
-    return [Line(row.title, scores, row.calls, ' (one model)' if row.map == 'ensemble' else None)
+    return [Line(row.title, scores, row.calls, ' (one model)' if row.map == 'ensemble' else None, row.plotted)
             for row, scores in found if scores]
 
 

@@ -38,6 +38,8 @@ class Line:
     calls: str | None = None
     note: str | None = None
     """What stands in the place of the spread, if it is one model whatever the training; there is no difference then."""
+    plotted: bool = True
+    """Whether the forest plot has it."""
 
 
 def base_of(lines: Sequence[Line], title: str) -> Scores:
@@ -81,25 +83,27 @@ def _delta(one: np.ndarray, other: np.ndarray, digits: int) -> str:
 
 
 def forest(lines: Sequence[Line], column: Column, base: Scores, better: str, file: Path) -> str:
-    """Figure of the differences to the base with their intervals, and what shows it in Markdown; none with fewer than
-    three trainings. `better`: lower or higher."""
+    """Figure of differences to the base with their intervals, of the rows to be plotted, and what shows it in Markdown;
+    none with fewer than three trainings. `better`: lower or higher."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
     pairs = {line.title: paired(column, line.scores, base) for line in lines
-             if line.scores is not base and line.note is None}
+             if line.scores is not base and line.note is None and line.plotted}
+    base_title = next(line.title for line in lines if line.scores is base)
     found = {title: t_interval(np.nanmean(one, 1) - np.nanmean(other, 1)) for title, (one, other) in pairs.items()
              if len(one) > 2}
     if not found:
         return ''
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.26 * len(found)))
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.26 * len(found)))
     for y, (mean, low, high) in enumerate(found.values()):
         colour = '0.5' if low <= 0 <= high else 'C0'
         axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
         axis.plot(mean, -y, 'o', color=colour, markersize=5)
     axis.axvline(0, color='k', linewidth=0.8)
     axis.set_yticks(range(0, -len(found), -1), list(found), fontsize=7)
-    axis.set_xlabel(f'{column.title}: difference to the base, {better} is better, 95 % over trainings', fontsize=8)
+    axis.set_title(f'{column.title} minus that of: {base_title}', fontsize=8)
+    axis.set_xlabel(f'{better} is better; 95 % intervals over trainings', fontsize=8)
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110, bbox_inches='tight')

@@ -113,6 +113,7 @@ def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, m
     scores = {title: {'dice': np.array(values)[:, None]} for title, values in (
         ('base', [1.0, 2, 3]), ('one', [1.5]), ('all', [2.0, 3, 4]), ('same', [1.0, 2, 4]))}
     lines, column = [page.Line(title, of) for title, of in scores.items()], page.Column('Dice', 'dice', 1)
+    lines.append(page.Line('left out', scores['all'], plotted=False))
     monkeypatch.setattr(plt, 'close', lambda figure: None)
     page.forest(lines, column, scores['base'], 'higher', tmp_path / 'forest.png')
     axis = plt.gcf().axes[0]
