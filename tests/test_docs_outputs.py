@@ -110,7 +110,7 @@ def test_the_worked_example_has_fields_of_the_summary(output):
     case, = json.loads((output / 'pdddpm_summary.json').read_text())['cases']
     of_folds = {'folds_dice', 'volume_ml_sd_between_folds', 'volume_ml_sd_within_folds'}
     assert example.keys() < case.keys()
-    assert example['labels']['Anterior'].keys() == case['labels']['a'].keys() - of_folds
+    assert example['labels']['lesion'].keys() == case['labels']['a'].keys() - of_folds
 
 
 def test_fields_of_the_evaluation(output):
