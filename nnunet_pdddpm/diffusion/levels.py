@@ -1,9 +1,10 @@
 """What a noise level is: the share of the mask's uncertainty that it leaves, and the log SNR that belongs to it.
 
 A noisy mask x = sqrt(sigmoid(lambda)) x0 + sqrt(sigmoid(-lambda)) eps has the log signal-to-noise ratio lambda. What
-that number leaves undecided depends on the size of what is undecided: two masks that differ in m voxels of C channels
-are half told apart at lambda = ln(1.25 / (m C)). So a level is named by u in [0, 1], the cross-entropy of the denoiser
-there over that at pure noise: 1 leaves everything open, 0 nothing. Steps that are even in u each decide the same share.
+that number leaves undecided depends on the size of what is undecided: of two masks that differ in m voxels of C
+channels, 44 % of the uncertainty is left at lambda = ln(1.25 / (m C)), a bit in white noise with an SNR of 1.25. So a
+level is named by u in [0, 1], the cross-entropy of the denoiser there over that at pure noise: 1 leaves everything
+open, 0 nothing. Steps that are even in u each decide the same share.
 This is the time warping of Dieleman et al. 2022 (CDCD, arXiv 2211.15089, section 4) on log SNR (Kingma et al. 2021,
 arXiv 2107.00630).
 """
@@ -19,14 +20,15 @@ CLEAN = math.inf
 HIGHEST = 4.0
 """Log SNR at which a single voxel is decided: the end of a measured table."""
 MARGIN = 5.0
-"""Log SNR by which a measured table begins below that at which two masks that differ everywhere are half told apart."""
+"""Log SNR by which a measured table begins below that at which two masks that differ everywhere keep 44 % of their
+uncertainty."""
 
 
 def lowest_log_snr(voxels: int, channels: int) -> float:
     """Log SNR at which not even two masks that differ in every voxel can be told apart.
 
-    MARGIN below ln(1.25 / (voxels channels)), where these are half told apart: -14 for 64 x 64 voxels and 2
-    channels, -20 for 128^3 and 2.
+    MARGIN below ln(1.25 / (voxels channels)), where 44 % of the uncertainty between the two is left: -14 for 64 x 64
+    voxels and 2 channels, -20 for 128^3 and 2.
     """
     return math.log(1.25 / (voxels * channels)) - MARGIN
 
