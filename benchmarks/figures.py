@@ -13,6 +13,7 @@ from machine import PLANS
 from nnunet import NUM_FOLDS
 
 from nnunet_pdddpm.demo.report import outline
+from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.inference.intervals import in_percent
 
 STAGES = ('draw',)
@@ -98,7 +99,7 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     axes[1].set_title(f'{len(samples)} samples', fontsize=9)
     axes[2].imshow(np.ma.masked_less(entropy[z], 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
     axes[2].set_title('uncertainty (entropy)', fontsize=9)
-    row = next(row for row in json.loads((output / 'pdddpm_summary.json').read_text())['cases'] if row['case'] == case)
+    row = next(row for row in json.loads((output / SUMMARY).read_text())['cases'] if row['case'] == case)
     labels = json.loads((raw / 'dataset.json').read_text())['labels']
     for y, (name, of) in enumerate(row['labels'].items()):
         axes[3].plot([of['volume_ml_low'], of['volume_ml_high']], [y, y], color='C0', linewidth=6, alpha=0.4,

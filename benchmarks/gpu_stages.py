@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile
 
 from nnunet_pdddpm.demo.phantom import write_dataset
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.refiner import Refiner
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings
@@ -150,7 +151,7 @@ def samples(run: Run, classes: int, compiled: bool, **settings: Any) -> Callable
     return predict
 
 
-WAYS: dict[str, Callable[[Run, int, bool], Callable[[Tensor], Any]]] = {
+METHODS: dict[str, Callable[[Run, int, bool], Callable[[Tensor], Any]]] = {
     'samples': samples, 'stock': stock, 'plain': plain,
     'of_samples': lambda run, classes, compiled: samples(run, classes, compiled, **OF_SAMPLES)}
 
@@ -199,20 +200,20 @@ def speed(run: Run) -> None:
 
 
 def prediction(run: Run, compiled: bool) -> None:
-    """A cell for each number of classes and way to predict a volume of noise."""
+    """A cell for each number of classes and method to predict a volume of noise."""
     size = size_of(run)
 
-    def measure(classes: int, way: str) -> dict[str, Any]:
-        predict = WAYS[way](run, classes, compiled)
+    def measure(classes: int, method: str) -> dict[str, Any]:
+        predict = METHODS[method](run, classes, compiled)
         volume = torch.randn((1, *size.volume), generator=torch.Generator().manual_seed(0))
         result = repeated(run, lambda: predict(volume), 5)
         patch = volume[(slice(None), *(slice(n) for n in size.patch))]
         predict(patch)
         return {**result, **run.attempt(lambda: profiled(run, lambda: predict(patch)))}
     for classes in size.classes[:1] if run.tiny and compiled else size.classes:
-        for way in WAYS:
-            run.cell(f'speed_{classes:03d}_{"compiled" if compiled else "eager"}_{way}',
-                     size.compiled_limit if compiled else size.eager_limit, lambda c=classes, w=way: measure(c, w))
+        for method in METHODS:
+            run.cell(f'speed_{classes:03d}_{"compiled" if compiled else "eager"}_{method}',
+                     size.compiled_limit if compiled else size.eager_limit, lambda c=classes, w=method: measure(c, w))
     networks.cache_clear()
 
 
@@ -229,7 +230,7 @@ def bare_trainer(run: Run, kind: type, classes: int, compiled: bool) -> Any:
     trainer = kind({**plans, 'continue_training': False}, CONFIGURATION, 0, description, run.device)
     if isinstance(trainer, PDDDPMTrainer):
         untrained = bare_trainer(run, nnUNetTrainer, classes, False)
-        untrained.save_checkpoint(str(Path(untrained.output_folder) / 'checkpoint_final.pth'))
+        untrained.save_checkpoint(str(Path(untrained.output_folder) / FINAL_CHECKPOINT))
         os.environ['nnUNet_compile'] = str(compiled)
     trainer.initialize()
     return trainer

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-WAYS = {'stock': 'stock `nnUNetv2_predict`', 'plain': '`nnUNetv2_predict` with PDDDPM, blind mask',
+METHODS = {'stock': 'stock `nnUNetv2_predict`', 'plain': '`nnUNetv2_predict` with PDDDPM, blind mask',
         'samples': '8 samples, maps, blind mask', 'of_samples': '8 samples, maps, mask of the samples'}
 ROWS = {'stock': 'stock', 'longer': 'control: stock trained longer', 'second': 'second network, cross-entropy alone',
         'blind': 'PDDDPM, blind mask', 'samples': 'PDDDPM, mean of 8 samples'}
 Cells = dict[str, dict[str, Any]]
 
 
-def of_stage(cells: Cells, stage: str) -> Cells:
+def rows_of_stage(cells: Cells, stage: str) -> Cells:
     """Those with numbers, by the rest of their names."""
     return {name[len(stage) + 1:]: cell for name, cell in cells.items()
             if name.startswith(f'{stage}_') and ('seconds' in cell or 'dice' in cell)}
@@ -31,10 +31,10 @@ def timing(cells: Cells, names: dict[str, str]) -> list[str]:
     """Rows of a table of times, each beside stock's."""
     rows = []
     for name, cell in cells.items():
-        classes, mode, way = name.split('_', 2)
+        classes, mode, method = name.split('_', 2)
         stock, median = cells.get(f'{classes}_{mode}_stock'), np.median(cell['seconds'])
         memory = '' if cell['GiB'] is None else f'{cell["GiB"]:.2f}'
-        rows.append(f'| {int(classes)} | {mode} | {names[way]} | {median:.4f} ({min(cell["seconds"]):.4f} to '
+        rows.append(f'| {int(classes)} | {mode} | {names[method]} | {median:.4f} ({min(cell["seconds"]):.4f} to '
                     f'{max(cell["seconds"]):.4f}) | {ratio(cell, stock)} | {memory} | {ratio(cell, stock, "GiB")} '
                     f'| {cell["first"]:.1f} | {cell.get("launches", "")} |')
     return rows
@@ -75,7 +75,7 @@ def write_table(results: Path) -> None:
     cells: Cells = dict(sorted(json.loads(results.read_text()).items()))
     errors = [f'- {name}: {cell["error"]}' for name, cell in cells.items() if 'error' in cell]
     dry = any(cell['tiny'] for cell in cells.values())
-    speed, iterations = of_stage(cells, 'speed'), of_stage(cells, 'iterations')
+    speed, iterations = rows_of_stage(cells, 'speed'), rows_of_stage(cells, 'iterations')
     nothing = ['Not measured yet.']
     results.with_suffix('.md').write_text('\n'.join([
         '# On a GPU', '', '    .venv/bin/python benchmarks/gpu.py -o gpu.json -data FOLDER', '',
@@ -88,7 +88,7 @@ def write_table(results: Path) -> None:
         'has. Compiled: both networks by torch.compile. Seconds are the median (range); the first call, which '
         'compiles and tries algorithms, is beside them. Kernels are those of a volume of one patch.', '',
         *(['| classes | | | seconds | to stock | GiB | to stock | first call, s | kernels |', '|---|---|---|---|---|---|---|---|---|',
-           *timing(speed, WAYS)] if speed else nothing), '',
+           *timing(speed, METHODS)] if speed else nothing), '',
         'What takes longest, on a volume of one patch:', '', *(tops(speed) or nothing), '',
         '## An iteration of training', '',
         'The same networks, batch of two, without data loading. GiB include the optimizer. The first column of '
@@ -100,5 +100,5 @@ def write_table(results: Path) -> None:
         'are not tuned. Δ is the mean difference to the control: of one training, so without an interval. Seconds are of '
         "a case's network part, median; checkpoints are in the work folder, in MB.", '',
         *(['| | iterations | Dice | Δ | NLL | Δ | s a case | checkpoint |', '|---|---|---|---|---|---|---|---|', *rows]
-          if (rows := trainings(of_stage(cells, 'hippocampus'))) else nothing), '',
+          if (rows := trainings(rows_of_stage(cells, 'hippocampus'))) else nothing), '',
         *(['## What failed', '', *errors, ''] if errors else [])]))

@@ -48,9 +48,9 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
               'stock': stock, 'others': others, 'epochs': of.dataset.epochs[0]}
     if of.kind == 'phantom':
-        of_phantoms(of, work, args, common)
+        write_phantoms(of, work, args, common)
     else:
-        of_raters(of, work, args.page, common, tests or of.label)
+        write_raters(of, work, args.page, common, tests or of.label)
 
 
 RATERS = (Column('GED²', 'ged'), Column('CRPS of the area', 'crps'),
@@ -60,7 +60,7 @@ RATERS = (Column('GED²', 'ged'), Column('CRPS of the area', 'crps'),
 OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice'), Column('F1 of objects', 'f1'))
 
 
-def of_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
+def write_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
     """Page of masks of several people."""
     table_rows, base_title = rows(of)
     found = lines(work, tests, table_rows)
@@ -103,19 +103,19 @@ def exact(name: str) -> Scores:
     """Of exact samples, with the exact probability map: the mean of ten sets, as one training."""
     images = PHANTOM.tests()[name]
 
-    def of_set(repeat: int) -> list[dict[str, float]]:
+    def one_set(repeat: int) -> list[dict[str, float]]:
         found = []
         for number, image in enumerate(images):
             rng = np.random.default_rng(100 * number + repeat + 1)
             masks = np.stack([image.known.draw(rng) for _ in range(PHANTOM.samples)])
             found.append(against_truth(image.known, masks, exact_map(image.known), number))
         return found
-    sets = [of_set(repeat) for repeat in range(EXACT_SETS)]
+    sets = [one_set(repeat) for repeat in range(EXACT_SETS)]
     return {metric: np.mean([[image[metric] for image in one] for one in sets], 0, keepdims=True)
             for metric in sets[0][0]}
 
 
-def of_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
+def write_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
     """Page of phantoms."""
     table_rows, base_title = rows(of)
     tables = {}

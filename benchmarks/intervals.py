@@ -1,4 +1,4 @@
-"""Intervals of volumes: how many true volumes they hold, and how wide they are, by the ways to make them.
+"""Intervals of volumes: how many true volumes they hold, and how wide they are, by the methods that make them.
 
 Needs the trained models of the benchmarks hippocampus, phantom, nuclei and cells in their work folders.
 """
@@ -41,7 +41,7 @@ TITLES = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, poster
 RATERS = {'nuclei': 5, 'cells': 10}
 """Rows of an image, one after the other, that belong together."""
 SPLITS = 100
-WAYS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
+METHODS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
         '2.5 to 97.5 % quantiles of 8 samples')
 
 
@@ -64,21 +64,22 @@ def measure(args: argparse.Namespace, into: Path) -> None:
     """Rows of every data set and training as `DATA__FOLD.json`: lists of calibration and test rows; kept if there."""
     into.mkdir(parents=True, exist_ok=True)
 
-    def keep(name: str, fold: int, make: Callable[[], tuple[Rows, Rows]]) -> None:
+    def measure_once(name: str, fold: int, make: Callable[[], tuple[Rows, Rows]]) -> None:
         if not (file := into / f'{name}__{fold}.json').is_file():
             print(name, 'fold', fold, flush=True)
             file.write_text(json.dumps(make()))
     for label, channel in CHANNELS.items() if args.hippocampus else ():
         for fold in args.folds:
-            keep(label, fold, lambda i=channel, f=fold: of_hippocampus(args.hippocampus.resolve(), f, i))
+            measure_once(label, fold, lambda i=channel, f=fold: rows_of_hippocampus(args.hippocampus.resolve(), f, i))
     for objects, grid in GRIDS.items() if args.phantom else ():  # all of a work folder: a call predicts in one only
         for fold in args.folds:
             many = (as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES))
-            keep(f'{objects}_objects', fold, lambda m=many, f=fold: divided(of_images(
+            measure_once(f'{objects}_objects', fold, lambda m=many, f=fold: divided(rows_of_images(
                 PHANTOM, args.phantom.resolve(), f, m)))
     for name in ('nuclei', 'cells') if args.raters else ():
         for fold in args.folds:
-            keep(name, fold, lambda of=RATER_SETS[name], f=fold: of_raters(of, args.raters.resolve(), args.data, f))
+            measure_once(name, fold, lambda of=RATER_SETS[name], f=fold: rows_of_raters(
+                of, args.raters.resolve(), args.data, f))
 
 
 def divided(rows: Rows) -> tuple[Rows, Rows]:
@@ -87,18 +88,18 @@ def divided(rows: Rows) -> tuple[Rows, Rows]:
 
 
 @torch.inference_mode()
-def of_images(of: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> Rows:
+def rows_of_images(of: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> Rows:
     """Rows of images, one for each true area: blind mask, and samples by a chain of one step, object by object; without
     mirroring."""
     images.here(of, work)
     from image_models import Models, Row
     models = Models(of, work, fold, of.validation(work, fold))
     settings = replace(models.settings(Row('', dependence=0.0)), samples=SAMPLES)
-    return [row for image in on for row in rows_of(models.opened(image), settings.for_case(image.name),
+    return [row for image in on for row in rows_of_image(models.opened(image), settings.for_case(image.name),
                                                    image.masks.sum((1, 2)).astype(float).tolist())]
 
 
-def rows_of(volume: object, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
+def rows_of_image(volume: object, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
     """Of one image's foreground, in pixels, against each of its true areas."""
     from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
     from nnunet_pdddpm.inference.counting import VoxelCounter
@@ -115,13 +116,13 @@ def rows_of(volume: object, settings: SamplingSettings, truths: Sequence[float])
     return [volume_row(true, features_of, sizes) for true in truths]
 
 
-def of_raters(of: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
+def rows_of_raters(of: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
     """Of validation and test images, one for each rater's area."""
     test = next(iter(of.tests(data).values()))
-    return of_images(of, work, fold, of.validation(work, fold)), of_images(of, work, fold, test)
+    return rows_of_images(of, work, fold, of.validation(work, fold)), rows_of_images(of, work, fold, test)
 
 
-def of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows]:
+def rows_of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows]:
     """Of the fold's validation cases, as its checkpoint has them, and of the test cases."""
     scores = HIPPOCAMPUS.weights(work, 'denoiser', fold)[CALIBRATION][:, channel].double()
     tuned = next(row for row in rows_of_volumes()[0] if row.title == 'PDDDPM as tuned')
@@ -130,7 +131,7 @@ def of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows]:
             [case['volumes'][channel - 1] for case in test])
 
 
-def ways(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends | None]]:
+def methods(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends | None]]:
     """Name -> what makes the interval of a test case."""
     scores = np.array([case['fields'] for case in calibration])
     true, of, relative = scores[:, 0], Features(*scores[:, 1:6].T), Rule('volume')
@@ -142,11 +143,12 @@ def ways(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends
     def calibrated(by: Calibrated | None) -> Callable[[dict[str, list[float]]], Ends | None]:
         return lambda case: None if by is None else by.interval(
             Features(*(np.array([value]) for value in case['fields'][1:6])))
-    return dict(zip(WAYS, (*map(calibrated, made), lambda case: (min(case['samples']), max(case['samples'])),
+    return dict(zip(METHODS, (*map(calibrated, made), lambda case: (min(case['samples']), max(case['samples'])),
                            lambda case: tuple(np.quantile(case['samples'], [0.025, 0.975]))), strict=True))
 
 
-def held(make: Callable[[dict[str, list[float]]], Ends | None], test: Rows) -> tuple[np.ndarray, np.ndarray]:
+def coverage_and_width(make: Callable[[dict[str, list[float]]], Ends | None],
+                       test: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Of each test case: whether the interval holds the true volume, and its width over the mean true volume, in %."""
     true = np.array([case['fields'][0] for case in test])
     low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T
@@ -156,29 +158,29 @@ def held(make: Callable[[dict[str, list[float]]], Ends | None], test: Rows) -> t
 def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, float]:
     """Coverage where all rows are divided anew, into as many to calibrate by: without the luck of one division."""
     rows, rng = np.array([*calibration, *test]), np.random.default_rng(0)
-    inside: dict[str, list[float]] = {way: [] for way in WAYS[:3]}  # those that need calibration
+    inside: dict[str, list[float]] = {method: [] for method in METHODS[:3]}  # those that need calibration
     for _ in range(SPLITS):
         order = rng.permutation(len(rows) // together)[:, None] * together + np.arange(together)
         shuffled = rows[order.ravel()]
-        made = ways(shuffled[:len(calibration)].tolist())
-        for way, found in inside.items():
-            found.append(held(made[way], shuffled[len(calibration):].tolist())[0].mean())
-    return {way: float(np.mean(found)) for way, found in inside.items()}
+        made = methods(shuffled[:len(calibration)].tolist())
+        for method, found in inside.items():
+            found.append(coverage_and_width(made[method], shuffled[len(calibration):].tolist())[0].mean())
+    return {method: float(np.mean(found)) for method, found in inside.items()}
 
 
 def table(into: Path, name: str) -> str:
     """Of a data set: coverage and mean width, mean and standard deviation over trainings."""
-    found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {method: [] for method in METHODS}
     for file in files_of_trainings(into, name):
         calibration, test = json.loads(file.read_text())
         divided_anew = over_splits(calibration, test, RATERS.get(name, 1))
-        for way, make in ways(calibration).items():
-            found[way].append((*held(make, test), divided_anew.get(way, np.nan)))
+        for method, make in methods(calibration).items():
+            found[method].append((*coverage_and_width(make, test), divided_anew.get(method, np.nan)))
     lines = ['| interval | holds the true volume | divided anew | width |', '|---|---|---|---|']
-    for way, of_trainings in found.items():
+    for method, of_trainings in found.items():
         inside, width, anew = (np.array(of) for of in zip(*of_trainings, strict=True))
         divided_anew = '' if np.isnan(anew).any() else f'{spread(anew[:, None], 1)} %'
-        lines.append(f'| {way} | {spread(inside, 1)} % | {divided_anew} | {spread(width, 1)} % |')
+        lines.append(f'| {method} | {spread(inside, 1)} % | {divided_anew} | {spread(width, 1)} % |')
     return '\n'.join([f'## {TITLES[name]}', '', *lines])
 
 
@@ -194,7 +196,7 @@ def draw(into: Path, measured: Sequence[str], file: Path) -> None:
         axis.remove()
     for axis, name in zip(axes.flat, measured, strict=False):
         calibration, test = json.loads((into / f'{name}__0.json').read_text())
-        make = ways(calibration)[WAYS[0]]
+        make = methods(calibration)[METHODS[0]]
         test.sort(key=lambda case: case['fields'][0])
         true = np.array([case['fields'][0] for case in test])
         low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T / true.mean()

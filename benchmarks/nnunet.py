@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from machine import DEVICE, FULL, PLANS
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.settings import package_variables
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +84,7 @@ class Dataset:
 
     def checkpoint(self, work: Path, network: str, fold: int) -> Path:
         """Of a finished training."""
-        return self.model(work, network) / f'fold_{fold}' / 'checkpoint_final.pth'
+        return self.model(work, network) / f'fold_{fold}' / FINAL_CHECKPOINT
 
     def trained(self, work: Path, network: str, fold: int) -> Path:
         """The same, which is there."""

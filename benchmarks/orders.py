@@ -4,7 +4,6 @@ from __future__ import annotations
 import numpy as np
 
 from nnunet_pdddpm.evaluation.calibration import area_under_risk_coverage
-from nnunet_pdddpm.inference.dice_regression import rank_correlation
 
 
 def aurc(score: np.ndarray, dice: np.ndarray) -> float:
@@ -24,11 +23,6 @@ def normalised_aurc(score: np.ndarray, dice: np.ndarray) -> float:
     best = aurc(dice, dice)
     room = float((1 - dice).mean()) - best
     return (aurc(score, dice) - best) / room if room > 0 else 0.0
-
-
-def spearman(score: np.ndarray, dice: np.ndarray) -> float:
-    """Rank correlation; 0 where all values of one are equal."""
-    return rank_correlation(score, dice)
 
 
 def failures_found(score: np.ndarray, dice: np.ndarray, failed: float, share: float) -> float:

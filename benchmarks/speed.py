@@ -26,7 +26,7 @@ from page import write
 STAGES = ('prepare', 'measure', 'table')
 OF_SAMPLES = {'mask_stock': 0.0, 'mask_blind': 0.0}
 OF_BLIND = {'mask_stock': 0.0, 'mask_blind': 1.0}
-WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
+METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     'stock `nnUNetv2_predict`': ('stock', None),
     '`nnUNetv2_predict -tr PDDDPMTrainer`, blind mask': ('denoiser', None),
     **{f'8 samples, {steps} step{"s" if steps > 1 else ""}, {name}, all maps':
@@ -40,7 +40,8 @@ CASES, REPEATS, TRAINING_STEPS = {'Hippocampus': 6, 'MSLesion': 1}, {'Hippocampu
 SYNTHETIC = 'speed_synthetic.json'
 """File of what needs no trained model."""
 STEPS = ('training step of stock', 'training step of PDDDPM')
-GOALS = {**{name: 1.25 for name in WAYS if name.startswith('8 samples, 1 step,')}, list(WAYS)[1]: 2.05, STEPS[1]: 1.1}
+GOALS = {**{name: 1.25 for name in METHODS if name.startswith('8 samples, 1 step,')}, list(METHODS)[1]: 2.05,
+         STEPS[1]: 1.1}
 """Row -> how many times stock's time it should take at most."""
 
 
@@ -82,7 +83,7 @@ def prepare_lesions(work: Path, data: str | None) -> None:
 
 
 def predictors(work: Path, dataset: Dataset) -> tuple[list[torch.Tensor], dict[str, Callable[[torch.Tensor], Any]]]:
-    """Preprocessed images of a data set; and of every way what predicts one."""
+    """Preprocessed images of a data set; and of every method what predicts one."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -94,7 +95,7 @@ def predictors(work: Path, dataset: Dataset) -> tuple[list[torch.Tensor], dict[s
         predictor.bfloat16 = False  # the same precision for all
         return lambda image: predictor.predict_volume(image, case='case', stock=False).spread.maps()
     stock = dataset.open(work, 'stock', [0], nnUNetPredictor)
-    return images(stock, work, dataset), {name: of(*way) for name, way in WAYS.items()}
+    return images(stock, work, dataset), {name: of(*method) for name, method in METHODS.items()}
 
 
 def images(predictor: Any, work: Path, dataset: Dataset) -> list[torch.Tensor]:
@@ -112,7 +113,7 @@ def images(predictor: Any, work: Path, dataset: Dataset) -> list[torch.Tensor]:
 
 
 def measure(work: Path, dataset: Dataset, file: Path) -> None:
-    """Seconds of every precision, way, repeat and case, as a file."""
+    """Seconds of every precision, method, repeat and case, as a file."""
     dataset.enter(work)
     os.environ['nnUNet_n_proc_DA'] = '0'
     device, (all_images, all_ways) = torch.device(DEVICE), predictors(work, dataset)
@@ -165,13 +166,13 @@ def training_steps(work: Path, dataset: Dataset, device: torch.device,
 
 
 def draw(work: Path, file: Path) -> None:
-    """Figure of the time of every way of predicting, over that of stock in the same repeat."""
+    """Figure of the time of every method, over that of stock in the same repeat."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
     measured = [(dataset.name, precision, of) for dataset in DATASETS
                 for precision, of in json.loads(file_of(work, dataset).read_text()).items()]
-    names = list(WAYS)
+    names = list(METHODS)
     figure, axis = plt.subplots(figsize=(8, 3), layout='constrained')
     for number, (dataset, precision, of) in enumerate(measured):
         for y, name in enumerate(names):
@@ -204,7 +205,7 @@ def write_page(work: Path, file: Path) -> None:
     for dataset in DATASETS:
         for precision, of in json.loads(file_of(work, dataset).read_text()).items():
             for name, values in of.items():
-                ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(WAYS))])
+                ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(METHODS))])
                 ratios.setdefault(name, []).append(float(np.median(ratio)))
                 lines.append(f'| {dataset.name} | {precision} | {name} | {np.median(values):.2f} | '
                              f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |')

@@ -18,6 +18,8 @@ from datasets.versions import CLEAN, SUBJECTS, Case, Subject, versions
 from machine import DEVICE, PLANS
 from nnunet import NUM_FOLDS
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
+
 STAGES = ('measure', 'table')
 POOLED_CASES = 60
 """Training cases whose deep features are known, at most."""
@@ -61,7 +63,7 @@ class Models:
         from nnunet_pdddpm.tuning.calibration import open_for_calibration
         self.of, self.work, self.fold = of, work, fold
         self.predictor = open_for_calibration(of.dataset.model(work, 'denoiser'), fold, torch.device(DEVICE),
-                                              'checkpoint_final.pth')
+                                              FINAL_CHECKPOINT)
         self.stock = [of.dataset.open(work, 'stock', [other], nnUNetPredictor)
                       for other in range(NUM_FOLDS) if other != fold]
         for model in (self.predictor, *self.stock):

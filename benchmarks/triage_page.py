@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from artefacts import FAMILIES, STRENGTHS
 from datasets.versions import CLEAN, SUBJECTS, Subject
-from orders import aurc, excess_aurc, failures_found, normalised_aurc, spearman
+from orders import aurc, excess_aurc, failures_found, normalised_aurc
 from page import write
 from scipy.special import expit
 from sklearn.covariance import LedoitWolf
@@ -24,6 +24,7 @@ from nnunet_pdddpm.inference.dice_regression import (
     LabelModel,
     case_estimates,
     cross_validated,
+    rank_correlation,
     true_dice,
 )
 from nnunet_pdddpm.inference.quality import LabelQuality, logit
@@ -126,7 +127,7 @@ def pooled_table(trainings: list[Training]) -> list[str]:
     """Scores of each order over all versions, and the difference to the stock folds; intervals by Student's t over
     three trainings, else by a bootstrap over cases."""
     metrics: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-        'normalised AURC': normalised_aurc, 'AURC': aurc, 'excess': excess_aurc, 'Spearman': spearman,
+        'normalised AURC': normalised_aurc, 'AURC': aurc, 'excess': excess_aurc, 'Spearman': rank_correlation,
         **{f'failures in the first {100 * share:.0f} %': lambda score, dice, s=share: failures_found(
             score, dice, FAILED, s) for share in FIRST}}
     text = [f'| order | difference to the stock folds | {" | ".join(metrics)} |', '|---' * (2 + len(metrics)) + '|']
@@ -162,7 +163,7 @@ def family_table(trainings: list[Training]) -> list[str]:
         low = np.concatenate([one.scores[PACKAGE][here & one.bounded] for one, here in of])
         bounded = np.concatenate([one.dice[here & one.bounded] for one, here in of])
         held = f'{100 * (bounded >= low).mean():.0f} %' if len(low) else '–'
-        cells = [f'{np.mean([spearman(one.scores[name][here], one.dice[here]) for one, here in of]):.2f}'
+        cells = [f'{np.mean([rank_correlation(one.scores[name][here], one.dice[here]) for one, here in of]):.2f}'
                  if of[0][1].sum() >= FEWEST else '–' for name in orders]
         text.append(f'| {family} | {of[0][1].sum()} | {dice.mean():.3f} | {100 * (dice < FAILED).mean():.0f} % | '
                     + ' | '.join(cells) + f' | {held} |')
@@ -184,7 +185,7 @@ def section(of: Subject, trainings: list[Training]) -> str:
         f'The lower bound should hold in 90 % of the versions. {share:.0f} % have one'
         + (f'; it held in {held:.0f} % of these.' if share else '.'), '',
         f"Spearman on the images as they are, the package's order less {TODAY}: "
-        f'{against(trainings, PACKAGE, TODAY, spearman, CLEAN)}.', '',
+        f'{against(trainings, PACKAGE, TODAY, rank_correlation, CLEAN)}.', '',
         'Spearman by family:', '', *family_table(trainings)])
 
 

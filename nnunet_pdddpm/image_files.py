@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,14 @@ def images_in(folder: Path, ending: str) -> list[Path]:
     """Files of a folder with an ending, links to nothing included, in order; without what macOS writes beside them."""
     return sorted(file for file in folder.glob(f'*{ending}')
                   if (file.is_file() or file.is_symlink()) and not is_apple_double(file))
+
+
+def sample_files(folder: Path, case: str, ending: str) -> list[Path]:
+    """The samples of a case in an output folder, by their number; empty if none were saved."""
+    named = re.compile(re.escape(case) + r'_s(\d+)' + re.escape(ending))
+    numbered = [(int(match[1]), file) for file in images_in(folder / 'samples', ending)
+                if (match := named.fullmatch(file.name))]
+    return [file for _, file in sorted(numbered)]
 
 
 def other_images(folder: Path, ending: str) -> list[str]:

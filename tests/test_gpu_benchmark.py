@@ -14,7 +14,7 @@ from conftest import in_this_process, succeed_in_process
 from nnunetv2.utilities import find_objects
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
-WAYS = ('stock', 'plain', 'samples', 'of_samples')
+METHODS = ('stock', 'plain', 'samples', 'of_samples')
 ROWS = ('stock', 'longer', 'second', 'blind', 'samples')
 
 
@@ -55,7 +55,7 @@ def test_every_cell_is_measured_into_one_small_file(dry_run):
     modes = [(2, 'eager'), (3, 'eager'), (2, 'compiled'), (3, 'compiled')]
     assert found.keys() == {
         'tests', 'plan_stock', 'plan_further', *(f'hippocampus_{row}' for row in ROWS),
-        *(f'speed_{classes:03d}_{mode}_{way}' for classes, mode in modes[:3] for way in WAYS),
+        *(f'speed_{classes:03d}_{mode}_{method}' for classes, mode in modes[:3] for method in METHODS),
         *(f'iterations_{classes:03d}_{mode}_{name}' for classes, mode in modes for name in ('stock', 'PDDDPM'))}
     assert results.stat().st_size < 100_000
     assert all('commit abc1234' in cell['on'] for cell in found.values())
@@ -79,7 +79,7 @@ def test_the_page_has_every_stage_and_says_that_it_is_of_a_dry_run(dry_run, gpu,
     results, _ = dry_run
     page = results.with_suffix('.md').read_text()
     assert 'A dry run' in page and 'commit abc1234' in page and f'torch {torch.__version__}' in page
-    assert page.count('| 2 | eager |') == page.count('| 2 | compiled |') == len(WAYS) + 2
+    assert page.count('| 2 | eager |') == page.count('| 2 | compiled |') == len(METHODS) + 2
     assert all(word in page for word in ('skipped', 'control: stock trained longer', 'PDDDPM, mean of 8 samples'))
     assert 'What failed' not in page and 'Not ' not in page
     elsewhere = tmp_path / 'brought.json'

@@ -26,7 +26,7 @@ from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.diffusion.process import Ancestral
 from nnunet_pdddpm.diffusion.sampling import refine, seeded_noise
 from nnunet_pdddpm.evaluation.folders import Folders
-from nnunet_pdddpm.image_files import damage
+from nnunet_pdddpm.image_files import damage, sample_files
 from nnunet_pdddpm.inference import chunks as chunks_module
 from nnunet_pdddpm.inference import volume
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, probability_maps
@@ -444,7 +444,7 @@ def test_a_sample_counts_for_the_case_that_it_is_named_for(cases, other):
         folders = object.__new__(Folders)  # of which nothing else is read
         folders.__dict__.update(predictions=Path(folder), ending='.nii.gz')
         for case in cases:
-            assert {file.name for file in folders.sample_files(case)} == {
+            assert {file.name for file in sample_files(folders.predictions, case, folders.ending)} == {
                 name for name, of in named.items() if of == case}
 
 

@@ -16,7 +16,7 @@ from nnunet_pdddpm.inference.quality import (
     overlap,
     pairwise_dice,
     roughness,
-    unsure_surface,
+    uncertain_surface,
 )
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
@@ -42,7 +42,7 @@ def test_features_of_a_cube_are_what_can_be_counted_by_hand():
     assert expit(found['stock']) == pytest.approx(0.75)  # 3 of the 4 slices of both
     of_08 = -(0.8 * math.log2(0.8) + 0.2 * math.log2(0.2))
     assert found['entropy'] == pytest.approx(of_08 * 56 / 64)
-    assert found['surest'] == pytest.approx(1.0) and found['surface'] == 1  # 56 voxels, all of them unsure
+    assert found['certainty'] == pytest.approx(1.0) and found['surface'] == 1  # 56 voxels, all of them uncertain
     assert found['volume'] == pytest.approx(math.log(65)) and found['components'] == pytest.approx(math.log(2))
     assert (found['brightness'], found['contrast']) == (pytest.approx(4.0), pytest.approx(0.0))
     assert found['roughness'] == 0  # of the box around it, which it fills
@@ -61,8 +61,8 @@ def test_surface_and_roughness_of_slices_and_of_a_volume():
     mask[0, 1:5, 1:5] = True  # 12 outermost pixels, and 4 inside
     p = np.full(mask.shape, 0.95)
     p[0, 1] = 0.5
-    assert unsure_surface(mask, p) == pytest.approx(4 / 12)
-    assert unsure_surface(np.zeros_like(mask), p) == 1
+    assert uncertain_surface(mask, p) == pytest.approx(4 / 12)
+    assert uncertain_surface(np.zeros_like(mask), p) == 1
     ramp = np.arange(4.0)[:, None, None] + 3 * np.arange(5.0)[:, None] + np.zeros(6)
     assert roughness(ramp[None]) == pytest.approx((1 + 3 + 0) / 3)
     assert roughness(ramp[None, :1]) == pytest.approx((3 + 0) / 2) and roughness(np.ones((1, 1, 1, 1))) == 0

@@ -295,7 +295,7 @@ def test_copies_of_which_the_networks_make_no_numbers_are_left_out(model, monkey
 def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path):
     """The order is by a feature of which the expected Dice knows nothing."""
     of = rows('nothing')
-    of[:, :, DICE + 1 + FEATURES.index('surest')] = logit(of[:, :, DICE]) / 10 + 0.3
+    of[:, :, DICE + 1 + FEATURES.index('certainty')] = logit(of[:, :, DICE]) / 10 + 0.3
     store_calibration(checkpoint(model), torch.zeros(0, 3, 7), torch.tensor(of))
     found, page = predict(model, tmp_path / 'out')
     lows = {case: row['estimated_dice_low'] for case, row in found.items()}

@@ -28,7 +28,7 @@ from nnunet_pdddpm.report import NothingToShow, write_report
 from nnunet_pdddpm.report.components import components_of
 from nnunet_pdddpm.report.drawing import UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, grey_values, label_colours, levels
 from nnunet_pdddpm.report.page import REPORT
-from nnunet_pdddpm.report.summary import drawn, histogram, runs_of
+from nnunet_pdddpm.report.summary import histogram, runs_of, volume_bar
 from nnunet_pdddpm.report.views import (
     box_around,
     intensity_window,
@@ -165,11 +165,11 @@ def test_volumes_come_with_their_interval_and_stock_beside(page):
 def test_an_interval_is_drawn_from_zero_to_the_largest_number():
     label = {'volume_ml': 10.0, 'volume_ml_stock': 20.0, 'volume_ml_low': 8.0, 'volume_ml_high': 12.0,
              'samples_low_ml': 9.0, 'samples_high_ml': 11.0}
-    found = drawn(label)
+    found = volume_bar(label)
     assert found.interval is None  # without a level it is none
-    found = drawn({**label, 'interval_level': 0.95})
+    found = volume_bar({**label, 'interval_level': 0.95})
     assert (found.mask, found.stock) == (50, 100) and found.interval == (40, 60) and found.samples == (45, 55)
-    assert drawn({'volume_ml': 0.0}) is None and drawn({}) is None
+    assert volume_bar({'volume_ml': 0.0}) is None and volume_bar({}) is None
 
 
 def test_the_page_opens_with_what_was_run(page):
@@ -334,16 +334,16 @@ def test_every_orientation_is_shown_as_radiologists_look_at_it(orientation):
     image.SetSpacing((1.0, 2.0, 3.0))
     turned = sitk.DICOMOrient(image, orientation)
     stored = sitk.GetArrayFromImage(turned)
-    axes = DisplayAxes.of({'sitk_stuff': {'direction': turned.GetDirection()}})
-    np.testing.assert_array_equal(axes.turn(stored), anatomical)
+    axes = DisplayAxes.from_properties({'sitk_stuff': {'direction': turned.GetDirection()}})
+    np.testing.assert_array_equal(axes.reorient(stored), anatomical)
     assert [turned.GetSpacing()[::-1][a] for a in axes.order] == [3.0, 2.0, 1.0]
     to_ras = np.diag([-1.0, -1, 1, 1])
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(turned.GetDirection(), (3, 3)) * turned.GetSpacing()
-    by_nibabel = DisplayAxes.of({'nibabel_stuff': {'original_affine': to_ras @ affine}})
+    by_nibabel = DisplayAxes.from_properties({'nibabel_stuff': {'original_affine': to_ras @ affine}})
     assert by_nibabel == axes
     zeros = np.zeros((4, 5, 6), np.uint8)
-    case = CaseVolumes(axes.turn(stored), zeros, zeros, np.zeros((4, 5, 6), np.float32), (), (3.0, 2.0, 1.0), axes)
+    case = CaseVolumes(axes.reorient(stored), zeros, zeros, np.zeros((4, 5, 6), np.float32), (), (3.0, 2.0, 1.0), axes)
     view = make_view(case, [(1,)], 10 ** 6)
     axial, coronal, sagittal = view.planes
     assert (axial.size, coronal.size, sagittal.size) == ((6.0, 10.0), (6.0, 12.0), (10.0, 12.0))
@@ -617,7 +617,7 @@ def test_an_outline_encloses_exactly_its_mask(opened):
 
 def test_the_planes_show_the_masks_of_the_slices_that_they_name(opened, prediction):
     folder = prediction[0]
-    axes = DisplayAxes.of({'sitk_stuff': {'direction': oblique_direction()}})
+    axes = DisplayAxes.from_properties({'sitk_stuff': {'direction': oblique_direction()}})
     assert not any(axes.flipped) and axes.order == (0, 1, 2)  # so what is shown is as in the file
     labels = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / 'poor.nii.gz')))
     article = article_of(opened, 'poor')

@@ -378,15 +378,15 @@ def test_300_samples_are_counted_without_overflow():
     assert spread_of(p, False).pairwise_dice(1) == pytest.approx(brute_force_pairs(p, 1, False)[0], abs=1e-12)
 
 
-def test_the_share_of_unsure_voxels_by_hand():
-    # possible (over 10 %): 0.3, 0.95, 0.5, 0.85; of them unsure (not over 90 %): 0.3, 0.5, 0.85
+def test_the_share_of_uncertain_voxels_by_hand():
+    # possible (over 10 %): 0.3, 0.95, 0.5, 0.85; of them uncertain (not over 90 %): 0.3, 0.5, 0.85
     lesion = np.array([0.05, 0.3, 0.95, 0.5, 0.0, 0.85])
     p = np.stack([1 - lesion, lesion])[None, :, None, None].repeat(2, 0)
     spread = spread_of(p, False)
-    assert spread.unsure_share([1]) == pytest.approx(3 / 4)
-    assert spread_of(np.stack([np.ones(6), np.zeros(6)])[None, :, None, None], False).unsure_share([1]) == 0
+    assert spread.uncertain_share([1]) == pytest.approx(3 / 4)
+    assert spread_of(np.stack([np.ones(6), np.zeros(6)])[None, :, None, None], False).uncertain_share([1]) == 0
     two = np.stack([lesion, np.array([0.0, 0.0, 0.5, 0.0, 0.95, 0.0])])[None, :, None, None]
-    assert spread_of(two, True).unsure_share([0, 1]) == pytest.approx(4 / 5)  # the third now, of five possible
+    assert spread_of(two, True).uncertain_share([0, 1]) == pytest.approx(4 / 5)  # the third now, of five possible
 
 
 @pytest.mark.parametrize('folds', [1, 3])

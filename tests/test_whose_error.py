@@ -100,7 +100,7 @@ def test_what_the_preprocessor_raises_for_every_image_is_an_error_of_the_program
     file = write(tmp_path / 'a_0000.nii.gz')
     preprocess = preprocessor(**changes)
     with pytest.raises(Exception) as expected:
-        preprocess.by_nnunet(np.ones((1, *SHAPE), np.float32), None, {'spacing': [1.5, 1, 1]})
+        preprocess.run_nnunet(np.ones((1, *SHAPE), np.float32), None, {'spacing': [1.5, 1, 1]})
     with pytest.raises(type(expected.value)) as raised:
         preprocess([file], None, 'out/a')
     assert str(raised.value) == str(expected.value)

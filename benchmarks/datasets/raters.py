@@ -114,7 +114,7 @@ class RaterSet:
         every.mkdir(parents=True, exist_ok=True)
         cases: dict[str, list[str]] = {}
 
-        def of_raters() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        def cases_of_raters() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
             for image in sum(folds, []):
                 pixels, masks = np.round(self.pixels(folder, image)), self.masks(folder, image)
                 cases[image] = [name.replace('__', '-') for name in masks]
@@ -123,7 +123,7 @@ class RaterSet:
                     for other in masks:
                         (every / f'{case}__{other.split("__")[1]}.png').symlink_to(
                             raw / 'labelsTr' / f'{other.replace("__", "-")}.png')
-        number = len(write_cases(raw, of_raters()))
+        number = len(write_cases(raw, cases_of_raters()))
         self.dataset.plan(work, description(self.label, number), [
             ([case for image in cases if image not in fold for case in cases[image]],
              [case for image in fold for case in cases[image]]) for fold in folds])

@@ -10,6 +10,9 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_pdddpm.inference.errors import PredictionError
 
+TRAINER, PLANS = 'PDDDPMTrainer', 'nnUNetPlans'
+"""What is meant where no other is named."""
+
 
 def parse_fold(text: str) -> int | str:
     """A fold's number, or `all`."""

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
-from nnunet_pdddpm.commands.check_dataset import TRAINER, check_dataset, environment_problem, row
+from nnunet_pdddpm.commands.arguments import PLANS, TRAINER
+from nnunet_pdddpm.commands.check_dataset import check_dataset, environment_problem, row
 from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, package_variables
 from nnunet_pdddpm.versions import require_nnunet
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('dataset', metavar='DATASET', nargs='?',
                         help='id or name of a data set to check as well (default: none)')
     parser.add_argument('-c', metavar='CONFIG', help='its configuration (default: all configurations of the plans)')
-    parser.add_argument('-p', metavar='PLANS', default='nnUNetPlans', help='its plans (default: %(default)s)')
+    parser.add_argument('-p', metavar='PLANS', default=PLANS, help='its plans (default: %(default)s)')
     args = parser.parse_args(arguments)
     if args.c is not None and args.dataset is None:
         parser.error('-c needs a DATASET')

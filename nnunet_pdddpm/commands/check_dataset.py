@@ -13,14 +13,13 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_pdddpm.commands.arguments import TRAINER
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, effective_settings
 from nnunet_pdddpm.network.state import check_version, stored_settings, stored_table
 from nnunet_pdddpm.training.presegmenters import TrainingContext, checkpoint_file
 from nnunet_pdddpm.training.previous_stage import PreviousStage
-
-TRAINER = 'PDDDPMTrainer'
 
 
 def row(name: str, value: object) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
+from nnunet_pdddpm.commands.arguments import PLANS, TRAINER, model_folder, parse_fold, prepare_device
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.image_files import IMAGE_ENDINGS, images_in
 from nnunet_pdddpm.inference.continuing import cases_with_other_settings, refresh_summary
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_input_and_output(parser)
     parser.add_argument('-d', required=True, help='data set, by id or name')
     parser.add_argument('-c', required=True, help='configuration, such as 3d_fullres')
-    parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
-    parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
+    parser.add_argument('-tr', default=TRAINER, help='trainer of the model (default: %(default)s)')
+    parser.add_argument('-p', default=PLANS, help='plans of the model (default: %(default)s)')
     parser.add_argument('-num_parts', type=int, default=1,
                         help='number of parallel calls that share the cases, from 1 (default: %(default)s)')
     parser.add_argument('-part_id', type=int, default=0,
@@ -174,8 +174,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> Non
                  f'continue with --continue_prediction.')
     if failed or no_report:
         num_cases = len(images[args.part_id::args.num_parts]) + len(unusable)
-        told = [f'{failure_message(failed, num_cases)}.'] if failed else []
-        sys.exit('Error: ' + ' '.join([*told, *filter(None, [no_report])]))
+        sentences = [f'{failure_message(failed, num_cases)}.'] if failed else []
+        sys.exit('Error: ' + ' '.join([*sentences, *filter(None, [no_report])]))
 
 
 def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, images: list[list[str]],

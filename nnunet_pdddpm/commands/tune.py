@@ -10,7 +10,7 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunet_pdddpm.commands.arguments import model_folder, parse_fold, prepare_device
+from nnunet_pdddpm.commands.arguments import PLANS, TRAINER, model_folder, parse_fold, prepare_device
 from nnunet_pdddpm.evaluation.folders import EvaluationError
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.logs import log_to_console
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('d', metavar='DATASET', help='id or name')
     parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
     parser.add_argument('f', metavar='FOLD', type=parse_fold, help='fold, a number from 0')
-    parser.add_argument('-tr', default='PDDDPMTrainer', help='trainer of the model (default: %(default)s)')
-    parser.add_argument('-p', default='nnUNetPlans', help='plans of the model (default: %(default)s)')
+    parser.add_argument('-tr', default=TRAINER, help='trainer of the model (default: %(default)s)')
+    parser.add_argument('-p', default=PLANS, help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     parser.add_argument('-budget', type=float, metavar='MINUTES',
                         help='time for tuning, above 0 (default: no limit); to keep it, cases and chains of five steps '

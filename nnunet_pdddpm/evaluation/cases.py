@@ -21,6 +21,7 @@ from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 from nnunet_pdddpm.evaluation.voxelwise import Calibration, class_statistics, region_statistics
 from nnunet_pdddpm.geometry import voxel_volume_ml
+from nnunet_pdddpm.image_files import sample_files
 
 MARGIN_MM = 10.0
 """What the box around the reference's foreground is enlarged by."""
@@ -82,7 +83,8 @@ def evaluate_case(folders: Folders, case: str, tolerance: float) -> CaseResult:
     result = CaseResult(case, _accuracy(data, tolerance))
     result.values['dice'] = _nanmean(metrics['dice'] for metrics in result.labels.values())
     _add_voxelwise(data, result)
-    samples = [folders.read_mask(file, data.reference) for file in folders.sample_files(case)]
+    samples = [folders.read_mask(file, data.reference)
+               for file in sample_files(folders.predictions, case, folders.ending)]
     _add_estimates(data, samples, result)
     _add_samples_and_raters(data, samples, result)
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,11 +77,6 @@ class Folders:
     foreign_masks: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
-
-    def sample_files(self, case: str) -> list[Path]:
-        """The case's samples in order; empty if they were not saved."""
-        sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(self.ending))
-        return [file for file in images_in(self.predictions / 'samples', self.ending) if sample.fullmatch(file.name)]
 
     def rater_files(self, case: str) -> dict[str, Path]:
         """The case's masks by rater; empty without a folder of raters.

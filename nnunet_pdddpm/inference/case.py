@@ -167,7 +167,7 @@ class PendingCase:
                  } if self.ranking.by == FOLDS else {}
         self.labels = {name: {'estimated_dice': estimated[name][0], 'estimated_dice_low': estimated[name][1],
                               'pairwise_dice': spread.pairwise_dice(channel), **folds.get(name, {}),
-                              'uncertain_share': spread.unsure_share([channel])}
+                              'uncertain_share': spread.uncertain_share([channel])}
                        for name, channel in self.channels.items()}
         self.flags = list(judged.flags)
         self.row = {'case': self.export.case, 'remarks': self.remarks,
@@ -176,7 +176,7 @@ class PendingCase:
                         [values['estimated_dice'] for values in self.labels.values()]),
                     'estimated_dice_low': judged.low,
                     **({'folds_dice': mean_of_known([fold['folds_dice'] for fold in folds.values()])} if folds else {}),
-                    'uncertain_share': spread.unsure_share(list(self.channels.values())),
+                    'uncertain_share': spread.uncertain_share(list(self.channels.values())),
                     'num_samples': len(self.folds), 'settings': self.settings,
                     'network_calls': prediction.network_calls, 'seconds': round(prediction.seconds, 3),
                     'versions': versions()}

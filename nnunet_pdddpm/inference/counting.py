@@ -52,7 +52,7 @@ class VoxelCounter:
         table = torch.zeros(0)
         for z, values in logits:
             table = self._add(table, hard_mask(values, self.manager.has_regions), z, None, 1)
-        self.masks.append(self._of_labels(table)[:, 0])
+        self.masks.append(self._per_label(table)[:, 0])
 
     def set_consensus(self, logits: Tensor) -> None:
         """The mask that several models make together, by its logits (C, Z, Y, X) without padding."""
@@ -79,7 +79,7 @@ class VoxelCounter:
     @property
     def samples(self) -> dict[int, np.ndarray]:
         """Number of a sample -> voxels of each label in each object, (labels, objects)."""
-        return {number: self._of_labels(table) for number, table in self.tables.items()}
+        return {number: self._per_label(table) for number, table in self.tables.items()}
 
     def _add(self, table: Tensor, mask: Tensor, z: slice, index: Tensor | None, number: int) -> Tensor:
         """Add to a table (values, number) the voxels of slices in the box that have a value, by nnU-Net's own rule, in
@@ -91,7 +91,7 @@ class VoxelCounter:
         counted = tally(values, self.num_values * number).reshape(-1, number)
         return counted if not len(table) else table + counted
 
-    def _of_labels(self, table: Tensor) -> np.ndarray:
+    def _per_label(self, table: Tensor) -> np.ndarray:
         """(values, number) -> (labels, number)"""
         counts = table.cpu().numpy()
         return np.stack([counts[list(values)].sum(0) for values in self.labels.values()])

@@ -84,9 +84,9 @@ class CasePreprocessor:
                                     f'({", ".join(map(str, sorted(set(known))))})')
         try:
             with as_unusable_image(', '.join(names), 'cannot be preprocessed'):
-                data, mask, properties = self.by_nnunet(image, mask, properties)
+                data, mask, properties = self.run_nnunet(image, mask, properties)
         except UnusableImage:
-            self.by_nnunet(*self.stand_in(len(image), previous is not None))  # raises if the program is at fault
+            self.run_nnunet(*self.blank_case(len(image), previous is not None))  # raises if the program is at fault
             raise
         remarks = geometry_remarks(reader, files, properties)
         try:
@@ -99,14 +99,14 @@ class CasePreprocessor:
         return {'data': np.ascontiguousarray(data, np.float32), 'data_properties': properties, 'ofile': output,
                 'remarks': remarks, 'image': image_identity(files, previous)}
 
-    def by_nnunet(self, image: np.ndarray, mask: np.ndarray | None, properties: dict[str, Any]) -> tuple[Any, ...]:
+    def run_nnunet(self, image: np.ndarray, mask: np.ndarray | None, properties: dict[str, Any]) -> tuple[Any, ...]:
         """Image (channels, Z, Y, X), mask and properties as nnU-Net's preprocessor makes them of those that were read.
         """
         preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
         return preprocessor.run_case_npy(image, mask, properties, self.plans_manager, self.configuration_manager,
                                          self.dataset_json)
 
-    def stand_in(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    def blank_case(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
         """A sound image, as read: an error that it raises as well is not the fault of a case's image."""
         order = self.plans_manager.transpose_forward
         along = {axis: (n, step) for axis, n, step in zip(  # 2d: of slices

@@ -14,9 +14,9 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.drawing import hard_mask
 from nnunet_pdddpm.inference.chunks import in_chunks, inside
 from nnunet_pdddpm.inference.counting import VoxelCounter
-from nnunet_pdddpm.inference.spread import UNSURE, Spread
+from nnunet_pdddpm.inference.spread import UNCERTAIN, Spread
 
-FEATURES = ('expected', 'samples', 'stock', 'entropy', 'surest', 'surface', 'volume', 'components', 'brightness',
+FEATURES = ('expected', 'samples', 'stock', 'entropy', 'certainty', 'surface', 'volume', 'components', 'brightness',
             'contrast', 'roughness')
 """Of a label in a case, see `label_features`."""
 SMALLEST_DICE = 0.01
@@ -60,10 +60,10 @@ def label_features(mask: np.ndarray, p: np.ndarray, image: np.ndarray, stock: np
     Returns:
         (FEATURES,): logits of `expected`, of `samples` and of the Dice of mask and stock mask; mean entropy in [0, 1]
         of voxels that may belong to the label; upper quantile of their probability in the mask; share of the mask's
-        outermost voxels that are unsure; logarithm of 1 + voxels and of 1 + components; mean and standard deviation of
-        the image in the mask, and mean difference of neighbouring voxels around it, each the mean over the channels.
+        outermost voxels that are uncertain; logarithm of 1 + voxels and of 1 + components; mean and standard deviation
+        of the image in the mask, and mean difference of neighbouring voxels around it, each the mean over the channels.
     """
-    possible = (p > UNSURE[0]) | mask
+    possible = (p > UNCERTAIN[0]) | mask
     if not possible.any():
         possible.flat[int(p.argmax())] = True
     box, = ndimage.find_objects(possible.astype(np.uint8))
@@ -74,19 +74,20 @@ def label_features(mask: np.ndarray, p: np.ndarray, image: np.ndarray, stock: np
     inside_of = image[:, mask] if size else image[:, possible]
     return np.array([
         logit(expected), logit(samples), logit(both), entropy.mean(),
-        np.quantile(p[mask] if size else p[possible], HIGH), unsure_surface(mask, p), np.log1p(size),
+        np.quantile(p[mask] if size else p[possible], HIGH), uncertain_surface(mask, p), np.log1p(size),
         np.log1p(ndimage.label(mask, np.ones((3, 3, 3)))[1]),
         inside_of.mean(), inside_of.std(1).mean(), roughness(image)], np.float64)
 
 
-def unsure_surface(mask: np.ndarray, p: np.ndarray) -> float:
-    """Share of the outermost voxels of a mask (Z, Y, X) whose probability is unsure; 1 if it is empty."""
+def uncertain_surface(mask: np.ndarray, p: np.ndarray) -> float:
+    """Share of the outermost voxels of a mask (Z, Y, X) whose probability is uncertain; 1 if it is empty."""
     neighbours = ndimage.generate_binary_structure(3, 1)
     if mask.shape[0] == 1:  # a single slice has no surface above and below
         neighbours = neighbours[1:2]
     surface = mask & ~ndimage.binary_erosion(mask, neighbours)
     probabilities = p[surface]
-    return float(((probabilities > UNSURE[0]) & (probabilities < UNSURE[1])).mean()) if len(probabilities) else 1.0
+    low, high = UNCERTAIN
+    return float(((probabilities > low) & (probabilities < high)).mean()) if len(probabilities) else 1.0
 
 
 def roughness(image: np.ndarray) -> float:

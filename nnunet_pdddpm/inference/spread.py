@@ -12,8 +12,8 @@ from torch import Tensor
 from nnunet_pdddpm.diffusion.coding import harden
 from nnunet_pdddpm.inference.chunks import chunks
 
-UNSURE = (0.1, 0.9)
-"""A label is unsure at a voxel where its mean probability lies between these."""
+UNCERTAIN = (0.1, 0.9)
+"""A label is uncertain at a voxel where its mean probability lies between these."""
 
 
 class Spread:
@@ -170,15 +170,15 @@ class Spread:
         dice = 2 * overlaps / (masks + sizes)
         return [float(d) if known else None for d, known in zip(dice, there, strict=True)]
 
-    def unsure_share(self, channels: Sequence[int]) -> float:
-        """Share of unsure voxels among those that may belong to one of the channels (mean probability over 10 %)."""
+    def uncertain_share(self, channels: Sequence[int]) -> float:
+        """Share of uncertain voxels among those that may belong to one of the channels (mean probability over 10 %)."""
         sums = torch.zeros(2, dtype=torch.int64, device=self.mean.device)
         for z in chunks((len(channels), *self.shape[1:])):
             p = self.mean[list(channels), z]
-            possible = p > UNSURE[0]
-            sums += torch.stack([(possible & (p < UNSURE[1])).any(0).sum(), possible.any(0).sum()])
-        unsure, possible_ = sums.tolist()
-        return unsure / possible_ if possible_ else 0.0
+            possible = p > UNCERTAIN[0]
+            sums += torch.stack([(possible & (p < UNCERTAIN[1])).any(0).sum(), possible.any(0).sum()])
+        uncertain, possible_ = sums.tolist()
+        return uncertain / possible_ if possible_ else 0.0
 
     def _over_channels(self, values: Tensor) -> Tensor:
         return values.mean(0) if self.regions else values.sum(0)

@@ -152,13 +152,14 @@ def write_summary(output: Path) -> list[str]:
     """
     written: tuple[list[Path], list[str]] | None = None
     changed: list[str] = []
-    while (there := _what_is_there(output)) != written:
+    while (there := _files_of(output)) != written:
         found = []
         for file in there[0]:
             with suppress(FileNotFoundError):  # a failure that another process has just taken back
                 if (row := _load_row(file)) is not None:
                     found.append(row)
-        failed = [{'case': row['case'], 'error': row['error']} for row in found if 'error' in row and _is_there(row)]
+        failed = [{'case': row['case'], 'error': row['error']} for row in found
+                  if 'error' in row and _image_may_exist(row)]
         without = {row['case'] for row in failed}  # what an earlier prediction left of them is of another image
         done = [row for row in found if 'error' not in row and row['case'] not in without]
         rows = [row for row in done if describes_mask(output, row)]
@@ -170,14 +171,14 @@ def write_summary(output: Path) -> list[str]:
     return changed
 
 
-def _what_is_there(output: Path) -> tuple[list[Path], list[str]]:
+def _files_of(output: Path) -> tuple[list[Path], list[str]]:
     """Files of the rows, and names of the folder's other finished files."""
     rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
     names = sorted(file.name for file in output.iterdir() if not file.name.startswith('.'))
     return rows, [name for name in names if name not in (SUMMARY, TABLE)]
 
 
-def _is_there(failure: Mapping[str, Any]) -> bool:
+def _image_may_exist(failure: Mapping[str, Any]) -> bool:
     """Whether a file of the image may still be there.
 
     A broken link counts, and so does a file in a folder that is not here: the prediction may be from another machine.

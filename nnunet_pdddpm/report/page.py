@@ -15,11 +15,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 import nnunet_pdddpm.report.summary as text
 from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import write_atomically
-from nnunet_pdddpm.image_files import UnusableImage
+from nnunet_pdddpm.image_files import UnusableImage, sample_files
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, label_colours
 from nnunet_pdddpm.report.views import make_view
-from nnunet_pdddpm.report.volumes import existing, read_case, sample_files
+from nnunet_pdddpm.report.volumes import existing, read_case
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,6 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.PackageLoader('nnunet_pdddpm.report', ''), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(plain=text.plain, percent=text.percent, volume=text.volume, interval=text.interval,
-                               finite=text.finite, sortable=text.sortable, bound=text.bound, drawn=text.drawn,
+                               finite=text.finite, sortable=text.sortable, bound=text.bound, volume_bar=text.volume_bar,
                                small=text.small_volume)
     return environment.get_template('report.html.jinja')

@@ -26,7 +26,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class VolumeBar:
     """A volume on a scale from 0 to 100, which is the largest number there is: ends of the calibrated interval and of
     the samples' range, the mask's volume and stock's; None for what is not known."""
     interval: tuple[float, float] | None
@@ -169,7 +169,7 @@ def interval(label: Mapping[str, Any], samples: Any = None) -> str:
     return f'{of}: {volume(label, names[0])} to {volume(label, names[1])}' if of else ''
 
 
-def drawn(label: Mapping[str, Any]) -> Drawn | None:
+def volume_bar(label: Mapping[str, Any]) -> VolumeBar | None:
     """A label's volume for drawing; None without one."""
     mask, stock = finite(label.get('volume_ml')), finite(label.get('volume_ml_stock'))
     ends = [interval_ends(label, calibrated) for calibrated in (True, False)]
@@ -178,7 +178,7 @@ def drawn(label: Mapping[str, Any]) -> Drawn | None:
         return None
     calibrated, samples = (None if pair is None else (100 * max(pair[0], 0.0) / most, 100 * pair[1] / most)
                            for pair in ends)
-    return Drawn(calibrated, samples, 100 * mask / most, None if stock is None else 100 * stock / most)
+    return VolumeBar(calibrated, samples, 100 * mask / most, None if stock is None else 100 * stock / most)
 
 
 def runs_of(entries: Iterable[Mapping[str, Any]]) -> list[Run]:

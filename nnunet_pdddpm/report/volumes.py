@@ -1,7 +1,6 @@
 """Image, masks and uncertainty map of one case, turned so that the page shows them as radiologists look at them."""
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from nibabel.orientations import io_orientation
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, full_scale
+from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, full_scale, sample_files
 
 MAX_SAMPLES = 16
 """Samples of a case that the page shows."""
@@ -32,7 +31,7 @@ class DisplayAxes:
     anatomical: bool = False
 
     @classmethod
-    def of(cls, properties: dict[str, Any]) -> DisplayAxes:
+    def from_properties(cls, properties: dict[str, Any]) -> DisplayAxes:
         """The turn to the nearest anatomical axes, from what an nnU-Net reader says of a file's geometry."""
         affine = np.eye(4)
         if len(properties.get('sitk_stuff', {}).get('direction', ())) == 9:
@@ -52,7 +51,7 @@ class DisplayAxes:
             flipped.append(nearest[position][1] != sign)
         return cls((order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2]), True)
 
-    def turn(self, array: np.ndarray) -> np.ndarray:
+    def reorient(self, array: np.ndarray) -> np.ndarray:
         """An array (z, y, x) in the file's order as (inferior-superior, anterior-posterior, right-left), a view."""
         return array.transpose(self.order)[tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)]
 
@@ -86,14 +85,6 @@ def existing(file: Path) -> Path:
     if not file.is_file():
         raise UnusableImage(f'The report needs {file}, which is not there; predict again with --report')
     return file
-
-
-def sample_files(folder: Path, case: str, ending: str) -> list[Path]:
-    """The samples of a case in an output folder, in order."""
-    named = re.compile(re.escape(case) + r'_s(\d+)' + re.escape(ending))
-    found = [(int(match[1]), file) for file in (folder / 'samples').glob(f'*{ending}')
-             if (match := named.fullmatch(file.name))]
-    return [file for _, file in sorted(found)]
 
 
 def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, reader: Any) -> CaseVolumes:
@@ -130,12 +121,13 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     if not (uncertainty.min() >= -1e-3 and uncertainty.max() <= 1 + 1e-3):  # catches NaN as well
         raise UnusableImage(f'{map_file} holds values outside [0, 1] ({uncertainty.min()} to {uncertainty.max()}), '
                             f'which is no uncertainty map; predict again with --report')
-    axes = DisplayAxes.of(properties)
+    axes = DisplayAxes.from_properties(properties)
     spacing = [float(properties['spacing'][axis]) for axis in axes.order]
-    return CaseVolumes(axes.turn(np.nan_to_num(image, posinf=0, neginf=0)), axes.turn(_labels(consensus)),
-                       axes.turn(_labels(stock)), axes.turn(uncertainty[0]),
-                       tuple(axes.turn(_labels(sample)) for sample in samples), (spacing[0], spacing[1], spacing[2]),
-                       axes, 'px' if isinstance(reader, NaturalImage2DIO) else 'mm')
+    return CaseVolumes(axes.reorient(np.nan_to_num(image, posinf=0, neginf=0)), axes.reorient(_labels(consensus)),
+                       axes.reorient(_labels(stock)), axes.reorient(uncertainty[0]),
+                       tuple(axes.reorient(_labels(sample)) for sample in samples),
+                       (spacing[0], spacing[1], spacing[2]), axes,
+                       'px' if isinstance(reader, NaturalImage2DIO) else 'mm')
 
 
 def _read(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
