@@ -205,15 +205,12 @@ def draw(into: Path, measured: Sequence[str], file: Path) -> None:
         for which, colour, label in ((~missed, '0.6', 'interval'), (missed, 'C3', 'interval that misses')):
             axis.vlines(at[which], low[which], high[which], colour, linewidth=1, label=label)
         axis.plot(at, true, '.', color='C0', markersize=3, label='true volume')
-        top = 1.1 * max(true.max(), np.nanquantile(high, 0.98))
-        axis.plot(at[high > top], np.full((high > top).sum(), 0.98 * top), '^', color='k', markersize=4,
-                  label='goes on above')
-        axis.set_ylim(0, top)
+        axis.set_ylim(0, 1.05 * max(true.max(), np.nanmax(high)))
         axis.set_title(f'{TITLES[name]}: {missed.sum()} of {len(test)} missed', fontsize=9)
         axis.set_xticks([])
         axis.tick_params('y', labelsize=7)
     axes[0, 0].set_ylabel('volume over mean true volume', fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8,
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
                   frameon=False)
     figure.savefig(file, dpi=100)
     plt.close(figure)
