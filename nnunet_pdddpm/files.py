@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 NEARLY_FULL = 1 << 16
 """Free bytes below which a failed writing is put down to a full disk."""
@@ -45,7 +46,8 @@ def write_atomically(folder: Path, contents: Mapping[str, bytes | str]) -> list[
     Raises:
         OSError: if the folder cannot be written to.
     """
-    beside = {name: folder / f'.{name}.{os.getpid()}.partial' for name in contents}
+    own = uuid4().hex[:12]  # processes of several containers may have the same number
+    beside = {name: folder / f'.{name}.{own}.partial' for name in contents}
     try:
         for name, content in contents.items():
             beside[name].write_bytes(content if isinstance(content, bytes) else content.encode('utf-8', 'replace'))
@@ -94,9 +96,9 @@ def matches_identity(folder: Path, known: Any) -> bool:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with None in the place of nan, which JSON does not know."""
+    """The value with None in the place of nan and infinities, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -462,6 +462,15 @@ def test_few_samples_are_draws_too(p, regions, samples):
     assert_drawn_with(shares(p, regions, samples)[..., 0], p)
 
 
+@pytest.mark.parametrize(('p', 'regions'), CASES)
+def test_the_central_draw_of_a_single_sample_is_the_likeliest_mask(p, regions):
+    probabilities = p[:, None].float()
+    for seed in range(5):
+        shifts = draw_shifts(len(p), regions, 0, 1, seed, 2, 3, 0.5, central=True)
+        likeliest = (probabilities > 0.5).float() if regions else harden(probabilities.log()[None], False)[0]
+        assert torch.equal(drawn_mask(probabilities, regions, shifts[:, :1]), likeliest)
+
+
 @pytest.mark.parametrize('dependence', [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(('p', 'regions'), [CASES[1], CASES[-1]])
 def test_labels_have_their_probability_in_every_part_however_the_parts_depend_on_each_other(p, regions, dependence):

@@ -28,6 +28,7 @@ from nnunet_pdddpm.network.settings import (
     RANGES,
     SamplingSettings,
     as_numbers,
+    environment_ignored,
     environment_overrides,
     from_numbers,
 )
@@ -290,7 +291,7 @@ def test_the_mean_is_that_of_chains_from_the_noised_stock_mask(regions, design, 
     levels = refiner.table.chain(0.6, 4)
     singles, masks = [], []
     for sample in range(3):
-        shifts = draw_shifts(CLASSES, regions, sample, 3, seed=9, stage=1)
+        shifts = draw_shifts(CLASSES, regions, sample, 3, seed=9, stage=1, central=True)
         drawn = torch.stack([drawn_mask(p, regions, shifts) for p in probabilities(stock_logits / 2, regions)])
         masks.append(drawn if start_mask == 'drawn' else harden(stock_logits, regions))
         draw = seeded_noise(drawn.shape[1:], 9, sample, drawn.device)
@@ -321,7 +322,7 @@ def test_a_redrawn_chain_goes_on_from_noised_masks_drawn_from_the_estimate(regio
         draw()  # of the start
         for step in (1, 2):
             estimate, (level, x, _) = seen[3 * sample + step - 1][2], seen[3 * sample + step]
-            shifts = draw_shifts(CLASSES, regions, sample, 2, seed=9, stage=1 + step)
+            shifts = draw_shifts(CLASSES, regions, sample, 2, seed=9, stage=1 + step, central=True)
             masks = torch.stack([drawn_mask(p, regions, shifts) for p in coding.decode(estimate)])
             torch.testing.assert_close(x, q_sample(coding.encode(masks), level, draw()))
     assert not torch.equal(seen[1][1], seen[4][1])
@@ -662,6 +663,16 @@ def test_every_setting_can_be_overridden(override):
     refiner = make_refiner()
     refiner.load_state_dict(refiner.state_dict())
     assert refiner.settings == OTHER
+
+
+def test_where_the_environment_is_ignored_a_model_has_its_own_settings_even_if_both_do_not_go_together(override):
+    override(mask_stock=0.5, start=0.1)  # and 0.75 of the blind mask is stored
+    refiner, fresh = make_refiner(settings=replace(SETTINGS, mask_stock=0, mask_blind=0.75)), make_refiner()
+    with environment_ignored():
+        fresh.load_state_dict(refiner.state_dict())
+    assert fresh.settings == refiner.settings
+    with pytest.raises(ValueError, match='mask_stock=0.5 and mask_blind=0.75'):
+        fresh.load_state_dict(refiner.state_dict())
 
 
 def test_variables_in_upper_case_as_on_windows_count_and_empty_ones_do_not(monkeypatch):

@@ -798,6 +798,29 @@ def test_a_setting_out_of_range_is_refused_with_its_range_and_nothing_is_written
     assert not (tmp_path / 'out').exists()
 
 
+def test_a_flag_counts_before_the_environment_is_refused(one_case, tmp_path, monkeypatch):
+    monkeypatch.setenv('nnUNet_pdddpm_mask_stock', '0.5')  # and 1 of the blind mask is stored
+    assert 'mask_stock=0.5 and mask_blind=1' in refusal(predict, one_case, tmp_path / 'out', *QUICK)
+    (row,) = rows(predict(one_case, tmp_path / 'out', *QUICK, '-samples', '1', '-mask_blind', '0.5')).values()
+    assert row['settings'][0]['mask_stock'] == row['settings'][0]['mask_blind'] == 0.5
+
+
+@pytest.mark.parametrize(('folds', 'checkpoint', 'says'), [
+    (['0'], 'checkpoint_final.pth', 'nnUNetv2_pdddpm_tune does it'), (['all'], 'checkpoint_final.pth', 'no case out'),
+    (['0'], 'checkpoint_best.pth', '--val --val_best does it')])
+def test_what_calibrates_a_model_is_said_by_its_fold_and_checkpoint(tmp_path, folds, checkpoint, says):
+    folder = tmp_path / DATASET / model_folder().name
+    shutil.copytree(model_folder(), folder)
+    final = folder / 'fold_0' / 'checkpoint_final.pth'
+    store(final.parent, SamplingSettings())  # which drops the calibration
+    if folds == ['all']:
+        shutil.move(final.parent, folder / 'fold_all')
+    predictor = PDDDPMPredictor(device=torch.device('cpu'))
+    predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
+    assert all(says in label.with_label for label in predictor.calibrated.values())
+    assert says in predictor.ranking.describe()
+
+
 @pytest.mark.parametrize(('flags', 'says'), [
     (('-mask_stock', '0.7', '-mask_blind', '0.5'), 'mask_stock=0.7 and mask_blind=0.5 in the command line and '
                                                    'environment are weights of which the sum cannot be above 1'),

@@ -101,6 +101,14 @@ def test_no_row_is_estimated_by_its_case_or_its_family():
         assert (after.logits[~which] != before.logits[~which]).any()
 
 
+def test_a_label_of_every_fifth_case_is_estimated_as_one_of_every_case():
+    of = rows('told', 20)[:, 1:2]
+    sparse = of.copy()
+    sparse[..., 1] *= 5
+    found, expected = (cross_validated(one, ALL_FEATURES).logits for one in (sparse, of))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_it_is_used_where_it_ranks_better_than_the_probabilities_alone():
     ranking = ranking_of(rows('told'), CHANNELS)
     assert ranking.by == REGRESSION and ranking.key == 'estimated_dice_low'

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BRIEF, DATASET, DATASET_ID, PLANS, Workspace, make_trainer
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.commands.tune import main as tune
@@ -40,10 +41,10 @@ def write_log(fold: Path, day: str, cases: list[str], *, size: int | None = None
     (fold / f'training_log_{day}_11_09_01.txt').write_text(''.join(f'2020-10-01 11:09:01.7366: {of} \n' for of in said))
 
 
-def write_summary(fold: Path, cases: list[str]) -> None:
+def write_summary(fold: Path, cases: list[str], folder: str = '/there/') -> None:
     """validation/summary.json as nnU-Net writes it."""
     (fold / 'validation').mkdir(parents=True, exist_ok=True)
-    rows = [{'metrics': {}, 'prediction_file': f'/there/{case}{ENDING}'} for case in cases]
+    rows = [{'metrics': {}, 'prediction_file': f'{folder}{case}{ENDING}'} for case in cases]
     (fold / 'validation' / 'summary.json').write_text(json.dumps({'metric_per_case': rows}))
 
 
@@ -69,6 +70,11 @@ def test_without_a_log_the_summary_of_the_validation_tells_it(tmp_path):
     write_summary(tmp_path, ['a', 'b'])
     assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
     write_log(tmp_path, '2026_10_1', ['a'], size=2)  # several GPUs: the log is of one of them
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+
+
+def test_a_summary_that_was_written_on_windows_is_read(tmp_path):
+    write_summary(tmp_path, ['a', 'b'], 'C:\\nnUNet_results\\validation\\')
     assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
 
 
@@ -118,7 +124,7 @@ def test_cases_that_were_trained_on_are_counted_and_named():
     assert 'trained on 1 of' in seen.with_training_cases(['x']).leaks(['x', 'y'])
     of_both = '1 of 2 validation cases (a)'
     assert seen.leaks(['a', 'x']).startswith(f'the model was trained on {of_both}, and {of_both} are not among')
-    assert Seen().leaks(['a']) == '' and 'earlier version' in Seen().unknown()
+    assert Seen().leaks(['a']) == '' and '-pretrained_weights' in Seen().unknown()
     assert 'no complete validation' in Seen.from_names(['a'], None).unknown()
     assert 'patient' not in str(Seen.from_names(['patient'], ['patient']))  # no name leaves with a model
 
@@ -296,7 +302,7 @@ def test_cases_that_were_added_since_the_stock_training_are_told_and_the_others_
         make_trainer(BRIEF, 0).run_training()
 
 
-def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(stock_fold, fold):
+def test_a_model_without_a_note_of_its_cases_is_tuned_and_what_is_not_known_is_told(stock_fold, fold):
     make_trainer(BRIEF, 0).run_training()
     final = fold / 'checkpoint_final.pth'
     checkpoint = torch.load(final, weights_only=False)
@@ -305,6 +311,17 @@ def test_a_model_of_an_earlier_version_is_tuned_and_what_is_not_known_is_told(st
     torch.save(checkpoint, final)
     assert 'too short to tune' in refused('-budget', '0.0001')
     assert 'It is not known which cases this model was trained on' in log_of(fold)
+
+
+def test_a_model_that_began_with_other_weights_says_that_its_cases_are_not_known(stock_fold, fold):
+    make_trainer(BRIEF, 1).run_training()
+    trainer = make_trainer(BRIEF, 0)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(fold.parent / 'fold_1' / 'checkpoint_final.pth'))
+    trainer.run_training()
+    assert 'which cases this model was trained on: it began with -pretrained_weights' in log_of(fold)
+    weights = torch.load(fold / 'checkpoint_final.pth', weights_only=False)['network_weights']
+    assert stored_seen(weights).trained_on is None
 
 
 def test_what_an_earlier_training_left_in_the_folder_is_told(stock_fold, fold, monkeypatch):

@@ -762,7 +762,7 @@ def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
     monkeypatch.setattr(sweep_module, 'cases_within_budget', lambda *_: [0, 2])
     monkeypatch.setattr(sweep_module._Run, '_try_more_steps', lambda run, rows: run.steps_left_out.append(5) or [])
     command('-budget', '10')
-    assert 'Skipped for lack of time: 1 of 3 cases, 5 steps' in log(scratch)
+    assert 'Skipped for lack of time: 1 of 3 cases, 5 steps (nnUNetv2_pdddpm_tune measures them)' in log(scratch)
     content = report(scratch)
     assert content['cases'] == [CASES[0], CASES[2]] and content['cases_left_out'] == [CASES[1]]
     assert content['steps_left_out'] == [5] and {len(row['per_case'].popitem()[1]) for row in content['rows']} == {2}

@@ -15,7 +15,7 @@ END = 0
 
 @lru_cache(maxsize=64)  # a volume comes chunk by chunk, and asks for the same ones at each
 def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, seed: int, stage: int = END,
-                parts: int = 1, dependence: float = 1.0) -> Tensor:
+                parts: int = 1, dependence: float = 1.0, central: bool = False) -> Tensor:
     """Constants to add to a sample's logits, so that nnU-Net's rule then draws a mask instead of taking the likeliest.
 
     The Gumbel-max trick (Maddison et al., arXiv 1411.0030, section 2): argmax_c (log p_c + g_c) with Gumbel g_c is a
@@ -30,8 +30,9 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
     with rho = 1 the whole volume is drawn as one, with rho = 0 the parts are independent.
 
     Over the samples g and each z_j are stratified: of n samples each has another of the quantiles (i + v) / n, with one
-    uniform v for all of them (Latin hypercube with a random offset). So every sample is a draw, and the mean of the n
-    masks is the mean probability as nearly as n masks can give it.
+    uniform v for all of them (Latin hypercube with a random offset). So every sample is a draw. For two classes and for
+    regions, with rho 0 or 1, the mean of the n masks is the mean probability as nearly as n masks can give it. With rho
+    between them or more classes it is less near, with many classes as near as that of independent draws.
 
     Args:
         num_channels: C.
@@ -42,6 +43,7 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
         stage: which draw of a sample; other uniforms at each.
         parts: J, number of parts of the volume.
         dependence: rho in [0, 1].
+        central: v is 1/2, not drawn: for a mean that is made the same way everywhere.
 
     Returns:
         (C, J) float32 on the CPU.
@@ -53,9 +55,9 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
         raise ValueError(f'dependence is {dependence}, it must lie in 0 to 1.')
     columns = 1 if regions or num_channels == 2 else num_channels
     generator = torch.Generator().manual_seed(seed * 1009 + stage)
-    u = _stratified(columns, 1, sample, samples, generator).expand(columns, parts)
+    u = _stratified(columns, 1, sample, samples, generator, central).expand(columns, parts)
     if dependence < 1:
-        z = torch.special.ndtri(_stratified(columns, parts, sample, samples, generator))
+        z = torch.special.ndtri(_stratified(columns, parts, sample, samples, generator, central))
         shared = torch.special.ndtri(u)
         u = torch.special.ndtr(math.sqrt(dependence) * shared + math.sqrt(1 - dependence) * z)
     u = u.clamp(1e-9, 1 - 1e-9)
@@ -65,11 +67,12 @@ def draw_shifts(num_channels: int, regions: bool, sample: int, samples: int, see
     return threshold.expand(num_channels, parts) if regions else torch.cat([torch.zeros(1, parts), threshold])
 
 
-def _stratified(columns: int, parts: int, sample: int, samples: int, generator: torch.Generator) -> Tensor:
+def _stratified(columns: int, parts: int, sample: int, samples: int, generator: torch.Generator, central: bool
+                ) -> Tensor:
     """(columns, parts) float64 uniforms of one of n samples, each stratified over the n."""
     order = torch.rand((samples, columns, parts), generator=generator).argsort(0)
     offset = torch.rand((columns, parts), generator=generator, dtype=torch.float64)
-    return ((order[sample] + offset) / samples).clamp(1e-9, 1 - 1e-9)
+    return ((order[sample] + (0.5 if central else offset)) / samples).clamp(1e-9, 1 - 1e-9)
 
 
 def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Tensor | None = None) -> Tensor:

@@ -95,17 +95,18 @@ def cross_validated(rows: np.ndarray, columns: Sequence[int]) -> Estimates:
 
     Cases as they are are estimated by all rows of other cases.
     """
-    kinds, parts = rows[..., KIND].max(1), rows[..., CASE].max(1) % NUM_PARTS
     found = np.full((2, *rows.shape[:2]), np.nan)
-    for kind in np.unique(kinds):
-        for part in np.unique(parts):
-            here, others = (kinds == kind) & (parts == part), parts != part
-            if kind != CLEAN:
-                others &= kinds != kind
-            for i in range(rows.shape[1]):
-                asked, known = here & (rows[:, i, KIND] > 0), rows[others & (rows[:, i, KIND] > 0), i]
-                if asked.any() and (known[:, KIND] == CLEAN).sum() > 1:
-                    found[:, asked, i] = LabelModel.fit(known, columns).estimate(rows[asked, i, DICE + 1:])
+    for i in range(rows.shape[1]):
+        there = np.flatnonzero(rows[:, i, KIND] > 0)
+        label = rows[there, i]
+        kinds, parts = label[:, KIND], np.unique(label[:, CASE], return_inverse=True)[1] % NUM_PARTS
+        for kind in np.unique(kinds):
+            for part in np.unique(parts[kinds == kind]):
+                others = (parts != part) & ((kinds != kind) | (kind == CLEAN))
+                if (kinds[others] == CLEAN).sum() > 1:
+                    asked = (kinds == kind) & (parts == part)
+                    model = LabelModel.fit(label[others], columns)
+                    found[:, there[asked], i] = model.estimate(label[asked, DICE + 1:])
     return Estimates(*found)
 
 

@@ -20,6 +20,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
+from nnunet_pdddpm.file_names import BEST_CHECKPOINT, FINAL_CHECKPOINT
 from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.inference.case import ExportQueue, OutputInUse, PendingCase, clear_leftover
 from nnunet_pdddpm.inference.chunks import in_chunks
@@ -98,13 +99,23 @@ class PDDDPMPredictor(VolumePredictor):
         drawn = [int(rows[..., FIELDS.index('samples')].max()) for rows in scores]
         mask_alike, draws_alike = self._as_in_validation(drawn)
         if not any(drawn):
-            reason = 'the model is not calibrated (nnUNetv2_pdddpm_tune does it, or nnUNetv2_train --val)'
+            reason = f'the model is not calibrated ({self._how_to_calibrate()})'
             return dict.fromkeys(channels, ByMask(reason, reason))
         if not mask_alike:
             reason = 'the calibrated one holds only for masks made as in validation'
             return dict.fromkeys(channels, ByMask(reason, reason))
         return {name: calibrate_by_mask([rows[:, channel] for rows in scores], draws_alike and len(scores) == 1)
                 for name, channel in channels.items()}
+
+    def _how_to_calibrate(self) -> str:
+        """What measures the validation cases of a model that holds none, or why nothing does: a clause."""
+        if 'all' in self.folds:
+            return 'fold all holds no case out'
+        if self.model.endswith(FINAL_CHECKPOINT):
+            return 'nnUNetv2_pdddpm_tune does it, or nnUNetv2_train --val'
+        if self.model.endswith(BEST_CHECKPOINT):
+            return f'nnUNetv2_train --val --val_best does it for {BEST_CHECKPOINT}'
+        return f'only {FINAL_CHECKPOINT} and {BEST_CHECKPOINT} can be'
 
     def _as_in_validation(self, drawn: Sequence[int]) -> tuple[bool, bool]:
         """Whether masks are made, and samples drawn, as on the validation cases.
@@ -126,7 +137,9 @@ class PDDDPMPredictor(VolumePredictor):
             return Ranking(FOLDS)
         weights, = self.list_of_parameters
         channels = label_channels(self.dataset_json, self.plans_manager)
-        found = ranking_of(weights[QUALITY].numpy(), channels) if QUALITY in weights else NOT_MEASURED
+        found = ranking_of(weights[QUALITY].numpy(), channels)
+        if found is NOT_MEASURED:
+            return replace(found, reason=f'{found.reason} ({self._how_to_calibrate()})')
         if found.scores is not None and not all(self._as_in_validation([stored_settings(weights).samples])):
             return Ranking(UNMEASURED, 'masks and samples are not made as in validation')
         return found

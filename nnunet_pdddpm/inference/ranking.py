@@ -158,8 +158,7 @@ def _flag(feature: str, label: str, value: float, low: float, high: float) -> st
     return ''
 
 
-NOT_MEASURED = Ranking(UNMEASURED, 'the model holds no Dice of validation cases (nnUNetv2_pdddpm_tune measures it, or '
-                                   'nnUNetv2_train --val)')
+NOT_MEASURED = Ranking(UNMEASURED, 'the model holds no Dice of validation cases')
 
 
 def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:

@@ -31,7 +31,7 @@ from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.inference.volume_memory import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner
-from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_overrides, override
+from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_ignored, environment_overrides, override
 from nnunet_pdddpm.network.state import stored_settings
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ class VolumePredictor(nnUNetPredictor):
             use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name)
         for fold in use_folds:  # before nnU-Net unpickles them
             check_model_file(folder / f'fold_{fold}' / checkpoint_name)
-        super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
+        with environment_ignored():  # it counts together with the overrides of this predictor
+            super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
         if isinstance(self.network, OptimizedModule):
             self.network = self.network._orig_mod
             self.network.presegmenter.compile()
@@ -96,6 +97,9 @@ class VolumePredictor(nnUNetPredictor):
         self.model = f'{folder.resolve().parent.name}/{folder.resolve().name}/{checkpoint_name}'
         self.folds = [fold if fold == 'all' else int(fold) for fold in use_folds]
         self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
+        if environment := environment_overrides():
+            logger.info('Sampling settings of the environment: %s.',
+                        ', '.join(f'{name}={value}' for name, value in environment.items()))
         wanted, models = self.fold_settings[0].samples, len(self.list_of_parameters)
         self.num_samples = models * math.ceil(wanted / models)
         if self.num_samples > wanted:
@@ -193,7 +197,8 @@ class VolumePredictor(nnUNetPredictor):
         stock, mask = _Sum(), _Sum()  # over the folds
         for fold, (parameters, stored) in enumerate(zip(self.list_of_parameters, self.fold_settings, strict=True)):
             settings = stored.for_case(case)
-            self.refiner.load_state_dict(parameters)
+            with environment_ignored():
+                self.refiner.load_state_dict(parameters)
             volume.start_fold(mirrored_stock)
             if mirrored_stock:
                 stock.add(volume.stock_logits.cpu())

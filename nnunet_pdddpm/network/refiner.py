@@ -177,39 +177,39 @@ class Refiner(nn.Module):
         return self.denoiser.unet.decoder
 
     def chain(self, settings: SamplingSettings, sample: int, samples: int | None, parts: Tensor | None = None,
-              num_parts: int = 1) -> ForwardProcess:
+              num_parts: int = 1, central: bool = False) -> ForwardProcess:
         """The process that sample number `sample` of `samples` (None: one that depends on no other) reverses.
 
         `parts`: (...) which part of the volume each voxel of masks (B, C, ...) belongs to, of `num_parts` that are
-        drawn by uniforms of their own; None for one part.
+        drawn by uniforms of their own; None for one part. `central`: see `draw_shifts`.
         """
         if not settings.redraw:
             return Ancestral()
         stages = {level: 2 + i for i, level in enumerate(self.table.chain(settings.start, settings.steps)[1:])}
 
         def draw_mask(x0_hat: Tensor, lower: float) -> Tensor:
-            shifts = self._shifts(settings, sample, samples, stages[lower], num_parts)
+            shifts = self._shifts(settings, sample, samples, stages[lower], num_parts, central)
             masks = [drawn_mask(p, self.regions, shifts, parts) for p in self.design.coding.decode(x0_hat)]
             return self.design.coding.encode(torch.stack(masks))
         return Redrawing(draw_mask)
 
-    def start_shifts(self, settings: SamplingSettings, sample: int, samples: int | None, num_parts: int = 1
-                     ) -> Tensor:
+    def start_shifts(self, settings: SamplingSettings, sample: int, samples: int | None, num_parts: int = 1,
+                     central: bool = False) -> Tensor:
         """What draws the mask that a chain starts from: see `draw_shifts`."""
-        return self._shifts(settings, sample, samples, 1, num_parts)
+        return self._shifts(settings, sample, samples, 1, num_parts, central)
 
     def end_shifts(self, settings: SamplingSettings, sample: int, samples: int | None, num_parts: int = 1
                    ) -> Tensor:
         """What draws a sample's mask at the end: see `draw_shifts`."""
         return self._shifts(settings, sample, samples, END, num_parts)
 
-    def _shifts(self, settings: SamplingSettings, sample: int, samples: int | None, stage: int, num_parts: int
-                ) -> Tensor:
+    def _shifts(self, settings: SamplingSettings, sample: int, samples: int | None, stage: int, num_parts: int,
+                central: bool = False) -> Tensor:
         seed = settings.seed
         if samples is None:
             seed, sample, samples = seed * 1_000_003 + sample + 1, 0, 1
         return draw_shifts(self.num_channels, self.regions, sample, samples, seed, stage, num_parts,
-                           settings.dependence)
+                           settings.dependence, central)
 
     def start_mask(self, stock_logits: Tensor, settings: SamplingSettings, shifts: Tensor, parts: Tensor | None = None
                    ) -> Tensor:
@@ -295,7 +295,10 @@ class Refiner(nn.Module):
         return torch.full((like.shape[0],), level, dtype=torch.float32, device=like.device)
 
     def _mean_of_samples(self, image: Tensor, stock_logits: Tensor, settings: SamplingSettings) -> Tensor:
-        """Mean probabilities (B, C, ...) of `mask_samples` samples of a patch, drawn as one part."""
+        """Mean probabilities (B, C, ...) of `mask_samples` samples of a patch, drawn as one part.
+
+        All tiles and cases share what draws their masks. So it is central: one sample alone takes the likeliest labels.
+        """
         if settings.samples_from == 'stock':
             return self._tempered(stock_logits, settings.temperature)
         if settings.samples_from == 'blind':
@@ -303,11 +306,11 @@ class Refiner(nn.Module):
         number, levels = settings.mask_samples, self.table.chain(settings.start, settings.steps)
         mean = torch.zeros_like(stock_logits, dtype=torch.float32)
         for sample in range(number):
-            shifts = self.start_shifts(settings, sample, number)
+            shifts = self.start_shifts(settings, sample, number, central=True)
             mask = torch.stack([self.start_mask(logits, settings, shifts) for logits in stock_logits])
             draw = self._noise.source(mask.shape[1:], settings.seed, sample, mask.device, settings.steps)
-            x = _refine(lambda x, level: self.denoise(image, x, level), self.chain(settings, sample, number), mask,
-                        levels, draw)
+            chain = self.chain(settings, sample, number, central=True)
+            x = _refine(lambda x, level: self.denoise(image, x, level), chain, mask, levels, draw)
             mean += self.probabilities(x) / number
         return mean
 

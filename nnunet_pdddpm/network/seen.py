@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRAINED_ON, STOCK_HELD_OUT = 'trained_on', 'stock_held_out'
-"""Keys in the metadata of a refiner's state dict. Models without them are older; what they have seen is not known."""
+"""Keys in the metadata of a refiner's state dict. A model that began with other weights lacks the first."""
 
 
 def case_hash(name: str) -> str:
@@ -24,10 +24,10 @@ class Seen:
     """Those that the stock model was validated on when it was trained; it was trained on others."""
 
     @classmethod
-    def from_names(cls, trained_on: Iterable[str], stock_held_out: Iterable[str] | None) -> Seen:
-        """Hash names of cases."""
-        return cls(frozenset(map(case_hash, trained_on)),
-                   None if stock_held_out is None else frozenset(map(case_hash, stock_held_out)))
+    def from_names(cls, trained_on: Iterable[str] | None, stock_held_out: Iterable[str] | None) -> Seen:
+        """Hash names of cases; None: not known."""
+        return cls(*(None if names is None else frozenset(map(case_hash, names))
+                     for names in (trained_on, stock_held_out)))
 
     def with_training_cases(self, names: Iterable[str]) -> Seen:
         """With further cases that the denoiser is trained on; what is not known stays so."""
@@ -51,7 +51,7 @@ class Seen:
 
     def leaks(self, validation: Iterable[str], training: Iterable[str] = ()) -> str:
         """What is wrong with cases as validation cases, a clause; empty if nothing is known to be. `training`: see
-        `own`."""
+        `leaked_into_denoiser`."""
         names = sorted(validation)
         own, stock = self.leaked_into_denoiser(names, training), self.leaked_into_stock(names)
         said = [f'the model was trained on {_listed(own, names)}'] * bool(own)
@@ -62,7 +62,8 @@ class Seen:
     def unknown(self) -> str:
         """What is not known, a sentence; empty if all is."""
         if self.trained_on is None:
-            return 'It is not known which cases this model was trained on: it is of an earlier version.'
+            return ('It is not known which cases this model was trained on: it began with -pretrained_weights, or its '
+                    'checkpoint was written by another program.')
         if self.stock_held_out is None:
             return ('It is not known which cases the stock model was trained on: it has left no complete validation '
                     '(nnUNetv2_train does one at its end).')

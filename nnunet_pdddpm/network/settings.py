@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Union
 
@@ -107,6 +109,7 @@ CHOICES = {'samples_from': ('chain', 'stock', 'blind'), 'start_mask': ('drawn', 
 KINDS: dict[str, type] = {field.name: {'int': int, 'float': float, 'str': str}[str(field.type)]
                           for field in fields(SamplingSettings)}
 PRESEGMENTER_VARIABLE = f'{ENVIRONMENT_PREFIX}presegmenter'
+_environment_ignored = ContextVar('environment_ignored', default=False)
 
 
 def out_of_range(name: str, value: Value) -> str:
@@ -143,14 +146,27 @@ def package_variables(environment: Mapping[str, str] = os.environ) -> dict[str, 
     return {variable: name for variable, name in names.items() if name not in (variable.lower(), 'data')}
 
 
+@contextmanager
+def environment_ignored() -> Iterator[None]:
+    """Within it the environment overrides no settings: training, tuning and calibration use those of the model."""
+    token = _environment_ignored.set(True)
+    try:
+        yield
+    finally:
+        _environment_ignored.reset(token)
+
+
 def environment_overrides(environment: Mapping[str, str] = os.environ) -> dict[str, Value]:
-    """Sampling settings given by environment variables: `nnUNet_pdddpm_start` and so on, one for each setting.
+    """Sampling settings given by environment variables: `nnUNet_pdddpm_start` and so on, one for each setting; none
+    within `environment_ignored`.
 
     Raises:
         ValueError: if a value is no number of the right kind or out of range, or a variable with the prefix is none of
             the known. The message names the variable.
     """
     overrides: dict[str, Value] = {}
+    if _environment_ignored.get():
+        return overrides
     for variable, name in package_variables(environment).items():
         text = environment[variable]
         if name == 'presegmenter' or not text:

@@ -35,4 +35,4 @@ def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:
 
 def stored_table(weights: Mapping[str, Tensor]) -> LevelTable:
     """The table of noise levels in a refiner's state dict; raises ValueError if it is not monotone."""
-    return LevelTable(*(tuple(weights[name].double().tolist()) for name in LEVELS[:2]))
+    return LevelTable(*(tuple(weights[name].tolist()) for name in LEVELS[:2]))

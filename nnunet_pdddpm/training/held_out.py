@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 EPOCH = re.compile(r': Epoch \d+ $', re.MULTILINE)
 SPLIT = re.compile(r': This (?:random 80:20 )?split has \d+ training and (\d+) validation cases')
@@ -56,6 +56,7 @@ def _time(log: Path) -> list[int]:
 def _cases_of_summary(file: Path, ending: str) -> frozenset[str]:
     try:
         rows = json.loads(file.read_text())['metric_per_case']
-        return frozenset(Path(row['prediction_file']).name.removesuffix(ending) for row in rows)
+        names = (PureWindowsPath(row['prediction_file']).name for row in rows)  # it splits paths of Linux as well
+        return frozenset(name.removesuffix(ending) for name in names)
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset()

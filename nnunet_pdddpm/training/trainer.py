@@ -35,7 +35,12 @@ from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, CheckpointError, check_weights, checksum, load_checkpoint
 from nnunet_pdddpm.network.refiner import DiffusionDesign, NoisyBatch, Refiner
 from nnunet_pdddpm.network.seen import Seen, stored_seen
-from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE, SamplingSettings, environment_overrides
+from nnunet_pdddpm.network.settings import (
+    PRESEGMENTER_VARIABLE,
+    SamplingSettings,
+    environment_ignored,
+    environment_overrides,
+)
 from nnunet_pdddpm.network.state import LEVELS, check_version
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
@@ -86,9 +91,9 @@ class PDDDPMTrainer(nnUNetTrainer):
                                                self.label_manager.num_segmentation_heads))
         self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
         self.loss_watch = LossWatch(Path(self.output_folder), self.print_to_log_file)
-        self._gloo: Any = None  # processes wait in it while one of them tunes
         self._stock_checkpoint: Any = None
-        self._restored = False
+        self._group: Any = None  # ranks wait in it while one of them tunes
+        self._restored = self._pretrained = False
         self._previous_stage_logged = False
         self._average_in_network = False
         self._checkpoint = FINAL_CHECKPOINT  # whose weights are in the network when training has ended
@@ -170,6 +175,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         elif not self._restored:
+            self._pretrained = True
             self._embed_stock_model()
         self._stock_checkpoint = None
         self._note_cases()
@@ -177,18 +183,20 @@ class PDDDPMTrainer(nnUNetTrainer):
             self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
                                    f'with it, and --c takes it for the end of this one.')
         self._first_epoch = self.current_epoch
-        if self.is_ddp:
-            # At the end ranks wait for hours, if need be, which NCCL does not allow; gloo does. It is made now: where
-            # it cannot be, for want of a host name, training ends before it has begun.
-            self._gloo = dist.new_group(backend='gloo', timeout=timedelta(days=30))
+        self._group = self._patient_group()  # now: where it cannot be made, training ends before it has begun
         super().on_train_start()
+
+    def _patient_group(self) -> Any:
+        """In which ranks may wait for each other for hours, which NCCL does not allow; gloo does. None without DDP."""
+        return dist.new_group(backend='gloo', timeout=timedelta(days=30)) if self.is_ddp else None
 
     def _note_cases(self) -> None:
         """Note what the model is trained on; refuse, or log, validation cases that it has seen: `check_split`."""
         training, validation = self.do_split()
         if not self._restored:
             stock_fold = checkpoint_file(self.context().model_folder, self.fold).parent
-            self.refiner.seen = Seen.from_names([], held_out_cases(stock_fold, self.dataset_json['file_ending']))
+            self.refiner.seen = Seen.from_names(None if self._pretrained else [],
+                                                held_out_cases(stock_fold, self.dataset_json['file_ending']))
         if self.fold != 'all':
             for line in check_split(self.refiner.seen, training, validation):
                 self.print_to_log_file(line)
@@ -317,9 +325,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         super().on_train_end()
         self._checkpoint = FINAL_CHECKPOINT
         choice = [self.tune_sampling() if self.local_rank == 0 else None]
-        if self._gloo is not None:
-            dist.broadcast_object_list(choice, 0, self._gloo)
-            dist.destroy_process_group(self._gloo)
+        if self._group is not None:
+            dist.broadcast_object_list(choice, 0, self._group)
+            dist.destroy_process_group(self._group)
         if choice[0] is not None:
             self.refiner.configure(choice[0], self.label_manager.has_regions)
 
@@ -346,7 +354,8 @@ class PDDDPMTrainer(nnUNetTrainer):
             except MEMORY_ERRORS as error:
                 if not lacks_memory(error):
                     raise
-                self.print_to_log_file(f'{stay}there is not enough memory to tune them ({error}).')
+                self.print_to_log_file(f'{stay}there is not enough memory to tune them ({error}). With more of it '
+                                       f'nnUNetv2_pdddpm_tune does so.')
         return None
 
     def _is_tuned(self) -> bool:
@@ -404,12 +413,15 @@ class PDDDPMTrainer(nnUNetTrainer):
                                    f'cases that this split does not validate on ({abbreviated(foreign)}): they are of '
                                    f'an earlier training, and summary.json there counts them. Take them away and '
                                    f'validate again (--val).')
+        group = self._patient_group()
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             self._swap_average()
-        self.calibrate_volumes()
+        self.calibrate_volumes(group)
+        if group is not None:
+            dist.destroy_process_group(group)
 
     def _foreign_masks(self) -> list[str]:
         """Names of masks in the folder of the validation that this one does not write."""
@@ -417,16 +429,16 @@ class PDDDPMTrainer(nnUNetTrainer):
         mine = {f'{case}{ending}' for case in self.do_split()[1]}
         return [file.name for file in images_in(folder, ending) if file.name not in mine] if folder.is_dir() else []
 
-    def calibrate_volumes(self) -> None:
+    def calibrate_volumes(self, group: Any = None) -> None:
         """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes
-        compare with the true ones, and by what their masks can be sorted."""
+        compare with the true ones, and by what their masks can be sorted. `group`: of the ranks, with DDP."""
         file = Path(self.output_folder, self._checkpoint)
         if not file.is_file():
             return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint.')
         scores: list[Any] = [self._measure_own_share(file)]
-        if self.is_ddp:
+        if group is not None:
             mine, scores = scores[0], [None] * dist.get_world_size()
-            dist.all_gather_object(scores, mine)
+            dist.all_gather_object(scores, mine, group)
         if any(isinstance(score, str) for score in scores):
             reason = next(score for score in scores if isinstance(score, str))
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
@@ -449,7 +461,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         except MEMORY_ERRORS as error:
             if not lacks_memory(error):
                 raise
-            return f'there is not enough memory ({error}).'
+            return f'there is not enough memory ({error}). With more of it nnUNetv2_pdddpm_tune calibrates them.'
 
     @contextmanager
     def _full_resolution(self) -> Iterator[None]:
@@ -492,9 +504,9 @@ class PDDDPMTrainer(nnUNetTrainer):
             stored = check_weights(weights, f'The checkpoint {filename_or_checkpoint}')
             seen = stored_seen(weights)
             del weights
-        super().load_checkpoint(filename_or_checkpoint)
+        with environment_ignored():
+            super().load_checkpoint(filename_or_checkpoint)
         self.refiner.presegmenter_checksum, self.refiner.seen = stored, seen  # nnU-Net's loading drops them
-        self.refiner.use_stored_settings()  # overrides are for prediction
         if not self.design.paper_levels:
             self.meter.restore(*(getattr(self.refiner, name) for name in LEVELS[2:]))
         self.mirror_axes = self.inference_allowed_mirroring_axes

@@ -22,7 +22,8 @@ from nnunet_pdddpm.inference.ranking import MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
-from nnunet_pdddpm.network.state import CALIBRATION_CASES, QUALITY_FIELDS, stored_settings
+from nnunet_pdddpm.network.settings import environment_ignored
+from nnunet_pdddpm.network.state import CALIBRATION_CASES, QUALITY_FIELDS
 from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.stored import store_calibration
@@ -37,9 +38,8 @@ def open_for_calibration(model_folder: Path, fold: int | str, device: torch.devi
                          ) -> VolumePredictor:
     """The model of a fold that predicts by its own settings, whatever the environment says."""
     predictor = VolumePredictor(device=device, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
-    predictor.fold_settings = [stored_settings(parameters) for parameters in predictor.list_of_parameters]
-    predictor.num_samples = predictor.fold_settings[0].samples
+    with environment_ignored():
+        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
     return predictor
 
 

@@ -51,7 +51,9 @@ def summary_lines(sweep: Sweep, settings: SamplingSettings, plain: float) -> lis
     number = len(sweep.cases_left_out)
     left_out = [f'{number} of {number + len(sweep.cases)} cases'] if number else []
     left_out += [f'{steps} steps' for steps in sweep.steps_left_out]
-    return [*text, f'Skipped for lack of time: {", ".join(left_out)}'] if left_out else text
+    if left_out:
+        text.append(f'Skipped for lack of time: {", ".join(left_out)} (nnUNetv2_pdddpm_tune measures them)')
+    return text
 
 
 def describe_mask(settings: SamplingSettings) -> str:

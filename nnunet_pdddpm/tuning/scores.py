@@ -38,6 +38,7 @@ class Truth:
             if label_manager.has_regions else None
         self.num_classes = label_manager.num_segmentation_heads
         self.device = device
+        self.exact = torch.float32 if device.type == 'mps' else torch.float64  # which mps has not
         ignore = label_manager.ignore_label
         self.valid = None if ignore is None else torch.from_numpy(np.flatnonzero(labels != ignore)).to(device)
         self.truth = self._channels(labels)
@@ -102,7 +103,7 @@ class Truth:
         index, _ = octants((foreground > POSSIBLE).cpu().numpy())
         self.part = self._voxels(torch.from_numpy(index).to(self.device)[None])[0]
         p = self._voxels(probabilities)
-        self.unit = 1 + (p if self.regions is not None else p[1:]).sum(1).double()
+        self.unit = 1 + (p if self.regions is not None else p[1:]).sum(1).to(self.exact)
 
     def part_volumes(self, mask: Tensor) -> Tensor:
         """(labels, OCTANTS) volumes of the parts of a mask, in units of the label: see `set_parts`."""
@@ -111,7 +112,7 @@ class Truth:
         else:
             label_and_octant = mask.long() * OCTANTS + self.part
             volumes = tally(label_and_octant, OCTANTS * self.num_classes).reshape(-1, OCTANTS)[1:]
-        return volumes.double() / self.unit[:, None]
+        return volumes.to(self.exact) / self.unit[:, None]
 
     def energy(self, samples: Sequence[Tensor]) -> tuple[float, float]:
         """Energy score of samples that were drawn independently (as `drawn` gives them), to the truth or the raters.

@@ -167,7 +167,8 @@ class _Run:
             self.order = cases_within_budget(left, (once + (ROUNDS - 1) * opening) / voxels[0], voxels)
         if not self.order:
             raise TuningError(f'{self.seconds / 60:.1f} minutes are too short to tune the sampling settings: '
-                              f'{min(MIN_TUNING_CASES, len(voxels))} cases take longer.')
+                              f'{min(MIN_TUNING_CASES, len(voxels))} cases take longer. Run nnUNetv2_pdddpm_tune '
+                              f'without -budget, or with more.')
         times = sum(voxels[i] for i in self.order) / voxels[0]
         self.seconds_a_pass, self.seconds_to_open = a_pass * times, 0.0 if all_kept else opening * times
 
@@ -227,7 +228,7 @@ class _Run:
 def mask_candidates(chosen: SamplingSettings, num_mirrorings: int) -> list[SamplingSettings]:
     """Stock first, then the blind mask, the mean of the chosen samples, and blends of two of them.
 
-    Plain `nnUNetv2_predict` draws its samples anew under every mirroring: there the mean takes as many fewer.
+    Plain `nnUNetv2_predict` takes the mean over the mirrorings: there the mean takes as many samples fewer.
     """
     masks = [replace(chosen, mask_stock=stock, mask_blind=1 - stock) for stock in (1.0, 0.0, *BLENDS)]
     if chosen.samples_from == 'chain':

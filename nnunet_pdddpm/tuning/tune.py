@@ -12,7 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
-from nnunet_pdddpm.network.settings import SamplingSettings
+from nnunet_pdddpm.network.settings import SamplingSettings, environment_ignored
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
 from nnunet_pdddpm.tuning.choice import choose_measured
@@ -26,14 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_model(model_folder: Path, fold: int | str, device: torch.device) -> VolumePredictor:
-    """The trained model of a fold, as it is to predict.
+    """The trained model of a fold, as it is to predict, whatever the environment says.
 
     Raises:
         TuningError: if its folder cannot be written to, or its levels are the paper's.
         PredictionError: if there is none, or it is no PDDDPM model.
     """
     predictor = VolumePredictor(device=device, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,))
+    with environment_ignored():
+        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,))
     folder = model_folder / f'fold_{fold}'
     if predictor.refiner.design.paper_levels:
         raise TuningError(f"{folder} holds a model of {predictor.trainer_name}, whose settings are the paper's: there "
