@@ -809,6 +809,18 @@ def test_text_has_a_contrast_of_at_least_4_5(opened, scheme):
     assert (ground == 'rgb(255, 255, 255)') == (scheme == 'light')
 
 
+def test_colours_of_labels_and_a_pressed_verdict_are_seen_where_the_system_forces_its_own(opened):
+    swatch, frame = (opened.locator(kind).first for kind in ('.swatch', '.frame'))
+    colour = 'element => getComputedStyle(element).backgroundColor'
+    before = swatch.evaluate(colour)
+    opened.emulate_media(forced_colors='active')
+    assert opened.evaluate('matchMedia("(forced-colors: active)").matches')
+    assert swatch.evaluate(colour) == before and frame.evaluate('e => getComputedStyle(e).forcedColorAdjust') == 'none'
+    button = article_of(opened, 'poor').get_by_role('button', name='reject')
+    button.click()
+    assert button.evaluate('element => getComputedStyle(element).borderTopWidth') == '3px'
+
+
 def test_printing_draws_all_cases_first_and_leaves_the_buttons_out(opened):
     opened.evaluate('window.print = () => { window.printed = document.querySelectorAll("article.drawn").length; }')
     opened.get_by_role('button', name='Print').click()
