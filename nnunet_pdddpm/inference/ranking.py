@@ -43,7 +43,8 @@ REGRESSION, PROBABILITIES, NOTHING, FOLDS, UNMEASURED = 'regression', 'probabili
 
 @dataclass(frozen=True)
 class Scores:
-    """How well cases were ranked in validation: rank correlation with their Dice, and 95 % intervals over cases."""
+    """How well cases were ranked in validation: rank correlation of their Dice with the regression's lower bound, in
+    cross-validation, or with the expected Dice; and 95 % intervals over cases."""
     correlation: float
     interval: tuple[float, float]
     clean: float
@@ -94,19 +95,20 @@ class Ranking:
                     f'measured: {self.reason}.')
         scores, bound = self.scores, self.scores.bound
         number = f'{scores.cases} validation cases' + (
-            f' and {scores.copies} copies of them with simulated artefacts of kinds that it was not fitted on'
-            if scores.copies else '')
+            f' and {scores.copies} copies of them with simulated artefacts' if scores.copies else '')
         correlation = f'{scores.correlation:.2f} ({scores.interval[0]:.2f} to {scores.interval[1]:.2f})'
         if self.by == NOTHING:
             return (f'Cases are not ranked: on {number} no estimate of the Dice has a rank correlation with it that is '
                     f'above 0 ({correlation}).')
-        how = 'a lower bound of the Dice, by a regression on what the prediction says' if self.by == REGRESSION else \
-            ('a lower bound of the Dice that is expected from the probabilities; a regression on more did not rank '
-             'better')
-        return (f'Cases are sorted by {how}. Rank correlation with the Dice {correlation} on {number}; '
-                f'{scores.clean:.2f} on the cases as they are; by the probabilities alone {scores.probabilities:.2f}. '
-                f'The lower bound should hold in {100 * BOUND_COVERAGE:.0f} % of images; in validation it held in '
-                f'{100 * bound.held:.0f} %.')
+        if self.by == REGRESSION:
+            how = (f'a lower bound of the Dice, by a regression on what the prediction says. Rank correlation with the '
+                   f'Dice {correlation} on {number}{" of kinds that it was not fitted on" if scores.copies else ""}; '
+                   f'by the probabilities alone {scores.probabilities:.2f}')
+        else:
+            how = (f'a lower bound of the Dice that is expected from the probabilities; a regression on more did not '
+                   f'rank better. Rank correlation of the expected Dice with the true one {correlation} on {number}')
+        return (f'Cases are sorted by {how}; {scores.clean:.2f} on the cases as they are. The lower bound should hold '
+                f'in {100 * BOUND_COVERAGE:.0f} % of images; in validation it held in {100 * bound.held:.0f} %.')
 
     def judge(self, qualities: Mapping[str, LabelQuality]) -> Judgement:
         """What is said of a case, by what is known of its labels."""
@@ -195,9 +197,11 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
         return regression - expected
     by = REGRESSION if bootstrap_interval(cases, better)[0] > 0 else PROBABILITIES
     estimates, (low, bound) = candidates[by], bounds_of[by]
-    interval = bootstrap_interval(cases, lambda i: rank_correlation(low[i], true[i]))
-    scores = Scores(rank_correlation(low, true), interval,
-                    rank_correlation(low[kinds == CLEAN], true[kinds == CLEAN]), rank_correlation(plain, true),
+    # The expected Dice is fitted to nothing: cross-validation would mix orders that are one in prediction.
+    order = low if by == REGRESSION else plain
+    interval = bootstrap_interval(cases, lambda i: rank_correlation(order[i], true[i]))
+    scores = Scores(rank_correlation(order, true), interval,
+                    rank_correlation(order[kinds == CLEAN], true[kinds == CLEAN]), rank_correlation(plain, true),
                     len(np.unique(cases)), int((kinds != CLEAN).sum()), bound)
     models, bounds, ranges = {}, {}, {}
     for i, name in enumerate(names):
