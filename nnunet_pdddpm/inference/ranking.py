@@ -78,6 +78,8 @@ class Ranking:
     scores: Scores | None = None
     ranges: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Label -> smallest and largest features in validation cases as they are, (2, FEATURES)."""
+    always: frozenset[str] = frozenset()
+    """Labels that every validation case as it is has, in mask or samples."""
 
     @property
     def key(self) -> str | None:
@@ -134,6 +136,8 @@ class Ranking:
         for name, (low, high) in self.ranges.items():
             features = qualities[name].features
             if features is None:
+                if name in self.always:
+                    found.append(f'{name}: neither in the mask nor in a sample, but every validation case has it')
                 continue
             far = np.abs(self.models[name].distances(features)) > FLAG_DISTANCE
             for i in np.flatnonzero(far & ((features < low) | (features > high))):
@@ -193,17 +197,16 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
     bounds_of = {by: _lower_bounds(estimates, true, kinds) for by, estimates in candidates.items()}
 
     def better(i: np.ndarray) -> float:
-        regression, expected = (rank_correlation(low[i], true[i]) for low, _ in bounds_of.values())
-        return regression - expected
+        return rank_correlation(bounds_of[REGRESSION][0][i], true[i]) - rank_correlation(plain[i], true[i])
     by = REGRESSION if bootstrap_interval(cases, better)[0] > 0 else PROBABILITIES
     estimates, (low, bound) = candidates[by], bounds_of[by]
-    # The expected Dice is fitted to nothing: cross-validation would mix orders that are one in prediction.
+    # The expected Dice itself stands for its bound: cross-validation would mix fits that are one in prediction.
     order = low if by == REGRESSION else plain
     interval = bootstrap_interval(cases, lambda i: rank_correlation(order[i], true[i]))
     scores = Scores(rank_correlation(order, true), interval,
                     rank_correlation(order[kinds == CLEAN], true[kinds == CLEAN]), rank_correlation(plain, true),
                     len(np.unique(cases)), int((kinds != CLEAN).sum()), bound)
-    models, bounds, ranges = {}, {}, {}
+    models, bounds, ranges, always = {}, {}, {}, set()
     for i, name in enumerate(names):
         there = rows[:, i, KIND] > 0
         label_rows = rows[there, i]
@@ -212,6 +215,8 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
         bounds[name] = lower_quantile(errors / estimates.units[there, i])
         clean = label_rows[label_rows[:, KIND] == CLEAN, DICE + 1:]
         ranges[name] = np.stack([clean.min(0), clean.max(0)])
+        if len(clean) == np.count_nonzero(kinds == CLEAN):
+            always.add(name)
     if interval[0] <= 0:
         by = NOTHING
-    return Ranking(by, '', models, bounds, scores, ranges)
+    return Ranking(by, '', models, bounds, scores, ranges, frozenset(always))

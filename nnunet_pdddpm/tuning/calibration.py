@@ -122,7 +122,8 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
                 ) -> Tensor:
     """What a predicted case knows of its Dice, (C, fields) float32, see `dice_regression.FIELDS`.
 
-    Empty for labels that have neither truth nor estimate. Voxels to be ignored do not count.
+    Empty for labels without an estimate, which are neither in the mask nor in a sample. Voxels to be ignored do not
+    count.
 
     Args:
         predictor: that has predicted it.
