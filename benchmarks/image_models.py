@@ -27,7 +27,8 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 DRAWS = 16
 """Of which the mean probability of chains and of the SSN is; the first of them are the samples."""
-BLIND = ('second', 'blind')
+BLIND = {'second': 'second', 'second_mirrored': 'second_mirrored', 'blind': 'denoiser'}
+"""Maps of a denoiser that is shown no mask -> the network."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Row:
     def calls(self) -> str:
         """Of a network beside the stock model, for a sample."""
         if self.map is not None:
-            return {'stock': '0', 'ensemble': str(NUM_FOLDS)}.get(self.map, '1')
+            return {'stock': '0', 'ensemble': str(NUM_FOLDS), 'second_mirrored': '4'}.get(self.map, '1')
         return {'tuned': '', 'ssn': '1', 'paper': '300'}.get(self.network, str(self.steps))
 
     @property
@@ -76,9 +77,9 @@ class Models:
 
     def _open(self, network: str) -> VolumePredictor:
         """`tuned`: with the mirroring and tiles that the denoiser was tuned with."""
-        tuned = network == 'tuned'
-        predictor = self.of.dataset.open(self.work, 'denoiser' if tuned else network, [self.fold], VolumePredictor,
-                                         use_mirroring=tuned)
+        tuned, named = network == 'tuned', {'tuned': 'denoiser', 'second_mirrored': 'second'}
+        predictor = self.of.dataset.open(self.work, named.get(network, network), [self.fold], VolumePredictor,
+                                         use_mirroring=network in named)
         predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
         if self.of.whole and not tuned:
             shapes = [image.pixels.shape for image in self.validation]
@@ -103,7 +104,7 @@ class Models:
 
     def _map(self, name: str, image: Image) -> Tensor:
         if name in BLIND:
-            return self.opened(image, 'second' if name == 'second' else 'denoiser').blind_logits().float()
+            return self.opened(image, BLIND[name]).blind_logits().float()
         predictor = self.predictor('denoiser')
         own, probabilities = predictor.list_of_parameters[0], []
         for fold in range(NUM_FOLDS) if name == 'ensemble' else [self.fold]:
