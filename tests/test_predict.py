@@ -130,12 +130,12 @@ def set_settings(monkeypatch, **settings: str) -> None:
         monkeypatch.setenv(f'nnUNet_pdddpm_{name}', value)
 
 
-@pytest.mark.parametrize('override', [{'start': '1'}, {'steps': '3'}, {'mask_samples': '2'}, {'mask_stock': '0.5'},
+@pytest.mark.parametrize('override', [{'start': '1'}, {'steps': '3'}, {'mask_samples': '3'}, {'mask_stock': '0.5'},
                                       {'mask_blind': '0.5'}, {'seed': '7'}, {'start_mask': 'hard'},
                                       {'samples_from': 'stock'}, {'temperature': '3'}], ids=str)
 def test_environment_variables_change_a_mask_that_is_the_mean_of_samples_and_it_is_said_once(
         refined, monkeypatch, override):
-    monkeypatch.setenv('nnUNet_pdddpm_mask_blind', '0')
+    set_settings(monkeypatch, mask_blind='0', mask_samples='4')  # a single one starts from the hard mask
     before = predict_array(refined, REFINED)[1]
     set_settings(monkeypatch, **override)
     with pytest.warns(UserWarning) as warned:
