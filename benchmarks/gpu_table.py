@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 METHODS = {'stock': 'stock `nnUNetv2_predict`', 'plain': '`nnUNetv2_predict` with PDDDPM, blind mask',
-        'samples': '8 samples, maps, blind mask', 'of_samples': '8 samples, maps, mask of the samples'}
+           'samples': '8 samples, maps, blind mask', 'of_samples': '8 samples, maps, mask of the samples'}
 ROWS = {'stock': 'stock', 'longer': 'control: stock trained longer', 'second': 'second network, cross-entropy alone',
         'blind': 'PDDDPM, blind mask', 'samples': 'PDDDPM, mean of 8 samples'}
 Cells = dict[str, dict[str, Any]]

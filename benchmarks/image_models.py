@@ -27,8 +27,8 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 DRAWS = 16
 """Of which the mean probability of chains and of the SSN is; the first of them are the samples."""
-BLIND = {'second': 'second', 'second_mirrored': 'second_mirrored', 'blind': 'denoiser'}
-"""Maps of a denoiser that is shown no mask -> the network."""
+BLIND = ('second', 'second_mirrored', 'blind')
+"""Maps of a denoiser that is shown no mask."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Models:
 
     def _map(self, name: str, image: Image) -> Tensor:
         if name in BLIND:
-            return self.opened(image, BLIND[name]).blind_logits().float()
+            return self.opened(image, 'denoiser' if name == 'blind' else name).blind_logits().float()
         predictor = self.predictor('denoiser')
         own, probabilities = predictor.list_of_parameters[0], []
         for fold in range(NUM_FOLDS) if name == 'ensemble' else [self.fold]:

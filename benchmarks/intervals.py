@@ -42,7 +42,7 @@ RATERS = {'nuclei': 5, 'cells': 10}
 """Rows of an image, one after the other, that belong together."""
 SPLITS = 100
 METHODS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
-        '2.5 to 97.5 % quantiles of 8 samples')
+           '2.5 to 97.5 % quantiles of 8 samples')
 
 
 def arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -96,7 +96,7 @@ def rows_of_images(of: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> 
     models = Models(of, work, fold, of.validation(work, fold))
     settings = replace(models.settings(Row('', dependence=0.0)), samples=SAMPLES)
     return [row for image in on for row in rows_of_image(models.opened(image), settings.for_case(image.name),
-                                                   image.masks.sum((1, 2)).astype(float).tolist())]
+                                                             image.masks.sum((1, 2)).astype(float).tolist())]
 
 
 def rows_of_image(volume: object, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
@@ -144,7 +144,7 @@ def methods(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], E
         return lambda case: None if by is None else by.interval(
             Features(*(np.array([value]) for value in case['fields'][1:6])))
     return dict(zip(METHODS, (*map(calibrated, made), lambda case: (min(case['samples']), max(case['samples'])),
-                           lambda case: tuple(np.quantile(case['samples'], [0.025, 0.975]))), strict=True))
+                               lambda case: tuple(np.quantile(case['samples'], [0.025, 0.975]))), strict=True))
 
 
 def coverage_and_width(make: Callable[[dict[str, list[float]]], Ends | None],

@@ -116,16 +116,16 @@ def measure(work: Path, dataset: Dataset, file: Path) -> None:
     """Seconds of every precision, method, repeat and case, as a file."""
     dataset.enter(work)
     os.environ['nnUNet_n_proc_DA'] = '0'
-    device, (all_images, all_ways) = torch.device(DEVICE), predictors(work, dataset)
+    device, (all_images, all_methods) = torch.device(DEVICE), predictors(work, dataset)
     seconds: dict[str, dict[str, list[float]]] = {}
     # nnU-Net autocasts by itself on a GPU
     precisions = {'float16': nullcontext} if device.type == 'cuda' else {
         'float32': nullcontext, 'bfloat16': lambda: torch.autocast('cpu', torch.bfloat16)}
     repeats = REPEATS[dataset.name]
     for precision, context in list(precisions.items())[:1 if dataset == LESIONS else None]:  # which take long
-        of = seconds[precision] = {name: [] for name in all_ways}
+        of = seconds[precision] = {name: [] for name in all_methods}
         for repeat in range(repeats + (repeats > 1)):
-            for name, predict in all_ways.items():
+            for name, predict in all_methods.items():
                 with context(), torch.inference_mode():
                     mean = float(np.mean([timed(device, partial(predict, image)) for image in all_images]))
                 if repeat or repeats == 1:  # else the first one is not counted

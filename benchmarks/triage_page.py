@@ -73,7 +73,7 @@ def read(of: Subject, into: Path) -> Training:
     lows = np.array([ranking.judge(qualities(one)).low for one in found], float)
     distances = distance(np.array([one['pooled'] for one in found]))
     by_regression = np.array([by_models(regression, one) for one in found])
-    scores = {PACKAGE: np.zeros(len(lows)) if ranking.key is None else np.nan_to_num(lows, nan=-1.0),  # else by name
+    scores = {PACKAGE: np.zeros(len(lows)) if ranking.key is None else np.nan_to_num(lows, nan=-1.0),
               REGRESSION: by_regression,
               BOTH: stacked(fitted_on[:, list(of.labels.values())], distance(np.array(validation['pooled'])))(
                   by_regression, distances),

@@ -86,7 +86,7 @@ class CasePreprocessor:
             with as_unusable_image(', '.join(names), 'cannot be preprocessed'):
                 data, mask, properties = self.run_nnunet(image, mask, properties)
         except UnusableImage:
-            self.run_nnunet(*self.blank_case(len(image), previous is not None))  # raises if the program is at fault
+            self.run_nnunet(*self.sound_case(len(image), previous is not None))  # raises if the program is at fault
             raise
         remarks = geometry_remarks(reader, files, properties)
         try:
@@ -106,7 +106,7 @@ class CasePreprocessor:
         return preprocessor.run_case_npy(image, mask, properties, self.plans_manager, self.configuration_manager,
                                          self.dataset_json)
 
-    def blank_case(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    def sound_case(self, channels: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
         """A sound image, as read: an error that it raises as well is not the fault of a case's image."""
         order = self.plans_manager.transpose_forward
         along = {axis: (n, step) for axis, n, step in zip(  # 2d: of slices

@@ -98,8 +98,8 @@ class VolumePredictor(nnUNetPredictor):
         self.folds = [fold if fold == 'all' else int(fold) for fold in use_folds]
         self.fold_settings = [self._settings_of(parameters) for parameters in self.list_of_parameters]
         if environment := environment_overrides():
-            logger.info('Sampling settings of the environment: %s.',
-                        ', '.join(f'{name}={value}' for name, value in environment.items()))
+            logger.warning('The environment overrides sampling settings of the model: %s.',
+                           ', '.join(f'{name}={value}' for name, value in environment.items()))
         wanted, models = self.fold_settings[0].samples, len(self.list_of_parameters)
         self.num_samples = models * math.ceil(wanted / models)
         if self.num_samples > wanted:

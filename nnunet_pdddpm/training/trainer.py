@@ -92,7 +92,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.level_generator, self.noise_generator = torch.Generator(), torch.Generator(self.device)
         self.loss_watch = LossWatch(Path(self.output_folder), self.print_to_log_file)
         self._stock_checkpoint: Any = None
-        self._group: Any = None  # ranks wait in it while one of them tunes
+        self._group: Any = None  # see `_make_patient_group`
         self._restored = self._pretrained = False
         self._previous_stage_logged = False
         self._average_in_network = False
@@ -183,12 +183,13 @@ class PDDDPMTrainer(nnUNetTrainer):
             self.print_to_log_file(f'{earlier} is of an earlier training: until this one ends, predictions are made '
                                    f'with it, and --c takes it for the end of this one.')
         self._first_epoch = self.current_epoch
-        self._group = self._patient_group()  # now: where it cannot be made, training ends before it has begun
+        self._make_patient_group()  # now: where it cannot be made, training ends before it has begun
         super().on_train_start()
 
-    def _patient_group(self) -> Any:
-        """In which ranks may wait for each other for hours, which NCCL does not allow; gloo does. None without DDP."""
-        return dist.new_group(backend='gloo', timeout=timedelta(days=30)) if self.is_ddp else None
+    def _make_patient_group(self) -> None:
+        """With DDP, once: ranks may wait for each other in it for hours, which NCCL does not allow; gloo does."""
+        if self.is_ddp and self._group is None:
+            self._group = dist.new_group(backend='gloo', timeout=timedelta(days=30))
 
     def _note_cases(self) -> None:
         """Note what the model is trained on; refuse, or log, validation cases that it has seen: `check_split`."""
@@ -327,7 +328,6 @@ class PDDDPMTrainer(nnUNetTrainer):
         choice = [self.tune_sampling() if self.local_rank == 0 else None]
         if self._group is not None:
             dist.broadcast_object_list(choice, 0, self._group)
-            dist.destroy_process_group(self._group)
         if choice[0] is not None:
             self.refiner.configure(choice[0], self.label_manager.has_regions)
 
@@ -413,15 +413,13 @@ class PDDDPMTrainer(nnUNetTrainer):
                                    f'cases that this split does not validate on ({abbreviated(foreign)}): they are of '
                                    f'an earlier training, and summary.json there counts them. Take them away and '
                                    f'validate again (--val).')
-        group = self._patient_group()
+        self._make_patient_group()
         self._swap_average()
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             self._swap_average()
-        self.calibrate_volumes(group)
-        if group is not None:
-            dist.destroy_process_group(group)
+        self.calibrate_volumes()
 
     def _foreign_masks(self) -> list[str]:
         """Names of masks in the folder of the validation that this one does not write."""
@@ -429,16 +427,16 @@ class PDDDPMTrainer(nnUNetTrainer):
         mine = {f'{case}{ending}' for case in self.do_split()[1]}
         return [file.name for file in images_in(folder, ending) if file.name not in mine] if folder.is_dir() else []
 
-    def calibrate_volumes(self, group: Any = None) -> None:
+    def calibrate_volumes(self) -> None:
         """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes
-        compare with the true ones, and by what their masks can be sorted. `group`: of the ranks, with DDP."""
+        compare with the true ones, and by what their masks can be sorted."""
         file = Path(self.output_folder, self._checkpoint)
         if not file.is_file():
             return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint.')
         scores: list[Any] = [self._measure_own_share(file)]
-        if group is not None:
+        if self._group is not None:
             mine, scores = scores[0], [None] * dist.get_world_size()
-            dist.all_gather_object(scores, mine, group)
+            dist.all_gather_object(scores, mine, self._group)
         if any(isinstance(score, str) for score in scores):
             reason = next(score for score in scores if isinstance(score, str))
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
