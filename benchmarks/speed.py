@@ -31,7 +31,9 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     '`nnUNetv2_predict -tr PDDDPMTrainer`, blind mask': ('denoiser', None),
     **{f'8 samples, {steps} step{"s" if steps > 1 else ""}, {name}, all maps':
        ('denoiser', {**mask, 'samples_from': 'chain', 'start': 0.8, 'steps': steps, 'samples': 8})
-       for name, mask in (('their mean as the mask', OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)}}
+       for name, mask in (('their mean as the mask', OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)},
+    '8 samples, thresholds of the blind mask, which is the mask, all maps':
+        ('denoiser', {**OF_BLIND, 'samples_from': 'blind', 'samples': 8})}
 """Name -> network, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
 LESIONS = Dataset(6, 'MSLesion', '3d_fullres', 'Benchmark', (8, 16, 32, 64),
                   (('batch_size', 2), ('patch_size', [96, 96, 96])), (1, 1), (20, 20), one_thread=False)

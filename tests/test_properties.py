@@ -209,6 +209,21 @@ def test_volumes_are_finite_and_sum_to_one_whatever_the_patch(shape, patch, chan
 
 
 @few
+@given(volumes, patches, samplings(), st.booleans())
+def test_logits_of_an_array_are_those_of_its_mask_and_samples_that_are_not_in_it_are_not_drawn(shape, patch, sampling,
+                                                                                               mirrored):
+    predictor = volume_predictor(pointwise_refiner(3, 3.0, False, sampling), patch, sampling, mirrored)
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(sampling.seed))
+    expected, drawn = predictor.predict_volume(image, stock=False).logits, []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        draw = VolumePredictor._draw
+        monkeypatch.setattr(VolumePredictor, '_draw', lambda *args: drawn.append(args[3]) or draw(*args))
+        assert torch.equal(predictor.predict_logits_from_preprocessed_data(image), expected)
+    assert drawn == (list(range(sampling.samples)) if sampling.needs_samples else [])
+    assert predictor.num_samples == sampling.samples
+
+
+@few
 @given(volumes, patches, st.permutations(range(4)), samplings())
 def test_relabelling_the_classes_relabels_the_volume(shape, patch, permutation, sampling):
     assume(sampling.dependence == 1 or permutation[0] == 0)  # objects are what is not background

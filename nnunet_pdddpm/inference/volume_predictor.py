@@ -121,8 +121,17 @@ class VolumePredictor(nnUNetPredictor):
                                   f'initialize_from_trained_model_folder.')
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
-        """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the mask, as nnUNetPredictor's."""
-        return self.predict_volume(data, stock=False).logits
+        """(image channels, Z, Y, X) -> logits (C, Z, Y, X) of the mask, as nnUNetPredictor's.
+
+        Samples are drawn only if the mask is made of them.
+        """
+        samples = self.num_samples
+        if not any(settings.needs_samples for settings in self.fold_settings):
+            self.num_samples = 0
+        try:
+            return self.predict_volume(data, stock=False).logits
+        finally:
+            self.num_samples = samples
 
     @torch.inference_mode()
     def predict_volume(self, data: Tensor, on_sample: OnSample | None = None, case: str = '', stock: bool = True
