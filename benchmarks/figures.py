@@ -1,15 +1,17 @@
-"""Figures: `headline`, the README's picture; `levels`, the tables of noise levels in trained models."""
+"""Figures: `headline`, the README's picture; `levels`, the tables of noise levels in trained models; `differences`,
+what this package gains or loses, from the pages of results."""
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 from datasets.hippocampus import HIPPOCAMPUS, names
 from datasets.phantom import PHANTOM
-from machine import PLANS
+from machine import PLANS, results
 from nnunet import NUM_FOLDS
 
 from nnunet_pdddpm.demo.report import outline
@@ -17,11 +19,22 @@ from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.inference.intervals import in_percent
 
 STAGES = ('draw',)
+CHAIN, BLIND = 'PDDDPM, start 0.8, 2 steps, copula of objects', 'PDDDPM, blind mask, thresholds'
+DIFFERENCES = {
+    'mask, hippocampus: Dice': ('hippocampus', 'PDDDPM, blind mask', 'Dice'),
+    **{f'mask, {name}: Dice': (name, BLIND, 'Dice') for name in ('nuclei', 'cells', 'nodules')},
+    'mean of 8 samples as the mask, hippocampus: Dice': (
+        'hippocampus', 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)', 'Dice'),
+    'samples, phantoms: GED²': ('phantom', 'start 0.8, 2 steps, drawn an object at a time', 'GED²'),
+    **{f'samples, {name}: GED²': (name, CHAIN, 'GED²') for name in ('nuclei', 'cells', 'nodules')},
+    'map of the samples, phantoms: NLL': ('phantom', 'start 0.8, 2 steps, drawn an object at a time', 'NLL')}
+"""What is compared -> page, row and column."""
 
 
 def arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Folders of the trained models."""
-    parser.add_argument('-hippocampus', type=Path, required=True, help='work folder of hippocampus')
+    if name != 'differences':
+        parser.add_argument('-hippocampus', type=Path, required=True, help='work folder of hippocampus')
     if name == 'levels':
         parser.add_argument('-phantom', type=Path, required=True, help='work folder of phantom')
 
@@ -32,6 +45,8 @@ def run(name: str, args: argparse.Namespace) -> None:
     matplotlib.use('agg')
     if name == 'levels':
         levels(args.hippocampus.resolve(), args.phantom.resolve(), args.page)
+    elif name == 'differences':
+        differences(args.page)
     else:
         headline(args.hippocampus.resolve(), args.folds[0], Path(args.o).resolve(), args.page)
 
@@ -50,6 +65,39 @@ def levels(hippocampus: Path, phantom: Path, file: Path) -> None:
     axis.set(xlabel='log SNR', ylabel='share of uncertainty u that is left')
     axis.legend(fontsize=8)
     figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def difference(page: str, row: str, column: str) -> tuple[float, float, float]:
+    """Mean and 95 % interval of a row's difference to its base, in % of the base's error; above 0 is worse.
+
+    The error is the metric, or 1 - Dice. The base is the one row of the table without a difference and without a note.
+    """
+    lines = [[cell.strip() for cell in line.strip('|').split('|')]
+             for line in (results() / f'{page}.md').read_text().splitlines() if line.startswith('|')]
+    at = next(i for i, cells in enumerate(lines) if column in cells and cells[cells.index(column) + 1] == 'Δ')
+    value, delta = lines[at].index(column), lines[at].index(column) + 1
+    table = [cells for cells in lines[at + 2:] if len(cells) == len(lines[at])]
+    base = next(float(cells[value].split()[0]) for cells in table if not cells[delta] and '(' not in cells[value])
+    text = next(cells[delta] for cells in table if cells[0] == row)
+    mean, low, high = (float(of) for of in re.findall(r'[+-][\d.]+', text))
+    return tuple(100 * of / base for of in (mean, low, high)) if column != 'Dice' else tuple(
+        -100 * of / (1 - base) for of in (mean, high, low))
+
+
+def differences(file: Path) -> None:
+    """All of them, in one picture."""
+    from matplotlib import pyplot as plt
+    figure, axis = plt.subplots(figsize=(9, 3.4), layout='constrained')
+    for y, of in enumerate(DIFFERENCES.values()):
+        mean, low, high = difference(*of)
+        colour = 'C3' if low > 0 else 'C2' if high < 0 else '0.5'
+        axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
+        axis.plot(mean, -y, 'o', color=colour, markersize=5)
+    axis.axvline(0, color='k', linewidth=0.8)
+    axis.set_yticks(range(0, -len(DIFFERENCES), -1), list(DIFFERENCES), fontsize=8)
+    axis.set_xlabel("difference to the baseline in % of the baseline's error; left of 0 is better", fontsize=8)
+    axis.tick_params('x', labelsize=8)
     figure.savefig(file, dpi=110)
 
 

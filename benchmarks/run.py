@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODULES = {'phantom': 'images', 'nuclei': 'images', 'cells': 'images', 'nodules': 'images', 'hippocampus': 'volumes',
            'intervals': 'intervals', 'triage': 'triage', 'speed': 'speed',
-           'headline': 'figures', 'levels': 'figures'}
+           'headline': 'figures', 'levels': 'figures', 'differences': 'figures'}
 """Name -> the module that has its `STAGES`, `arguments` and `run`."""
 
 

@@ -162,7 +162,7 @@ def test_page_of_speed_compares_what_was_measured_in_the_same_repeat(tmp_path):
     speed.write_page(tmp_path, tmp_path / 'page.md')
     page = (tmp_path / 'page.md').read_text()
     assert f'| MSLesion | float32 | {list(speed.METHODS)[1]} | 3.50 | 1.83 (1.67 to 2.00) |' in page
-    assert f'| {speed.STEPS[1]} | 12.50 | 1.14 (1.13 to 1.14) |' in page
+    assert f'| {speed.STEPS[1]} | 14.00 | 1.12 (1.12 to 1.12) |' in page
     assert f'- {list(speed.METHODS)[1]}: at most 2.05: reached (1.83 to 1.83)' in page
     assert f'- {list(speed.METHODS)[2]}: at most 1.25: **missed** (2.67 to 2.67)' in page
     assert '1.20 times as long' in page and '1.80 times the 10.0 s' in page
@@ -176,3 +176,22 @@ def test_no_page_of_nothing(name, tmp_path):
     with pytest.raises(SystemExit, match='holds no measurement'):
         import_module(name).write_page(tmp_path, page)
     assert page.read_text() == 'as it was'
+
+
+def test_differences_of_a_page_are_in_percent_of_the_error_of_its_base(tmp_path, monkeypatch):
+    page, figures = import_module('page'), import_module('figures')
+    monkeypatch.setattr(figures, 'results', lambda: tmp_path)
+    rng, columns = np.random.default_rng(0), (page.Column('GED²', 'ged', 4), page.Column('Dice', 'dice', 4))
+    base, one = ({'ged': 0.1 + shift + 0.01 * rng.random((3, 2)), 'dice': 0.9 - shift + 0.01 * rng.random((3, 2))}
+                 for shift in (0.0, 0.05))
+    lines = [page.Line('ensemble', base, note=' (one model)'), page.Line('base', base), page.Line('one', one)]
+    (tmp_path / 'made_up.md').write_text(f'# Title\n\n{page.table(lines, columns, base)}\n\nWords.\n')
+    for column, error in (('GED²', lambda of: of['ged'].mean()), ('Dice', lambda of: 1 - of['dice'].mean())):
+        mean, low, high = figures.difference('made_up', 'one', column)
+        assert low < mean < high
+        assert mean == pytest.approx(100 * (error(one) - error(base)) / error(base), abs=0.1)
+
+
+def test_the_figure_of_differences_has_a_row_of_a_page_for_each(tmp_path):
+    import_module('figures').differences(tmp_path / 'differences.png')
+    assert (tmp_path / 'differences.png').stat().st_size > 5000

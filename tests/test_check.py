@@ -328,11 +328,11 @@ def test_the_next_fold_to_train_and_every_trained_model_are_offered(checker):
     status, output, _ = checker(DATASET, '-p', PLANS)
     assert status == 0 and 'trained folds: 0, 1, 3, all in' in output
     assert re.search('PDDDPMTrainer_5epochs +trained folds: 2, 10, all\n', output)
-    predict = f'nnUNetv2_predict -i INPUT_FOLDER -o OUTPUT_FOLDER -d {DATASET} -c 3d_fullres -tr'
+    predict = f'nnUNetv2_pdddpm_predict -i INPUT_FOLDER -o OUTPUT_FOLDER -d {DATASET} -c 3d_fullres -tr'
     assert output.endswith(f"""Ready. What can be run next:
   nnUNetv2_train {DATASET} 3d_fullres 3 -tr PDDDPMTrainer -p {PLANS} -device cpu
-  {predict} PDDDPMTrainer -p {PLANS} -f 0 1 -device cpu
-  {predict} PDDDPMTrainer_5epochs -p {PLANS} -f 2 10 all -device cpu
+  {predict} PDDDPMTrainer -p {PLANS} -f 0 1 -device cpu --save_samples --report
+  {predict} PDDDPMTrainer_5epochs -p {PLANS} -f 2 10 all -device cpu --save_samples --report
 """)
 
 

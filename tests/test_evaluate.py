@@ -115,7 +115,7 @@ class Data:
         with pytest.raises(SystemExit) as stop:
             self.evaluate(*flags, raters=raters)
         message = str(stop.value.code)
-        assert message.startswith('nnUNetv2_pdddpm_evaluate: ') and '\n' not in message
+        assert message.startswith('Error: ') and '\n' not in message
         return message, json.loads((self.pred / 'evaluation.json').read_text())
 
     def fails(self, *flags: str, raters: bool = False) -> str:
@@ -127,7 +127,7 @@ class Data:
         assert all((self.pred / name).read_text() == 'earlier' for name in OUTPUTS)
         assert not list(self.pred.glob('.evaluation*'))
         message = str(stop.value.code)
-        assert message.startswith('nnUNetv2_pdddpm_evaluate: ') and '\n' not in message
+        assert message.startswith('Error: ') and '\n' not in message
         return message
 
 
@@ -703,7 +703,7 @@ def test_a_case_with_an_unusable_file_is_named_with_its_reason_and_the_others_ar
     of_all = {case['case']: case for case in data.evaluate()['cases']}
     damage(data)
     message, results = data.partly()
-    assert message.startswith('nnUNetv2_pdddpm_evaluate: 1 of 5 cases could not be evaluated, the others are done: '
+    assert message.startswith('Error: 1 of 5 cases could not be evaluated, the others are done: '
                               'case_0 (')
     assert all(word in message for word in words), message
     assert results['num_cases'] == 4 and results['cases'] == [of_all[f'case_{i}'] for i in range(1, 5)]

@@ -60,8 +60,8 @@ class DataSet:
 
     def predict_command(self, configuration: str, folds: Sequence[int | str], trainer: str) -> str:
         """The command that predicts with trained folds; a model folder bears the name that stands in the plans."""
-        return (f'nnUNetv2_predict -i INPUT_FOLDER -o OUTPUT_FOLDER -d {self.named} -c {configuration} -tr {trainer} '
-                f'-p {self.plans_name} -f {_listed(folds, " ")}{device_flag()}')
+        return (f'nnUNetv2_pdddpm_predict -i INPUT_FOLDER -o OUTPUT_FOLDER -d {self.named} -c {configuration} '
+                f'-tr {trainer} -p {self.plans_name} -f {_listed(folds, " ")}{device_flag()} --save_samples --report')
 
 
 def check_dataset(named: str, plans_named: str, configuration: str | None, problems: list[str]) -> list[str]:

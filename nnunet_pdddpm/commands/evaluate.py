@@ -28,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         summary = summarise(folders, results, args.nsd_tolerance, failed)
         files = write_files(summary, args.o or args.pred)
     except (EvaluationError, OSError) as error:
-        sys.exit(f'nnUNetv2_pdddpm_evaluate: {error}')
+        sys.exit(f'Error: {error}')
     print(format_tables(summary))
     print('Written: ' + ', '.join(map(str, files)))
     if failed:
         reasons = '; '.join(f'{case} ({why.removesuffix(".")})' for case, why in failed.items())
-        sys.exit(f'nnUNetv2_pdddpm_evaluate: {len(failed)} of {len(folders.cases)} cases could not be evaluated, the '
+        sys.exit(f'Error: {len(failed)} of {len(folders.cases)} cases could not be evaluated, the '
                  f'others are done: {reasons}')
 
 
