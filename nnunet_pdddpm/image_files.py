@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from nibabel import Nifti1Header, Nifti2Header
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 CHUNK = 1 << 20
@@ -31,12 +32,12 @@ HEADER = 540
 """Bytes of the longer header, NIfTI-2's."""
 
 
-def full_scale(ending: str) -> int:
-    """Integer that stands for 1 in a map of values in [0, 1], in files that hold no others: bmp has 8 bits.
+def full_scale(ending: str, reader: Any) -> int:
+    """Integer that stands for 1 in a map of values in [0, 1] that a reader and writer of nnU-Net's writes.
 
-    nnU-Net's writers take 8 bits for what is below 255, and 16 bits else.
+    They take 8 bits for what is below 255, and 16 bits else; bmp and SimpleITKIOWithReorient have 8 bits only.
     """
-    return 254 if ending == '.bmp' else 65535
+    return 254 if ending == '.bmp' or isinstance(reader, SimpleITKIOWithReorient) else 65535
 
 
 class UnusableImage(ValueError):

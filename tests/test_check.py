@@ -66,7 +66,7 @@ class Checker:
         if model.startswith('PDDDPM'):
             table = even_table(-11.0, 41)
             weights = {'level_log_snr': torch.tensor(table.log_snr), 'level_share': torch.tensor(table.share),
-                       CALIBRATION: torch.zeros(1, 3, 7),
+                       'level_cross_entropy': torch.zeros(41), 'level_count': torch.zeros(41), CALIBRATION: torch.zeros(1, 3, 7),
                        QUALITY: torch.zeros(QUALITY_ROWS, 3, QUALITY_FIELDS),
                        **{SETTING + name: torch.tensor(value) for name, value in as_numbers(settings).items()}}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
@@ -283,7 +283,7 @@ def test_an_override_that_a_trained_model_cannot_take_is_a_problem_of_that_model
         str(DATASET_ID), '-p', PLANS)
 
 
-def test_a_model_of_an_earlier_version_is_a_problem_in_one_sentence(checker):
+def test_a_model_of_another_version_is_a_problem_in_one_sentence(checker):
     checker.train(STOCK, 0)
     checker.train(REFINED, 1)
     file = checker.train(REFINED, 0)
@@ -291,7 +291,7 @@ def test_a_model_of_an_earlier_version_is_a_problem_in_one_sentence(checker):
                {'t_max': 1000, 't_start': 700, 'steps': 1, 'sampler_t_start': 700, 'sampler_steps': 1}.items()}
     torch.save({**torch.load(file), 'network_weights': earlier}, file)
     assert checker.problem(str(DATASET_ID), '-p', PLANS) == (
-        f'The model {file} is of an earlier version of PDDDPMTrainer: train it again with this version.')
+        f'The model {file} is of another version of PDDDPMTrainer: train it again with this version.')
 
 
 def test_a_model_whose_noise_levels_are_not_in_order_is_a_problem_of_that_model(checker):

@@ -120,7 +120,7 @@ def test_fields_of_the_evaluation(output):
     assert list(result['settings']) == names(stated['settings'])
     assert set(result['cases'][0]) == set(names(stated['cases']))
     assert set(names(stated['reliability'])) == {*result['reliability'], *result['reliability']['all']}
-    columns = tables('evaluation.csv and evaluation_reliability.png')['column']
+    columns = tables('evaluation.csv and evaluation_reliability.svg')['column']
     assert {*header(folder / 'evaluation.csv'), 'error'} == columns.keys()
     defined = set(names((DOCS / 'reference' / 'metrics.md').read_text()))
     assert {*result['mean']['a'], *result['voxelwise']['all'], *result['sample_spread']['a']} <= {

@@ -29,7 +29,7 @@ from nnunet_pdddpm.files import identity
 SHAPE, SPACING = (14, 18, 16), (2.5, 1.0, 0.8)
 LABELS = {'background': 0, 'organ': 1, 'lesion': 2}
 REGIONS = {'background': 0, 'whole': [1, 2], 'lesion': 2}
-OUTPUTS = ('evaluation.json', 'evaluation.csv', 'evaluation_reliability.png')
+OUTPUTS = ('evaluation.json', 'evaluation.csv', 'evaluation_reliability.svg')
 
 
 def write(file: Path, array: np.ndarray, spacing=SPACING, origin=(3.0, -7.0, 11.0), direction=None) -> None:

@@ -130,7 +130,7 @@ def as_of_an_earlier_version(content: dict) -> None:
 def test_a_model_of_an_earlier_version_predicts_nothing_and_one_sentence_says_so(model):
     rewrite(model, as_of_an_earlier_version)
     for how in (load, load_as_nnunet_does):
-        with pytest.raises(CheckpointError, match='is of an earlier version of PDDDPMTrainer: train it again with '
+        with pytest.raises(CheckpointError, match='is of another version of PDDDPMTrainer: train it again with '
                                                   'this version.$'):
             how(model)
 
@@ -256,7 +256,7 @@ def test_training_does_not_go_on_from_a_checkpoint_of_an_earlier_version(model, 
     content = latest.read_bytes()
     with pytest.raises(CheckpointError) as error:
         train_in_process(DATASET_ID, '3d_fullres', 0, REFINED, '--c')
-    assert str(error.value) == (f'The checkpoint {latest} is of an earlier version of PDDDPMTrainer: train it '
+    assert str(error.value) == (f'The checkpoint {latest} is of another version of PDDDPMTrainer: train it '
                                 f'again with this version.')
     assert latest.read_bytes() == content and [file.name for file in fold.glob('*.pth*')] == [latest.name]
 

@@ -616,7 +616,7 @@ def test_a_model_of_an_earlier_version_is_refused_in_one_sentence():
     for state in (earlier, {name: value for name, value in kept.items() if not name.startswith('level_')},
                   {name: value for name, value in kept.items() if not name.startswith('setting_')},
                   {name: value for name, value in kept.items() if name != 'quality'}):
-        with pytest.raises(CheckpointError, match='^The model is of an earlier version of PDDDPMTrainer: train it '
+        with pytest.raises(CheckpointError, match='^The model is of another version of PDDDPMTrainer: train it '
                                                   'again with this version[.]$'):
             refiner.load_state_dict(state)
 

@@ -21,6 +21,8 @@ def parse_fold(text: str) -> int | str:
 
 def model_folder(args: argparse.Namespace, dataset: str = '-d') -> str:
     """Folder of the model that -d, -c, -tr and -p name; `dataset`: what the first of them is called."""
+    if 'nnUNet_results' not in os.environ:
+        raise PredictionError('The variable nnUNet_results is not set: it names the folder of the trained models.')
     try:
         return str(get_output_folder(args.d, args.tr, args.p, args.c))
     except RuntimeError as error:

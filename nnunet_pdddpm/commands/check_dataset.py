@@ -196,10 +196,11 @@ def check_model(file: Path) -> tuple[str, int | None]:
     embedded = checksum(weights, PRESEGMENTER)
     try:
         stored_table(weights)
+        settings = stored_settings(weights)
     except ValueError as error:
         problem = str(error)
     else:  # what no model accepts is reported already
-        problem = '' if environment_problem() else environment_problem(stored_settings(weights))
+        problem = '' if environment_problem() else environment_problem(settings)
     return f'The model {file} cannot be used for prediction: {problem}' if problem else '', embedded
 
 

@@ -245,6 +245,8 @@ def prepare(args: argparse.Namespace, overrides: dict[str, Value]
             if not file.is_file():
                 raise PredictionError(f'The prediction of {previous} {file} is missing: predict it first, or correct '
                                       f'-prev_stage_predictions.')
+    elif args.prev_stage_predictions is not None:
+        raise PredictionError('This model is no cascade: leave out -prev_stage_predictions.')
     cases = [case_name(files, predictor) for files in images]
     if args.continue_prediction:
         for case in cases[args.part_id::args.num_parts]:  # no other part is at work on these

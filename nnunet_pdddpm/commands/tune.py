@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_pdddpm.commands.arguments import PLANS, TRAINER, model_folder, parse_fold, prepare_device
@@ -62,13 +62,16 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTraine
     """The trainer of the model, which knows its validation cases; nothing is built.
 
     Raises:
-        TuningError: if the data set is not preprocessed with its plans.
+        TuningError: if the data set is not preprocessed with its plans, or nnUNet_preprocessed is not set.
     """
+    if 'nnUNet_preprocessed' not in os.environ:
+        raise TuningError('The variable nnUNet_preprocessed is not set: it names the folder of the preprocessed cases.')
     dataset = Path(model_folder(args, 'DATASET')).parent.name
-    plans = Path(str(nnUNet_preprocessed)) / dataset / f'{args.p}.json'
-    if not plans.is_file():
-        raise TuningError(f'{plans} is missing: the validation cases have to be preprocessed with these plans '
-                          f'(nnUNetv2_plan_and_preprocess).')
+    folder = Path(os.environ['nnUNet_preprocessed'], dataset)
+    for file in (folder / f'{args.p}.json', folder / 'dataset.json'):
+        if not file.is_file():
+            raise TuningError(f'{file} is missing: the validation cases have to be preprocessed with these plans '
+                              f'(nnUNetv2_plan_and_preprocess).')
     return get_trainer_from_args(dataset, args.c, args.f, args.tr, args.p, device=device)
 
 

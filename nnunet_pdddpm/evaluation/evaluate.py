@@ -32,10 +32,11 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
         progress_bar: over the cases.
 
     Returns:
-        What was measured; and of the cases of which a file is unreadable or does not fit the reference: case -> why.
+        What was measured; and case -> why not: a file is unreadable, does not fit the reference or is of an earlier
+        prediction, or memory is not enough.
 
     Raises:
-        EvaluationError: if no case can be evaluated, or memory did not suffice.
+        EvaluationError: if no case can be evaluated, or a process was killed.
     """
     work = partial(_result_or_reason, folders, tolerance)
     show = partial(tqdm, total=len(folders.cases), disable=not progress_bar)
@@ -59,10 +60,14 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
 
 def _result_or_reason(folders: Folders, tolerance: float, case: str) -> CaseResult | str:
     """What was measured of a case, or why nothing can be; an error that is none of its files ends the evaluation."""
+    if case in folders.unpredicted:
+        return f'its mask is of an earlier prediction: it could not be predicted again, {folders.unpredicted[case]}'
     try:
         return evaluate_case(folders, case, tolerance)
     except EvaluationError as error:
         return str(error)
+    except MemoryError:
+        return 'there is not enough memory for it: use fewer processes (-np), or a machine with more'
 
 
 def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float, failed: Mapping[str, str] | None = None

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Union
 
@@ -29,7 +30,6 @@ from nnunet_pdddpm.image_files import (
 )
 
 Label = Union[int, tuple[int, ...]]
-DIAGRAM = 'evaluation_reliability.png'
 
 
 class EvaluationError(ValueError):
@@ -60,6 +60,7 @@ class Folders:
         summary: the entries of `pdddpm_summary.json` by case, of the masks that they were made of.
         foreign_masks: case -> what is wrong with its mask, if that is not known to be the one that the summary was made
             of; empty without a summary.
+        unpredicted: case -> why it could not be predicted when that was last tried; its mask is of an earlier one.
         left_out: a sentence for each kind of files that are not compared.
         doubtful: a sentence for files that may not be what they are compared as.
     """
@@ -75,6 +76,7 @@ class Folders:
     reader: BaseReaderWriter
     summary: dict[str, dict[str, Any]]
     foreign_masks: dict[str, str] = field(default_factory=dict)
+    unpredicted: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
 
@@ -83,33 +85,36 @@ class Folders:
 
         Where the names of several references fit, as A and A__b to A__b__1, the mask is one of the longest.
         """
-        return {rater: file for owner, rater, file in self._rater_masks() if owner == case}
+        return {rater: file for owner, rater, file in self._rater_masks if owner == case}
 
-    def _rater_masks(self) -> Iterator[tuple[str | None, str, Path]]:
+    @cached_property
+    def _rater_masks(self) -> list[tuple[str | None, str, Path]]:
         """Case, rater and file of each of the raters' masks; the case is None if the mask belongs to none."""
+        found: list[tuple[str | None, str, Path]] = []
         cases = {file.name[:-len(self.ending)] for file in images_in(self.references, self.ending)}
         for file in images_in(self.raters, self.ending) if self.raters is not None else ():
             stem = file.name[:-len(self.ending)]
             ends = [i for i in range(len(stem) - len(RATER)) if stem.startswith(RATER, i) and stem[:i] in cases]
-            yield (stem[:ends[-1]], stem[ends[-1] + len(RATER):], file) if ends else (None, '', file)
+            found.append((stem[:ends[-1]], stem[ends[-1] + len(RATER):], file) if ends else (None, '', file))
+        return found
 
     def not_compared(self) -> Iterator[str]:
         """A sentence for each kind of masks that lie in the folders and are not compared with anything."""
         for folder in filter(None, (self.references, self.raters)):
             if others := other_images(folder, self.ending):
                 yield f'{len(others)} files in {folder} do not end in {self.ending}: {abbreviated(others)}'
-        if foreign := [file.name for case, _, file in self._rater_masks() if case is None]:
+        if foreign := [file.name for case, _, file in self._rater_masks if case is None]:
             yield f'{len(foreign)} masks in {self.raters} belong to no reference: {abbreviated(foreign)}'
         references = {file.name for file in images_in(self.references, self.ending)}
         alone = [file.name for file in images_in(self.predictions, self.ending)
-                 if file.name not in {*references, DIAGRAM}]
+                 if file.name not in references]
         if alone:
             yield f'{len(alone)} masks in {self.predictions} have no reference: {abbreviated(alone)}'
 
     def ambiguous(self) -> Iterator[str]:
         """A sentence for raters' masks whose name can be read in two ways, if there are some: the longer of the cases
         that they may be of is no reference."""
-        if found := [f'{file.name} (of {case}, by {rater})' for case, rater, file in self._rater_masks()
+        if found := [f'{file.name} (of {case}, by {rater})' for case, rater, file in self._rater_masks
                      if case is not None and RATER in rater]:
             yield (f'{len(found)} masks in {self.raters} have a rater with {RATER} in the name, unless a reference is '
                    f'missing: {abbreviated(found)}')
@@ -217,7 +222,7 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
                               f'({type(error).__name__}: {_in_one_line(error)}): name them with -djfile and -pfile.'
                               ) from error
     cases = _cases(predictions, references, ending, chill)
-    entries = _read_summary(predictions / SUMMARY)
+    entries, failed = _read_summary(predictions / SUMMARY)
     summary = {case: entries[case] for case in cases
                if case in entries and matches_identity(predictions, entries[case].get('mask'))}
     others = {case: NO_CHECKSUM if case in entries and 'mask' not in entries[case] else
@@ -225,7 +230,8 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
                       _reader(dataset, [references / f'{case}{ending}' for case in cases]), summary,
-                      others if (predictions / SUMMARY).is_file() else {})
+                      others if (predictions / SUMMARY).is_file() else {},
+                      {case: failed[case] for case in cases if case in failed})
     if raters is not None and not any(folders.rater_files(case) for case in cases):
         raise EvaluationError(f'{raters} has no mask of any of the cases: name them CASE__RATER{ending}, such as '
                               f'{cases[0]}__1{ending}.')
@@ -269,11 +275,14 @@ def _read_json(file: Path, flag: str) -> dict[str, Any]:
     return content
 
 
-def _read_summary(file: Path) -> dict[str, dict[str, Any]]:
+def _read_summary(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Case -> its entry, and of cases that could not be predicted why not."""
     if not file.is_file():
-        return {}
+        return {}, {}
     try:
-        return {str(entry['case']): entry for entry in json.loads(file.read_text())['cases']}
+        content = json.loads(file.read_text())
+        return ({str(entry['case']): entry for entry in content['cases']},
+                {str(entry['case']): str(entry['error']) for entry in content.get('failed', [])})
     except ValueError:
         raise EvaluationError(f'{file} is empty or damaged: predict again, or take it away.') from None
     except (OSError, KeyError, TypeError) as error:

@@ -14,10 +14,10 @@ import numpy as np
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-from nnunet_pdddpm.evaluation.folders import DIAGRAM  # noqa: E402
 from nnunet_pdddpm.files import without_nan, write_atomically  # noqa: E402
 
-JSON, CSV, PNG = 'evaluation.json', 'evaluation.csv', DIAGRAM
+JSON, CSV, DIAGRAM = 'evaluation.json', 'evaluation.csv', 'evaluation_reliability.svg'
+"""Names of the files. The masks of a data set may be .png files, none of which the diagram may be taken for."""
 SCORES = ('ged_squared_fair', 'crps_volume_ml', 'crps_components', 'energy_octants_ml', 'energy_components_ml')
 COLUMNS = ('dice', 'iou', 'hd95_mm', 'surface_dice', 'lesion_f1', 'volume_ml', 'reference_volume_ml',
            'volume_difference_ml', 'estimated_dice', 'volume_low_ml', 'volume_high_ml', 'reference_in_interval',
@@ -49,10 +49,10 @@ def write_files(summary: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {JSON: json.dumps(without_nan(summary), indent=1).encode(), CSV: _csv(summary).encode()}
     if summary['reliability']:
-        contents[PNG] = _reliability_diagram(summary['reliability'])
+        contents[DIAGRAM] = _reliability_diagram(summary['reliability'])
     written = write_atomically(folder, contents)
-    if PNG not in contents:
-        (folder / PNG).unlink(missing_ok=True)
+    if DIAGRAM not in contents:
+        (folder / DIAGRAM).unlink(missing_ok=True)
     return written
 
 
@@ -89,7 +89,7 @@ def _reliability_diagram(pooled: dict[str, dict[str, Any]]) -> bytes:
         lower.set(xlabel='confidence', ylabel='share of voxels', yscale='log', xlim=(0, 1))
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=110)
+    figure.savefig(buffer, format='svg')
     plt.close(figure)
     return buffer.getvalue()
 

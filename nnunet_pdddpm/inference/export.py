@@ -201,9 +201,10 @@ class CaseExport:
         (self.folder / 'uncertainty').mkdir(exist_ok=True)
         ending = self.dataset_json['file_ending']
         file = str(self.folder / 'uncertainty' / f'{self.case}_{name}{ending}')
-        scale = full_scale(ending)
+        reader = self._reader()
+        scale = full_scale(ending, reader)
         integers = np.round(np.clip(values, 0, 1) * scale).astype(np.uint16)
-        self._reader().write_seg(integers, file, self.properties)
+        reader.write_seg(integers, file, self.properties)
         check_written(Path(file))
         if ending in ('.nii', '.nii.gz'):
             written: Any = nibabel.load(file)

@@ -162,6 +162,7 @@ class PDDDPMPredictor(VolumePredictor):
         Raises:
             PredictionError: if finished cases were predicted with another model or settings.
         """
+        self.failed = {}
         inputs, outputs, previous = super()._manage_input_and_output_lists(
             list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files,
             folder_with_segs_from_prev_stage, True, part_id, num_parts, save_probabilities)

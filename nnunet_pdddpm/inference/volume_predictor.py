@@ -40,6 +40,8 @@ OnSample = Callable[[int, Tensor], None]
 """Called with the number of a sample and its logits (C, Z, Y, X) float16 in main memory, once it is drawn.
 
 Their argmax (regions: sign) is the sample's mask. The largest logit of classes is 0."""
+NO_TRAINER = 'Could not find requested nnunet trainer '
+"""How nnU-Net's words begin, before the name of the class."""
 DOES_NOT_FIT = 'The volume does not fit on the device: its arrays are kept in main memory'
 
 
@@ -74,7 +76,8 @@ class VolumePredictor(nnUNetPredictor):
         """As nnUNetPredictor's.
 
         Raises:
-            PredictionError: if the folder, a fold or the checkpoint is missing, or it is no PDDDPM model.
+            PredictionError: if the folder, a fold, the checkpoint or the trainer's class is missing, a fold is named
+                twice, or it is no PDDDPM model.
             CheckpointError: if a checkpoint is damaged, or the plans beside it are not those it was trained with.
             ValueError: if a sampling setting is out of range for the model.
         """
@@ -83,10 +86,21 @@ class VolumePredictor(nnUNetPredictor):
         use_folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name)
-        for fold in use_folds:  # before nnU-Net unpickles them
+        names = [str(fold) for fold in use_folds]
+        if repeated := next((fold for fold in names if names.count(fold) > 1), None):
+            raise PredictionError(f'Fold {repeated} is named twice: name each fold once with -f.')
+        for fold in names:  # before nnU-Net unpickles them
             check_model_file(folder / f'fold_{fold}' / checkpoint_name)
         with environment_ignored():  # it counts together with the overrides of this predictor
-            super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
+            try:
+                super().initialize_from_trained_model_folder(str(folder), use_folds, checkpoint_name)
+            except RuntimeError as error:
+                if not str(error).startswith(NO_TRAINER):
+                    raise
+                trainer = str(error)[len(NO_TRAINER):].split()[0]
+                raise PredictionError(f'nnU-Net does not find {trainer}, by which the model in {folder} was trained: '
+                                      f'put the folder of its file into nnUNet_extTrainer, or see what '
+                                      f'nnUNetv2_pdddpm_check says of PDDDPMTrainer.') from error
         if isinstance(self.network, OptimizedModule):
             self.network = self.network._orig_mod
             self.network.presegmenter.compile()

@@ -149,7 +149,7 @@ class Refiner(nn.Module):
 
         Raises:
             ValueError: if a setting is out of range, or the weights are damaged, see `check_weights`.
-            CheckpointError: if it is the state of an earlier version.
+            CheckpointError: if it is the state of another version.
         """
         check_version(state_dict, 'The model')
         self.presegmenter_checksum = check_weights(state_dict, 'The model', self.presegmenter_checksum)

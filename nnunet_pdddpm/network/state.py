@@ -23,9 +23,11 @@ LEVELS = ('level_log_snr', 'level_share', 'level_cross_entropy', 'level_count')
 
 
 def check_version(weights: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError for a refiner's state that lacks what this version stores beside the weights."""
-    if not {LEVELS[0], SETTING + 'start', CALIBRATION, QUALITY} <= weights.keys():
-        raise CheckpointError(f'{source} is of an earlier version of PDDDPMTrainer: train it again with this version.')
+    """Raise CheckpointError for a refiner's state that holds other things beside the weights than this version does."""
+    settings = {SETTING + name for name in as_numbers(SamplingSettings())}
+    found = {name for name in weights if name.startswith(SETTING)}
+    if found != settings or not {*LEVELS, CALIBRATION, QUALITY} <= weights.keys():
+        raise CheckpointError(f'{source} is of another version of PDDDPMTrainer: train it again with this version.')
 
 
 def stored_settings(weights: Mapping[str, Tensor]) -> SamplingSettings:

@@ -55,9 +55,9 @@ async function greyValues(data) {
 
 async function load(data) {
   const voxels = data.shape.reduce((a, b) => a * b);
-  const [grey, uncertainty, consensus, stock, ...samples] = await Promise.all([
+  const [grey, uncertainty, consensus, stock, ...differences] = await Promise.all([
     greyValues(data), ...[data.uncertainty, data.consensus, data.stock, ...data.samples].map(t => unpacked(t, voxels))]);
-  for (const sample of samples) sample.forEach((value, i) => { sample[i] = value ^ consensus[i]; });
+  const samples = differences.map(sample => Uint16Array.from(sample, (value, i) => value ^ consensus[i]));
   return { grey, uncertainty, consensus: [consensus], stock: [stock], samples };
 }
 

@@ -235,7 +235,7 @@ def _plane(case: CaseVolumes, axis: int, shape: list[int], spacing: list[float])
 def _numbers(case: CaseVolumes, axis: int, start: int, factor: int) -> tuple[int, int]:
     """Number in the file, from 1, of the first slice of the page along an axis, and the step to the next."""
     index = min(start + factor // 2, case.image.shape[axis] - 1)
-    return (case.image.shape[axis] - index, -factor) if case.axes.flipped[axis] else (index + 1, factor)
+    return (case.image.shape[axis] - index, -factor) if case.axes.counted_back[axis] else (index + 1, factor)
 
 
 def _place(numbers: Iterable[Any]) -> Place:

@@ -15,6 +15,8 @@ from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, 
 
 MAX_SAMPLES = 16
 """Samples of a case that the page shows."""
+TOWARDS = {'L': (0, -1), 'R': (0, 1), 'P': (1, -1), 'A': (1, 1), 'I': (2, -1), 'S': (2, 1)}
+"""Letter of an orientation -> axis and sign, as `io_orientation` gives them."""
 
 
 @dataclass(frozen=True)
@@ -22,38 +24,45 @@ class DisplayAxes:
     """How arrays (z, y, x) in a file's order become arrays that go to superior, posterior and left along their axes.
 
     Attributes:
-        order: the file's axis for each displayed axis.
-        flipped: which displayed axes run against the file's.
+        order: the array's axis for each displayed axis.
+        flipped: which displayed axes run against those of the array that the reader gives.
+        counted_back: which run against those of the file itself: a reader may turn the image.
         anatomical: False where the file says nothing of the patient; then both orders are the same.
     """
     order: tuple[int, int, int] = (0, 1, 2)
     flipped: tuple[bool, bool, bool] = (False, False, False)
+    counted_back: tuple[bool, bool, bool] = (False, False, False)
     anatomical: bool = False
 
     @classmethod
     def from_properties(cls, properties: dict[str, Any]) -> DisplayAxes:
         """The turn to the nearest anatomical axes, from what an nnU-Net reader says of a file's geometry."""
-        affine = np.eye(4)
+        affine, in_file = np.eye(4), None
         if len(properties.get('sitk_stuff', {}).get('direction', ())) == 9:
             to_ras = np.diag([-1.0, -1.0, 1.0])
             affine[:3, :3] = to_ras @ np.reshape(properties['sitk_stuff']['direction'], (3, 3))
+            if 'original_orientation' in properties['sitk_stuff']:
+                in_file = [TOWARDS[letter] for letter in properties['sitk_stuff']['original_orientation']]
         elif 'nibabel_stuff' in properties:
             geometry = properties['nibabel_stuff']
             affine = np.asarray(geometry.get('reoriented_affine', geometry['original_affine']))
+            in_file = io_orientation(geometry['original_affine'])
         else:
             return cls()
-        # rows: the file's x, y, z; columns: 0 for left-right, 1 for posterior-anterior, 2 for inferior-superior; sign
-        nearest = [(int(axis), int(sign)) for axis, sign in io_orientation(affine)]
-        order, flipped = [], []
-        for world, sign in ((2, 1), (1, -1), (0, -1)):
-            position = [axis for axis, _ in nearest].index(world)
-            order.append(2 - position)
-            flipped.append(nearest[position][1] != sign)
-        return cls((order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2]), True)
+        order, flipped = _turn(io_orientation(affine))
+        return cls(order, flipped, flipped if in_file is None else _turn(in_file)[1], True)
 
     def reorient(self, array: np.ndarray) -> np.ndarray:
         """An array (z, y, x) in the file's order as (inferior-superior, anterior-posterior, right-left), a view."""
         return array.transpose(self.order)[tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)]
+
+
+def _turn(nearest: Any) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """Order and flips from (axis, sign) of x, y, z; axis: 0 left-right, 1 posterior-anterior, 2 inferior-superior."""
+    axes, signs = zip(*((int(axis), int(sign)) for axis, sign in nearest), strict=True)
+    z, y, x = ((axes.index(world), sign) for world, sign in ((2, 1), (1, -1), (0, -1)))
+    return ((2 - z[0], 2 - y[0], 2 - x[0]),
+            (signs[z[0]] != z[1], signs[y[0]] != y[1], signs[x[0]] != x[1]))
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
         image, _ = reader.read_images((first,))
     image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
     if isinstance(reader, NaturalImage2DIO | Tiff3DIO):
-        uncertainty = uncertainty / full_scale(ending)
+        uncertainty = uncertainty / full_scale(ending, reader)
     for name, array in (('stock mask', stock[0]), ('uncertainty map', uncertainty[0]), ('image', image),
                         *((f'sample {i}', sample[0]) for i, sample in enumerate(samples))):
         if array.shape != consensus[0].shape:

@@ -79,8 +79,11 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         case = cases.load(names[number])
         volumes.append(torch.zeros(predictor.refiner.num_channels, len(FIELDS)))
         start = time.perf_counter()
-        prediction = predictor.predict_volume(case.image, case=case.name, stock=False)
+        prediction = _predicted(predictor, case.image, case.name)
         duration = time.perf_counter() - start
+        if prediction is None:
+            cases.log(f'Nothing is measured on {case.name}: the stock model gives infinite values for it.')
+            continue
         if (true := cases.true_volumes(case.name)) is not None:
             label_features = _features(predictor, case, prediction)
             for (label, channel), features in zip(channels.items(), label_features, strict=True):
@@ -109,13 +112,18 @@ def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> lis
     family, strength = copy % len(ARTEFACTS), copy // len(ARTEFACTS) % STRENGTHS
     image = with_artefact(case.image.numpy(), list(ARTEFACTS)[family], strength,
                           predictor.configuration_manager.normalization_schemes, [number, copy])
+    prediction = _predicted(predictor, torch.from_numpy(image), case.name)
+    return [] if prediction is None else [quality_row(predictor, case, prediction, number, CLEAN + 1 + family)]
+
+
+def _predicted(predictor: VolumePredictor, image: Tensor, name: str) -> VolumePrediction | None:
+    """None if the stock model gives infinite values."""
     try:
-        prediction = predictor.predict_volume(torch.from_numpy(image), case=case.name, stock=False)
+        return predictor.predict_volume(image, case=name, stock=False)
     except RuntimeError as error:
         if NNUNET_INF_ERROR not in str(error):
             raise
-        return []
-    return [quality_row(predictor, case, prediction, number, CLEAN + 1 + family)]
+        return None
 
 
 def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePrediction, number: int, kind: int

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
@@ -136,6 +137,9 @@ class ValidationCases:
         if self.raters is None:
             return []
         reference = self.raters.read_mask(self.raters.references / f'{name}{self.raters.ending}')
+        if isinstance(self.raters.reader, Tiff3DIO):  # nnU-Net copies the truth, and not the json with its voxel size
+            size = {'spacing': properties['spacing']}
+            reference = replace(reference, spacing=tuple(size['spacing']), properties={**reference.properties, **size})
         forward, box = self.plans.transpose_forward, properties['bbox_used_for_cropping']
         spacing = [properties['spacing'][i] for i in forward]
         target = list(self.configuration.spacing)
