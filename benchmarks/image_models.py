@@ -11,6 +11,7 @@ import numpy as np
 import tomllib
 import torch
 from datasets.images import Image, ImageSet
+from datasets.phantom import CONFIRMATION, SMALLEST
 from image_scores import energy_of_parts
 from nnunet import NUM_FOLDS
 from statistics_of_trainings import file_name
@@ -44,7 +45,13 @@ class Row:
     start_mask: str = 'drawn'
     redraw: int = 1
     one_size: bool = False
+    confirmed: bool = False
     plotted: bool = True
+    base: str | None = None
+
+    def is_measured_on(self, tests: str) -> bool:
+        """A set of test images, by its name."""
+        return self.confirmed if tests == CONFIRMATION else not self.one_size or tests == SMALLEST
 
     @property
     def calls(self) -> str:
@@ -149,10 +156,12 @@ class Models:
                                   for image, masks in zip(self.validation, drawn, strict=True)]))
         return min(DEPENDENCES, key=energy)
 
-    def samples(self, image: Image, row: Row, settings: SamplingSettings) -> tuple[np.ndarray, np.ndarray]:
-        """Independent masks (n, Y, X) bool, and their mean probability (Y, X): exact where they are of a map."""
+    def samples(self, image: Image, row: Row, settings: SamplingSettings, draws: int = DRAWS
+                ) -> tuple[np.ndarray, np.ndarray]:
+        """Independent masks (n, Y, X) bool, and their mean probability (Y, X): exact where they are of a map, else the
+        mean of so many draws."""
         exact = row.map is not None or row.network != 'ssn' and settings.samples_from != 'chain'
-        masks, mean = self.draw(image, row, settings, self.of.samples if exact else max(self.of.samples, DRAWS))
+        masks, mean = self.draw(image, row, settings, self.of.samples if exact else max(self.of.samples, draws))
         return masks[:self.of.samples], mean
 
     def draw(self, image: Image, row: Row, settings: SamplingSettings, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -169,8 +178,8 @@ class Models:
 
     def _logits_of_ssn(self, image: Image, number: int) -> Tensor:
         padded = self.opened(image).image[None, :, 0]
-        torch.manual_seed(int.from_bytes(hashlib.blake2s(image.name.encode(), digest_size=4).digest(), 'big'))
         self.ssn.train()  # it then gives all that the distribution is made of
+        torch.manual_seed(int.from_bytes(hashlib.blake2s(image.name.encode(), digest_size=4).digest(), 'big'))
         return self.ssn.distribution(self.ssn(padded)).sample((number,)).float().reshape(number, 2, *padded.shape[2:])
 
     def _fit_temperature_of_ssn(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets.images import ImageSet
-from datasets.phantom import NUM_TEST, NUM_VALIDATION, PHANTOM
+from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM
 from datasets.raters import RaterSet
 from image_models import DRAWS, Row, rows
 from image_scores import against_truth, exact_map
@@ -17,6 +17,10 @@ from statistics_of_trainings import files_of_trainings
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 
 EXACT_SETS = 10
+CONTROL = 'stock trained longer, thresholds'
+EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the others, and false alarms are the share '
+         'of these images with a mask that is not empty.')
+FITTED = ' (one ensemble)'
 
 
 def read(work: Path, name: str, row: Row) -> Scores:
@@ -24,7 +28,7 @@ def read(work: Path, name: str, row: Row) -> Scores:
     found = [json.loads(file.read_text())['scores'] for file in files_of_trainings(work / 'measured',
                                                                                    f'{name}__{row.name}')]
     metrics = found[0][0] if found else {}
-    scores = {metric: np.array([[image[metric] for image in of] for of in found])
+    scores = {metric: np.array([[image.get(metric, np.nan) for image in of] for of in found])
               for metric in metrics if not metric.startswith('areas')}
     if 'areas' in metrics:
         spreads = [spread_and_correlation([(np.array(image['areas']), np.array(image['areas_of_raters']))
@@ -36,8 +40,13 @@ def read(work: Path, name: str, row: Row) -> Scores:
 def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
     """Of the rows that are measured."""
     found = [(row, read(work, name, row)) for row in of]
-    return [Line(row.title, scores, row.calls, ' (one model)' if row.map == 'ensemble' else None, row.plotted)
-            for row, scores in found if scores]
+    return [Line(row.title, scores, row.calls, note_of(row), row.base, row.plotted) for row, scores in found if scores]
+
+
+def note_of(row: Row) -> str | None:
+    """Of an ensemble, which is one model; where a temperature or more is fitted in each training, they differ a little.
+    """
+    return None if row.map != 'ensemble' else FITTED if row.temperature else ' (one model)'
 
 
 def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, tests: str | None = None) -> None:
@@ -53,11 +62,18 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
         write_raters(of, work, args.page, common, tests or of.label)
 
 
-RATERS = (Column('GED²', 'ged'), Column('CRPS of the area', 'crps'),
-          Column('CRPS of the number of objects', 'components'), Column('energy of quadrants', 'energy'),
-          Column('HM-IoU', 'hm_iou', delta=False), Column('sd ratio', 'sd_ratio', 2, False),
-          Column('correlation', 'correlation', 2, False))
-OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice'), Column('F1 of objects', 'f1'))
+def objects(scores: Scores) -> np.ndarray:
+    """Mean number of objects in a sample; nan for rows that were measured before it was counted."""
+    return scores.get('objects', np.full_like(scores['ged'], np.nan))
+
+
+RATERS = (Column('GED²', 'ged', over_images=True), Column('CRPS of the area', 'crps'),
+          Column('CRPS of the number of objects', 'components'), Column('objects', objects, 1, False),
+          Column('energy of quadrants', 'energy'), Column('HM-IoU', 'hm_iou', delta=False),
+          Column('sd ratio', 'sd_ratio', 2, False), Column('correlation', 'correlation', 2, False))
+OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice', base=CONTROL),
+           Column('F1 of objects', 'f1', base=CONTROL))
+FALSE_ALARMS = (Column('false alarms', 'false_alarm', base=CONTROL),)
 
 
 def write_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
@@ -67,12 +83,21 @@ def write_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object]
     base, titles = base_of(found, base_title), {line.title for line in found}
     missing = [row.title for row in table_rows if row.title not in titles]
     patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
-    write(page, 'raters', **common, figure=forest(found, RATERS[0], base, 'lower', page.with_suffix('.png')),
+    empty = int((~np.isnan(base['false_alarm'][0])).sum())
+    write(page, 'raters', **common, figure=forest(found, RATERS[0], base_title, 'lower', page.with_suffix('.png')),
           patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
           train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work),
           missing=f' Not measured yet: {"; ".join(missing)}.' if missing else '',
-          correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base),
-          of_mean=table(found, OF_MEAN, base))
+          correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base_title),
+          source=of.source, of_raters=objects_of_raters(found), control=CONTROL,
+          empty=EMPTY.format(number=empty) if empty else '',
+          of_mean=table(found, OF_MEAN + FALSE_ALARMS * (empty > 0), base_title))
+
+
+def objects_of_raters(found: list[Line]) -> str:
+    """Mean number of objects of a rater, in words, if it was counted."""
+    counted = [line.scores['objects_of_raters'] for line in found if 'objects_of_raters' in line.scores]
+    return f' (the raters\': {counted[0].mean():.1f})' if counted else ''
 
 
 def tuned(of: RaterSet, work: Path) -> str:
@@ -94,8 +119,8 @@ def sd_ratio(scores: Scores) -> np.ndarray:
 
 SHAPES = (Column('one of the shapes', 'clean', delta=False), Column('frequency error', 'frequency_error', delta=False),
           Column('correlation of the objects', correlation, 2, False))
-TWO = (Column('GED²', 'ged', 4), Column('GED², biased', 'ged_biased', 4, False), *SHAPES, Column('NLL', 'nll', 4),
-       Column('Dice of the mean', 'dice', 4))
+TWO = (Column('GED²', 'ged', 4, over_images=True), Column('GED², biased', 'ged_biased', 4, False), *SHAPES,
+       Column('NLL', 'nll', 4), Column('Dice of the mean', 'dice', 4))
 MANY = (Column('CRPS of the total', 'crps', 4), Column('sd ratio', sd_ratio, 2, False), *SHAPES)
 
 
@@ -119,14 +144,15 @@ def write_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: d
     """Page of phantoms."""
     table_rows, base_title = rows(of)
     tables = {}
-    for number in NUM_TEST:
-        found = lines(work, f'phantom_{number}', [row for row in table_rows if number == 2 or not row.one_size])
-        base = base_of(found, base_title)
-        ideal = Line('exact samples', exact(f'phantom_{number}'), '', '')
-        tables[f'of_{number}'] = table([*found, ideal], TWO if number == 2 else MANY, base)
+    for number, name in {**{number: f'phantom_{number}' for number in NUM_TEST}, 'fresh': CONFIRMATION}.items():
+        found = lines(work, name, [row for row in table_rows if row.is_measured_on(name)])
+        ideal = Line('exact samples', exact(name), '', '')
+        columns = MANY if number in (8, 20) else TWO
+        tables[f'of_{number}'] = table([*found, ideal], columns, base_title) if found else 'Not measured.'
         if number == 2:
-            tables['figure'] = forest(found, TWO[0], base, 'lower', args.page.with_suffix('.png'))
+            tables['figure'] = forest(found, TWO[0], base_title, 'lower', args.page.with_suffix('.png'))
     number, batch = PHANTOM.images_of(work), common['batch']
     write(args.page, 'phantom', **common, **tables, number=number, validation=NUM_VALIDATION, two=NUM_TEST[2],
-          eight=NUM_TEST[8], twenty=NUM_TEST[20], arguments='' if number == PHANTOM.number else
+          eight=NUM_TEST[8], twenty=NUM_TEST[20], fresh=NUM_FRESH, draws=DRAWS, fresh_draws=FRESH_DRAWS,
+          arguments='' if number == PHANTOM.number else
           f' -images {number} -batch {batch} -page docs/results/{args.page.name}')

@@ -48,23 +48,27 @@ def against_raters(image: Image, masks: np.ndarray, mean: np.ndarray, expected: 
     """Of independent samples (n, Y, X) and a mean probability (Y, X), against the raters' masks.
 
     Returns:
-        `ged` (fair), `hm_iou`; `nll`, `ece`, `dice` to the majority and `f1` of objects at IoU 0.5 of the mean;
-        `crps` of the area, `components` of the number of objects, `energy` of the areas in quadrants; these areas of
-        samples and raters.
+        `ged` (fair), `hm_iou`; of the mean `nll`, `ece`, and `dice` to the majority and `f1` of objects at IoU 0.5
+        where most raters drew anything, `false_alarm` where they did not: whether the mask has anything, the others are
+        nan; `crps` of the area, `components` of the number of objects, `energy` of the areas in quadrants; `objects`
+        and `objects_of_raters`, mean numbers; the areas of samples and raters.
     """
     raters, share = image.masks, image.masks.mean(0)
     cross = iou_matrix(masks, raters)
     areas, of_raters = areas_of_parts(masks, expected), areas_of_parts(raters, expected)
     objects, objects_of_raters = (np.array([components(mask)[1] for mask in of], float) for of in (masks, raters))
     majority, mask = share > 0.5, mean > 0.5
+    drawn = bool(majority.any())
     confidence = np.where(mask, mean, 1 - mean).ravel()
     pooled = reduce(add, (reliability(confidence, (mask == rater).ravel()) for rater in raters))
     return {'ged': fair_ged_squared(cross, iou_matrix(masks, masks), iou_matrix(raters, raters)),
             'hm_iou': hungarian_matched_iou(cross), 'nll': likelihood(share, mean),
             'ece': pooled.expected_calibration_error,
-            'dice': float(dice_of_iou(iou_matrix(mask[None], majority[None]))[0, 0]),
-            'f1': object_f1(majority, mask), 'crps': fair_crps(areas.sum(1), of_raters.sum(1)),
+            'dice': float(dice_of_iou(iou_matrix(mask[None], majority[None]))[0, 0]) if drawn else np.nan,
+            'f1': object_f1(majority, mask) if drawn else np.nan,
+            'false_alarm': np.nan if drawn else float(mask.any()), 'crps': fair_crps(areas.sum(1), of_raters.sum(1)),
             'components': fair_crps(objects, objects_of_raters), 'energy': fair_energy_score(areas, of_raters),
+            'objects': float(objects.mean()), 'objects_of_raters': float(objects_of_raters.mean()),
             'areas': areas.tolist(), 'areas_of_raters': of_raters.tolist()}
 
 

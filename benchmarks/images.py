@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from datasets.images import Image, ImageSet
-from datasets.phantom import PHANTOM
+from datasets.phantom import CONFIRMATION, FRESH_DRAWS, PHANTOM
 from datasets.raters import RATER_SETS
 from machine import results
 from nnunet import NUM_FOLDS
@@ -73,20 +73,20 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
             folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Scores of every row, training and test image, as `measured/SET__ROW__FOLD.json`; what is there is left alone."""
     here(of, work)
-    from image_models import Models, rows
+    from image_models import DRAWS, Models, rows
     results = work / 'measured'
     results.mkdir(exist_ok=True)
     table, _ = rows(of)
     for fold in folds:
         models, tuned = Models(of, work, fold, of.validation(work, fold)), of.dataset.sweep(work, fold).is_file()
         for row in table if tuned else [row for row in table if row.network != 'tuned']:
-            for number, (name, images) in enumerate(tests.items()):
+            for name, images in tests.items():
                 file = results / f'{name}__{row.name}__{fold}.json'
-                if file.is_file() or number > 0 and row.one_size:
+                if file.is_file() or not row.is_measured_on(name):
                     continue
-                settings = models.settings(row)
+                settings, draws = models.settings(row), FRESH_DRAWS if name == CONFIRMATION else DRAWS
                 print(name, row.title, 'fold', fold, settings, flush=True)
-                found = [score(models, image, *models.samples(image, row, settings)) for image in images]
+                found = [score(models, image, *models.samples(image, row, settings, draws)) for image in images]
                 file.write_text(json.dumps({'settings': str(settings), 'scores': found}))
 
 

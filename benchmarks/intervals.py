@@ -155,32 +155,34 @@ def coverage_and_width(make: Callable[[dict[str, list[float]]], Ends | None],
     return 100.0 * ((low <= true) & (true <= high)), 100 * (high - low) / true.mean()
 
 
-def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, float]:
-    """Coverage where all rows are divided anew, into as many to calibrate by: without the luck of one division."""
+def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, np.ndarray]:
+    """Coverage and width where all rows are divided anew, as many to calibrate by: without the luck of one division."""
     rows, rng = np.array([*calibration, *test]), np.random.default_rng(0)
-    inside: dict[str, list[float]] = {method: [] for method in METHODS[:3]}  # those that need calibration
+    found: dict[str, list[list[float]]] = {method: [] for method in METHODS[:3]}  # those that need calibration
     for _ in range(SPLITS):
         order = rng.permutation(len(rows) // together)[:, None] * together + np.arange(together)
         shuffled = rows[order.ravel()]
         made = methods(shuffled[:len(calibration)].tolist())
-        for method, found in inside.items():
-            found.append(coverage_and_width(made[method], shuffled[len(calibration):].tolist())[0].mean())
-    return {method: float(np.mean(found)) for method, found in inside.items()}
+        for method, of_splits in found.items():
+            scores = coverage_and_width(made[method], shuffled[len(calibration):].tolist())
+            of_splits.append([float(np.nanmean(score)) for score in scores])
+    return {method: np.mean(of_splits, 0) for method, of_splits in found.items()}
 
 
 def table(into: Path, name: str) -> str:
     """Of a data set: coverage and mean width, mean and standard deviation over trainings."""
-    found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {method: [] for method in METHODS}
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {method: [] for method in METHODS}
     for file in files_of_trainings(into, name):
         calibration, test = json.loads(file.read_text())
         divided_anew = over_splits(calibration, test, RATERS.get(name, 1))
         for method, make in methods(calibration).items():
-            found[method].append((*coverage_and_width(make, test), divided_anew.get(method, np.nan)))
-    lines = ['| interval | holds the true volume | divided anew | width |', '|---|---|---|---|']
+            found[method].append((*coverage_and_width(make, test), divided_anew.get(method, np.full(2, np.nan))))
+    lines = ['| interval | holds the true volume | width | holds it, divided anew | width, divided anew |',
+             '|---|---|---|---|---|']
     for method, of_trainings in found.items():
         inside, width, anew = (np.array(of) for of in zip(*of_trainings, strict=True))
-        divided_anew = '' if np.isnan(anew).any() else f'{spread(anew[:, None], 1)} %'
-        lines.append(f'| {method} | {spread(inside, 1)} % | {divided_anew} | {spread(width, 1)} % |')
+        known = [] if np.isnan(anew).any() else [f'{spread(anew[:, i, None], 1)} %' for i in range(2)]
+        lines.append(f'| {method} | {spread(inside, 1)} % | {spread(width, 1)} % | {" | ".join(known or ["", ""])} |')
     return '\n'.join([f'## {TITLES[name]}', '', *lines])
 
 

@@ -24,6 +24,10 @@ class Column:
     digits: int = 3
     delta: bool = True
     """Whether the paired difference to the base stands beside it."""
+    base: str | None = None
+    """Title of the row that rows are compared with in this column, if it is another than the table's."""
+    over_images: bool = False
+    """Whether the interval of the difference over images stands there, too."""
 
     def values(self, scores: Scores) -> np.ndarray:
         """(trainings, cases)"""
@@ -37,7 +41,9 @@ class Line:
     scores: Scores
     calls: str | None = None
     note: str | None = None
-    """What stands in the place of the spread, if it is one model whatever the training; there is no difference then."""
+    """What is said of one model whatever the training; there is no difference then."""
+    base: str | None = None
+    """Title of the row that it is compared with, if it is another than that of table and column."""
     plotted: bool = True
     """Whether the forest plot has it."""
 
@@ -50,11 +56,12 @@ def base_of(lines: Sequence[Line], title: str) -> Scores:
     return found
 
 
-def table(lines: Sequence[Line], columns: Sequence[Column], base: Scores) -> str:
-    """Markdown: mean and standard deviation over trainings, and paired differences to a base with 95 % intervals. With
-    fewer than three trainings there are no intervals, which the row says."""
+def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
+    """Markdown: mean and standard deviation over trainings, and paired differences to a base, the title of a row, with
+    95 % intervals. With fewer than three trainings there are no intervals, which the row says."""
     calls = any(line.calls is not None for line in lines)
-    heads = [head for column in columns for head in (column.title, *(['Δ'] if column.delta else []))]
+    heads = [head for column in columns for head in (
+        column.title, *(['Δ'] if column.delta else []), *(['over images'] if column.over_images else []))]
     text = [f'| | {"calls | " if calls else ""}{" | ".join(heads)} |', '|---' * (1 + calls + len(heads)) + '|']
     for line in lines:
         trainings = len(columns[0].values(line.scores))
@@ -62,11 +69,19 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: Scores) -> str
         cells = [line.title + (f' ({trainings} training{"s" * (trainings > 1)})' if few else ''),
                  *([line.calls or ''] if calls else [])]
         for column in columns:
-            values, same = column.values(line.scores), line.scores is base or line.note is not None
-            mean = f'{np.nanmean(values):.{column.digits}f}'
-            cells.append(mean if few else spread(values, column.digits) if line.note is None else mean + line.note)
+            values, compared = column.values(line.scores), line.base or column.base or base
+            if np.isnan(values).all():
+                cells += ['–', *[''] * (column.delta + column.over_images)]
+                continue
+            alike = few or len(values) < 2 or line.note is not None and bool((values == values[:1]).all())
+            mean = f'{np.nanmean(values):.{column.digits}f}' if alike else spread(values, column.digits)
+            cells.append(mean + (line.note or ''))
+            pair = None if line.title == compared or line.note is not None else \
+                paired(column, line.scores, base_of(lines, compared))
             if column.delta:
-                cells.append('' if same else _delta(*paired(column, line.scores, base), column.digits))
+                cells.append('' if pair is None else _delta(*pair, column.digits))
+            if column.over_images:
+                cells.append('' if pair is None else over_images(*pair, column.digits))
         text.append(f'| {" | ".join(cells)} |')
     return '\n'.join(text)
 
@@ -78,19 +93,24 @@ def paired(column: Column, scores: Scores, base: Scores) -> tuple[np.ndarray, np
     return one[:common], other[:common]
 
 
+def over_images(one: np.ndarray, other: np.ndarray, digits: int) -> str:
+    """95 % interval of the mean difference of these trainings, (trainings, images), by Student's t over the images."""
+    _, low, high = t_interval((one - other).mean(0))
+    return f'{low:+.{digits}f} to {high:+.{digits}f}'
+
+
 def _delta(one: np.ndarray, other: np.ndarray, digits: int) -> str:
     return difference(one, other, digits) if len(one) > 2 else f'{np.nanmean(one) - np.nanmean(other):+.{digits}f}'
 
 
-def forest(lines: Sequence[Line], column: Column, base: Scores, better: str, file: Path) -> str:
+def forest(lines: Sequence[Line], column: Column, base: str, better: str, file: Path) -> str:
     """Figure of differences to the base with their intervals, of the rows to be plotted, and what shows it in Markdown;
     none with fewer than three trainings. `better`: lower or higher."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
-    pairs = {line.title: paired(column, line.scores, base) for line in lines
-             if line.scores is not base and line.note is None and line.plotted}
-    base_title = next(line.title for line in lines if line.scores is base)
+    pairs = {line.title: paired(column, line.scores, base_of(lines, line.base or base)) for line in lines
+             if line.title != base and line.note is None and line.plotted}
     found = {title: t_interval(np.nanmean(one, 1) - np.nanmean(other, 1)) for title, (one, other) in pairs.items()
              if len(one) > 2}
     if not found:
@@ -102,7 +122,7 @@ def forest(lines: Sequence[Line], column: Column, base: Scores, better: str, fil
         axis.plot(mean, -y, 'o', color=colour, markersize=5)
     axis.axvline(0, color='k', linewidth=0.8)
     axis.set_yticks(range(0, -len(found), -1), list(found), fontsize=7)
-    axis.set_title(f'{column.title} minus that of: {base_title}', fontsize=8)
+    axis.set_title(f'{column.title} minus that of: {base}', fontsize=8)
     axis.set_xlabel(f'{better} is better; 95 % intervals over trainings', fontsize=8)
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()

@@ -169,6 +169,6 @@ def write_page(work: Path, file: Path) -> None:
     write(file, 'hippocampus', test=base['dice'].shape[1], seed=SPLIT_SEED, folds=NUM_FOLDS,
           patch=planned['patch_size'], features=planned['architecture']['arch_kwargs']['features_per_stage'],
           batch=planned['batch_size'], stock=stock, others=others, minutes=HIPPOCAMPUS.tuning_minutes,
-          tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base),
-          figure=forest(found, COLUMNS[0], base, 'higher', file.with_suffix('.png')),
+          tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base_title),
+          figure=forest(found, COLUMNS[0], base_title, 'higher', file.with_suffix('.png')),
           missing=f' Not measured yet: {"; ".join(sorted(missing))}.' if missing else '')

@@ -47,10 +47,11 @@ def test_page_of_images(name, tmp_path):
         import_module('datasets.raters').RATER_SETS[name]
     planned(of.dataset, tmp_path, [8, 8])
     rng = np.random.default_rng(0)
-    sets = {'phantom': ['phantom_2', 'phantom_8', 'phantom_20'], 'nuclei': ['nucleus']}[name]
+    sets = {'phantom': ['phantom_2', 'phantom_8', 'phantom_20', 'phantom_2_fresh'], 'nuclei': ['nucleus']}[name]
     metrics = {'phantom': ('ged', 'ged_biased', 'clean', 'frequency_error', 'covariance', 'variance_objects', 'nll',
                            'dice', 'crps', 'variance', 'true_variance'),
-               'nuclei': ('ged', 'hm_iou', 'nll', 'ece', 'dice', 'f1', 'crps', 'components', 'energy')}[name]
+               'nuclei': ('ged', 'hm_iou', 'nll', 'ece', 'dice', 'f1', 'false_alarm', 'crps', 'components',
+                          'energy')}[name]
     rows, base = models.rows(of)
     assert len({row.name for row in rows}) == len(rows) and base in {row.title for row in rows}
     for row in rows:
@@ -102,7 +103,7 @@ def test_page_of_intervals(tmp_path, monkeypatch):
         (tmp_path / f'8_objects__{fold}.json').write_text(json.dumps([[case() for _ in range(n)] for n in (50, 80)]))
     intervals.write_page(tmp_path, tmp_path / 'page.md')
     table = rows_of(tmp_path / 'page.md')
-    inside, anew = (float(table['as the package does it'][i].split(' ')[0]) for i in (1, 2))
+    inside, anew = (float(table['as the package does it'][i].split(' ')[0]) for i in (1, 3))
     assert 85 < inside <= 100 and 92 < anew < 99
     assert float(table['range of 8 samples'][1].split(' ')[0]) < 60
 
@@ -115,15 +116,43 @@ def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, m
     lines, column = [page.Line(title, of) for title, of in scores.items()], page.Column('Dice', 'dice', 1)
     lines.append(page.Line('left out', scores['all'], plotted=False))
     monkeypatch.setattr(plt, 'close', lambda figure: None)
-    page.forest(lines, column, scores['base'], 'higher', tmp_path / 'forest.png')
+    page.forest(lines, column, 'base', 'higher', tmp_path / 'forest.png')
     axis = plt.gcf().axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ['all', 'same']
     assert [line.get_xdata()[0] for line in axis.lines[1::2]] == pytest.approx([1, 1 / 3])
-    of_two = {'dice': scores['base']['dice'][:2]}
-    text = page.table(lines[1:3], [column], of_two)
+    of_two = page.Line('of two', {'dice': scores['base']['dice'][:2]})
+    text = page.table([of_two, *lines[1:3]], [column], 'of two')
     assert '| one (1 training) | 1.5 | +0.5 |' in text and '| all | 3.0 ± 1.0 | +1.0 |' in text
     with pytest.raises(SystemExit, match='"base".* is not measured'):
         page.base_of(lines[1:], 'base')
+
+
+def test_rows_and_columns_have_bases_of_their_own_and_intervals_over_images():
+    page = import_module('page')
+    of = {title: {'ged': np.add.outer([shift, shift + 0.1, shift - 0.1], [0.0, 0.2]), 'dice': np.full((3, 2), shift)}
+          for title, shift in (('base', 1.0), ('mirrored', 2.0), ('tuned', 4.0), ('fitted', 5.0))}
+    of['fitted']['dice'] = np.full((3, 2), np.nan)
+    lines = [page.Line('base', of['base']), page.Line('mirrored', of['mirrored']),
+             page.Line('tuned', of['tuned'], base='mirrored'), page.Line('fitted', of['fitted'], note=' (one ensemble)')]
+    columns = page.Column('GED²', 'ged', 1, over_images=True), page.Column('Dice', 'dice', 1, base='mirrored')
+    head, _, *rows = page.table(lines, columns, 'base').splitlines()
+    assert head == '| | GED² | Δ | over images | Dice | Δ |'
+    assert rows == ['| base | 1.1 ± 0.1 |  |  | 1.0 ± 0.0 | -1.0 (-1.0 to -1.0) |',
+                    '| mirrored | 2.1 ± 0.1 | +1.0 (+1.0 to +1.0) | +1.0 to +1.0 | 2.0 ± 0.0 |  |',
+                    '| tuned | 4.1 ± 0.1 | +2.0 (+2.0 to +2.0) | +2.0 to +2.0 | 4.0 ± 0.0 | +2.0 (+2.0 to +2.0) |',
+                    '| fitted | 5.1 ± 0.1 (one ensemble) |  |  | – |  |']
+
+
+def test_where_most_raters_drew_nothing_a_mask_is_a_false_alarm_and_has_no_dice():
+    scores, image = import_module('image_scores'), import_module('datasets.images').Image
+    empty, something = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
+    something[2:5, 2:6] = True
+    for raters, mask, dice, alarm in (([empty, empty, something], something, np.nan, 1.0),
+                                      ([empty] * 3, empty, np.nan, 0.0), ([something] * 3, something, 1.0, np.nan)):
+        found = scores.against_raters(image('', something, np.stack(raters)), np.stack([mask, empty]),
+                                      mask.astype(float), something.astype(float))
+        np.testing.assert_equal((found['dice'], found['f1'], found['false_alarm']), (dice, dice, alarm))
+        assert found['objects'] == mask.any() / 2
 
 
 def test_exact_samples_have_no_distance_however_few_they_are():
@@ -185,7 +214,8 @@ def test_differences_of_a_page_are_in_percent_of_the_error_of_its_base(tmp_path,
     base, one = ({'ged': 0.1 + shift + 0.01 * rng.random((3, 2)), 'dice': 0.9 - shift + 0.01 * rng.random((3, 2))}
                  for shift in (0.0, 0.05))
     lines = [page.Line('ensemble', base, note=' (one model)'), page.Line('base', base), page.Line('one', one)]
-    (tmp_path / 'made_up.md').write_text(f'# Title\n\n{page.table(lines, columns, base)}\n\nWords.\n')
+    table = page.table(lines, columns, 'base')
+    (tmp_path / 'made_up.md').write_text(f'# Title\n\n{table}\n\nWords.\n')
     for column, error in (('GED²', lambda of: of['ged'].mean()), ('Dice', lambda of: 1 - of['dice'].mean())):
         mean, low, high = figures.difference('made_up', 'one', column)
         assert low < mean < high

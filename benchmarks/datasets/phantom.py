@@ -17,6 +17,10 @@ NUM_TEST = {2: 30, 8: 8, 20: 3}
 TEST_SEED, VALIDATION_SEED = 20_000, 900_000
 """Of the first image; those for training start at 0."""
 NUM_VALIDATION = 40
+SMALLEST, CONFIRMATION = 'phantom_2', 'phantom_2_fresh'
+"""Names of sets of test images: rows are compared on the first, and a few of them, chosen there, on the second."""
+NUM_FRESH, FRESH_SEED, FRESH_DRAWS = 100, 40_000, 128
+"""Images of the second, the seed of the first of them, and draws that the mean of a chain is of."""
 
 
 def as_image(name: object, of: Phantom) -> Image:
@@ -61,9 +65,10 @@ class PhantomSet:
         return [as_image(i, phantom(VALIDATION_SEED + i)) for i in range(NUM_VALIDATION)]
 
     def tests(self, data: str | None = None) -> Mapping[str, Sequence[Image]]:
-        """`phantom_2`, `phantom_8`, `phantom_20`."""
+        """`phantom_2`, `phantom_8`, `phantom_20`, and fresh images of two objects."""
+        fresh = [as_image(i, phantom(FRESH_SEED + i, *GRIDS[2])) for i in range(NUM_FRESH)]
         return {f'phantom_{objects}': [as_image(i, phantom(TEST_SEED + i, *grid)) for i in range(NUM_TEST[objects])]
-                for objects, grid in GRIDS.items()}
+                for objects, grid in GRIDS.items()} | {CONFIRMATION: fresh}
 
     def tune(self, work: Path, fold: int) -> None:
         """No row is tuned: the truth is known too well."""

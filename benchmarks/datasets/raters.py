@@ -23,6 +23,8 @@ class RaterSet:
     title: str
     folder: str
     label: str
+    source: str
+    """What the images are of, and which of them depend on each other."""
     shrink: int
     """Pixels of the images, side by side, that become one."""
     dataset: Dataset
@@ -147,9 +149,15 @@ def _dataset(number: int, name: str, features: tuple[int, ...], batch_size: int,
 
 
 RATER_SETS = {
-    'nuclei': RaterSet('Nuclei in brain sections, five experts an image', 'cfos_nuclei', 'nucleus', 2,
+    'nuclei': RaterSet('Nuclei in brain sections, five experts an image', 'cfos_nuclei', 'nucleus',
+                      'Fluorescence images of one laboratory (Segebarth et al. 2020, eLife 9:e59780), at half of their '
+                      'resolution. Of each group of three one is tested and the others are in the folds: images of one '
+                      'animal may be on both sides.', 2,
                        _dataset(772, 'Nucleus', (16, 32, 64, 128, 128, 128), 2, 256, 6, 160, 100, 25)),
-    'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 'cell', 1,
+    'cells': RaterSet('Cells, ten masks an image', 'bubil_cells', 'cell',
+                      'Phase contrast (Gurari et al. 2015, BU-BIL); five people, two tools each.', 1,
                       _dataset(773, 'Cell', (16, 32, 64, 128), 4, 128, 6, 250, 250)),
-    'nodules': RaterSet('Lung nodules, four radiologists an image', 'lidc_nodules_2d', 'nodule', 1,
+    'nodules': RaterSet('Lung nodules, four radiologists an image', 'lidc_nodules_2d', 'nodule',
+                        'LIDC-IDRI (Armato et al. 2011), one slice of each nodule, divided by patient; the split is '
+                        'not that of the literature.', 1,
                         _dataset(774, 'Nodule', (16, 32, 64, 128), 4, 128, 6, 250, 250), most=100)}
