@@ -212,7 +212,8 @@ def section(of: Subject, trainings: list[Training]) -> str:
         *pooled_table(trainings), '',
         f'Of the versions {failing(one.dice):.0f} % fail: at most {most_found(trainings)} of the failures can be in '
         f'the first 10 and 20 % of the list. A mixed lot: all cases as they are, of which '
-        f'{failing(one.dice[clean]):.0f} % fail, and for every ten of them one version with an artefact, at random, mean of {LOTS} lots. There the '
+        f'{failing(one.dice[clean]):.0f} % fail, and for every ten of them one version with an artefact, at random, '
+        f'mean of {LOTS} lots. There the '
         f'best order has {mixed_lots(trainings, None)} of the failures in the first 20 %. The interval is that of the '
         f'difference to the stock folds.', '',
         f'The lower bound is made to hold in 90 % of images like the validation cases and their copies. Versions have '

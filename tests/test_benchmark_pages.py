@@ -133,7 +133,8 @@ def test_rows_and_columns_have_bases_of_their_own_and_intervals_over_images():
           for title, shift in (('base', 1.0), ('mirrored', 2.0), ('tuned', 4.0), ('fitted', 5.0))}
     of['fitted']['dice'] = np.full((3, 2), np.nan)
     lines = [page.Line('base', of['base']), page.Line('mirrored', of['mirrored']),
-             page.Line('tuned', of['tuned'], base='mirrored'), page.Line('fitted', of['fitted'], note=' (one ensemble)')]
+             page.Line('tuned', of['tuned'], base='mirrored'),
+             page.Line('fitted', of['fitted'], note=' (one ensemble)')]
     columns = page.Column('GED²', 'ged', 1, over_images=True), page.Column('Dice', 'dice', 1, base='mirrored')
     head, _, *rows = page.table(lines, columns, 'base').splitlines()
     assert head == '| | GED² | Δ | over images | Dice | Δ |'
