@@ -73,7 +73,8 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
             if np.isnan(values).all():
                 cells += ['–', *[''] * (column.delta + column.over_images)]
                 continue
-            alike = few or len(values) < 2 or line.note is not None and bool((values == values[:1]).all())
+            alike = few or line.note is not None and np.array_equal(
+                values, np.broadcast_to(values[:1], values.shape), equal_nan=True)
             mean = f'{np.nanmean(values):.{column.digits}f}' if alike else spread(values, column.digits)
             cells.append(mean + (line.note or ''))
             pair = None if line.title == compared or line.note is not None else \
