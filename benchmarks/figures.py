@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets.hippocampus import HIPPOCAMPUS, names
@@ -20,15 +21,32 @@ from nnunet_pdddpm.inference.intervals import in_percent
 
 STAGES = ('draw',)
 CHAIN, BLIND = 'PDDDPM, start 0.8, 2 steps, copula of objects', 'PDDDPM, blind mask, thresholds'
+TUNED = 'PDDDPM as tuned, with mirroring'
+MIRRORED = 'second network, cross-entropy alone, one temperature, copula of objects, with mirroring'
+BY_OBJECT, FRESH = 'start 0.8, 2 steps, drawn an object at a time', 'fresh images'
+RATERS = ('nuclei', 'cells', 'nodules')
+IDEAL = 'exact samples'
+
+
+class Place(NamedTuple):
+    """Of a difference: page, row and column; the base, if the row has one of its own; a word of the section."""
+    page: str
+    row: str
+    column: str
+    base: str | None = None
+    section: str = ''
+
+
 DIFFERENCES = {
-    'mask, hippocampus: Dice': ('hippocampus', 'PDDDPM, blind mask', 'Dice'),
-    **{f'mask, {name}: Dice': (name, BLIND, 'Dice') for name in ('nuclei', 'cells', 'nodules')},
-    'mean of 8 samples as the mask, hippocampus: Dice': (
+    'mask, hippocampus: Dice': Place('hippocampus', 'PDDDPM, blind mask', 'Dice'),
+    **{f'mask, {name}: Dice': Place(name, BLIND, 'Dice') for name in RATERS},
+    'mean of 8 chains as the mask, hippocampus: Dice': Place(
         'hippocampus', 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)', 'Dice'),
-    'samples, phantoms: GED²': ('phantom', 'start 0.8, 2 steps, drawn an object at a time', 'GED²'),
-    **{f'samples, {name}: GED²': (name, CHAIN, 'GED²') for name in ('nuclei', 'cells', 'nodules')},
-    'map of the samples, phantoms: NLL': ('phantom', 'start 0.8, 2 steps, drawn an object at a time', 'NLL')}
-"""What is compared -> page, row and column."""
+    'chains, fresh phantoms: GED²': Place('phantom', BY_OBJECT, 'GED²', section=FRESH),
+    **{f'chains, {name}: GED²': Place(name, CHAIN, 'GED²') for name in RATERS},
+    **{f'samples as tuned, {name}: GED²': Place(name, TUNED, 'GED²', MIRRORED) for name in RATERS},
+    'map of chains, fresh phantoms: NLL': Place('phantom', BY_OBJECT, 'NLL', section=FRESH)}
+"""What is compared -> where it stands."""
 
 
 def arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -68,29 +86,36 @@ def levels(hippocampus: Path, phantom: Path, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def difference(page: str, row: str, column: str) -> tuple[float, float, float]:
+def difference(of: Place) -> tuple[float, float, float]:
     """Mean and 95 % interval of a row's difference to its base, in % of the base's error; above 0 is worse.
 
-    The error is the metric, or 1 - Dice. The base is the one row of the table without a difference and without a note.
+    The error is the metric, or 1 - Dice. Unless it is named, the base is the one row without a difference and a note.
     """
+    text = (results() / f'{of.page}.md').read_text()
     lines = [[cell.strip() for cell in line.strip('|').split('|')]
-             for line in (results() / f'{page}.md').read_text().splitlines() if line.startswith('|')]
-    at = next(i for i, cells in enumerate(lines) if column in cells and cells[cells.index(column) + 1] == 'Δ')
-    value, delta = lines[at].index(column), lines[at].index(column) + 1
-    table = [cells for cells in lines[at + 2:] if len(cells) == len(lines[at])]
-    base = next(float(cells[value].split()[0]) for cells in table if not cells[delta] and '(' not in cells[value])
-    text = next(cells[delta] for cells in table if cells[0] == row)
-    mean, low, high = (float(of) for of in re.findall(r'[+-][\d.]+', text))
-    return tuple(100 * of / base for of in (mean, low, high)) if column != 'Dice' else tuple(
-        -100 * of / (1 - base) for of in (mean, high, low))
+             for line in text[re.search(f'^.*{of.section}.*$', text, re.MULTILINE).start():].splitlines()
+             if line.startswith('|')]
+    head = next(cells for cells in lines if of.column in cells and 'Δ' in cells[cells.index(of.column) + 1:][:1])
+    value = head.index(of.column)
+    rows: dict[str, list[str]] = {}
+    for cells in lines[lines.index(head) + 2:]:
+        if len(cells) == len(head):
+            rows.setdefault(cells[0], cells)
+    base = of.base or next(title for title, cells in rows.items()
+                           if not cells[value + 1] and '(' not in cells[value] and title != IDEAL)
+    error = float(rows[base][value].split()[0])
+    mean, low, high = (float(found) for found in re.findall(r'[+-][\d.]+', rows[of.row][value + 1]))
+    if of.column == 'Dice':
+        error, mean, low, high = 1 - error, -mean, -high, -low
+    return 100 * mean / error, 100 * low / error, 100 * high / error
 
 
 def differences(file: Path) -> None:
     """All of them, in one picture."""
     from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(9, 3.4), layout='constrained')
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout='constrained')
     for y, of in enumerate(DIFFERENCES.values()):
-        mean, low, high = difference(*of)
+        mean, low, high = difference(of)
         colour = 'C3' if low > 0 else 'C2' if high < 0 else '0.5'
         axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
         axis.plot(mean, -y, 'o', color=colour, markersize=5)

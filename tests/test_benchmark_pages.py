@@ -218,11 +218,11 @@ def test_differences_of_a_page_are_in_percent_of_the_error_of_its_base(tmp_path,
     table = page.table(lines, columns, 'base')
     (tmp_path / 'made_up.md').write_text(f'# Title\n\n{table}\n\nWords.\n')
     for column, error in (('GED²', lambda of: of['ged'].mean()), ('Dice', lambda of: 1 - of['dice'].mean())):
-        mean, low, high = figures.difference('made_up', 'one', column)
+        mean, low, high = figures.difference(figures.Place('made_up', 'one', column))
         assert low < mean < high
         assert mean == pytest.approx(100 * (error(one) - error(base)) / error(base), abs=0.1)
 
 
-def test_the_figure_of_differences_has_a_row_of_a_page_for_each(tmp_path):
+def test_the_figure_has_a_place_on_a_page_for_each_difference(tmp_path):
     import_module('figures').differences(tmp_path / 'differences.png')
     assert (tmp_path / 'differences.png').stat().st_size > 5000

@@ -294,6 +294,16 @@ def test_a_model_of_another_version_is_a_problem_in_one_sentence(checker):
         f'The model {file} is of another version of PDDDPMTrainer: train it again with this version.')
 
 
+def test_a_choice_that_this_version_does_not_know_is_a_problem_of_that_model(checker):
+    checker.train(STOCK, 0)
+    file = checker.train(REFINED, 0)
+    content = torch.load(file)
+    content['network_weights'][SETTING + 'samples_from'] = torch.tensor(3)
+    torch.save(content, file)
+    assert checker.problem(str(DATASET_ID), '-p', PLANS).startswith(
+        f"The model {file} cannot be used for prediction: samples_from=3 in the model's sampling settings is unknown")
+
+
 def test_a_model_whose_noise_levels_are_not_in_order_is_a_problem_of_that_model(checker):
     checker.train(STOCK, 0)
     file = checker.train(REFINED, 0)

@@ -18,8 +18,11 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import pearsonr, spearmanr
 from skimage import io
 
+from nnunet_pdddpm import image_files
 from nnunet_pdddpm.commands.evaluate import main
 from nnunet_pdddpm.demo.phantom import make_case, oblique_direction
+from nnunet_pdddpm.evaluation import folders as folders_module
+from nnunet_pdddpm.evaluation.cases import evaluate_case
 from nnunet_pdddpm.evaluation.overlap import iou_matrix
 from nnunet_pdddpm.evaluation.raters import ged_squared
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
@@ -245,7 +248,7 @@ def test_calibration_of_probabilities_is_computed_over_all_voxels_and_near_the_r
     assert results['voxelwise']['all']['nll'] == pytest.approx(
         np.mean([case['voxelwise']['all']['nll'] for case in results['cases']]))
     assert sum(results['reliability']['all']['voxels']) == 5 * np.prod(SHAPE)
-    assert (data.pred / OUTPUTS[2]).read_bytes().startswith(b'\x89PNG')
+    assert '<svg' in (data.pred / OUTPUTS[2]).read_text()
     assert 'adapt.ECE' in capsys.readouterr().out
 
 
@@ -402,6 +405,23 @@ def test_a_corrected_mask_leaves_the_others_their_estimates(data):
     assert any('of case_3: the mask' in line for line in results['not_computed'])
 
 
+def test_a_mask_of_an_earlier_prediction_is_in_no_mean(data):
+    of_all = data.evaluate()['cases']
+    entries = [entry for entry in summary_of(data, lambda i: 0.5) if entry['case'] != 'case_2']
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({
+        'cases': entries, 'failed': [{'case': 'case_2', 'error': 'case_2_0000.nii.gz is empty'}]}))
+    message, results = data.partly()
+    why = ('the last prediction of it failed, case_2_0000.nii.gz is empty, and its mask is an earlier one: predict it '
+           'again, or take it out of "failed" in pdddpm_summary.json if the mask is right')
+    assert message == f'Error: 1 of 5 cases could not be evaluated, the others are done: case_2 ({why})'
+    assert results['failed'] == [{'case': 'case_2', 'error': why}]
+    others = [case for case in of_all if case['case'] != 'case_2']
+    assert [case['case'] for case in results['cases']] == [case['case'] for case in others]
+    assert results['num_cases'] == 4
+    for name, means in results['mean'].items():
+        assert means['dice'] == pytest.approx(np.mean([case['labels'][name]['dice'] for case in others]))
+
+
 def test_samples_alone_give_estimates_their_range_and_diversity(data):
     samples = data.add_samples()
     results = data.evaluate()
@@ -439,6 +459,19 @@ def test_samples_against_raters(data, capsys):
     assert '4 samples against 3 raters' in capsys.readouterr().out
     assert [line.partition(':')[0] for line in results['not_computed']] == [
         'calibration (NLL, Brier, ECE)', 'error against uncertainty (AURC, AUROC)']
+
+
+def test_however_many_cases_there_are_the_raters_masks_are_listed_once(data, monkeypatch):
+    data.add_samples()
+    data.add_raters()
+    listed = []
+
+    def images_in(folder: Path, ending: str) -> list[Path]:
+        listed.append(folder)
+        return image_files.images_in(folder, ending)
+    monkeypatch.setattr(folders_module, 'images_in', images_in)
+    assert [case['raters'] for case in data.evaluate(raters=True)['cases']] == [3] * 5
+    assert listed.count(data.raters) == 1 and len(listed) <= 5
 
 
 def test_without_samples_the_mask_is_the_only_sample(data, capsys):
@@ -601,6 +634,18 @@ def test_natural_images(tmp_path, capsys):
     assert of['volume_ml'] == pytest.approx(0.2)
 
 
+def test_no_diagram_lies_among_masks_that_are_png_files(tmp_path):
+    data, mask = Data(tmp_path, {}, {}), of_points((30, 40), (5, 5), (6, 5))
+    for folder in (data.ref, data.pred):
+        folder.mkdir()
+        io.imsave(folder / 'image.png', mask, check_contrast=False)
+    data.describe({'background': 0, 'cell': 1}, file_ending='.png')
+    np.savez_compressed(data.pred / 'image.npz', probabilities=np.stack([1 - mask, mask])[:, None].astype(np.float16))
+    for _ in range(2):
+        assert data.evaluate()['left_out'] == []
+    assert [file.name for file in data.pred.glob('*.png')] == ['image.png'] and (data.pred / OUTPUTS[2]).is_file()
+
+
 def test_the_command_with_two_processes_gives_the_same_files(data):
     data.add_probabilities()
     data.evaluate()
@@ -732,6 +777,18 @@ def test_where_no_case_can_be_evaluated_nothing_is_written(data):
         (data.ref / f'{case}.nii.gz').write_bytes(b'')
     assert data.fails().endswith("None of nnU-Net's readers can read "
                                  f'{data.ref / "case_0.nii.gz"}, nor another of the references.')
+
+
+def test_a_case_that_memory_is_not_enough_for_fails_alone(data, monkeypatch):
+    def too_large(folders, case: str, tolerance: float):
+        if case == 'case_3':
+            raise MemoryError('Unable to allocate 90 GiB')
+        return evaluate_case(folders, case, tolerance)
+    monkeypatch.setattr('nnunet_pdddpm.evaluation.evaluate.evaluate_case', too_large)
+    message, results = data.partly()
+    assert message.startswith('Error: 1 of 5 cases could not be evaluated, the others are done: case_3 (there is not '
+                              'enough memory for it: ')
+    assert [case['case'] for case in results['cases']] == ['case_0', 'case_1', 'case_2', 'case_4']
 
 
 def test_an_error_of_the_program_is_none_of_a_case(data, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from conftest import in_this_process, train_in_process
+from conftest import in_this_process, make_trainer, train_in_process
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from nnunetv2.inference import predict_from_raw_data
@@ -24,6 +24,7 @@ from tiny_model import DATASET, plans, write_model, write_stock_model
 
 from nnunet_pdddpm.commands import check, evaluate, tune
 from nnunet_pdddpm.commands import predict as command
+from nnunet_pdddpm.evaluation.folders import EvaluationError
 from nnunet_pdddpm.image_files import damage
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.labels import foreground_labels
@@ -31,6 +32,7 @@ from nnunet_pdddpm.network.checkpoint import load_checkpoint
 from nnunet_pdddpm.network.state import CALIBRATION
 from nnunet_pdddpm.tuning import report as sweep_report
 from nnunet_pdddpm.tuning import sweep
+from nnunet_pdddpm.tuning.cases import ValidationCases
 
 LABELS = {'background': 0, 'cell': 1, 'nucleus': 2}
 REGIONS = {'labels': {'background': 0, 'whole': [1, 2], 'nucleus': [2]}, 'regions_class_order': [1, 2]}
@@ -234,6 +236,21 @@ def test_every_format_is_checked_trained_validated_and_tuned(setting, brief, cap
     tune.main([DATASET, configuration, '0', '-tr', 'PDDDPMTrainerBrief', '-device', 'cpu', '--disable_progress_bar'])
     assert json.loads((fold / 'sampling_sweep.json').read_text())['cases'] == ['b']
     assert calibrated() == expected
+
+
+@pytest.mark.parametrize('setting', [name for name, kind in FORMATS.items() if '3D' in name], indirect=True)
+def test_raters_masks_of_a_tif_have_the_voxel_size_of_the_image_which_nnunet_does_not_copy_to_the_truth(setting, brief):
+    configuration, raters, ending = setting.preprocess(), setting.root / 'raters', setting.kind.ending
+    raters.mkdir()
+    save(read(setting.references / f'b{ending}'), raters / f'b__me{ending}', setting.kind, 'b__me')
+    cases = ValidationCases(make_trainer('PDDDPMTrainer', 0, configuration, 730, 'nnUNetPlans'), raters)
+    assert not list(cases.truth.glob('*.json'))
+    case = cases.load('b')
+    assert (case.labels == 2).any()
+    np.testing.assert_array_equal(case.raters[0], case.labels.clip(0))
+    (raters / 'b__me.json').write_text('{"spacing": [5.0, 1.0, 1.0]}')
+    with pytest.raises(EvaluationError, match='b__me.* differ in spacing'):
+        cases.load('b')
 
 
 def damaged(setting: Setting) -> dict[str, str]:

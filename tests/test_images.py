@@ -12,10 +12,13 @@ import pytest
 import SimpleITK as sitk
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert3DTo2DTransform
 from conftest import BRIEF, BRIEF_STOCK, PLANS, make_trainer, predict_in_process, prepare, train_in_process
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tiny_model import plans as tiny_plans
 
 from nnunet_pdddpm.demo.phantom import make_case, write_dataset
+from nnunet_pdddpm.inference.export import CaseExport, Outputs
 
-READERS = {'SimpleITKIO': 721, 'NibabelIO': 722, 'NibabelIOWithReorient': 723}
+READERS = {'SimpleITKIO': 721, 'NibabelIO': 722, 'NibabelIOWithReorient': 723, 'SimpleITKIOWithReorient': 725}
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +101,23 @@ def test_small_images_in_any_direction_by_every_reader(folders, reader, tmp_path
         case = image.name.replace('_0000', '')
         assert_same_geometry(image, tmp_path / 'refined' / case)
         assert (tmp_path / 'unrefined' / case).read_bytes() == (tmp_path / 'stock' / case).read_bytes()
+
+
+@pytest.mark.parametrize('reader', READERS)
+def test_maps_keep_their_values_and_the_geometry_of_the_image_with_every_reader(reader, tmp_path):
+    image, rng = tmp_path / 'case_0000.nii.gz', np.random.default_rng(0)
+    sitk.WriteImage(turned(sitk.GetImageFromArray(rng.random((4, 5, 6)))), str(image))
+    manager = PlansManager(tiny_plans(reader, 3, 1))
+    its_reader = manager.image_reader_writer_class()
+    array, properties = its_reader.read_images((str(image),))
+    values = rng.random(array[0].shape)
+    values[0, 0, :2] = 0, 1
+    CaseExport(manager, manager.get_configuration('3d_fullres'), {'file_ending': '.nii.gz'}, properties, tmp_path,
+               'case', Outputs())._write_map(values, 'uncertainty')
+    written = tmp_path / 'uncertainty' / 'case_uncertainty.nii.gz'
+    np.testing.assert_allclose(its_reader.read_seg(str(written))[0][0], values, atol=0.51 / 254)
+    assert_same_geometry(image, written)
+    assert nibabel.load(written).get_data_dtype() == np.float32
 
 
 def test_colour_pictures(folders, tmp_path):

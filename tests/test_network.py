@@ -621,6 +621,14 @@ def test_a_model_of_an_earlier_version_is_refused_in_one_sentence():
             refiner.load_state_dict(state)
 
 
+def test_a_model_with_a_setting_more_or_less_is_of_another_version():
+    refiner, kept = make_refiner(), make_refiner().state_dict()
+    lacking = [{key: value for key, value in kept.items() if key != f'setting_{name}'} for name in RANGES | CHOICES]
+    for state in (*lacking, {**kept, 'setting_blend': torch.tensor(0.5)}):
+        with pytest.raises(CheckpointError, match='^The model is of another version of PDDDPMTrainer: train it'):
+            refiner.load_state_dict(state)
+
+
 def test_a_table_of_levels_that_is_not_monotone_is_refused():
     for name, change, message in (('level_log_snr', lambda v: v.flip(0), 'not monotone'),
                                   ('level_share', lambda v: v.clamp(max=0.5), 'not monotone'),

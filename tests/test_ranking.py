@@ -33,7 +33,7 @@ from nnunet_pdddpm.inference.dice_regression import (
     lower_quantile,
     rank_correlation,
 )
-from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import FOLDS, NOTHING, PROBABILITIES, REGRESSION, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.network.state import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
@@ -236,6 +236,7 @@ FLAGS = ('-f', '0', '-device', 'cpu', '-npp', '0', '-nps', '0', '--disable_progr
 class MadeUpCases:
     """Validation cases of noise."""
     names: list[str] = field(default_factory=lambda: [f'v{i}' for i in range(9)])
+    said: list[str] = field(default_factory=list)
 
     def load(self, name: str) -> Case:
         rng = np.random.default_rng(int(name[1:]))
@@ -244,6 +245,9 @@ class MadeUpCases:
 
     def true_volumes(self, name: str) -> None:
         return None
+
+    def log(self, line: str) -> None:
+        self.said.append(line)
 
 
 @pytest.fixture(scope='module')
@@ -305,6 +309,26 @@ def test_copies_of_which_the_networks_make_no_numbers_are_left_out(model, monkey
         return predict_volume(image, **kwargs)
     monkeypatch.setattr(predictor, 'predict_volume', overflowing)
     assert len(measure(predictor, cases, cases.names).quality) == 9
+
+
+def test_a_validation_case_of_which_the_networks_make_no_numbers_is_left_out_and_named(model, monkeypatch):
+    cases = MadeUpCases(['v0', 'v1', 'v2'])
+    predictor = open_for_calibration(model, 0, torch.device('cpu'), 'checkpoint_final.pth')
+    of_all, predict_volume = measure(predictor, cases, cases.names), predictor.predict_volume
+
+    def failing(error: str):
+        def predict_one(image: torch.Tensor, case: str, **kwargs):
+            if case == 'v1':
+                raise RuntimeError(error)
+            return predict_volume(image, case=case, **kwargs)
+        return predict_one
+    monkeypatch.setattr(predictor, 'predict_volume', failing(f'{NNUNET_INF_ERROR}. Aborting.'))
+    measured = measure(predictor, cases, cases.names)
+    assert torch.equal(measured.quality, of_all.quality[[0, 2]]) and len(measured.volumes) == 3
+    assert cases.said == ['Nothing is measured on v1: the stock model gives infinite values for it.']
+    monkeypatch.setattr(predictor, 'predict_volume', failing('of the program'))
+    with pytest.raises(RuntimeError, match='of the program'):
+        measure(predictor, cases, cases.names)
 
 
 def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from PIL import Image
 from skimage import io as image_io
 
@@ -357,6 +358,29 @@ def test_every_orientation_is_shown_as_radiologists_look_at_it(orientation):
         np.testing.assert_array_equal(np.sort(there.ravel()), np.sort(np.moveaxis(anatomical, axis, 0)[1].ravel()))
 
 
+def numbers_in(stored: np.ndarray, section: np.ndarray) -> list[int]:
+    """From 1, those of the slices with the same values, along any axis."""
+    return [number for axis in range(3) for number, other in enumerate(np.moveaxis(stored, axis, 0), 1)
+            if set(other.ravel()) == set(section.ravel())]
+
+
+@pytest.mark.parametrize('orientation', ['LPS', 'RAS', 'PIR', 'ASL', 'ILA'])
+@pytest.mark.parametrize('reader', ['SimpleITKIO', 'SimpleITKIOWithReorient', 'NibabelIO', 'NibabelIOWithReorient'])
+def test_slices_have_their_numbers_in_the_file_however_a_reader_turns_it(reader, orientation, tmp_path):
+    anatomical = np.random.default_rng(0).permutation(4 * 5 * 6).reshape(4, 5, 6).astype(np.float32)
+    write_image(anatomical, file := tmp_path / 'a.nii.gz')
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), orientation), str(file))
+    stored = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    array, properties = recursive_find_reader_writer_by_name(reader)().read_images((str(file),))
+    axes, zeros = DisplayAxes.from_properties(properties), np.zeros((4, 5, 6), np.uint8)
+    np.testing.assert_array_equal(shown := axes.reorient(array[0]), anatomical)
+    case = CaseVolumes(shown, zeros, zeros, np.zeros((4, 5, 6), np.float32), (), (1.0, 1.0, 1.0), axes)
+    volumes = make_view(case, [(1,)], 10 ** 6).volumes
+    for axis, (first, step) in enumerate(zip(volumes['first'], volumes['step'], strict=True)):
+        for i, section in enumerate(np.moveaxis(shown, axis, 0)):
+            assert numbers_in(stored, section) == [first + i * step]
+
+
 def test_cases_beyond_the_budget_are_shown_coarser_and_the_page_says_so(prediction, tmp_path, monkeypatch):
     folder, images = prediction
     shutil.copytree(folder, tmp_path / 'out')
@@ -630,6 +654,19 @@ def test_the_planes_show_the_masks_of_the_slices_that_they_name(opened, predicti
                 upright = mask if axis == 0 else mask[::-1]  # superior on top
                 np.testing.assert_array_equal(filled(path_of(article, axis, kind, value - 1), mask.shape),
                                               upright == value, err_msg=f'{kind} {axis}')
+
+
+def test_labels_above_255_are_the_same_in_the_browser(opened):
+    consensus, other = np.random.default_rng(0).choice([0, 1, 300], (2, 4, 5, 6)).astype(np.uint16)
+    samples, nothing = (consensus, other), np.zeros(consensus.shape, np.float32)
+    case = CaseVolumes(nothing, consensus, consensus, nothing, samples, (1.0, 1.0, 1.0), DisplayAxes())
+    volumes = make_view(case, [(1,), (300,)], 10 ** 6).volumes
+    loaded = opened.evaluate('''async volumes => {
+        const { consensus, samples } = await load(volumes);
+        return [...consensus, ...samples].map(values => [...values]);
+    }''', volumes)
+    for values, expected in zip(loaded, (consensus, *samples), strict=True):
+        np.testing.assert_array_equal(np.reshape(values, consensus.shape), expected)
 
 
 def test_a_click_on_a_column_sorts_rows_and_cases(opened):

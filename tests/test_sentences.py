@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from tiny_model import plans, write_model
+from tiny_model import DATASET, plans, write_model
 
 from nnunet_pdddpm.commands import check, demo, evaluate, predict, tune
 from nnunet_pdddpm.inference.case import OutputInUse, PendingCase
+from nnunet_pdddpm.inference.errors import CasesFailed, PredictionError
+from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
+from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.network.settings import CHOICES, RANGES
 
 DESCRIPTION = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
@@ -122,6 +125,28 @@ def test_a_file_of_a_model_that_is_none_of_it_is_refused(root, name, content):
     assert 'plans.json and dataset.json' in said and str(root / 'model') in said and 'Put back the files' in said
 
 
+def test_a_fold_that_is_named_twice_is_refused(root):
+    assert refused(run, root, '-f', '0', '0') == 'Error: Fold 0 is named twice: name each fold once with -f.'
+    with pytest.raises(PredictionError, match='^Fold 0 is named twice'):
+        VolumePredictor(device=torch.device('cpu')).initialize_from_trained_model_folder(str(root / 'model'), (0, '0'))
+    assert not (root / 'out').exists()
+
+
+def test_a_trainer_that_nnunet_does_not_find_is_named(root):
+    file = root / 'model' / 'fold_0' / 'checkpoint_final.pth'
+    torch.save({**torch.load(file, weights_only=False), 'trainer_name': 'PDDDPMTrainerOfMine'}, file)
+    said = refused(run, root)
+    assert said.startswith(f'Error: nnU-Net does not find PDDDPMTrainerOfMine, by which the model in {root / "model"} '
+                           f'was trained: put the folder of its file into nnUNet_extTrainer')
+    assert not (root / 'out').exists()
+
+
+def test_predictions_of_a_previous_stage_are_refused_for_a_model_that_is_no_cascade(root):
+    assert refused(run, root, '-prev_stage_predictions', str(root / 'images')) == (
+        'Error: This model is no cascade: leave out -prev_stage_predictions.')
+    assert not (root / 'out').exists()
+
+
 @pytest.mark.parametrize(('variable', 'value', 'said'), [
     ('nnUNet_pdddpm_start', '1.5', 'nnUNet_pdddpm_start=1.5 in the environment variables is out of range: it must lie '
                                    'in 0 to 1.'),
@@ -161,18 +186,45 @@ def test_an_id_of_no_or_of_two_data_sets_is_refused_with_their_names(tmp_path, m
                                            f'name one of them in {flag}, or {rest}')
 
 
-def test_a_model_that_cannot_be_tuned_is_refused_without_flags_that_tuning_has_not(root, monkeypatch):
-    results = root / 'results'
-    model = results / 'Dataset730_Formats' / 'PDDDPMTrainer__nnUNetPlans__3d_fullres'
+@pytest.mark.parametrize('dataset', ['731', 'Dataset731_One'])
+def test_without_nnunet_results_the_variable_is_named(monkeypatch, dataset):
+    monkeypatch.delenv('nnUNet_results', raising=False)
+    for command, arguments in ((predict.main, ['-d', dataset, '-c', '2d', '-i', 'x', '-o', 'y', *FLAGS]),
+                               (tune.main, [dataset, '2d', '0', '-device', 'cpu'])):
+        assert refused(command, arguments) == (
+            'Error: The variable nnUNet_results is not set: it names the folder of the trained models.')
+
+
+@pytest.fixture
+def in_results(root, monkeypatch) -> Path:
+    """The model, where nnU-Net looks for it."""
+    model = root / 'results' / DATASET / 'PDDDPMTrainer__nnUNetPlans__3d_fullres'
     model.parent.mkdir(parents=True)
     (root / 'model').rename(model)
-    monkeypatch.setenv('nnUNet_results', str(results))
+    monkeypatch.setenv('nnUNet_results', str(root / 'results'))
+    return model
+
+
+def test_without_preprocessed_cases_the_variable_or_the_missing_file_is_named(root, in_results, monkeypatch):
+    arguments, folder = [DATASET, '3d_fullres', '0', '-device', 'cpu'], root / 'preprocessed' / DATASET
+    monkeypatch.delenv('nnUNet_preprocessed', raising=False)
+    assert refused(tune.main, arguments) == (
+        'Error: The variable nnUNet_preprocessed is not set: it names the folder of the preprocessed cases.')
+    monkeypatch.setenv('nnUNet_preprocessed', str(folder.parent))
+    folder.mkdir(parents=True)
+    for name in ('nnUNetPlans.json', 'dataset.json'):
+        assert refused(tune.main, arguments).startswith(f'Error: {folder / name} is missing: the validation cases have')
+        (folder / name).write_text('{}')
+
+
+def test_a_model_that_cannot_be_tuned_is_refused_without_flags_that_tuning_has_not(in_results):
+    model = in_results
     file = model / 'fold_0' / 'checkpoint_final.pth'
     checkpoint = torch.load(file, weights_only=False)
     weights = checkpoint['network_weights']
     weights[next(name for name in weights if name.startswith('denoiser.'))].fill_(np.nan)
     torch.save(checkpoint, file)
-    arguments = ['Dataset730_Formats', '3d_fullres', '0', '-device', 'cpu']
+    arguments = [DATASET, '3d_fullres', '0', '-device', 'cpu']
     assert 'NaN or infinite weights' in (said := refused(tune.main, arguments))
     assert said.endswith('(nnUNetv2_pdddpm_predict -chk checkpoint_best.pth).')
     (model / 'plans.json').unlink()
@@ -238,3 +290,18 @@ def test_a_failed_case_does_not_hide_that_others_are_not_done(root, monkeypatch,
     said = refused(run, root)
     assert said_then in said and 'others are done' not in said
     assert said.endswith('Besides, these cases could not be predicted: 0bad (0bad_0000.nii.gz is empty).')
+
+
+def test_what_failed_is_forgotten_in_a_further_prediction_that_has_nothing_to_do(root):
+    (root / 'images' / 'bad_0000.nii.gz').write_bytes(b'')
+    predictor = PDDDPMPredictor(use_mirroring=False, device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(root / 'model'), (0,))
+
+    def predict_cases(*cases: str) -> None:
+        predictor.predict_from_files_sequential([[str(root / 'images' / f'{case}_0000.nii.gz')] for case in cases],
+                                                str(root / 'out'), overwrite=False)
+    with pytest.raises(CasesFailed):
+        predict_cases('a', 'bad')
+    assert list(predictor.failed) == ['bad']
+    predict_cases('a')
+    assert predictor.failed == {}

@@ -31,6 +31,7 @@ from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
 from nnunet_pdddpm.evaluation.raters import fair_ged_squared
 from nnunet_pdddpm.evaluation.scores import kernel_score
 from nnunet_pdddpm.evaluation.voxelwise import class_statistics
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -609,6 +610,16 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
         energy, ged = truth.energy(masks)
         assert row['per_case']['energy'][1] == pytest.approx(energy), s
         assert row['per_case']['ged_squared_fair'][1] == pytest.approx(ged), s
+
+
+def test_a_case_of_which_the_stock_model_makes_no_numbers_is_named(tuned, monkeypatch):
+    case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[1])
+
+    def explode(self, *args):
+        raise RuntimeError(f'{NNUNET_INF_ERROR}. Aborting.')
+    monkeypatch.setattr(Volume, 'start_fold', explode)
+    with pytest.raises(TuningError, match=f'infinite values for {case.name}: look at its intensities'):
+        CaseSweep(open_model(tuned, 0, CPU), case)
 
 
 def test_masks_are_of_the_samples_that_a_prediction_draws(tuned):

@@ -61,7 +61,8 @@ def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int 
 def _result_or_reason(folders: Folders, tolerance: float, case: str) -> CaseResult | str:
     """What was measured of a case, or why nothing can be; an error that is none of its files ends the evaluation."""
     if case in folders.unpredicted:
-        return f'its mask is of an earlier prediction: it could not be predicted again, {folders.unpredicted[case]}'
+        return (f'the last prediction of it failed, {folders.unpredicted[case]}, and its mask is an earlier one: '
+                f'predict it again, or take it out of "failed" in {SUMMARY} if the mask is right')
     try:
         return evaluate_case(folders, case, tolerance)
     except EvaluationError as error:

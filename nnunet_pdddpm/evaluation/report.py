@@ -72,9 +72,10 @@ def _csv(summary: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-@plt.style.context('default')  # the process may have trained: nnU-Net then sets fonts for its own, much larger figure
+# the process may have trained: nnU-Net then sets fonts for its own, much larger figure
+@plt.style.context(['default', {'svg.hashsalt': DIAGRAM}])
 def _reliability_diagram(pooled: dict[str, dict[str, Any]]) -> bytes:
-    """PNG: accuracy over confidence with the share of voxels below, for all voxels and those near the foreground."""
+    """SVG: accuracy over confidence with the share of voxels below, for all voxels and those near the foreground."""
     titles = {'all': 'all voxels', 'near': 'near the reference'}
     figure, axes = plt.subplots(2, len(pooled), figsize=(4.2 * len(pooled), 5.2), squeeze=False, sharex=True,
                                 height_ratios=[3, 1])
@@ -89,7 +90,7 @@ def _reliability_diagram(pooled: dict[str, dict[str, Any]]) -> bytes:
         lower.set(xlabel='confidence', ylabel='share of voxels', yscale='log', xlim=(0, 1))
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='svg')
+    figure.savefig(buffer, format='svg', metadata={'Date': None})  # the same file for the same evaluation
     plt.close(figure)
     return buffer.getvalue()
 

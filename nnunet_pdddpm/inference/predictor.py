@@ -25,7 +25,7 @@ from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.inference.case import ExportQueue, OutputInUse, PendingCase, clear_leftover
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.continuing import check_same_settings, foreign_mask_reason, refresh_summary
-from nnunet_pdddpm.inference.errors import CasesFailed, PredictionError, UnusableLogits
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR, CasesFailed, PredictionError, UnusableLogits
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
@@ -39,10 +39,6 @@ from nnunet_pdddpm.network.checkpoint import checksum
 from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, stored_settings
 
 logger = logging.getLogger(__name__)
-
-NNUNET_INF_ERROR = 'Encountered inf in predicted array'
-"""nnU-Net's words for logits of the stock model that are beyond its half precision."""
-
 
 CASE_ERRORS: tuple[type[Exception], ...] = (UnusableLogits, *MEMORY_ERRORS)
 """Types of the errors at which a case may fail alone."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.dice_regression import CLEAN
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
-from nnunet_pdddpm.inference.predictor import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import label_map, overlap
 from nnunet_pdddpm.inference.ranking import MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction

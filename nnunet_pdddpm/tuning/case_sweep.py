@@ -13,11 +13,13 @@ from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
 from nnunet_pdddpm.inference.chunks import in_chunks
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import SliceValues
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.cases import Case
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import likelihoods
 
@@ -59,8 +61,14 @@ class CaseSweep:
         self.box = (slice(None), *unpad[1:])
         self.volume = SweepVolume(self.predictor, image, self.device)
         self.volume.network_calls = self.network_calls
-        self.volume.start_fold()
-        self.volume.blind_logits()
+        try:
+            self.volume.start_fold()
+            self.volume.blind_logits()
+        except RuntimeError as error:
+            if NNUNET_INF_ERROR not in str(error):
+                raise
+            raise TuningError(f'The networks give infinite values for {self.case.name}: look at its intensities, and '
+                              f'leave it out of the validation cases in splits_final.json.') from error
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
         self.opened_device = self.device
