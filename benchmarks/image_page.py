@@ -63,8 +63,9 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
 
 
 def objects(scores: Scores) -> np.ndarray:
-    """Mean number of objects in a sample; nan for rows that were measured before it was counted."""
-    return scores.get('objects', np.full_like(scores['ged'], np.nan))
+    """Mean number of objects in a sample; nan for rows of which trainings were measured before it was counted."""
+    found = scores.get('objects', np.full_like(scores['ged'], np.nan))
+    return np.full_like(found, np.nan) if np.isnan(found).any() else found
 
 
 RATERS = (Column('GED²', 'ged', over_images=True), Column('CRPS of the area', 'crps'),
