@@ -14,6 +14,7 @@ from datasets.hippocampus import HIPPOCAMPUS, names
 from datasets.phantom import PHANTOM
 from machine import PLANS, results
 from nnunet import NUM_FOLDS
+from page import draw_intervals
 
 from nnunet_pdddpm.demo.report import outline
 from nnunet_pdddpm.file_names import SUMMARY
@@ -112,18 +113,8 @@ def difference(of: Place) -> tuple[float, float, float]:
 
 def differences(file: Path) -> None:
     """All of them, in one picture."""
-    from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(9, 4.2), layout='constrained')
-    for y, of in enumerate(DIFFERENCES.values()):
-        mean, low, high = difference(of)
-        colour = 'C3' if low > 0 else 'C2' if high < 0 else '0.5'
-        axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
-        axis.plot(mean, -y, 'o', color=colour, markersize=5)
-    axis.axvline(0, color='k', linewidth=0.8)
-    axis.set_yticks(range(0, -len(DIFFERENCES), -1), list(DIFFERENCES), fontsize=8)
-    axis.set_xlabel("difference to the baseline in % of the baseline's error; left of 0 is better", fontsize=8)
-    axis.tick_params('x', labelsize=8)
-    figure.savefig(file, dpi=110)
+    draw_intervals({title: difference(of) for title, of in DIFFERENCES.items()},
+                   "difference to the baseline in % of the baseline's error; left of 0 is better", file, ('C2', 'C3'))
 
 
 def headline(work: Path, fold: int, output: Path, file: Path) -> None:

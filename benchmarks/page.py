@@ -107,29 +107,36 @@ def _delta(one: np.ndarray, other: np.ndarray, digits: int) -> str:
 def forest(lines: Sequence[Line], column: Column, base: str, better: str, file: Path) -> str:
     """Figure of differences to the base with their intervals, of the rows to be plotted, and what shows it in Markdown;
     none with fewer than three trainings. `better`: lower or higher."""
-    import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
     pairs = {line.title: paired(column, line.scores, base_of(lines, line.base or base)) for line in lines
              if line.title != base and line.note is None and line.plotted}
     found = {title: t_interval(np.nanmean(one, 1) - np.nanmean(other, 1)) for title, (one, other) in pairs.items()
              if len(one) > 2}
     if not found:
         return ''
+    draw_intervals(found, f'{better} is better; 95 % intervals over trainings', file, ('C0', 'C0'),
+                   f'{column.title} minus that of: {base}')
+    return f'![Differences in {column.title}]({file.name})\n'
+
+
+def draw_intervals(found: dict[str, tuple[float, float, float]], label: str, file: Path, colours: tuple[str, str],
+                   title: str = '') -> None:
+    """Figure of means with their intervals, by title, in the colours of those below and above 0, or grey."""
+    import matplotlib
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.26 * len(found)))
     for y, (mean, low, high) in enumerate(found.values()):
-        colour = '0.5' if low <= 0 <= high else 'C0'
+        colour = colours[0] if high < 0 else colours[1] if low > 0 else '0.5'
         axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
         axis.plot(mean, -y, 'o', color=colour, markersize=5)
     axis.axvline(0, color='k', linewidth=0.8)
     axis.set_yticks(range(0, -len(found), -1), list(found), fontsize=7)
-    axis.set_title(f'{column.title} minus that of: {base}', fontsize=8)
-    axis.set_xlabel(f'{better} is better; 95 % intervals over trainings', fontsize=8)
+    axis.set_title(title, fontsize=8)
+    axis.set_xlabel(label, fontsize=8)
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110, bbox_inches='tight')
     plt.close(figure)
-    return f'![Differences in {column.title}]({file.name})\n'
 
 
 def write(file: Path, text_name: str, **values: object) -> None:

@@ -126,12 +126,15 @@ def pooled_table(trainings: list[Training]) -> list[str]:
             score, dice, FAILED, s) for share in FIRST}}
     text = [f'| order | difference to the stock folds | its bootstrap over cases | {" | ".join(metrics)} '
             f'| failures in the first {100 * FIRST[1]:.0f} % of mixed lots |', '|---' * (4 + len(metrics)) + '|']
+    lots_of_folds = mixed_lots(trainings, FOLDS)
     for name in trainings[0].scores:
+        lots = mixed_lots(trainings, name)
+        beside = '' if name == FOLDS else f'; {difference(lots, lots_of_folds)}'
         values = {metric: np.array([[of(one.scores[name], one.dice)] for one in trainings])
                   for metric, of in metrics.items()}
         differences = ('', '') if name == FOLDS else (against(trainings, name, FOLDS), over_cases(trainings, name))
         text.append(f'| {name} | {" | ".join(differences)} | '
-                    + ' | '.join(spread(value) for value in values.values()) + f' | {mixed_lots(trainings, name)} |')
+                    + ' | '.join(spread(value) for value in values.values()) + f' | {spread(lots)}{beside} |')
     return text
 
 
@@ -175,16 +178,15 @@ def share_held(dice: np.ndarray, lows: np.ndarray) -> str:
     return f'{100 * (dice[there] >= lows[there]).mean():.0f} %' if there.any() else '–'
 
 
-def mixed_lots(trainings: list[Training], name: str | None) -> str:
-    """Share of the failures of mixed lots that an order (None: the best) has in the first part of the list, and its
-    difference to that of the stock folds."""
-    def share(one: Training, name: str | None) -> float:
+def mixed_lots(trainings: list[Training], name: str | None) -> np.ndarray:
+    """Share of the failures of mixed lots that an order (None: the best) has in the first part of the list, of each
+    training (trainings, 1)."""
+    def share(one: Training) -> float:
         rng, clean = np.random.default_rng(SEED), np.flatnonzero(one.families == CLEAN)
         spoilt, score = np.flatnonzero(one.families != CLEAN), one.dice if name is None else one.scores[name]
         lots = (np.concatenate([clean, rng.choice(spoilt, round(len(clean) / 10), False)]) for _ in range(LOTS))
         return float(np.mean([failures_found(score[i], one.dice[i], FAILED, FIRST[1]) for i in lots]))
-    found, of_folds = (np.array([[share(one, order)] for one in trainings]) for order in (name, FOLDS))
-    return spread(found) + ('' if name in (None, FOLDS) else f'; {difference(found, of_folds)}')
+    return np.array([[share(one)] for one in trainings])
 
 
 def failing(dice: np.ndarray) -> float:
@@ -213,9 +215,8 @@ def section(of: Subject, trainings: list[Training]) -> str:
         f'Of the versions {failing(one.dice):.0f} % fail: at most {most_found(trainings)} of the failures can be in '
         f'the first 10 and 20 % of the list. A mixed lot: all cases as they are, of which '
         f'{failing(one.dice[clean]):.0f} % fail, and for every ten of them one version with an artefact, at random, '
-        f'mean of {LOTS} lots. There the '
-        f'best order has {mixed_lots(trainings, None)} of the failures in the first 20 %. The interval is that of the '
-        f'difference to the stock folds.', '',
+        f'mean of {LOTS} lots. There the best order has {spread(mixed_lots(trainings, None))} of the failures in the '
+        f'first 20 %. The interval is that of the difference to the stock folds.', '',
         f'The lower bound is made to hold in 90 % of images like the validation cases and their copies. Versions have '
         f'stronger and other artefacts. {share:.0f} % of the versions have a bound'
         + (f'; it held in {share_held(dice, lows)} of these, and in {share_held(dice[as_is], lows[as_is])} of the '

@@ -138,8 +138,8 @@ class ValidationCases:
             return []
         reference = self.raters.read_mask(self.raters.references / f'{name}{self.raters.ending}')
         if isinstance(self.raters.reader, Tiff3DIO):  # nnU-Net copies the truth, and not the json with its voxel size
-            size = {'spacing': properties['spacing']}
-            reference = replace(reference, spacing=tuple(size['spacing']), properties={**reference.properties, **size})
+            reference = replace(reference, spacing=tuple(properties['spacing']),
+                                properties={**reference.properties, 'spacing': properties['spacing']})
         forward, box = self.plans.transpose_forward, properties['bbox_used_for_cropping']
         spacing = [properties['spacing'][i] for i in forward]
         target = list(self.configuration.spacing)
