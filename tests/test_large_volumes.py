@@ -432,11 +432,9 @@ def test_a_training_batch_and_its_loss_on_a_gpu_are_made_there(tmp_path, monkeyp
         assert asked.count('cuda') == ('ignore' in labels)
         outputs = trainer.refiner(noisy)
         assert {output.device.type for output in outputs} == {'cuda'} and copies.seen == []
-        for over_processes in (False, True):
-            del asked[:]
-            trainer.denoising_loss.dice_over_processes = over_processes
-            trainer.denoising_loss.set_noisy(shown)
-            loss = trainer.loss(outputs, targets)
-            assert loss.device.type == trainer.denoising_loss.measured.device.type == 'cuda' and copies.seen == []
-            # nnU-Net's loss of classes asks whether all is to be ignored, once for the noisy part and for the blind one
-            assert asked.count('cuda') == (2 if labels == 'ignore' else 0)
+        del asked[:]
+        trainer.denoising_loss.set_noisy(shown)
+        loss = trainer.loss(outputs, targets)
+        assert loss.device.type == trainer.denoising_loss.measured.device.type == 'cuda' and copies.seen == []
+        # nnU-Net's loss of classes asks whether all is to be ignored, once for each item
+        assert asked.count('cuda') == (2 if labels == 'ignore' else 0)

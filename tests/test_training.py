@@ -27,9 +27,7 @@ from conftest import (
     train_in_process,
 )
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunet_pdddpm.diffusion.coding import one_hot
 from nnunet_pdddpm.diffusion.levels import lowest_log_snr
@@ -37,7 +35,6 @@ from nnunet_pdddpm.diffusion.measuring import NODES, UNIFORM, LevelMeter
 from nnunet_pdddpm.network.refiner import BLIND_OFFSET
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.network.state import LEVELS
-from nnunet_pdddpm.training.losses import DenoisingLoss
 
 MEASURED = 'PDDDPMTrainerMeasured'  # sees enough noisy patches for a table of its own
 
@@ -218,39 +215,11 @@ def test_the_table_in_a_checkpoint_is_monotone_and_what_the_meter_gives(scratch_
     torch.testing.assert_close(final['level_cross_entropy'], seen.cross_entropy)
 
 
-@pytest.mark.parametrize('regions', [False, True])
-@pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False, False]])
-def test_a_dice_over_processes_is_that_of_the_items_without_noise(regions, noisy):
-    """With several processes every item takes part in it, those with noise as nothing: the sums are the same."""
-    kwargs = {'batch_dice': True, 'do_bg': regions, 'smooth': 1e-5, 'ddp': False}
-    loss = DC_and_BCE_loss({}, kwargs) if regions \
-        else DC_and_CE_loss(kwargs, {}, dice_class=MemoryEfficientSoftDiceLoss)
-    both = []
-    for over_processes in (False, True):
-        torch.manual_seed(0)
-        output = (3 * torch.randn(len(noisy), 3, 4, 5, 6)).requires_grad_()
-        target = torch.randint(0, 2, (len(noisy), 3 if regions else 1, 4, 5, 6)).float()
-        of = DenoisingLoss(loss)
-        of.noisy, of.dice_over_processes = torch.tensor(noisy), over_processes
-        value = of(output, target)
-        value.backward()
-        both.append((value.detach(), output.grad))
-    torch.testing.assert_close(both[0], both[1])
-    several = DC_and_CE_loss({**kwargs, 'ddp': True}, {}, dice_class=MemoryEfficientSoftDiceLoss)
-    assert DenoisingLoss(several).dice_over_processes
-
-
 @pytest.mark.parametrize('noisy', [[False, False], [True, True], [True, False]])
-def test_at_noise_levels_the_loss_is_cross_entropy_and_at_the_blind_level_nnunets_own(trainer, noisy):
-    """By nnU-Net's own two terms, item by item: the Dice term of these plans is that of the single patch."""
-    assert not trainer.full_resolution_loss.dc.batch_dice
+def test_the_loss_is_nnunets_cross_entropy_whether_a_mask_is_shown_or_none(trainer, noisy):
     output, target = torch.randn(2, 3, 8, 8, 8), torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
     trainer.denoising_loss.set_noisy(torch.tensor(noisy))
-    expected = 0
-    for i, is_noisy in enumerate(noisy):
-        cross_entropy = torch.nn.functional.cross_entropy(output[i:i + 1], target[i:i + 1, 0].long())
-        dice = trainer.full_resolution_loss.dc(output[i:i + 1], target[i:i + 1])
-        expected = expected + (2 * cross_entropy if is_noisy else cross_entropy + dice) / 2
+    expected = 2 * torch.nn.functional.cross_entropy(output, target[:, 0].long())
     torch.testing.assert_close(trainer.denoising_loss(output, target), expected)
 
 

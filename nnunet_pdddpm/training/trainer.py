@@ -74,8 +74,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         ### Some hyperparameters for you to fiddle with
         self.initial_lr = 1e-3
         self.weight_decay = 1e-2
-        # share of the patches that show the denoiser no mask at all and ask for the best one, with nnU-Net's own loss;
-        # the others show the noised truth and ask for its distribution
+        # share of the patches that show the denoiser no mask at all; the others show the noised truth
         self.blind_share = 0.5
         # sampling settings that go into the model until they are tuned
         self.sampling = SamplingSettings()
