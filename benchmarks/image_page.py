@@ -152,8 +152,5 @@ def write_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: d
         tables[f'of_{number}'] = table([*found, ideal], columns, base_title) if found else 'Not measured.'
         if number == 2:
             tables['figure'] = forest(found, TWO[0], base_title, 'lower', args.page.with_suffix('.png'))
-    number, batch = PHANTOM.images_of(work), common['batch']
-    write(args.page, 'phantom', **common, **tables, number=number, validation=NUM_VALIDATION, two=NUM_TEST[2],
-          eight=NUM_TEST[8], twenty=NUM_TEST[20], fresh=NUM_FRESH, draws=DRAWS, fresh_draws=FRESH_DRAWS,
-          arguments='' if number == PHANTOM.number else
-          f' -images {number} -batch {batch} -page docs/results/{args.page.name}')
+    write(args.page, 'phantom', **common, **tables, number=PHANTOM.number, validation=NUM_VALIDATION, two=NUM_TEST[2],
+          eight=NUM_TEST[8], twenty=NUM_TEST[20], fresh=NUM_FRESH, draws=DRAWS, fresh_draws=FRESH_DRAWS)

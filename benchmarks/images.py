@@ -20,18 +20,9 @@ ON_DEMAND = ('evaluate',)
 """Of raters: `-data` is a folder with `images` and `raters`, all of whose images are scored; they make a page."""
 
 
-def arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Of the command line."""
-    if name == 'phantom':
-        parser.add_argument('-images', type=int, default=PHANTOM.number,
-                            help='for training, two thirds of them for each fold (default %(default)s)')
-        parser.add_argument('-batch', type=int, default=dict(PHANTOM.dataset.changes)['batch_size'],
-                            help='patches in a batch (default %(default)s)')
-
-
 def run(name: str, args: argparse.Namespace) -> None:
     """The stages that are asked for."""
-    of = PHANTOM.scaled(args.images, args.batch) if name == 'phantom' else RATER_SETS[name]
+    of = {'phantom': PHANTOM, **RATER_SETS}[name]
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
         of.prepare(work, args.data)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODULES = {'phantom': 'images', 'nuclei': 'images', 'cells': 'images', 'nodules': 'images', 'hippocampus': 'volumes',
            'intervals': 'intervals', 'triage': 'triage', 'speed': 'speed',
            'headline': 'figures', 'levels': 'figures', 'differences': 'figures'}
-"""Name -> the module that has its `STAGES`, `arguments` and `run`."""
+"""Name -> the module that has its `STAGES` and `run`, and `arguments` of its own if it has any."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
         benchmark = import_module(module)
         page = f'{name}.png' if module == 'figures' else f'{name}.md'
         command = commands.add_parser(name, description=benchmark.__doc__, help=f'writes {page}')
-        command.add_argument('-o', required=True, help="work folder: nnU-Net's three folders and the measurements")
+        command.add_argument('-o', required=name != 'differences',
+                             help="work folder: nnU-Net's three folders and the measurements")
         command.add_argument('-data', help='folder of the data sets (or set NNUNET_PDDDPM_DATA)')
         command.add_argument('-page', type=Path, default=results() / page,
                              help='to write (default %(default)s)')
@@ -30,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
                              help='trainings (default: all); rows of an ensemble need all of them to be trained')
         command.add_argument('--stages', nargs='+', choices=benchmark.STAGES,
                              default=[of for of in benchmark.STAGES if of not in getattr(benchmark, 'ON_DEMAND', ())])
-        benchmark.arguments(command, name)
+        if hasattr(benchmark, 'arguments'):
+            benchmark.arguments(command, name)
     args = parser.parse_args(arguments)
     import_module(MODULES[args.name]).run(args.name, args)
 

@@ -53,10 +53,6 @@ def rows() -> tuple[list[Row], str]:
     return [Row(**row) for row in of['rows']], of['base']
 
 
-def arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """No further ones."""
-
-
 def run(name: str, args: argparse.Namespace) -> None:
     """The stages that are asked for."""
     work = Path(args.o).resolve()

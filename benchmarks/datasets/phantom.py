@@ -1,9 +1,8 @@
 """The phantom of known ambiguity as a data set: images of two objects to train on, of 2, 8 and 20 to test on."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet import NUM_FOLDS, Dataset
@@ -40,25 +39,14 @@ class PhantomSet:
     number: int = 1800
     """Images for training, each with one draw of the truth; two thirds of them for each fold."""
 
-    def scaled(self, number: int, batch_size: int) -> PhantomSet:
-        """With so many images, and patches in a batch."""
-        return replace(self, number=number, dataset=replace(self.dataset, changes=(('batch_size', batch_size),)))
-
     def prepare(self, work: Path, data: str | None = None) -> None:
         """Draw the images for training."""
-        if self.dataset.is_prepared(work):
-            if (there := self.images_of(work)) != self.number:
-                sys.exit(f'{work} holds {there} images for training, not {self.number}: name another folder.')
-        else:
+        if not self.dataset.is_prepared(work):
             drawn = ((f'phantom_{seed:05d}', phantom(seed)) for seed in range(self.number))
             names = write_cases(self.dataset.raw(work), ((name, of.image, of.truth) for name, of in drawn))
             folds = [names[fold::NUM_FOLDS] for fold in range(NUM_FOLDS)]
             self.dataset.plan(work, description('object', self.number), [
                 ([name for i, name in enumerate(names) if i % NUM_FOLDS != fold], of) for fold, of in enumerate(folds)])
-
-    def images_of(self, work: Path) -> int:
-        """Number for training that a folder holds."""
-        return sum(map(len, self.dataset.splits(work)[0].values()))
 
     def validation(self, work: Path, fold: int) -> Sequence[Image]:
         """The same of every training."""
