@@ -72,6 +72,11 @@ def rows(images: ImageSet) -> tuple[list[Row], str]:
     return [Row(**row) for row in of['rows']], of['base']
 
 
+def seconds_file(work: Path, tests: str) -> Path:
+    """Row -> seconds of all samples of an image."""
+    return work / 'measured' / f'{tests}__seconds.json'
+
+
 class Models:
     """The networks of one training, and what is fitted on its validation images."""
 
@@ -101,6 +106,10 @@ class Models:
                         torch.device('cpu'))
         volume.start_fold()
         return volume
+
+    def forget_maps(self) -> None:
+        """Maps are kept; when they have to be made again, that takes its time."""
+        self._maps.clear()
 
     def map(self, name: str, image: Image) -> Tensor:
         """Logits (C, 1, Y, X), padded, of an image."""

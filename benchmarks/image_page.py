@@ -9,7 +9,7 @@ import numpy as np
 from datasets.images import ImageSet
 from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM
 from datasets.raters import RaterSet
-from image_models import DRAWS, Row, rows
+from image_models import DRAWS, Row, rows, seconds_file
 from image_scores import against_truth, exact_map
 from page import Column, Line, Scores, base_of, forest, table, write
 from statistics_of_trainings import files_of_trainings
@@ -40,7 +40,10 @@ def read(work: Path, name: str, row: Row) -> Scores:
 def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
     """Of the rows that are measured."""
     found = [(row, read(work, name, row)) for row in of]
-    return [Line(row.title, scores, row.calls, note_of(row), row.base, row.plotted) for row, scores in found if scores]
+    file = seconds_file(work, name)
+    seconds = json.loads(file.read_text()) if file.is_file() else {}
+    return [Line(row.title, scores, row.calls + (f'; {seconds[row.title]:.2f} s' if row.title in seconds else ''),
+                 note_of(row), row.base, row.plotted) for row, scores in found if scores]
 
 
 def note_of(row: Row) -> str | None:

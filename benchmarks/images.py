@@ -6,18 +6,22 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets.images import Image, ImageSet
 from datasets.phantom import CONFIRMATION, FRESH_DRAWS, PHANTOM
 from datasets.raters import RATER_SETS
-from machine import results
+from machine import results, timed
 from nnunet import NUM_FOLDS
 
-STAGES = ('prepare', 'train', 'tune', 'measure', 'table', 'evaluate')
+STAGES = ('prepare', 'train', 'tune', 'measure', 'time', 'table', 'evaluate')
 ON_DEMAND = ('evaluate',)
 """Of raters: `-data` is a folder with `images` and `raters`, all of whose images are scored; they make a page."""
+TIMED = 3
+"""Images."""
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -36,6 +40,8 @@ def run(name: str, args: argparse.Namespace) -> None:
         return
     if 'measure' in args.stages:
         measure(of, work, of.tests(args.data), args.folds)
+    if 'time' in args.stages:
+        time_rows(of, work, of.tests(args.data))
     if 'table' in args.stages:
         from image_page import write_page
         write_page(name, of, work, args)
@@ -79,6 +85,25 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
                 print(name, row.title, 'fold', fold, settings, flush=True)
                 found = [score(models, image, *models.samples(image, row, settings, draws)) for image in images]
                 file.write_text(json.dumps({'settings': str(settings), 'scores': found}))
+
+
+@torch.inference_mode()
+def time_rows(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]]) -> None:
+    """Seconds of every row with the models of fold 0, in turn, without reading and writing: mean over a few images."""
+    here(of, work)
+    from image_models import Models, rows, seconds_file
+    name, images = next(iter(tests.items()))
+    if (file := seconds_file(work, name)).is_file():
+        return
+    models, seconds = Models(of, work, 0, of.validation(work, 0)), {}
+    for row in rows(of)[0]:
+        settings, of_images = models.settings(row), []
+        for image in images[:1] + images[:TIMED]:  # the first time is not counted
+            models.forget_maps()
+            of_images.append(timed(torch.device('cpu'), partial(models.draw, image, row, settings, of.samples)))
+        seconds[row.title] = float(np.mean(of_images[1:]))
+        print(row.title, seconds[row.title], flush=True)
+    file.write_text(json.dumps(seconds))
 
 
 def score(models: object, image: Image, masks: object, mean: object) -> dict[str, object]:

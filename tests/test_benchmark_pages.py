@@ -63,8 +63,10 @@ def test_page_of_images(name, tmp_path):
                     image.update(areas=rng.random((3, 4)).tolist(), areas_of_raters=rng.random((5, 4)).tolist())
                 (tmp_path / 'measured' / f'{one}__{row.name}__{fold}.json').write_text(json.dumps({'scores': scores}))
     file = tmp_path / f'{name}.md'
-    page.write_page(name, of, tmp_path, Namespace(page=file, images=1800, batch=4))
+    models.seconds_file(tmp_path, sets[0]).write_text(json.dumps({base: 0.254}))
+    page.write_page(name, of, tmp_path, Namespace(page=file))
     table = rows_of(file)
+    assert table[base][1] == '1; 0.25 s' and table[rows[0].title][1] == '0'
     assert {row.title for row in rows} <= table.keys()
     assert table[base][3] == '' and ' to ' in table[rows[0].title][3]
     assert file.with_suffix('.png').stat().st_size > 5000
