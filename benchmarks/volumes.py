@@ -42,6 +42,11 @@ class Row:
         """In the names of files."""
         return file_name(self.title)
 
+    @property
+    def as_tuned(self) -> bool:
+        """Whether the settings are those of the model."""
+        return self.network == 'denoiser' and not self.settings
+
     def folds(self, fold: int) -> list[int]:
         """That are predicted together."""
         return list(range(NUM_FOLDS)) if self.ensemble else [fold]
@@ -104,7 +109,8 @@ def measure(work: Path, folds: Sequence[int]) -> None:
         key = None
         for row in rows()[0]:
             file = work / 'measured' / f'{row.name}__{fold}.json'
-            if file.is_file() or row.ensemble and fold > 0:
+            untuned = [of for of in row.folds(fold) if not HIPPOCAMPUS.sweep(work, of).is_file()]
+            if file.is_file() or row.ensemble and fold > 0 or row.as_tuned and untuned:
                 continue
             print(row.title, 'fold', fold, flush=True)
             if (same := replace(row, title='', temperature=False)) != key:  # else the row before has these masks
