@@ -125,6 +125,7 @@ SHAPES = (Column('one of the shapes', 'clean', delta=False), Column('frequency e
           Column('correlation of the objects', correlation, 2, False))
 TWO = (Column('GED²', 'ged', 4, over_images=True), Column('GED², biased', 'ged_biased', 4, False), *SHAPES,
        Column('NLL', 'nll', 4), Column('Dice of the mean', 'dice', 4))
+CONFIRMED = (TWO[0], Column('one of the shapes', 'clean'), Column('frequency error', 'frequency_error'), *TWO[-2:])
 MANY = (Column('CRPS of the total', 'crps', 4), Column('sd ratio', sd_ratio, 2, False), *SHAPES)
 
 
@@ -151,7 +152,7 @@ def write_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: d
     for number, name in {**{number: f'phantom_{number}' for number in NUM_TEST}, 'fresh': CONFIRMATION}.items():
         found = lines(work, name, [row for row in table_rows if row.is_measured_on(name)])
         ideal = Line('exact samples', exact(name), '', '')
-        columns = MANY if number in (8, 20) else TWO
+        columns = MANY if number in (8, 20) else CONFIRMED if name == CONFIRMATION else TWO
         tables[f'of_{number}'] = table([*found, ideal], columns, base_title) if found else 'Not measured.'
         if number == 2:
             tables['figure'] = forest(found, TWO[0], base_title, 'lower', args.page.with_suffix('.png'))
