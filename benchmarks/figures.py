@@ -27,6 +27,8 @@ MIRRORED = 'second network, cross-entropy alone, one temperature, copula of obje
 BY_OBJECT, FRESH = 'start 0.8, 2 steps, drawn an object at a time', 'fresh images'
 RATERS = ('nuclei', 'cells', 'nodules')
 IDEAL = 'exact samples'
+HIGHER = ('Dice', 'one of the shapes')
+"""Columns in which higher is better."""
 
 
 class Place(NamedTuple):
@@ -41,9 +43,11 @@ class Place(NamedTuple):
 DIFFERENCES = {
     'mask, hippocampus: Dice': Place('hippocampus', 'PDDDPM, blind mask', 'Dice'),
     **{f'mask, {name}: Dice': Place(name, BLIND, 'Dice') for name in RATERS},
+    'probabilities, hippocampus: NLL': Place('hippocampus', 'PDDDPM, blind mask', 'NLL'),
     'mean of 8 chains as the mask, hippocampus: Dice': Place(
         'hippocampus', 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)', 'Dice'),
     'chains, fresh phantoms: GED²': Place('phantom', BY_OBJECT, 'GED²', section=FRESH),
+    'chains, fresh phantoms: objects of a true shape': Place('phantom', BY_OBJECT, 'one of the shapes', section=FRESH),
     **{f'chains, {name}: GED²': Place(name, CHAIN, 'GED²') for name in RATERS},
     **{f'samples as tuned, {name}: GED²': Place(name, TUNED, 'GED²', MIRRORED) for name in RATERS},
     'map of chains, fresh phantoms: NLL': Place('phantom', BY_OBJECT, 'NLL', section=FRESH)}
@@ -90,7 +94,8 @@ def levels(hippocampus: Path, phantom: Path, file: Path) -> None:
 def difference(of: Place) -> tuple[float, float, float]:
     """Mean and 95 % interval of a row's difference to its base, in % of the base's error; above 0 is worse.
 
-    The error is the metric, or 1 - Dice. Unless it is named, the base is the one row without a difference and a note.
+    The error is the metric, or 1 less what is better when higher. Unless it is named, the base is the one row without a
+    difference and a note.
     """
     text = (results() / f'{of.page}.md').read_text()
     lines = [[cell.strip() for cell in line.strip('|').split('|')]
@@ -106,7 +111,7 @@ def difference(of: Place) -> tuple[float, float, float]:
                            if not cells[value + 1] and '(' not in cells[value] and title != IDEAL)
     error = float(rows[base][value].split()[0])
     mean, low, high = (float(found) for found in re.findall(r'[+-][\d.]+', rows[of.row][value + 1]))
-    if of.column == 'Dice':
+    if of.column in HIGHER:
         error, mean, low, high = 1 - error, -mean, -high, -low
     return 100 * mean / error, 100 * low / error, 100 * high / error
 

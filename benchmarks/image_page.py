@@ -18,6 +18,7 @@ from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 
 EXACT_SETS = 10
 CONTROL = 'stock trained longer, thresholds'
+WITH_TEMPERATURE = 'stock trained longer, one temperature, thresholds'
 EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the others, and false alarms are the share '
          'of these images with a mask that is not empty.')
 FITTED = ' (one ensemble)'
@@ -75,8 +76,8 @@ RATERS = (Column('GED²', 'ged', over_images=True), Column('CRPS of the area', '
           Column('CRPS of the number of objects', 'components'), Column('objects', objects, 1, False),
           Column('energy of quadrants', 'energy'), Column('HM-IoU', 'hm_iou', delta=False),
           Column('sd ratio', 'sd_ratio', 2, False), Column('correlation', 'correlation', 2, False))
-OF_MEAN = (Column('NLL', 'nll', 4), Column('ECE', 'ece'), Column('Dice', 'dice', base=CONTROL),
-           Column('F1 of objects', 'f1', base=CONTROL))
+OF_MEAN = (Column('NLL', 'nll', 4, also_to=WITH_TEMPERATURE), Column('ECE', 'ece'),
+           Column('Dice', 'dice', base=CONTROL), Column('F1 of objects', 'f1', base=CONTROL))
 FALSE_ALARMS = (Column('false alarms', 'false_alarm', base=CONTROL),)
 
 

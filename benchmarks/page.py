@@ -28,6 +28,8 @@ class Column:
     """Title of the row that rows are compared with in this column, if it is another than the table's."""
     over_images: bool = False
     """Whether the interval of the difference over images stands there, too."""
+    also_to: str | None = None
+    """Title of a further row that rows are compared with."""
 
     def values(self, scores: Scores) -> np.ndarray:
         """(trainings, cases)"""
@@ -61,7 +63,8 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
     95 % intervals. With fewer than three trainings there are no intervals, which the row says."""
     calls = any(line.calls is not None for line in lines)
     heads = [head for column in columns for head in (
-        column.title, *(['Δ'] if column.delta else []), *(['over images'] if column.over_images else []))]
+        column.title, *(['Δ'] if column.delta else []), *(['over images'] if column.over_images else []),
+        *([f'Δ to {column.also_to}'] if column.also_to else []))]
     text = [f'| | {"calls | " if calls else ""}{" | ".join(heads)} |', '|---' * (1 + calls + len(heads)) + '|']
     for line in lines:
         trainings = len(columns[0].values(line.scores))
@@ -71,7 +74,7 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
         for column in columns:
             values, compared = column.values(line.scores), line.base or column.base or base
             if np.isnan(values).all():
-                cells += ['–', *[''] * (column.delta + column.over_images)]
+                cells += ['–', *[''] * (column.delta + column.over_images + bool(column.also_to))]
                 continue
             alike = few or line.note is not None and np.array_equal(
                 values, np.broadcast_to(values[:1], values.shape), equal_nan=True)
@@ -83,6 +86,10 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
                 cells.append('' if pair is None else _delta(*pair, column.digits))
             if column.over_images:
                 cells.append('' if pair is None else over_images(*pair, column.digits))
+            if column.also_to:
+                alone = line.title == column.also_to or line.note is not None
+                cells.append('' if alone else _delta(*paired(column, line.scores, base_of(lines, column.also_to)),
+                                                     column.digits))
         text.append(f'| {" | ".join(cells)} |')
     return '\n'.join(text)
 

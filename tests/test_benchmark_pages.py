@@ -138,13 +138,14 @@ def test_rows_and_columns_have_bases_of_their_own_and_intervals_over_images():
     lines = [page.Line('base', of['base']), page.Line('mirrored', of['mirrored']),
              page.Line('tuned', of['tuned'], base='mirrored'),
              page.Line('fitted', of['fitted'], note=' (one ensemble)')]
-    columns = page.Column('GED²', 'ged', 1, over_images=True), page.Column('Dice', 'dice', 1, base='mirrored')
+    columns = (page.Column('GED²', 'ged', 1, over_images=True),
+               page.Column('Dice', 'dice', 1, base='mirrored', also_to='tuned'))
     head, _, *rows = page.table(lines, columns, 'base').splitlines()
-    assert head == '| | GED² | Δ | over images | Dice | Δ |'
-    assert rows == ['| base | 1.1 ± 0.1 |  |  | 1.0 ± 0.0 | -1.0 (-1.0 to -1.0) |',
-                    '| mirrored | 2.1 ± 0.1 | +1.0 (+1.0 to +1.0) | +1.0 to +1.0 | 2.0 ± 0.0 |  |',
-                    '| tuned | 4.1 ± 0.1 | +2.0 (+2.0 to +2.0) | +2.0 to +2.0 | 4.0 ± 0.0 | +2.0 (+2.0 to +2.0) |',
-                    '| fitted | 5.1 ± 0.1 (one ensemble) |  |  | – |  |']
+    assert head == '| | GED² | Δ | over images | Dice | Δ | Δ to tuned |'
+    assert rows == ['| base | 1.1 ± 0.1 |  |  | 1.0 ± 0.0 | -1.0 (-1.0 to -1.0) | -3.0 (-3.0 to -3.0) |',
+                    '| mirrored | 2.1 ± 0.1 | +1.0 (+1.0 to +1.0) | +1.0 to +1.0 | 2.0 ± 0.0 |  | -2.0 (-2.0 to -2.0) |',
+                    '| tuned | 4.1 ± 0.1 | +2.0 (+2.0 to +2.0) | +2.0 to +2.0 | 4.0 ± 0.0 | +2.0 (+2.0 to +2.0) |  |',
+                    '| fitted | 5.1 ± 0.1 (one ensemble) |  |  | – |  |  |']
 
 
 def test_where_most_raters_drew_nothing_a_mask_is_a_false_alarm_and_has_no_dice():
