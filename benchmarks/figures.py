@@ -22,6 +22,7 @@ from nnunet_pdddpm.inference.intervals import in_percent
 
 STAGES = ('draw',)
 CHAIN, BLIND = 'PDDDPM, start 0.8, 2 steps, copula of objects', 'PDDDPM, blind mask, thresholds'
+CONTROL = 'stock trained longer, one temperature, thresholds'
 TUNED = 'PDDDPM as tuned, with mirroring'
 MIRRORED = 'second network, cross-entropy alone, one temperature, copula of objects, with mirroring'
 BY_OBJECT, FRESH = 'start 0.8, 2 steps, drawn an object at a time', 'fresh images'
@@ -32,25 +33,29 @@ HIGHER = ('Dice', 'one of the shapes')
 
 
 class Place(NamedTuple):
-    """Of a difference: page, row and column; the base, if the row has one of its own; a word of the section."""
+    """Of a difference: page, row and column; the base, if it is not the table's; words of the section and of the
+    difference's column."""
     page: str
     row: str
     column: str
     base: str | None = None
     section: str = ''
+    delta: str = 'Δ'
 
 
 DIFFERENCES = {
     'mask, hippocampus: Dice': Place('hippocampus', 'PDDDPM, blind mask', 'Dice'),
     **{f'mask, {name}: Dice': Place(name, BLIND, 'Dice') for name in RATERS},
     'probabilities, hippocampus: NLL': Place('hippocampus', 'PDDDPM, blind mask', 'NLL'),
+    **{f'probabilities, {name}: NLL': Place(name, BLIND, 'NLL', CONTROL, delta=f'Δ to {CONTROL}') for name in RATERS},
     'mean of 8 chains as the mask, hippocampus: Dice': Place(
         'hippocampus', 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)', 'Dice'),
     'chains, fresh phantoms: GED²': Place('phantom', BY_OBJECT, 'GED²', section=FRESH),
     'chains, fresh phantoms: objects of a true shape': Place('phantom', BY_OBJECT, 'one of the shapes', section=FRESH),
     **{f'chains, {name}: GED²': Place(name, CHAIN, 'GED²') for name in RATERS},
     **{f'samples as tuned, {name}: GED²': Place(name, TUNED, 'GED²', MIRRORED) for name in RATERS},
-    'map of chains, fresh phantoms: NLL': Place('phantom', BY_OBJECT, 'NLL', section=FRESH)}
+    'map of chains, fresh phantoms: NLL': Place('phantom', BY_OBJECT, 'NLL', section=FRESH),
+    **{f'map of chains, {name}: NLL': Place(name, CHAIN, 'NLL') for name in RATERS}}
 """What is compared -> where it stands."""
 
 
@@ -103,6 +108,7 @@ def difference(of: Place) -> tuple[float, float, float]:
              if line.startswith('|')]
     head = next(cells for cells in lines if of.column in cells and 'Δ' in cells[cells.index(of.column) + 1:][:1])
     value = head.index(of.column)
+    delta = head.index(of.delta, value)
     rows: dict[str, list[str]] = {}
     for cells in lines[lines.index(head) + 2:]:
         if len(cells) == len(head):
@@ -110,7 +116,7 @@ def difference(of: Place) -> tuple[float, float, float]:
     base = of.base or next(title for title, cells in rows.items()
                            if not cells[value + 1] and '(' not in cells[value] and title != IDEAL)
     error = float(rows[base][value].split()[0])
-    mean, low, high = (float(found) for found in re.findall(r'[+-][\d.]+', rows[of.row][value + 1]))
+    mean, low, high = (float(found) for found in re.findall(r'[+-][\d.]+', rows[of.row][delta]))
     if of.column in HIGHER:
         error, mean, low, high = 1 - error, -mean, -high, -low
     return 100 * mean / error, 100 * low / error, 100 * high / error

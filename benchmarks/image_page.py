@@ -21,6 +21,7 @@ CONTROL = 'stock trained longer, thresholds'
 WITH_TEMPERATURE = 'stock trained longer, one temperature, thresholds'
 EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the others, and false alarms are the share '
          'of these images with a mask that is not empty.')
+SECONDS = ' Seconds: of all {samples} samples of an image, in turn on one thread, without files.'
 FITTED = ' (one ensemble)'
 
 
@@ -57,7 +58,9 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
     """Of what is measured, on the benchmark's own test images or others."""
     network = of.dataset.planned(work)
     stock, others = of.dataset.total_iterations
-    common = {'name': name, 'title': of.title, 'samples': of.samples, 'batch': network['batch_size'],
+    seconds = SECONDS.format(samples=of.samples) if any(work.glob('measured/*__seconds.json')) else ''
+    common = {'name': name, 'seconds': seconds, 'title': of.title,
+              'samples': of.samples, 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
               'stock': stock, 'others': others, 'epochs': of.dataset.epochs[0]}
     if of.kind == 'phantom':
