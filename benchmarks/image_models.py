@@ -72,6 +72,12 @@ def rows(images: ImageSet) -> tuple[list[Row], str]:
     return [Row(**row) for row in of['rows']], of['base']
 
 
+def rows_to_measure(images: ImageSet, work: Path, fold: int) -> list[Row]:
+    """Without that of the tuned settings while a training is not tuned."""
+    tuned = images.dataset.sweep(work, fold).is_file()
+    return [row for row in rows(images)[0] if tuned or row.network != 'tuned']
+
+
 def seconds_file(work: Path, tests: str) -> Path:
     """Row -> seconds of all samples of an image."""
     return work / 'measured' / f'{tests}__seconds.json'

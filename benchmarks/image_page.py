@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets.images import ImageSet
-from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM
+from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM, SMALLEST
 from datasets.raters import RaterSet
 from image_models import DRAWS, Row, rows, seconds_file
 from image_scores import against_truth, exact_map
@@ -58,9 +58,9 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
     """Of what is measured, on the benchmark's own test images or others."""
     network = of.dataset.planned(work)
     stock, others = of.dataset.total_iterations
-    seconds = SECONDS.format(samples=of.samples) if any(work.glob('measured/*__seconds.json')) else ''
-    common = {'name': name, 'seconds': seconds, 'title': of.title,
-              'samples': of.samples, 'batch': network['batch_size'],
+    timed = seconds_file(work, SMALLEST if of.kind == 'phantom' else tests or of.label).is_file()
+    common = {'name': name, 'title': of.title, 'samples': of.samples,
+              'seconds': SECONDS.format(samples=of.samples) if timed else '', 'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
               'stock': stock, 'others': others, 'epochs': of.dataset.epochs[0]}
     if of.kind == 'phantom':

@@ -71,13 +71,12 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
             folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Scores of every row, training and test image, as `measured/SET__ROW__FOLD.json`; what is there is left alone."""
     here(of, work)
-    from image_models import DRAWS, Models, rows
+    from image_models import DRAWS, Models, rows_to_measure
     results = work / 'measured'
     results.mkdir(exist_ok=True)
-    table, _ = rows(of)
     for fold in folds:
-        models, tuned = Models(of, work, fold, of.validation(work, fold)), of.dataset.sweep(work, fold).is_file()
-        for row in table if tuned else [row for row in table if row.network != 'tuned']:
+        models = Models(of, work, fold, of.validation(work, fold))
+        for row in rows_to_measure(of, work, fold):
             for name, images in tests.items():
                 file = results / f'{name}__{row.name}__{fold}.json'
                 if file.is_file() or not row.is_measured_on(name):
@@ -92,12 +91,12 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
 def time_rows(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]]) -> None:
     """Seconds of every row with the models of fold 0, in turn, without reading and writing: mean over a few images."""
     here(of, work)
-    from image_models import Models, rows, seconds_file
+    from image_models import Models, rows_to_measure, seconds_file
     name, images = next(iter(tests.items()))
     if (file := seconds_file(work, name)).is_file():
         return
     models, seconds = Models(of, work, 0, of.validation(work, 0)), {}
-    for row in rows(of)[0]:
+    for row in rows_to_measure(of, work, 0):
         fitted = 0.5 if row.dependence == 'fitted' else row.dependence  # whatever is fitted takes the same time
         row = replace(row, temperature=False, dependence=fitted)
         settings, of_images = models.settings(row), []
