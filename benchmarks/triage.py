@@ -81,9 +81,10 @@ def measure_validation(models: Models, file: Path) -> None:
     """Rows that the order is fitted on, as training makes them, and the deep features of each."""
     from nnunet_pdddpm.tuning.calibration import measure as measure_cases
     from nnunet_pdddpm.tuning.cases import ValidationCases
+    from nnunet_pdddpm.tuning.fold import FoldData
     if file.is_file():
         return
-    cases, predictor, found = ValidationCases(models.trainer()), models.predictor, []
+    cases, predictor, found = ValidationCases(FoldData.from_trainer(models.trainer())), models.predictor, []
     predict_volume = predictor.predict_volume
 
     def predict(*arguments: Any, **named: Any) -> Any:

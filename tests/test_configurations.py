@@ -24,6 +24,7 @@ from conftest import (
 from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.demo.phantom import write_dataset
 from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.fold import FoldData
 
 DATASET_ID = 703
 DATASET = f'Dataset{DATASET_ID}_Cascade'
@@ -117,7 +118,7 @@ def test_the_previous_stage_s_channels_reach_the_presegmenter_and_the_denoiser(s
         seen, flipped = trainer.network(noisy)[0], trainer.network(noisy._replace(image=other))[0]
     assert not torch.allclose(seen, flipped)
 
-    to_tune_on = ValidationCases(trainer)
+    to_tune_on = ValidationCases(FoldData.from_trainer(trainer))
     case = to_tune_on.load(to_tune_on.names[0])
     previous = to_tune_on.dataset.load_case(to_tune_on.names[0])[2][:]
     np.testing.assert_array_equal(case.image[1:], np.stack([previous == label for label in (1, 2)]))

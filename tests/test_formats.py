@@ -33,6 +33,7 @@ from nnunet_pdddpm.network.state import CALIBRATION
 from nnunet_pdddpm.tuning import report as sweep_report
 from nnunet_pdddpm.tuning import sweep
 from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.fold import FoldData
 
 LABELS = {'background': 0, 'cell': 1, 'nucleus': 2}
 REGIONS = {'labels': {'background': 0, 'whole': [1, 2], 'nucleus': [2]}, 'regions_class_order': [1, 2]}
@@ -243,8 +244,9 @@ def test_raters_masks_of_a_tif_have_the_voxel_size_of_the_image_which_nnunet_doe
     configuration, raters, ending = setting.preprocess(), setting.root / 'raters', setting.kind.ending
     raters.mkdir()
     save(read(setting.references / f'b{ending}'), raters / f'b__me{ending}', setting.kind, 'b__me')
-    cases = ValidationCases(make_trainer('PDDDPMTrainer', 0, configuration, 730, 'nnUNetPlans'), raters)
-    assert not list(cases.truth.glob('*.json'))
+    trainer = make_trainer('PDDDPMTrainer', 0, configuration, 730, 'nnUNetPlans')
+    cases = ValidationCases(FoldData.from_trainer(trainer), raters)
+    assert not list(cases.data.truth.glob('*.json'))
     case = cases.load('b')
     assert (case.labels == 2).any()
     np.testing.assert_array_equal(case.raters[0], case.labels.clip(0))

@@ -17,6 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_pdddpm.demo.phantom import write_dataset
 from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning.cases import ValidationCases
+from nnunet_pdddpm.tuning.fold import FoldData
 from nnunet_pdddpm.tuning.tune import open_model
 
 CONFIGURATIONS = ('2d', '3d_fullres')
@@ -127,7 +128,7 @@ def test_training_validation_and_prediction(kind, configuration, monkeypatch):
                              'DRAWS': 2}.items():
             monkeypatch.setattr(sweep_module, name, values)
         model = open_model(Path(trainer.output_folder_base), 0, torch.device('cpu'))
-        measured = sweep_module.sweep(model, ValidationCases(trainer))
+        measured = sweep_module.sweep(model, ValidationCases(FoldData.from_trainer(trainer)))
         assert all(row.dice.shape == row.nll.shape == (2,) for row in measured.masks)
         assert all((0 <= row.dice).all() and (row.dice <= 1).all() and np.isfinite(row.nll).all()
                    for row in measured.masks)

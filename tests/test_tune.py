@@ -55,6 +55,7 @@ from nnunet_pdddpm.tuning.choice import (
     choose_samples,
     difference_interval,
 )
+from nnunet_pdddpm.tuning.fold import FoldData
 from nnunet_pdddpm.tuning.report import describe_mask, describe_samples
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.stored import store
@@ -355,6 +356,10 @@ class KnownCases:
         return Case(torch.zeros((1, *labels.shape)), labels, [], {}, name)
 
 
+def validation_cases(raters: Path | None = None) -> ValidationCases:
+    return ValidationCases(FoldData.from_trainer(make_trainer(TUNED, 0)), raters)
+
+
 SIZE = (16, 24, 16)  # of a patch
 
 
@@ -574,7 +579,7 @@ def test_masks_that_are_tried():
 def test_rows_are_what_each_setting_gives_alone(tuned):
     """What is shared between settings changes nothing; stock's and the blind mask are nnU-Net's own predictions."""
     predictor, trainer = open_model(tuned, 0, CPU), make_trainer(TUNED, 0)
-    case, content = ValidationCases(trainer).load(CASES[1]), report(tuned)
+    case, content = validation_cases().load(CASES[1]), report(tuned)
     labels = case.labels.clip(0).astype(int)
     image, unpad = pad_nd_image(case.image, predictor.configuration_manager.patch_size, 'constant', {'value': 0}, True)
     box = (slice(None), *unpad[1:])
@@ -613,7 +618,7 @@ def test_rows_are_what_each_setting_gives_alone(tuned):
 
 
 def test_a_case_of_which_the_stock_model_makes_no_numbers_is_named(tuned, monkeypatch):
-    case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[1])
+    case = validation_cases().load(CASES[1])
 
     def explode(self, *args):
         raise RuntimeError(f'{NNUNET_INF_ERROR}. Aborting.')
@@ -628,7 +633,7 @@ def test_masks_are_of_the_samples_that_a_prediction_draws(tuned):
                                 mask_stock=0.25)
     of_prediction = VolumePredictor(device=CPU, allow_tqdm=False, overrides=asdict(settings))
     of_prediction.initialize_from_trained_model_folder(str(tuned), (0,))
-    case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[1])
+    case = validation_cases().load(CASES[1])
     predicted = of_prediction.predict_volume(case.image, case=case.name)
     with torch.inference_mode():
         opened = CaseSweep(open_model(tuned, 0, CPU), case)
@@ -657,7 +662,7 @@ def results() -> dict[str, np.ndarray]:
 def test_passes_are_those_that_happen_and_results_the_same_however_little_memory_there_is(
         scratch, monkeypatch, results, memory, seconds):
     monkeypatch.setattr(sweep_module, 'CACHE_BYTES', memory)
-    predictor, cases = open_model(scratch, 0, CPU), ValidationCases(make_trainer(TUNED, 0))
+    predictor, cases = open_model(scratch, 0, CPU), validation_cases()
     cases.names = cases.names[:2]
     calls = counted(predictor)
     found = sweep(predictor, cases, seconds)
@@ -813,7 +818,7 @@ def test_volumes_of_the_validation_cases_go_into_the_checkpoint_and_end_with_fur
     assert ('Volume of organ: no calibrated interval: the true volume is known of 3 validation cases whose mask holds '
             'something of it, 9 are needed' in log(scratch))
     stored = weights(file)['calibration']
-    cases = ValidationCases(make_trainer(TUNED, 0))
+    cases = validation_cases()
     for row, name in zip(stored, cases.names, strict=False):
         for label, channel in (('organ', 1), ('lesion', 2)):
             assert row[channel, 0] == pytest.approx(cases.true_volumes(name)[label])
@@ -900,7 +905,7 @@ def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeyp
 
 def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, caplog):
     """By a device that is another name of the CPU, and too small for a draw."""
-    case = ValidationCases(make_trainer(TUNED, 0)).load(CASES[0])
+    case = validation_cases().load(CASES[0])
     settings, draw = [SamplingSettings(samples_from='stock')], CaseSweep.draw
     with torch.inference_mode():
         expected = CaseSweep(open_model(tuned, 0, CPU), case).energies(settings, range(2))
@@ -951,7 +956,7 @@ def test_a_chain_that_is_chosen_for_mask_and_samples_is_what_plain_prediction_ru
     assert (predictor.network.settings.start, predictor.network.settings.samples_from) == (0.6, 'chain')
     levels = []
     predictor.network.denoiser.register_forward_hook(lambda module, inputs, output: levels.append(float(inputs[2][0])))
-    predictor.predict_sliding_window_return_logits(ValidationCases(make_trainer(TUNED, 0)).load(CASES[0]).image)
+    predictor.predict_sliding_window_return_logits(validation_cases().load(CASES[0]).image)
     assert levels == pytest.approx([predictor.network.table.log_snr_at(0.6)] * len(levels)) and levels
 
 
@@ -1030,7 +1035,7 @@ def test_raters_masks_come_onto_the_grid_of_the_preprocessed_truth(stock, tuned,
     """The truth itself, given as a rater's mask, is the preprocessed truth, voxel by voxel."""
     for case in CASES:
         shutil.copy(stock.raw / 'labelsTr' / f'{case}.nii.gz', tmp_path / f'{case}__me.nii.gz')
-    cases = ValidationCases(make_trainer(TUNED, 0), tmp_path)
+    cases = validation_cases(tmp_path)
     for name in CASES:
         case = cases.load(name)
         assert (case.labels > 0).any()

@@ -131,7 +131,7 @@ def test_an_error_in_the_remarks_is_none_of_the_image_but_for_the_reading(tmp_pa
 def test_a_truth_that_is_damaged_gives_no_volume_to_calibrate_by_and_is_told(tmp_path):
     cases, said = object.__new__(ValidationCases), []
     manager = PlansManager(plans('SimpleITKIO', 3, 1))
-    cases.truth, cases.dataset_json, cases.log = tmp_path, DESCRIPTION, said.append
+    cases.data, cases.log = SimpleNamespace(truth=tmp_path, dataset_json=DESCRIPTION), said.append
     cases.label_manager, cases._reader = manager.get_label_manager(DESCRIPTION), SimpleITKIO()
     cases.dataset = SimpleNamespace(load_case=lambda name: (None, None, None, {'spacing': [2.0, 1.0, 1.0]}))
     file = tmp_path / 'a.nii.gz'

@@ -18,6 +18,7 @@ from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import CheckpointError
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning.errors import TuningError
+from nnunet_pdddpm.tuning.fold import FoldData
 from nnunet_pdddpm.tuning.tune import calibrate_fold, open_model, tune
 
 
@@ -49,9 +50,10 @@ def run(args: argparse.Namespace) -> None:
     except (ValueError, NotImplementedError) as error:
         sys.exit(f'Error: {error}')
     try:
-        tune(trainer, predictor, None if args.budget is None else 60 * args.budget, args.raters,
-             not args.disable_progress_bar, trainer.print_to_log_file)
-        calibrate_fold(trainer, device, trainer.print_to_log_file)
+        data = FoldData.from_trainer(trainer)
+        tune(data, predictor, None if args.budget is None else 60 * args.budget, args.raters,
+             not args.disable_progress_bar)
+        calibrate_fold(data, device)
     except (TuningError, EvaluationError, CheckpointError, FileNotFoundError) as error:
         sys.exit(f'Error: {error}')
     except OSError as error:

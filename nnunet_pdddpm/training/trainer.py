@@ -53,6 +53,7 @@ from nnunet_pdddpm.training.warm_up import WarmUpPolyLRScheduler
 from nnunet_pdddpm.tuning.calibration import Measured, cases_to_calibrate, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
 from nnunet_pdddpm.tuning.errors import TuningError
+from nnunet_pdddpm.tuning.fold import FoldData
 from nnunet_pdddpm.tuning.report import SWEEP
 from nnunet_pdddpm.tuning.tune import open_model, tune
 from nnunet_pdddpm.versions import require_nnunet
@@ -347,7 +348,7 @@ class PDDDPMTrainer(nnUNetTrainer):
             try:
                 with log_forwarded_to(self.print_to_log_file):
                     predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
-                    return tune(self, predictor, seconds, log=self.print_to_log_file)
+                    return tune(FoldData.from_trainer(self), predictor, seconds)
             except (TuningError, CheckpointError, OSError) as error:
                 self.print_to_log_file(f'{stay}{error}')
             except MEMORY_ERRORS as error:
@@ -446,7 +447,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def _measure_own_share(self, file: Path) -> Measured | str:
         """Scores of this process's share of the validation cases; or why there are none."""
         try:
-            cases = ValidationCases(self)
+            cases = ValidationCases(FoldData.from_trainer(self))
             predictor = open_for_calibration(file.parents[1], self.fold, self.device, file.name)
             exclude_seen_cases(cases, predictor.list_of_parameters[0], self.print_to_log_file)
             names = cases_to_calibrate(cases.names)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.seen import split_overlap, stored_seen
 from nnunet_pdddpm.tuning.budget import enough_cases
 from nnunet_pdddpm.tuning.errors import TuningError
+from nnunet_pdddpm.tuning.fold import FoldData
 
 
 @dataclass(frozen=True)
@@ -37,51 +37,40 @@ class Case:
 
 
 class ValidationCases:
-    """Reads them as the trainer's `perform_actual_validation` does."""
+    """Reads them as nnU-Net's `perform_actual_validation` does."""
 
-    def __init__(self, trainer: nnUNetTrainer, raters: Path | None = None) -> None:
+    def __init__(self, data: FoldData, raters: Path | None = None) -> None:
         """
         Args:
-            trainer: of the fold; it need not be initialised.
+            data: of the fold.
             raters: folder of several people's masks, `CASE__RATER` with the data set's file ending.
 
         Raises:
             TuningError: if there are no validation cases, or they are not preprocessed.
             EvaluationError: if the raters' folder or a mask in it cannot be used.
         """
-        if trainer.fold == 'all':
-            raise TuningError('fold all was trained on every case: the sampling settings can only be tuned in a fold '
-                              'with validation cases.')
-        folder = Path(trainer.preprocessed_dataset_folder)
-        if not folder.is_dir():
-            raise TuningError(f'The preprocessed data {folder} is missing: run nnUNetv2_preprocess with these plans '
-                              f'and this configuration first.')
-        self.training, names = trainer.do_split()
+        names, folder = data.validation, str(data.preprocessed)
         if not names:
-            raise TuningError(f'Fold {trainer.fold} has no validation cases: the sampling settings need a fold with '
-                              f'them.')
-        there = trainer.dataset_class.get_identifiers(str(folder))
-        if missing := sorted(set(names) - set(there)):
+            raise TuningError(f'Fold {data.fold} has no validation cases: the sampling settings need a fold with them.')
+        if missing := sorted(set(names) - set(data.dataset_class.get_identifiers(folder))):
             raise TuningError(f'{len(missing)} of {len(names)} validation cases are missing in {folder} (such as '
                               f'{missing[0]}): run nnUNetv2_preprocess first.')
-        self.dataset = trainer.dataset_class(str(folder), list(names), trainer.folder_with_segs_from_previous_stage)
+        self.data, self.training = data, data.training
+        self.dataset = data.dataset_class(folder, names, data.previous_stage)
         self.names: list[str] = list(self.dataset.identifiers)
-        self.is_cascaded, self.label_manager = trainer.is_cascaded, trainer.label_manager
-        self.plans, self.configuration = trainer.plans_manager, trainer.configuration_manager
-        self.dataset_json, self.truth = trainer.dataset_json, Path(trainer.preprocessed_dataset_folder_base,
-                                                                   'gt_segmentations')
-        self._reader = trainer.plans_manager.image_reader_writer_class()
-        self.fold, self.log = trainer.fold, trainer.print_to_log_file
-        self.raters = None if raters is None else self._open_raters(trainer, raters)
+        self.label_manager = data.plans.get_label_manager(data.dataset_json)
+        self._reader = data.plans.image_reader_writer_class()
+        self.log = data.log
+        self.raters = None if raters is None else self._open_raters(raters)
         self._require_raters()
 
-    def _open_raters(self, trainer: nnUNetTrainer, raters: Path) -> Folders:
-        model = Path(trainer.output_folder_base)
-        folders = open_folders(self.truth, self.truth, raters, model / 'dataset.json', model / 'plans.json')
+    def _open_raters(self, raters: Path) -> Folders:
+        truth, model = self.data.truth, self.data.output.parent
+        folders = open_folders(truth, truth, raters, model / 'dataset.json', model / 'plans.json')
         for line in folders.left_out:
-            trainer.print_to_log_file(f'Not compared: {line}')
+            self.log(f'Not compared: {line}')
         for line in folders.doubtful:
-            trainer.print_to_log_file(f'Look at this: {line}')
+            self.log(f'Look at this: {line}')
         return folders
 
     def restrict_to(self, names: Collection[str]) -> None:
@@ -91,8 +80,8 @@ class ValidationCases:
 
     def _require_raters(self) -> None:
         if self.raters is not None and not any(self.raters.rater_files(name) for name in self.names):
-            raise TuningError(f'{self.raters.raters} has no mask of any validation case of fold {self.fold} that can '
-                              f'be measured on: name them CASE__RATER{self.raters.ending}, such as '
+            raise TuningError(f'{self.raters.raters} has no mask of any validation case of fold {self.data.fold} that '
+                              f'can be measured on: name them CASE__RATER{self.raters.ending}, such as '
                               f'{self.names[0]}__1{self.raters.ending}.')
 
     def voxels(self, name: str) -> int:
@@ -103,7 +92,7 @@ class ValidationCases:
         """Read a case."""
         data, seg, previous, properties = self.dataset.load_case(name)
         image = np.asarray(data[:])
-        if self.is_cascaded:
+        if self.data.previous_stage is not None:
             image = np.vstack((image, convert_labelmap_to_one_hot(
                 previous[:], self.label_manager.foreground_labels, output_dtype=image.dtype)))
         return Case(torch.from_numpy(np.array(image)), np.asarray(seg[:])[0],
@@ -117,7 +106,7 @@ class ValidationCases:
         Its voxels are those of the image: nnU-Net copies the truth, and not the json that gives the size in a tif.
         """
         properties = self.dataset.load_case(name)[3]
-        file = self.truth / f'{name}{self.dataset_json["file_ending"]}'
+        file = self.data.truth / f'{name}{self.data.dataset_json["file_ending"]}'
         try:
             if wrong := damage(file):  # SimpleITK reads a part of a mask as the whole
                 raise UnusableImage(f'{file} {wrong}')
@@ -130,7 +119,7 @@ class ValidationCases:
             return None
         voxel = voxel_volume_ml(labels.shape[1:], properties['spacing'])
         return {label: float(np.isin(labels, values).sum()) * voxel
-                for label, values in foreground_labels(self.dataset_json).items()}
+                for label, values in foreground_labels(self.data.dataset_json).items()}
 
     def _raters_of(self, name: str, properties: dict[str, Any], shape: tuple[int, ...]) -> list[np.ndarray]:
         """The raters' masks, transposed, cropped and resampled as nnU-Net's preprocessor does with a truth."""
@@ -140,15 +129,16 @@ class ValidationCases:
         if isinstance(self.raters.reader, Tiff3DIO):  # nnU-Net copies the truth, and not the json with its voxel size
             reference = replace(reference, spacing=tuple(properties['spacing']),
                                 properties={**reference.properties, 'spacing': properties['spacing']})
-        forward, box = self.plans.transpose_forward, properties['bbox_used_for_cropping']
+        forward, box = self.data.plans.transpose_forward, properties['bbox_used_for_cropping']
         spacing = [properties['spacing'][i] for i in forward]
-        target = list(self.configuration.spacing)
+        configuration = self.data.configuration
+        target = list(configuration.spacing)
         target = target if len(target) == len(spacing) else [spacing[0], *target]
         masks = []
         for file in self.raters.rater_files(name).values():
             mask = self.raters.read_mask(file, reference).array.transpose(forward)[tuple(slice(*b) for b in box)]
-            masks.append(np.asarray(self.configuration.resampling_fn_seg(mask[None].astype(np.float32), shape, spacing,
-                                                                         target))[0].round().astype(np.int16))
+            masks.append(np.asarray(configuration.resampling_fn_seg(mask[None].astype(np.float32), shape, spacing,
+                                                                    target))[0].round().astype(np.int16))
         return masks
 
 

@@ -1,13 +1,10 @@
 """Tune a fold: sweep, choose, report, store."""
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -17,12 +14,11 @@ from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure, open_f
 from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
 from nnunet_pdddpm.tuning.choice import choose_measured
 from nnunet_pdddpm.tuning.errors import TuningError
+from nnunet_pdddpm.tuning.fold import FoldData
 from nnunet_pdddpm.tuning.plain import plain_dice
 from nnunet_pdddpm.tuning.report import summary_lines, write_sweep
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import sweep
-
-logger = logging.getLogger(__name__)
 
 
 def open_model(model_folder: Path, fold: int | str, device: torch.device) -> VolumePredictor:
@@ -44,17 +40,16 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
     return predictor
 
 
-def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
-         progress: bool = False, log: Callable[[str], None] = logger.info) -> SamplingSettings:
+def tune(data: FoldData, predictor: VolumePredictor, seconds: float | None = None, raters: Path | None = None,
+         progress: bool = False) -> SamplingSettings:
     """Find the sampling settings of a trained fold on its validation cases, report them and put them into the model.
 
     Args:
-        trainer: of the fold; it need not be initialised.
+        data: of the fold; its log is told what was chosen, and what was left out.
         predictor: from `open_model`.
         seconds: time budget, None for none.
         raters: folder of several people's masks, `CASE__RATER`.
         progress: whether to show a bar.
-        log: told what was chosen, and what was left out.
 
     Raises:
         TuningError: if there is nothing to tune on, or no time, or too few cases that the model was not trained on. It
@@ -62,35 +57,33 @@ def tune(trainer: nnUNetTrainer, predictor: VolumePredictor, seconds: float | No
         EvaluationError: if the raters' masks cannot be used.
         OSError: if the results cannot be written.
     """
-    cases = ValidationCases(trainer, raters)
-    exclude_seen_cases(cases, predictor.list_of_parameters[0], log)
+    cases = ValidationCases(data, raters)
+    exclude_seen_cases(cases, predictor.list_of_parameters[0], data.log)
     measured = sweep(predictor, cases, seconds, progress=progress)
     settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
-    folder = Path(trainer.output_folder)
+    folder = data.output
     # the sweep's files come last: a resumed training that finds them does not tune again
     files = [*store(folder, settings), *write_sweep(folder, measured, settings, plain)]
     for line in summary_lines(measured, settings, plain):
-        log(line)
-    log('Written: ' + ', '.join(map(str, files)))
+        data.log(line)
+    data.log('Written: ' + ', '.join(map(str, files)))
     return settings
 
 
-def calibrate_fold(trainer: nnUNetTrainer, device: torch.device, log: Callable[[str], None] = logger.info) -> None:
+def calibrate_fold(data: FoldData, device: torch.device) -> None:
     """Calibrate the intervals of volumes of a trained fold on its validation cases, and put that into the model.
 
     Args:
-        trainer: of the fold; it need not be initialised.
+        data: of the fold; its log is told what came of it.
         device: to predict on.
-        log: told what came of it.
 
     Raises:
         TuningError: if there are too few validation cases that the model was not trained on. It is as before.
         OSError: if the model cannot be written.
     """
-    cases = ValidationCases(trainer)
-    folder = Path(trainer.output_folder)
-    predictor = open_for_calibration(folder.parent, trainer.fold, device, FINAL_CHECKPOINT)
-    exclude_seen_cases(cases, predictor.list_of_parameters[0], log)
+    cases = ValidationCases(data)
+    predictor = open_for_calibration(data.output.parent, data.fold, device, FINAL_CHECKPOINT)
+    exclude_seen_cases(cases, predictor.list_of_parameters[0], data.log)
     measured = measure(predictor, cases, cases_to_calibrate(cases.names))
-    channels = label_channels(trainer.dataset_json, trainer.plans_manager)
-    store_measured(folder / FINAL_CHECKPOINT, measured, channels, log)
+    channels = label_channels(data.dataset_json, data.plans)
+    store_measured(data.output / FINAL_CHECKPOINT, measured, channels, data.log)
