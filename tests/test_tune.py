@@ -494,8 +494,8 @@ def log(model: Path) -> str:
     return ''.join(file.read_text() for file in (model / 'fold_0').glob('training_log*'))
 
 
-def rows_of(content: dict, of: str) -> dict[SamplingSettings, dict]:
-    return {SamplingSettings(**row['settings']): row for row in content['rows'] if row['of'] == of}
+def rows_of(content: dict, kind: str) -> dict[SamplingSettings, dict]:
+    return {SamplingSettings(**row['settings']): row for row in content['rows'] if row['kind'] == kind}
 
 
 def test_training_ends_with_tuned_settings_in_both_checkpoints_and_in_the_network(tuned):
@@ -537,10 +537,10 @@ def test_the_report_says_what_was_measured(tuned):
     assert all(text.count(line) == 1 for line in content['log'])
     assert f'Dice {masks[chosen]["dice"]:.4f}, stock {stock["dice"]:.4f}' in content['log'][0]
     of_samples = next(row for row in last.values() if row['chosen'])
-    assert f'{of_samples["what"]}: energy {of_samples["energy"]:.3f}' in content['log'][1]
+    assert f'{of_samples["description"]}: energy {of_samples["energy"]:.3f}' in content['log'][1]
     other = min((row for row in last.values() if (row['network_calls'] > 0) != (of_samples['network_calls'] > 0)),
                 key=lambda row: row['energy'])
-    assert content['log'][1].endswith(f'{other["what"]}: energy {other["energy"]:.3f}')
+    assert content['log'][1].endswith(f'{other["description"]}: energy {other["energy"]:.3f}')
     assert f'on 3 validation cases, {content["passes"]:.0f} passes of the denoiser a case' in content['log'][2]
     with open(tuned / 'fold_0' / 'sampling_sweep.csv', newline='') as file:
         table = list(csv.DictReader(file))

@@ -171,7 +171,7 @@ class PendingCase:
                        for name, channel in self.channels.items()}
         self.flags = list(judged.flags)
         self.row = {'case': self.export.case, 'remarks': self.remarks,
-                    'order': {'by': self.ranking.key, 'words': self.ranking.describe()},
+                    'order': {'by': self.ranking.key, 'statement': self.ranking.describe()},
                     'estimated_dice': judged.estimate if judged.estimate is not None else mean_of_known(
                         [values['estimated_dice'] for values in self.labels.values()]),
                     'estimated_dice_low': judged.low,

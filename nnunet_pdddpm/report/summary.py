@@ -107,7 +107,8 @@ def ranked_by(entry: Mapping[str, Any]) -> str | None:
 
 def about_order(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """How cases are sorted and how well that worked in validation, a sentence or two for each way."""
-    return list(dict.fromkeys(entry['order']['words'] for entry in entries if 'order' in entry))
+    orders = [entry['order'] for entry in entries if 'order' in entry]
+    return list(dict.fromkeys(order.get('statement') or order['words'] for order in orders))  # `words`: of old files
 
 
 def finite(value: Any) -> float | None:

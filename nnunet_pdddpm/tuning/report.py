@@ -88,14 +88,14 @@ def write_sweep(folder: Path, sweep: Sweep, settings: SamplingSettings, plain: f
 def _mask_row(row: MaskRow, sweep: Sweep, settings: SamplingSettings) -> dict[str, Any]:
     stock = stock_row(sweep.masks)
     low, high = difference_interval(row.dice, stock.dice)
-    return {'of': 'mask', 'what': describe_mask(row.settings), 'chosen': row.settings == settings,
+    return {'kind': 'mask', 'description': describe_mask(row.settings), 'chosen': row.settings == settings,
             'network_calls': row.calls,
             'dice': mean(row.dice), 'dice_difference_to_stock': mean(row.dice) - mean(stock.dice),
             'dice_difference_low': low, 'dice_difference_high': high, 'nll': mean(row.nll)}
 
 
 def _sample_row(row: SampleRow, sweep: Sweep, last: bool) -> dict[str, Any]:
-    return {'of': 'samples' if last else 'samples, first rounds', 'what': describe_samples(row.settings),
+    return {'kind': 'samples' if last else 'samples, first rounds', 'description': describe_samples(row.settings),
             'chosen': last and row.settings == sweep.chosen_samples, 'network_calls': row.calls,
             'energy': mean(row.energy), 'ged_squared_fair': mean(row.ged)}
 
