@@ -148,7 +148,7 @@ def measure_tests(models: Models, data: str | None, into: Path) -> None:
 
 def measure_version(models: Models, case: Case, number: int, family: str, strength: int) -> dict[str, Any]:
     """Of one image: Dice and features of each label, mean entropy, the stock folds' Dice, deep features."""
-    from nnunet_pdddpm.inference.quality import pairwise_dice
+    from nnunet_pdddpm.inference.quality import dice_of_pairs
     predictor, (name, image, truth, properties) = models.predictor, case
     if family != CLEAN:
         rng = np.random.default_rng([number, list(FAMILIES).index(family), strength])
@@ -167,7 +167,7 @@ def measure_version(models: Models, case: Case, number: int, family: str, streng
     return {'labels': {label: {
         'dice': dice(mask == value, labels[0] == value, truth[0] == value),
         'features': features(prediction.quality[label].features),
-        'folds': pairwise_dice([m == value for m in masks])} for label, value in models.of.labels.items()},
+        'folds': dice_of_pairs([m == value for m in masks])} for label, value in models.of.labels.items()},
         'entropy': float(prediction.spread.maps()['uncertainty'].mean()), 'pooled': pooled.mean()}
 
 

@@ -20,7 +20,7 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-CHUNK = 1 << 20
+BLOCK_BYTES = 1 << 20
 IMAGE_ENDINGS = tuple({ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings})
 APPLE_DOUBLE = b'\x00\x05\x16\x07'
 """First bytes of what macOS writes beside each file of a foreign disk, as `._NAME`."""
@@ -66,9 +66,9 @@ def as_unusable_image(what: str, how: str = 'cannot be read') -> Iterator[None]:
     except Exception as error:
         text = (str(error).strip().splitlines() or [''])[-1]
         kind = type(error).__name__
-        said = text if text and isinstance(error, READABLE_ERRORS) else \
+        reason = text if text and isinstance(error, READABLE_ERRORS) else \
             f'it is damaged, or not what its name says ({kind}{f": {text}" if text else ""})'
-        raise UnusableImage(f'{what} {how}: {said}') from error
+        raise UnusableImage(f'{what} {how}: {reason}') from error
 
 
 def images_in(folder: Path, ending: str) -> list[Path]:
@@ -213,7 +213,7 @@ def non_finite(file: Path) -> int:
             return 0
         stream.seek(int(header['vox_offset']))
         bad, left = 0, size * int(np.prod(header['dim'][1:1 + int(header['dim'][0])], dtype=np.int64))
-        while block := stream.read(min(CHUNK, left)):
+        while block := stream.read(min(BLOCK_BYTES, left)):
             values = np.frombuffer(block, f'{header.endianness}f{size}')
             bad, left = bad + int(np.count_nonzero(~np.isfinite(values))), left - len(block)
     return bad
@@ -237,6 +237,6 @@ def read_header(start: bytes) -> Any:
 def _rest(stream: Any) -> int:
     """Bytes to the end of the stream; reading there compares a compressed file's checksum."""
     total = 0
-    while block := stream.read(CHUNK):
+    while block := stream.read(BLOCK_BYTES):
         total += len(block)
     return total

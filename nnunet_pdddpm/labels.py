@@ -29,10 +29,10 @@ def label_channels(dataset_json: Mapping[str, Any], plans_manager: PlansManager)
 
 def boxes_of(labels: np.ndarray, regions: Iterable[tuple[int, ...]]) -> list[Box | None]:
     """The box around each region, given by its values, in a label map (z, y, x); None where it is not there."""
-    of_values = dict(enumerate(ndimage.find_objects(labels), 1))
+    value_boxes = dict(enumerate(ndimage.find_objects(labels), 1))
     boxes: list[Box | None] = []
     for values in regions:
-        parts = [box for value in values if (box := of_values.get(value)) is not None]
+        parts = [box for value in values if (box := value_boxes.get(value)) is not None]
         boxes.append(tuple(slice(min(part.start for part in along), max(part.stop for part in along))
                            for along in zip(*parts, strict=True)) if parts else None)
     return boxes

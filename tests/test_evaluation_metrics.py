@@ -57,7 +57,7 @@ def test_iou_matrix_of_hand_worked_masks():
 @given(arrays(bool, (3, 30)), arrays(bool, (2, 30)), st.integers(1, 40))
 def test_iou_matrix_equals_its_definition_in_chunks_of_any_size(one, other, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('nnunet_pdddpm.evaluation.overlap.CHUNK', chunk)
+        patch.setattr('nnunet_pdddpm.evaluation.overlap.PRODUCT_VOXELS', chunk)
         matrix = iou_matrix(one, other)
     for i, j in itertools.product(range(3), range(2)):
         union = (one[i] | other[j]).sum()

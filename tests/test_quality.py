@@ -11,10 +11,10 @@ from tiny_model import plans, write_model
 
 from nnunet_pdddpm.inference.quality import (
     FEATURES,
+    dice_of_pairs,
     label_features,
     logit,
-    overlap,
-    pairwise_dice,
+    mask_dice,
     roughness,
     uncertain_surface,
 )
@@ -70,10 +70,10 @@ def test_surface_and_roughness_of_slices_and_of_a_volume():
 
 def test_dice_of_pairs():
     masks = [cube(2), cube(3), cube(6)]
-    assert [overlap(masks[0], other) for other in masks] == [1, 0.75, 0]
-    assert overlap(masks[0] & masks[2], masks[0] & masks[2]) == 1
-    assert pairwise_dice(masks) == pytest.approx((0.75 + 0.25 + 0) / 3)
-    assert pairwise_dice([~cube(2) & cube(2)] * 3) is None and pairwise_dice(masks[:1]) is None
+    assert [mask_dice(masks[0], other) for other in masks] == [1, 0.75, 0]
+    assert mask_dice(masks[0] & masks[2], masks[0] & masks[2]) == 1
+    assert dice_of_pairs(masks) == pytest.approx((0.75 + 0.25 + 0) / 3)
+    assert dice_of_pairs([~cube(2) & cube(2)] * 3) is None and dice_of_pairs(masks[:1]) is None
 
 
 @pytest.fixture(params=['classes', 'regions', '2d'])
@@ -119,7 +119,7 @@ def test_features_are_those_of_mask_probabilities_and_unmirrored_stock_model(mod
         known += 1
         np.testing.assert_array_equal(features, plain[name].features)  # whatever is written beside the mask
         assert features[FEATURES.index('volume')] == pytest.approx(math.log1p(mask.sum()))
-        assert features[FEATURES.index('stock')] == pytest.approx(logit(overlap(mask, stock[name])))
+        assert features[FEATURES.index('stock')] == pytest.approx(logit(mask_dice(mask, stock[name])))
         if mask.any():
             assert features[FEATURES.index('brightness')] == pytest.approx(image[0].numpy()[mask].mean(), abs=1e-5)
     assert known
@@ -131,7 +131,7 @@ def test_of_several_models_the_masks_are_compared(model):
     quality = opened(0, 1).predict_volume(image, case='a').quality
     for name, found in quality.items():
         assert found.features is None
-        assert found.folds_dice == pytest.approx(pairwise_dice([masks[name] for masks in of_each]))
+        assert found.folds_dice == pytest.approx(dice_of_pairs([masks[name] for masks in of_each]))
     assert min(of.folds_dice for of in quality.values() if of.folds_dice is not None) < 1
 
 

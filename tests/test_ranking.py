@@ -20,12 +20,12 @@ from nnunet_pdddpm.commands.predict import main_modelfolder
 from nnunet_pdddpm.inference import ranking as ranking_module
 from nnunet_pdddpm.inference.dice_regression import (
     ALL_FEATURES,
-    CLEAN,
     DICE,
     EXPECTED_DICE,
     FIELDS,
     MIN_SD,
     RIDGE_PENALTY,
+    UNALTERED,
     Estimates,
     LabelModel,
     bootstrap_interval,
@@ -55,8 +55,8 @@ def rows(kind: str, cases: int = 40, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     found = np.zeros((3 * cases, 3, len(FIELDS)))
     for channel in CHANNELS.values():
-        kinds = np.where(np.arange(3 * cases) % 3 == 0, CLEAN, 2 + rng.integers(0, 4, 3 * cases))
-        truth = rng.normal(1.5, 1, 3 * cases) - (kinds > CLEAN) * rng.exponential(1, 3 * cases)
+        kinds = np.where(np.arange(3 * cases) % 3 == 0, UNALTERED, 2 + rng.integers(0, 4, 3 * cases))
+        truth = rng.normal(1.5, 1, 3 * cases) - (kinds > UNALTERED) * rng.exponential(1, 3 * cases)
         features = rng.normal(0, 1, (3 * cases, len(FEATURES)))
         if kind == 'told':
             features[:, FEATURES.index('expected')] += 0.3 * truth
@@ -84,7 +84,7 @@ def test_it_is_a_ridge_regression_of_the_logit():
     centred = x - x.mean(0)
     inverse = np.linalg.inv(centred.T @ centred + RIDGE_PENALTY * len(x) * np.eye(len(FEATURES)))
     np.testing.assert_allclose(unit, [np.sqrt(1 + c @ inverse @ c) for c in centred])
-    clean = of[of[:, 0] == CLEAN, DICE + 1:]
+    clean = of[of[:, 0] == UNALTERED, DICE + 1:]
     far = clean.mean(0) + 100 * clean.std(0)
     beyond = clean.mean(0) + 1000 * clean.std(0)
     far[[*EXPECTED_DICE]] = beyond[[*EXPECTED_DICE]] = 0  # which always counts
@@ -159,7 +159,7 @@ def test_the_regression_has_to_beat_the_expected_dice_itself(monkeypatch):
 
 def test_the_worst_cases_are_told_apart_where_validation_cases_are_alike():
     of = rows('expected')
-    clean = of[:, 1, 0] == CLEAN
+    clean = of[:, 1, 0] == UNALTERED
     of[clean, 1:, DICE + 1] = 2.5 + 0.1 * of[clean, 1:, DICE + 2]
     of[clean, 1:, DICE] = expit(of[clean, 1:, DICE + 1])
     ranking = ranking_of(of, CHANNELS)
@@ -283,7 +283,7 @@ def test_an_order_is_measured_stored_and_told(model, tmp_path, capsys):
     assert len(measured.volumes) == 9 and not measured.volumes.any()
     parts = [measure(predictor, cases, cases.names, first, 2) for first in (0, 1)]  # as two GPUs do
     def as_they_are(*of_all: Measured) -> list[list[list[float]]]:
-        found = [row for of in of_all for row in of.quality.tolist() if row[1][0] == CLEAN]
+        found = [row for of in of_all for row in of.quality.tolist() if row[1][0] == UNALTERED]
         return sorted(found, key=lambda row: row[1][1])
     assert as_they_are(measured) == as_they_are(*parts) and len(as_they_are(measured)) == 9
     store_measured(checkpoint(model), measured, CHANNELS, said.append)

@@ -13,7 +13,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.inference.intervals import in_percent
-from nnunet_pdddpm.inference.quality import overlap
+from nnunet_pdddpm.inference.quality import mask_dice
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -145,7 +145,7 @@ def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[s
     outline(row[2], truth[z], TRUTH, 1)
     row[2].set_title(f'{len(samples)} samples', fontsize=10)
     volumes = {label: [(sample == value).sum() * voxel_ml for sample in samples] for label, value in labels.items()}
-    dice_of_samples = [np.mean([overlap(sample == value, truth == value) for value in labels.values()])
+    dice_of_samples = [np.mean([mask_dice(sample == value, truth == value) for value in labels.values()])
                        for sample in samples]
     row[2].set_xlabel('\n'.join([f'Dice {min(dice_of_samples):.3f} to {max(dice_of_samples):.3f}', *(
         f'{label} {min(of):.2f} to {max(of):.2f} ml, true {true[label]:.2f}' for label, of in volumes.items() if of)]),

@@ -140,7 +140,7 @@ class Redrawing(Ancestral):
         x0 ~ p(x0 | x_t) of the denoiser,      x_s ~ q(x_s | x0)
 
     The clean mask is drawn and not averaged, as in the sum over x0 of Austin et al., arXiv 2107.03006, eq. 4; but x_s
-    is noised anew and not drawn given x_t, too: the step of Song et al., arXiv 2303.01469, algorithm 1, which has the
+    is noised again and not drawn given x_t, too: the step of Song et al., arXiv 2303.01469, algorithm 1, which has the
     same marginals. So x_s is noise on a mask. Noise on a mean of masks is nothing that training has shown, and the next
     estimate from it comes out too sure.
     """

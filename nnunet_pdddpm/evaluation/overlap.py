@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-CHUNK = 2 ** 20
+PRODUCT_VOXELS = 2 ** 20
 """Voxels that one matrix product takes: their count is exact in float32."""
 
 
@@ -25,8 +25,8 @@ def iou_matrix(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         raise ValueError(f'masks of different shapes: {one.shape[1:]} and {other.shape[1:]}')
     first, second = one.reshape(len(one), -1), other.reshape(len(other), -1)
     intersection = np.zeros((len(one), len(other)))
-    for start in range(0, first.shape[1], CHUNK):
-        a, b = (masks[:, start:start + CHUNK].astype(np.float32) for masks in (first, second))
+    for start in range(0, first.shape[1], PRODUCT_VOXELS):
+        a, b = (masks[:, start:start + PRODUCT_VOXELS].astype(np.float32) for masks in (first, second))
         intersection += a @ b.T
     union = np.count_nonzero(first, 1)[:, None] + np.count_nonzero(second, 1)[None] - intersection
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)

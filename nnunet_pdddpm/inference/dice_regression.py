@@ -16,10 +16,12 @@ from scipy.stats import rankdata
 from nnunet_pdddpm.inference.quality import FEATURES, logit
 
 FIELDS = ('kind', 'case', 'dice', *FEATURES)
-"""Of a predicted image and a label: 0 where the row is empty, CLEAN for a validation case as it is, above it for a copy
-with an artefact, a number for each family; the number of the case; its Dice, and what tells it."""
+"""Of a predicted image and a label: 0 where the row is empty, UNALTERED for a validation case as it is, above it for a
+copy with an artefact, a number for each family; the number of the case; its Dice, and what tells it."""
 KIND, CASE, DICE = range(3)
-CLEAN = 1
+UNALTERED = 1
+CONFIDENCE = 0.95
+"""Of intervals over cases."""
 BOUND_COVERAGE = 0.9
 """Share of cases in which the Dice is to be at least its lower bound."""
 RIDGE_PENALTY = 0.7
@@ -56,7 +58,7 @@ class LabelModel:
     @classmethod
     def fit(cls, rows: np.ndarray, columns: Sequence[int]) -> LabelModel:
         """The regression on rows (n, FIELDS), none of them empty."""
-        usual = rows[rows[:, KIND] == CLEAN, DICE + 1:]
+        usual = rows[rows[:, KIND] == UNALTERED, DICE + 1:]
         model = cls(tuple(columns), usual.mean(0), np.maximum(usual.std(0), MIN_SD), np.zeros(0), 0.0, np.zeros(0),
                     np.zeros(0))
         x, y = model.regressors(rows[:, DICE + 1:]), logit(rows[:, DICE])
@@ -102,8 +104,8 @@ def cross_validated(rows: np.ndarray, columns: Sequence[int]) -> Estimates:
         kinds, parts = label[:, KIND], np.unique(label[:, CASE], return_inverse=True)[1] % NUM_PARTS
         for kind in np.unique(kinds):
             for part in np.unique(parts[kinds == kind]):
-                others = (parts != part) & ((kinds != kind) | (kind == CLEAN))
-                if (kinds[others] == CLEAN).sum() > 1:
+                others = (parts != part) & ((kinds != kind) | (kind == UNALTERED))
+                if (kinds[others] == UNALTERED).sum() > 1:
                     asked = (kinds == kind) & (parts == part)
                     model = LabelModel.fit(label[others], columns)
                     found[:, there[asked], i] = model.estimate(label[asked, DICE + 1:])
@@ -159,7 +161,7 @@ def bootstrap_interval(cases: np.ndarray, value: Callable[[np.ndarray], float], 
     rows = {name: np.flatnonzero(cases == name) for name in names}
     values = [value(np.concatenate([rows[name] for name in rng.choice(names, len(names))]))
               for _ in range(resamplings)]
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

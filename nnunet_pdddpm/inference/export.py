@@ -96,8 +96,8 @@ class CaseExport:
         """
         with writing(self.folder):
             mask, stock = self._write(logits, stock_logits, maps)
-        of_stock = {} if stock is None else {name: int(there.sum()) for name, there in places(stock, self.labels())}
-        return {name: {'voxels': int(there.sum()), 'voxels_stock': of_stock.get(name),
+        stock_voxels = {} if stock is None else {name: int(there.sum()) for name, there in places(stock, self.labels())}
+        return {name: {'voxels': int(there.sum()), 'voxels_stock': stock_voxels.get(name),
                        'components': int(ndimage.label(there, np.ones((3, 3, 3)))[1])}
                 for name, there in places(mask, self.labels())}
 

@@ -39,7 +39,7 @@ def logit(dice: float | np.ndarray) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
+def mask_dice(one: np.ndarray, other: np.ndarray) -> float:
     """Dice of two masks; 1 if both are empty."""
     size = int(one.sum()) + int(other.sum())
     return 2 * int((one & other).sum()) / size if size else 1.0
@@ -96,14 +96,15 @@ def roughness(image: np.ndarray) -> float:
     return float(np.mean(steps)) if steps else 0.0
 
 
-def pairwise_dice(masks: Sequence[np.ndarray]) -> float | None:
+def dice_of_pairs(masks: Sequence[np.ndarray]) -> float | None:
     """Dice between masks (Z, Y, X) bool, intersections and sizes summed over all pairs; None if all are empty."""
     pairs = list(combinations(masks, 2))
     size = sum(int(one.sum()) + int(other.sum()) for one, other in pairs)
     return 2 * sum(int((one & other).sum()) for one, other in pairs) / size if size else None
 
 
-def label_map(logits: Iterable[tuple[slice, Tensor]], counter: VoxelCounter, box: tuple[slice, ...]) -> np.ndarray:
+def predicted_labels(logits: Iterable[tuple[slice, Tensor]], counter: VoxelCounter, box: tuple[slice, ...]
+                     ) -> np.ndarray:
     """nnU-Net's labels (Z, Y, X) uint16 of a volume without padding.
 
     Args:
@@ -164,7 +165,7 @@ class Qualities(Mapping[str, LabelQuality]):
     @cached_property
     def _mask(self) -> np.ndarray:
         """Labels (Z, Y, X)."""
-        return label_map(in_chunks(self.logits), self.counter, tuple(slice(0, n) for n in self.logits.shape[1:]))
+        return predicted_labels(in_chunks(self.logits), self.counter, tuple(slice(0, n) for n in self.logits.shape[1:]))
 
     def _features(self, name: str) -> np.ndarray | None:
         if self.stock is None:
@@ -178,7 +179,7 @@ class Qualities(Mapping[str, LabelQuality]):
                               np.isin(self.stock, values), expected, 0.0 if samples is None else samples)
 
     def _folds_dice(self, name: str) -> float | None:
-        return pairwise_dice([np.isin(mask, self.counter.labels[name]) for mask in self.fold_masks])
+        return dice_of_pairs([np.isin(mask, self.counter.labels[name]) for mask in self.fold_masks])
 
 
 class QualityMeter:
@@ -198,7 +199,7 @@ class QualityMeter:
 
     def set_stock(self, logits: Tensor) -> None:
         """The stock model's logits (C, Z, Y, X), padded, without mirroring."""
-        self.stock = label_map(in_chunks(logits), self.counter, self.box)
+        self.stock = predicted_labels(in_chunks(logits), self.counter, self.box)
 
     def record_fold_masks(self, logits: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         """The same slices and logits, of one model's mask. If several models predict, its labels are kept."""

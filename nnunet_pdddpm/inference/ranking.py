@@ -16,10 +16,10 @@ from nnunet_pdddpm.inference.dice_regression import (
     ALL_FEATURES,
     BOUND_COVERAGE,
     CASE,
-    CLEAN,
     DICE,
     EXPECTED_DICE,
     KIND,
+    UNALTERED,
     Bound,
     Estimates,
     LabelModel,
@@ -141,8 +141,8 @@ class Ranking:
                 continue
             far = np.abs(self.models[name].distances(features)) > FLAG_DISTANCE
             for i in np.flatnonzero(far & ((features < low) | (features > high))):
-                if said := _flag(FEATURES[i], name, features[i], low[i], high[i]):
-                    found.append(said)
+                if flag := _flag(FEATURES[i], name, features[i], low[i], high[i]):
+                    found.append(flag)
         return list(dict.fromkeys(found))
 
 
@@ -171,9 +171,9 @@ def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
     """The order that rows (rows, C, FIELDS) of validation cases give; `channels`: of each label."""
     known = rows[(rows[..., KIND] > 0).any(1)].astype(float)
     enough = {name: channel for name, channel in channels.items()
-              if (known[:, channel, KIND] == CLEAN).sum() >= MIN_RANKING_CASES}
+              if (known[:, channel, KIND] == UNALTERED).sum() >= MIN_RANKING_CASES}
     if not enough:
-        number = max([int((known[:, channel, KIND] == CLEAN).sum()) for channel in channels.values()], default=0)
+        number = max([int((known[:, channel, KIND] == UNALTERED).sum()) for channel in channels.values()], default=0)
         return Ranking(UNMEASURED, f'the Dice is known of {number} validation cases, {MIN_RANKING_CASES} are needed'
                        ) if number else NOT_MEASURED
     known = known[:, list(enough.values())]
@@ -203,9 +203,10 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
     # The expected Dice itself stands for its bound: cross-validation would mix fits that are one in prediction.
     order = low if by == REGRESSION else plain
     interval = bootstrap_interval(cases, lambda i: rank_correlation(order[i], true[i]))
+    unaltered = kinds == UNALTERED
     scores = Scores(rank_correlation(order, true), interval,
-                    rank_correlation(order[kinds == CLEAN], true[kinds == CLEAN]), rank_correlation(plain, true),
-                    len(np.unique(cases)), int((kinds != CLEAN).sum()), bound)
+                    rank_correlation(order[unaltered], true[unaltered]), rank_correlation(plain, true),
+                    len(np.unique(cases)), int((~unaltered).sum()), bound)
     models, bounds, ranges, always = {}, {}, {}, set()
     for i, name in enumerate(names):
         there = rows[:, i, KIND] > 0
@@ -213,9 +214,9 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
         models[name] = LabelModel.fit(label_rows, ALL_FEATURES if by == REGRESSION else EXPECTED_DICE)
         errors = logit(label_rows[:, DICE]) - estimates.logits[there, i]
         bounds[name] = lower_quantile(errors / estimates.units[there, i])
-        clean = label_rows[label_rows[:, KIND] == CLEAN, DICE + 1:]
+        clean = label_rows[label_rows[:, KIND] == UNALTERED, DICE + 1:]
         ranges[name] = np.stack([clean.min(0), clean.max(0)])
-        if len(clean) == np.count_nonzero(kinds == CLEAN):
+        if len(clean) == np.count_nonzero(unaltered):
             always.add(name)
     if interval[0] <= 0:
         by = NOTHING

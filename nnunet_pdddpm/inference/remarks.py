@@ -15,9 +15,9 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_pdddpm.image_files import HEADER, UnusableImage, as_unusable_image, non_finite, open_bytes, read_header
 
-FEW = 1000
-"""One voxel in so many, at either end of the intensities, counts as few."""
-SQUEEZED, NARROW, FAR = 2.0, 4.0, 10.0
+OUTLIER_RARITY = 1000
+"""One voxel in so many, at either end of the intensities, may be an outlier."""
+SQUEEZE_FACTOR, NARROW_FACTOR, DISTANCE_FACTOR = 2.0, 4.0, 10.0
 """Factors from which on a distribution is far from that of the training cases, see `_intensity_remark`."""
 NORMAL_WIDTH = 5.15
 """Distance of the 0.5th and 99.5th percentile of a normal distribution in its standard deviations."""
@@ -44,10 +44,10 @@ def intensity_remarks(data: np.ndarray, schemes: Sequence[str], training: Mappin
         raise UnusableImage('after normalisation all voxels are alike, there is nothing to segment')
     found = []
     for i, (channel, name) in enumerate(zip(data, names, strict=True)):
-        said = 'after normalisation all its voxels are alike: it holds nothing' if empty[i] else \
+        remark = 'after normalisation all its voxels are alike: it holds nothing' if empty[i] else \
             _intensity_remark(channel, schemes[i], training.get(str(i), {}))
-        if said:
-            found.append(f'channel {i} ({name}): {said}')
+        if remark:
+            found.append(f'channel {i} ({name}): {remark}')
     return found
 
 
@@ -55,11 +55,12 @@ def _intensity_remark(channel: np.ndarray, scheme: str, training: Mapping[str, f
     """How a normalised channel is far from the training cases; empty if it is not.
 
     Where an image is normalised by its own statistics, a few extreme voxels squeeze all others: the standard deviation
-    (or the range) of all is compared with that of all but `FEW`, and this ratio with that of the training cases'
-    foreground. Where it is normalised by fixed numbers, its range is compared with that of this foreground.
+    (or the range) of all is compared with that of all but the extremes, see `OUTLIER_RARITY`, and this ratio with that
+    of the training cases' foreground. Where it is normalised by fixed numbers, its range is compared with that of this
+    foreground.
     """
     every = channel.ravel()[::max(1, channel.size // 2_000_000)]
-    few = min(every.size // FEW + 1, (every.size - 1) // 2)
+    few = min(every.size // OUTLIER_RARITY + 1, (every.size - 1) // 2)
     bulk = np.sort(every)[few:every.size - few].astype(np.float64)
     low, high = float(bulk[0]), float(bulk[-1])
     known = {'percentile_00_5', 'percentile_99_5', 'std', 'mean', 'min', 'max'} <= training.keys()
@@ -67,17 +68,17 @@ def _intensity_remark(channel: np.ndarray, scheme: str, training: Mapping[str, f
     if fixed is not None:
         first, last = fixed
         width = last - first
-        if high < first or low > last or high - low < width / NARROW or \
-                low < first - FAR * width or high > last + FAR * width:
+        if high < first or low > last or high - low < width / NARROW_FACTOR or \
+                low < first - DISTANCE_FACTOR * width or high > last + DISTANCE_FACTOR * width:
             return (f'its values after normalisation, {low:.3g} to {high:.3g}, are far from those of the foreground of '
                     f'the training cases, {first:.3g} to {last:.3g}: other units?')
         return ''
     width = training['percentile_99_5'] - training['percentile_00_5'] if known else 0.0
     if scheme == 'RescaleTo01Normalization':
-        ratio, least = _ratio(np.ptp(channel), high - low), 2 * SQUEEZED
+        ratio, least = _ratio(np.ptp(channel), high - low), 2 * SQUEEZE_FACTOR
         usual = (training['max'] - training['min']) / width if width > 0 else 1.0
     else:
-        ratio, least = _ratio(_deviation(channel), bulk.std()), SQUEEZED
+        ratio, least = _ratio(_deviation(channel), bulk.std()), SQUEEZE_FACTOR
         usual = training['std'] * NORMAL_WIDTH / width if width > 0 else 1.0
     if ratio > least * max(1.0, usual):
         return (f'a few extreme voxels squeeze all others to 1/{ratio:.3g} of their contrast, which no training case '
@@ -118,9 +119,9 @@ def geometry_remarks(reader: Any, files: Sequence[str], properties: Mapping[str,
     Raises:
         UnusableImage: if a file cannot be read again.
     """
-    found = [f'{Path(file).name}: {said}' for file in files for said in _file_remarks(reader, Path(file))]
+    found = [f'{Path(file).name}: {remark}' for file in files for remark in _file_remarks(reader, Path(file))]
     if not files[0].endswith(NIFTI):
-        found += [f'{Path(files[0]).name}: {said}' for said in _itk_remarks(properties.get('sitk_stuff', {}))]
+        found += [f'{Path(files[0]).name}: {remark}' for remark in _itk_remarks(properties.get('sitk_stuff', {}))]
     return found
 
 

@@ -22,7 +22,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
 from nnunet_pdddpm.diffusion.coding import class_map
 from nnunet_pdddpm.inference.chunks import chunks
 
-CHUNK = 2 ** 20
+POINTS_AT_ONCE = 2 ** 20
 """Voxels of the image's grid that are looked at at a time, about."""
 
 
@@ -134,7 +134,7 @@ def _where_labels_meet(labels: np.ndarray, axes: Sequence[Axis]
     `labels`: (Z, Y, X).
     """
     new = [len(axis.low) for axis in axes]
-    size = max(1, CHUNK // (new[1] * new[2]))
+    size = max(1, POINTS_AT_ONCE // (new[1] * new[2]))
     for start in range(0, new[0], size):
         z = slice(start, min(start + size, new[0]))
         least = most = labels

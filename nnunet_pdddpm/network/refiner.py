@@ -159,7 +159,7 @@ class Refiner(nn.Module):
         self.use_stored_settings()
         stored = self.settings
         self.settings = effective_settings(stored)
-        if self.settings not in (stored, before):  # nnU-Net loads the weights anew for every case
+        if self.settings not in (stored, before):  # nnU-Net loads the weights again for every case
             # no log: nnUNetv2_predict shows none, and who predicts has to know
             warnings.warn(f'The environment overrides the sampling settings of the model: {self.settings}',
                           stacklevel=2)
@@ -219,7 +219,7 @@ class Refiner(nn.Module):
         p = logits_to_probabilities(stock_logits[None].float() / settings.temperature, self.regions)[0]
         return self.design.coding.encode(drawn_mask(p, self.regions, shifts, parts))
 
-    # Under torch.compile the sampling loop stays Python (a graph of it would be made anew for every level) and the two
+    # Under torch.compile the sampling loop stays Python (a graph of it would be made again for every level) and the two
     # networks that it calls are compiled: hence `disable` without recursion on every frame above them.
 
     @torch.compiler.disable(recursive=False)

@@ -54,10 +54,10 @@ class Seen:
         `leaked_into_denoiser`."""
         names = sorted(validation)
         own, stock = self.leaked_into_denoiser(names, training), self.leaked_into_stock(names)
-        said = [f'the model was trained on {_listed(own, names)}'] * bool(own)
-        said += [f'{_listed(stock, names)} are not among the cases that its stock model held out, so that was trained '
-                 f'on them, unless they were added since'] * bool(stock)
-        return ', and '.join(said)
+        clauses = [f'the model was trained on {_listed(own, names)}'] * bool(own)
+        clauses += [f'{_listed(stock, names)} are not among the cases that its stock model held out, so that was '
+                    f'trained on them, unless they were added since'] * bool(stock)
+        return ', and '.join(clauses)
 
     def unknown(self) -> str:
         """What is not known, a sentence; empty if all is."""

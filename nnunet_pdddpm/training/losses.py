@@ -40,7 +40,8 @@ class DenoisingLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Logits (B, C, ...), target as nnU-Net's losses take it -> scalar, mean over the batch."""
         noisy = torch.zeros(len(output), dtype=torch.bool) if self.noisy is None else self.noisy
-        shown, blind = ([i for i, of in enumerate(noisy.tolist()) if of == which] for which in (True, False))
+        shown, blind = ([i for i, is_noisy in enumerate(noisy.tolist()) if is_noisy == wanted]
+                        for wanted in (True, False))
         share = len(shown) / len(output)
         loss: Any = 0
         if shown:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
-from nnunet_pdddpm.inference.dice_regression import CLEAN
+from nnunet_pdddpm.inference.dice_regression import UNALTERED
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
-from nnunet_pdddpm.inference.quality import label_map, overlap
+from nnunet_pdddpm.inference.quality import mask_dice, predicted_labels
 from nnunet_pdddpm.inference.ranking import MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
@@ -89,7 +89,7 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
             for (label, channel), features in zip(channels.items(), label_features, strict=True):
                 values = [float(feature[0]) for feature in features]
                 volumes[-1][channel] = torch.tensor([true[label], *values, predictor.num_samples])
-        quality.append(quality_row(predictor, case, prediction, number, CLEAN))
+        quality.append(quality_row(predictor, case, prediction, number, UNALTERED))
         del prediction
         seconds += SECONDS_A_CASE
         for _ in range(COPIES if len(names) >= MIN_RANKING_CASES else 0):
@@ -113,7 +113,7 @@ def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> lis
     image = with_artefact(case.image.numpy(), list(ARTEFACTS)[family], strength,
                           predictor.configuration_manager.normalization_schemes, [number, copy])
     prediction = _predicted(predictor, torch.from_numpy(image), case.name)
-    return [] if prediction is None else [quality_row(predictor, case, prediction, number, CLEAN + 1 + family)]
+    return [] if prediction is None else [quality_row(predictor, case, prediction, number, UNALTERED + 1 + family)]
 
 
 def _predicted(predictor: VolumePredictor, image: Tensor, name: str) -> VolumePrediction | None:
@@ -138,17 +138,17 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
         case: with the truth in the network's grid.
         prediction: of its image, or of a copy.
         number: of the case.
-        kind: `dice_regression.CLEAN`, or that and the number of the artefact's family, counted from 1.
+        kind: `dice_regression.UNALTERED`, or that and the number of the artefact's family, counted from 1.
     """
     row = torch.zeros(predictor.refiner.num_channels, QUALITY_FIELDS)
     manager, values = predictor.label_manager, foreground_labels(predictor.dataset_json)
-    mask = label_map(in_chunks(prediction.logits), prediction.counts,
+    mask = predicted_labels(in_chunks(prediction.logits), prediction.counts,
                      tuple(slice(0, n) for n in prediction.logits.shape[1:]))
     counted = np.ones(mask.shape, bool) if manager.ignore_label is None else case.labels != manager.ignore_label
     for name, channel in label_channels(predictor.dataset_json, predictor.plans_manager).items():
         features = prediction.quality[name].features
         if features is not None and np.isfinite(features).all():  # a checkpoint with others would be refused
-            dice = overlap(np.isin(mask, values[name]) & counted, np.isin(case.labels, values[name]) & counted)
+            dice = mask_dice(np.isin(mask, values[name]) & counted, np.isin(case.labels, values[name]) & counted)
             row[channel] = torch.tensor([kind, number, dice, *features])
     return row
 

@@ -25,7 +25,7 @@ from nnunet_pdddpm.tuning.temperature import likelihoods
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar('T')
+Result = TypeVar('Result')
 
 
 class CaseSweep:
@@ -40,7 +40,7 @@ class CaseSweep:
         self.device = predictor.device if on_gpu else torch.device('cpu')
         self._with_memory_fallback(lambda: None)
 
-    def _with_memory_fallback(self, do: Callable[[], T]) -> T:
+    def _with_memory_fallback(self, do: Callable[[], Result]) -> Result:
         """What it returns, the volume's arrays being on the device, or else in main memory."""
         try:
             with self.predictor.threads_for(self.device):

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from nnunet_pdddpm.inference.dice_regression import CONFIDENCE
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.errors import TuningError
-
-CONFIDENCE = 0.95
-"""Of intervals of differences between settings."""
 
 
 @dataclass(frozen=True)

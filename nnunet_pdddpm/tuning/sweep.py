@@ -31,7 +31,7 @@ DEPENDENCES, CHAIN_DEPENDENCES = (1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.0)
 """Of draws without a chain; and those that the best chain is drawn with as well."""
 BLENDS = (0.25, 0.5, 0.75)
 CACHE_BYTES = 4 * 2 ** 30
-"""Bytes of pre-segmentations that are kept between the rounds; those of further cases are made anew."""
+"""Bytes of pre-segmentations that are kept between the rounds; those of further cases are made again."""
 ROUNDS = 7
 """Temperatures, draws without a chain, starts, three steps, other dependences, the last settings, masks: so often a
 case is opened that is not kept."""
