@@ -18,7 +18,7 @@ from page import draw_intervals
 
 from nnunet_pdddpm.demo.report import outline
 from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.inference.intervals import in_percent
+from nnunet_pdddpm.texts import in_percent
 
 STAGES = ('draw',)
 CHAIN, BLIND = 'PDDDPM, start 0.8, 2 steps, copula of objects', 'PDDDPM, blind mask, thresholds'

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from nibabel import Nifti1Header, Nifti2Header
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+from nnunet_pdddpm.file_names import SAMPLES
 
 BLOCK_BYTES = 1 << 20
 IMAGE_ENDINGS = tuple({ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings})
@@ -80,7 +82,7 @@ def images_in(folder: Path, ending: str) -> list[Path]:
 def sample_files(folder: Path, case: str, ending: str) -> list[Path]:
     """The samples of a case in an output folder, by their number; empty if none were saved."""
     named = re.compile(re.escape(case) + r'_s(\d+)' + re.escape(ending))
-    numbered = [(int(match[1]), file) for file in images_in(folder / 'samples', ending)
+    numbered = [(int(match[1]), file) for file in images_in(folder / SAMPLES, ending)
                 if (match := named.fullmatch(file.name))]
     return [file for _, file in sorted(numbered)]
 
@@ -89,11 +91,6 @@ def other_images(folder: Path, ending: str) -> list[str]:
     """Names of a folder's files that nnU-Net has a reader for and that do not end as they should."""
     return [file.name for file in images_in(folder, '')
             if file.name.lower().endswith(IMAGE_ENDINGS) and not file.name.endswith(ending)]
-
-
-def abbreviated(names: Sequence[str], shown: int = 3) -> str:
-    """The first of some names, for a sentence."""
-    return ', '.join(names[:shown]) + (', ...' if len(names) > shown else '')
 
 
 def is_apple_double(file: Path) -> bool:

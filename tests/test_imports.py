@@ -13,7 +13,7 @@ import nnunet_pdddpm
 ROOT = Path(nnunet_pdddpm.__file__).parent
 MODULES = {'.'.join(('nnunet_pdddpm', *file.relative_to(ROOT).with_suffix('').parts)).removesuffix('.__init__'): file
            for file in ROOT.rglob('*.py')}
-BASE = {'cpu', 'file_names', 'files', 'geometry', 'image_files', 'labels', 'logs', 'memory', 'versions'}
+BASE = {'cpu', 'file_names', 'files', 'geometry', 'image_files', 'labels', 'logs', 'memory', 'texts', 'versions'}
 MAY_USE = {'diffusion': set(), 'network': {'diffusion'}, 'evaluation': set(), 'inference': {'diffusion', 'network'},
            'report': {'inference'}, 'demo': {'inference'},
            'tuning': {'diffusion', 'network', 'inference', 'evaluation'},

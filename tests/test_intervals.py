@@ -22,7 +22,6 @@ from nnunet_pdddpm.inference.intervals import (
     calibrate_by_mask,
     choose_rule,
     conformal_rank,
-    in_percent,
     interval_scores,
     signed_errors,
 )
@@ -30,6 +29,7 @@ from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.summary import interval
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 from nnunet_pdddpm.network.state import CALIBRATION, SETTING
+from nnunet_pdddpm.texts import in_percent
 
 SAMPLES = 8
 

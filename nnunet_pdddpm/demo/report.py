@@ -11,9 +11,9 @@ import SimpleITK as sitk
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.inference.intervals import in_percent
+from nnunet_pdddpm.file_names import SAMPLES, SUMMARY, UNCERTAINTY
 from nnunet_pdddpm.inference.quality import mask_dice
+from nnunet_pdddpm.texts import in_percent
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt  # noqa: E402
@@ -126,7 +126,7 @@ def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[s
     truth, voxel_ml = _read(raw / 'labelsTs' / f'{case}.nii.gz')
     z = int(np.argmax((truth == max(labels.values())).sum((1, 2))))
     masks = {name: _read(predictions / name / f'{case}.nii.gz')[0] for name in dice}
-    samples = [_read(of)[0] for of in sorted((predictions / 'samples' / 'samples').glob(f'{case}_s*.nii.gz'))]
+    samples = [_read(of)[0] for of in sorted((predictions / 'samples' / SAMPLES).glob(f'{case}_s*.nii.gz'))]
     true = {name: (truth == value).sum() * voxel_ml for name, value in labels.items()}
 
     image = _read(raw / 'imagesTs' / f'{case}_0000.nii.gz')[0][z]
@@ -150,7 +150,7 @@ def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[s
     row[2].set_xlabel('\n'.join([f'Dice {min(dice_of_samples):.3f} to {max(dice_of_samples):.3f}', *(
         f'{label} {min(of):.2f} to {max(of):.2f} ml, true {true[label]:.2f}' for label, of in volumes.items() if of)]),
         fontsize=9)
-    entropy = _read(predictions / 'samples' / 'uncertainty' / f'{case}_uncertainty.nii.gz')[0][z]
+    entropy = _read(predictions / 'samples' / UNCERTAINTY / f'{case}_{UNCERTAINTY}.nii.gz')[0][z]
     row[3].imshow(np.ma.masked_less(entropy, 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
     row[3].set_title('uncertainty', fontsize=10)
 

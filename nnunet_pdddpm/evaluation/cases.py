@@ -20,6 +20,7 @@ from nnunet_pdddpm.evaluation.raters import best_dice, fair_ged_squared, ged_squ
 from nnunet_pdddpm.evaluation.scores import fair_crps, fair_energy_score
 from nnunet_pdddpm.evaluation.surfaces import hd95_and_surface_dice
 from nnunet_pdddpm.evaluation.voxelwise import Calibration, class_statistics, region_statistics
+from nnunet_pdddpm.file_names import UNCERTAINTY
 from nnunet_pdddpm.geometry import voxel_volume_ml
 from nnunet_pdddpm.image_files import sample_files
 
@@ -111,7 +112,7 @@ def _add_voxelwise(data: _Case, result: CaseResult) -> None:
     """Calibration where there are probabilities; error against uncertainty where there are these or a map."""
     folders = data.folders
     npz = folders.predictions / f'{data.name}.npz'
-    map_file = folders.predictions / 'uncertainty' / f'{data.name}_uncertainty{folders.ending}'
+    map_file = folders.predictions / UNCERTAINTY / f'{data.name}_{UNCERTAINTY}{folders.ending}'
     uncertainty = folders.read_map(map_file, data.reference) if map_file.is_file() else None
     foreground = data.valid & (data.reference.array > 0)
     places = {'all': data.valid, 'near': data.valid & _box_around(foreground, data.reference.spacing)}

@@ -20,7 +20,6 @@ from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
 from nnunet_pdddpm.image_files import (
     UnusableImage,
-    abbreviated,
     as_unusable_image,
     damage,
     images_in,
@@ -28,6 +27,7 @@ from nnunet_pdddpm.image_files import (
     other_images,
     spacing_damage,
 )
+from nnunet_pdddpm.texts import abbreviated
 
 Label = Union[int, tuple[int, ...]]
 

@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from nnunet_pdddpm.file_names import UNCERTAINTY
 from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
 from nnunet_pdddpm.inference.export import CaseExport, as_numpy
@@ -182,7 +183,7 @@ class PendingCase:
                     'versions': versions()}
         maps = {} if self.export.outputs.uncertainty == 'none' else spread.maps()
         if self.export.outputs.uncertainty == 'entropy':
-            maps = {'uncertainty': maps['uncertainty']}
+            maps = {UNCERTAINTY: maps[UNCERTAINTY]}
         stock = prediction.presegmentation if self.export.outputs.presegmentation else None
         self.mask_export = self.queue.submit(self.export.write_prediction, as_numpy(prediction.logits),
                                              None if stock is None else as_numpy(stock),

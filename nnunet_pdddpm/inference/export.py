@@ -22,6 +22,7 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy import ndimage
 
+from nnunet_pdddpm.file_names import PRESEGMENTATION, SAMPLES, UNCERTAINTY
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.image_files import damage, full_scale
 from nnunet_pdddpm.inference.resampling import axes_of, resampled_classes, resampled_regions
@@ -55,20 +56,20 @@ class CaseExport:
         ending, case = self.dataset_json['file_ending'], self.case
         names = [f'{case}{ending}']
         names += [f'{case}.npz'] if self.outputs.probabilities else []
-        names += [f'presegmentation/{case}{ending}'] if self.outputs.presegmentation else []
-        names += [f'samples/{case}_s{i:02d}{ending}' for i in range(samples)] if self.outputs.samples else []
-        maps = {'none': [], 'entropy': ['uncertainty'], 'all': ['uncertainty', 'variance']}[self.outputs.uncertainty]
-        return names + [f'uncertainty/{case}_{name}{ending}' for name in maps]
+        names += [f'{PRESEGMENTATION}/{case}{ending}'] if self.outputs.presegmentation else []
+        names += [f'{SAMPLES}/{case}_s{i:02d}{ending}' for i in range(samples)] if self.outputs.samples else []
+        maps = {'none': [], 'entropy': [UNCERTAINTY], 'all': [UNCERTAINTY, 'variance']}[self.outputs.uncertainty]
+        return names + [f'{UNCERTAINTY}/{case}_{name}{ending}' for name in maps]
 
     def earlier_files(self, output: Path) -> list[Path]:
         """What an earlier prediction has left of the case in the output folder, the mask first."""
         ending, case = self.dataset_json['file_ending'], self.case
-        maps = ['uncertainty', 'mutual_information', 'variance', 'variance_between_folds',
+        maps = [UNCERTAINTY, 'mutual_information', 'variance', 'variance_between_folds',
                 *probability_maps(self.labels()).values()]
-        names = [f'{case}{ending}', f'{case}.npz', f'{case}.pkl', f'presegmentation/{case}{ending}',
-                 *(f'uncertainty/{case}_{name}{ending}' for name in maps)]
+        names = [f'{case}{ending}', f'{case}.npz', f'{case}.pkl', f'{PRESEGMENTATION}/{case}{ending}',
+                 *(f'{UNCERTAINTY}/{case}_{name}{ending}' for name in maps)]
         sample = re.compile(re.escape(case) + r'_s\d+' + re.escape(ending))
-        samples = [file for file in (output / 'samples').glob(f'*{ending}') if sample.fullmatch(file.name)]
+        samples = [file for file in (output / SAMPLES).glob(f'*{ending}') if sample.fullmatch(file.name)]
         files = [file for file in (output / name for name in names) if file.is_file()] + samples
         beside = [file.with_suffix('.json') for file in files if file.name.endswith(ending)]  # the voxel size of a tif
         return files + [file for file in beside if isinstance(self._reader(), Tiff3DIO) and file.is_file()]
@@ -76,7 +77,7 @@ class CaseExport:
     def sample(self, logits: np.ndarray, number: int) -> None:
         """The mask of one sample, logits (C, Z, Y, X) whose largest of classes is 0, as a file."""
         with writing(self.folder):
-            self._write_labels(self.sample_segmentation(logits), self.folder / 'samples' / f'{self.case}_s{number:02d}')
+            self._write_labels(self.sample_segmentation(logits), self.folder / SAMPLES / f'{self.case}_s{number:02d}')
 
     def write_prediction(self, logits: np.ndarray, stock_logits: np.ndarray | None, maps: Mapping[str, np.ndarray]
              ) -> dict[str, dict[str, int | None]]:
@@ -120,9 +121,9 @@ class CaseExport:
         mask = self._reader().read_seg(str(file) + self.dataset_json['file_ending'])[0][0]
         stock = None if stock_logits is None else self.segmentation(stock_logits)
         if stock is not None:
-            self._write_labels(stock, self.folder / 'presegmentation' / self.case)
+            self._write_labels(stock, self.folder / PRESEGMENTATION / self.case)
         if self.outputs.uncertainty != 'none':
-            names = list(maps) if all_maps else ['uncertainty']
+            names = list(maps) if all_maps else [UNCERTAINTY]
             resampled = self._to_image(np.stack([maps[name] for name in names]))
             for name, values in zip(names, resampled, strict=True):
                 self._write_map(values, name)
@@ -198,9 +199,9 @@ class CaseExport:
         holds for it too, and is then rewritten as float32. Endings that hold no float (png) keep the integers, of which
         `full_scale` is 1 (nnU-Net writes them as 8-bit if all are below 255).
         """
-        (self.folder / 'uncertainty').mkdir(exist_ok=True)
+        (self.folder / UNCERTAINTY).mkdir(exist_ok=True)
         ending = self.dataset_json['file_ending']
-        file = str(self.folder / 'uncertainty' / f'{self.case}_{name}{ending}')
+        file = str(self.folder / UNCERTAINTY / f'{self.case}_{name}{ending}')
         reader = self._reader()
         scale = full_scale(ending, reader)
         integers = np.round(np.clip(values, 0, 1) * scale).astype(np.uint16)

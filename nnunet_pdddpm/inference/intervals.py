@@ -230,11 +230,6 @@ def calibrate_by_mask(scores: Sequence[np.ndarray], with_samples: bool) -> ByMas
     return ByMask(*made)
 
 
-def in_percent(level: float) -> str:
-    """A level for reading, never more than it is: '94 %' for 18 / 19."""
-    return f'{math.floor(100 * level + 1e-6)} %'
-
-
 def calibrate(scores: Sequence[np.ndarray], with_samples: bool) -> Calibrated | None:
     """The rule and the errors of a label; None for fewer than MIN_INTERVAL_CASES.
 

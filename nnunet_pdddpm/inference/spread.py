@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import harden
+from nnunet_pdddpm.file_names import UNCERTAINTY
 from nnunet_pdddpm.inference.chunks import chunks
 
 UNCERTAIN = (0.1, 0.9)
@@ -117,11 +118,11 @@ class Spread:
         """
         folds = ['variance_between_folds'] if self.fold_mean is not None else []
         maps = {name: torch.empty_like(self.entropy)
-                for name in ('uncertainty', 'variance', 'mutual_information', *folds)}
+                for name in (UNCERTAINTY, 'variance', 'mutual_information', *folds)}
         for z in chunks(self.shape):
             m = self.mean[:, z]
             uncertainty, square = self._entropy(m), self._over_channels(m ** 2)
-            maps['uncertainty'][z] = uncertainty.clamp(0, 1)
+            maps[UNCERTAINTY][z] = uncertainty.clamp(0, 1)
             maps['variance'][z] = (self.squares[z] - square).clamp(min=0)
             maps['mutual_information'][z] = (uncertainty - self.entropy[z]).clamp(0, 1)
             for name in folds:

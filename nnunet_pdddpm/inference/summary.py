@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import nnunet_pdddpm
-from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.file_names import SUMMARY, SUMMARY_TABLE
 from nnunet_pdddpm.files import matches_identity, write_atomically
 from nnunet_pdddpm.inference.intervals import Calibrated, Features
 from nnunet_pdddpm.versions import require_nnunet
@@ -27,7 +27,6 @@ CASES = 'pdddpm_cases'
 """Folder with one file per finished case, from which the summary is made: parts of a prediction share it."""
 FAILED = f'{CASES}/failed'
 """Folder with one file per case that could not be predicted and has not been since."""
-TABLE = 'pdddpm_summary.csv'
 
 
 def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | None]:
@@ -166,7 +165,7 @@ def write_summary(output: Path) -> list[str]:
         changed = [row['case'] for row in done if row not in rows and (
             'mask' not in row or row['mask']['file'] in there[1])]
         content = {'cases': rows, **({'failed': failed} if failed else {})}
-        write_atomically(output, {SUMMARY: json.dumps(content, indent=2), TABLE: _table(rows, failed)})
+        write_atomically(output, {SUMMARY: json.dumps(content, indent=2), SUMMARY_TABLE: _table(rows, failed)})
         written = there  # a case that another process has finished meanwhile: once more
     return changed
 
@@ -175,7 +174,7 @@ def _files_of(output: Path) -> tuple[list[Path], list[str]]:
     """Files of the rows, and names of the folder's other finished files."""
     rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
     names = sorted(file.name for file in output.iterdir() if not file.name.startswith('.'))
-    return rows, [name for name in names if name not in (SUMMARY, TABLE)]
+    return rows, [name for name in names if name not in (SUMMARY, SUMMARY_TABLE)]
 
 
 def _image_may_exist(failure: Mapping[str, Any]) -> bool:

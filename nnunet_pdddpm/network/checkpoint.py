@@ -14,6 +14,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from nnunet_pdddpm.file_names import BEST_CHECKPOINT
 from nnunet_pdddpm.network.settings import PRESEGMENTER_VARIABLE
 
 PRESEGMENTER = 'presegmenter.'
@@ -141,7 +142,7 @@ def check_weights(weights: Mapping[str, Any], source: str, known: int | None = N
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f'{source} has NaN or infinite weights ({name}): a mask of it would mean nothing. '
                                   f'Train it again, or predict with another checkpoint of the training '
-                                  f'(nnUNetv2_pdddpm_predict -chk checkpoint_best.pth).')
+                                  f'(nnUNetv2_pdddpm_predict -chk {BEST_CHECKPOINT}).')
     stored = stored_checksum(weights)
     if stored is not None and stored != known and stored != checksum(weights, PRESEGMENTER):
         raise CheckpointError(f'{source} is damaged: the stock model in it is not the one that it was trained with '

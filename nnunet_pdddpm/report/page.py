@@ -13,7 +13,7 @@ import jinja2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnunet_pdddpm.report.summary as text
-from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.file_names import PRESEGMENTATION, SUMMARY, UNCERTAINTY
 from nnunet_pdddpm.files import write_atomically
 from nnunet_pdddpm.image_files import UnusableImage, sample_files
 from nnunet_pdddpm.labels import foreground_labels
@@ -106,8 +106,8 @@ def _links(folder: Path, case: str, images: Sequence[Path], ending: str) -> list
     """Names of a case's files and where they are, as seen from the page."""
     named = re.compile(re.escape(case) + r'_(uncertainty|mutual_information|variance(_between_folds)?|probability_.+)'
                        + re.escape(ending))
-    maps = sorted(file for file in (folder / 'uncertainty').iterdir() if named.fullmatch(file.name))
-    files = [('mask', folder / f'{case}{ending}'), ('stock mask', folder / 'presegmentation' / f'{case}{ending}'),
+    maps = sorted(file for file in (folder / UNCERTAINTY).iterdir() if named.fullmatch(file.name))
+    files = [('mask', folder / f'{case}{ending}'), ('stock mask', folder / PRESEGMENTATION / f'{case}{ending}'),
              *((file.name[len(case) + 1:-len(ending)].replace('_', ' '), file) for file in maps),
              *((f'sample {i}', file) for i, file in enumerate(sample_files(folder, case, ending))),
              *((f'image {i}' if len(images) > 1 else 'image', Path(file)) for i, file in enumerate(images))]

@@ -10,8 +10,8 @@ from typing import Any
 
 from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
-from nnunet_pdddpm.inference.intervals import in_percent
 from nnunet_pdddpm.report.volumes import existing
+from nnunet_pdddpm.texts import in_percent
 
 BIN_WIDTHS = (0.01, 0.02, 0.05, 0.1)
 MAX_BINS = 12

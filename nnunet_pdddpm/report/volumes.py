@@ -11,6 +11,7 @@ from nibabel.orientations import io_orientation
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
+from nnunet_pdddpm.file_names import PRESEGMENTATION, UNCERTAINTY
 from nnunet_pdddpm.image_files import UnusableImage, as_unusable_image, damage, full_scale, sample_files
 
 MAX_SAMPLES = 16
@@ -111,9 +112,9 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     """
     if not images:
         raise UnusableImage(f'The report needs an image of case {case!r}, and none was given')
-    map_file = folder / 'uncertainty' / f'{case}_uncertainty{ending}'
+    map_file = folder / UNCERTAINTY / f'{case}_{UNCERTAINTY}{ending}'
     consensus, properties = _read(reader, folder / f'{case}{ending}')
-    stock, _ = _read(reader, folder / 'presegmentation' / f'{case}{ending}')
+    stock, _ = _read(reader, folder / PRESEGMENTATION / f'{case}{ending}')
     uncertainty, _ = _read(reader, map_file)
     samples = [_read(reader, file)[0] for file in sample_files(folder, case, ending)[:MAX_SAMPLES]]
     first = str(existing(Path(images[0])))

@@ -9,6 +9,8 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
+from nnunet_pdddpm.file_names import BEST_CHECKPOINT
+
 MAX_CONSECUTIVE = 10
 """Losses that GradScaler may leave out one after the other."""
 
@@ -57,7 +59,7 @@ class LossWatch:
                  f'out ({self.in_a_row} in a row, training stops at {MAX_CONSECUTIVE}).')
 
     def _error(self, loss: SupportsFloat, iteration: int, epoch: int, cases: Sequence[str], what: str) -> NonFiniteLoss:
-        kept = [name for name in ('checkpoint_latest.pth', 'checkpoint_best.pth') if (self.folder / name).is_file()]
+        kept = [name for name in ('checkpoint_latest.pth', BEST_CHECKPOINT) if (self.folder / name).is_file()]
         remedy = f'{" and ".join(kept)} in {self.folder} are from before it: continue with --c' if kept else \
             'no checkpoint has been written yet: start again'
         return NonFiniteLoss(f'The loss is {float(loss)} at iteration {iteration} of epoch {epoch}{what}, on patches '

@@ -28,7 +28,7 @@ from nnunet_pdddpm.diffusion.measuring import LevelMeter, kronecker_sequence, tr
 from nnunet_pdddpm.diffusion.process import q_sample
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
-from nnunet_pdddpm.image_files import abbreviated, images_in
+from nnunet_pdddpm.image_files import images_in
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.logs import log_forwarded_to
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
@@ -42,6 +42,7 @@ from nnunet_pdddpm.network.settings import (
     environment_overrides,
 )
 from nnunet_pdddpm.network.state import LEVELS, check_version
+from nnunet_pdddpm.texts import abbreviated
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
 from nnunet_pdddpm.training.held_out import held_out_cases

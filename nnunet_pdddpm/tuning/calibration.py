@@ -16,7 +16,7 @@ from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.dice_regression import UNALTERED
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.export import as_numpy
-from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask, in_percent
+from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask
 from nnunet_pdddpm.inference.quality import mask_dice, predicted_labels
 from nnunet_pdddpm.inference.ranking import MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
@@ -24,6 +24,7 @@ from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import foreground_labels, label_channels
 from nnunet_pdddpm.network.settings import environment_ignored
 from nnunet_pdddpm.network.state import CALIBRATION_CASES, QUALITY_FIELDS
+from nnunet_pdddpm.texts import in_percent
 from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
 from nnunet_pdddpm.tuning.stored import store_calibration
