@@ -194,3 +194,11 @@ def test_a_patch_that_is_to_be_ignored_everywhere_measures_no_level(kind, config
     measured = trainer.denoising_loss.measured
     assert torch.isnan(measured[0]) and measured[1] > 0
     assert trainer.meter.cross_entropy.sum() == pytest.approx(float(measured[1]))
+    trainer.blind_share = 1.0
+    for target in batch['target']:  # of the whole batch
+        target[:] = False if kind.regions else 3
+        target[:, -1] = True if kind.regions else 3
+    assert trainer.train_step(batch)['loss'] == 0
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        assert trainer.validation_step(batch)['loss'] == 0

@@ -101,6 +101,18 @@ def test_before_the_first_iteration_the_refined_result_is_the_stock_result(train
         np.testing.assert_array_equal(counts[name], counts[f'stock_{name}'])
 
 
+def test_the_loss_of_validation_is_the_cross_entropy_as_in_training(trainer):
+    batch = next(trainer.dataloader_val)
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        found = trainer.validation_step(batch)
+        target = batch['target'][0][:, 0].long()
+        for name, output in (('loss', trainer.refiner(batch['data'])),
+                             ('stock_loss', trainer.refiner.presegmenter(batch['data']))):
+            output = output[0] if isinstance(output, list) else output
+            assert found[name] == pytest.approx(2 * float(torch.nn.functional.cross_entropy(output, target)), rel=1e-4)
+
+
 def test_training_calls_no_presegmenter_and_needs_no_other_stock_fold(scratch_results):
     for fold in (1, 2):
         shutil.rmtree(scratch_results / DATASET / f'{STOCK}__{PLANS}__3d_fullres' / f'fold_{fold}')

@@ -43,7 +43,7 @@ class DenoisingLoss(nn.Module):
         shown, blind = ([i for i, is_noisy in enumerate(noisy.tolist()) if is_noisy == wanted]
                         for wanted in (True, False))
         share = len(shown) / len(output)
-        loss: Any = 0
+        loss = output[..., :0].sum()  # of a batch that is all to be ignored, too, a tensor
         if shown:
             # nnU-Net's loss of an item whose voxels are all to be ignored is 0, with classes a number
             item_losses = [self.loss(output[i:i + 1], target[i:i + 1]) for i in shown]
@@ -53,10 +53,10 @@ class DenoisingLoss(nn.Module):
                 if target.shape[1] > output.shape[1]:  # regions, and behind them what is to be ignored
                     measured = measured.masked_fill(target[shown, -1].flatten(1).bool().all(1), torch.nan)
                 self.measured = measured
-            loss = loss + share * sum(item_losses, start=output[..., :0].sum()) / len(item_losses)
+            loss = loss + share * sum(item_losses) / len(item_losses)
         if blind:
             loss = loss + (1 - share) * self.loss(output[blind], target[blind])
-        return cast(Tensor, loss)
+        return loss
 
 
 class _NoDice(nn.Module):

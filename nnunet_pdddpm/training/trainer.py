@@ -160,8 +160,8 @@ class PDDDPMTrainer(nnUNetTrainer):
     def _build_loss(self) -> nn.Module:
         """nnU-Net's loss for logits of the clean mask; the mean squared error for predicted noise."""
         loss = super()._build_loss()
-        self.full_resolution_loss = loss.loss if self.enable_deep_supervision else loss
-        self.denoising_loss = DenoisingLoss(self.full_resolution_loss)
+        full_resolution = loss.loss if self.enable_deep_supervision else loss
+        self.denoising_loss, self.validation_loss = DenoisingLoss(full_resolution), DenoisingLoss(full_resolution)
         if self.design.parameterisation == 'eps':
             return nn.MSELoss()
         if not self.enable_deep_supervision:
@@ -376,7 +376,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.store_levels()
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's step on the refined output, and once more on the stock output of the same patches."""
+        """nnU-Net's step on the refined output, and once more on the stock output of the same patches; the loss is the
+        cross-entropy, as in training."""
         with self._full_resolution():
             target = batch['target'][0] if isinstance(batch['target'], list) else batch['target']
             stock_batch = {**batch, 'target': target.clone()}  # nnU-Net's step writes into its target
@@ -466,7 +467,7 @@ class PDDDPMTrainer(nnUNetTrainer):
     def _full_resolution(self) -> Iterator[None]:
         """Within it nnU-Net's code sees a trainer without deep supervision: sampling has no coarser outputs."""
         before = self.enable_deep_supervision, self.loss, self.refiner.decoder.deep_supervision
-        self.enable_deep_supervision, self.loss = False, self.full_resolution_loss
+        self.enable_deep_supervision, self.loss = False, self.validation_loss
         self.refiner.decoder.deep_supervision = False
         try:
             yield
