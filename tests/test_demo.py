@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from matplotlib.image import imread
 
-from nnunet_pdddpm.commands.demo import NUM_VALIDATION
+from nnunet_pdddpm.commands.demo import NUM_VALIDATION, Demo
 from nnunet_pdddpm.demo.phantom import ORIGIN, SPACING, make_case, oblique_direction, write_dataset
 from nnunet_pdddpm.demo.report import dice_of_cases, draw_figure, format_table, mean_dice, volume_lines
 from nnunet_pdddpm.inference.intervals import COVERAGE, attainable_level
@@ -36,6 +37,17 @@ def test_phantoms_are_seeded_nested_and_lie_obliquely(tmp_path):
 
 def test_the_demo_has_enough_validation_cases_for_intervals_of_95_percent():
     assert attainable_level(NUM_VALIDATION) == COVERAGE
+
+
+def test_progress_is_logged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv('nnUNet_pdddpm_steps', '5')
+    caplog.set_level(logging.INFO, 'nnunet_pdddpm')
+    program = 'import os; print("Epoch 0", *sorted(k for k in os.environ if "pdddpm" in k)); print("more")'
+    Demo(tmp_path, 'cpu').call('training', 'python', '-c', program, echo=('Epoch ',))
+    log = tmp_path / 'logs' / 'training.log'
+    assert caplog.messages[0].startswith('$ python -c') and str(log) in caplog.messages[0]
+    assert caplog.messages[1:] == ['    Epoch 0 nnUNet_pdddpm_presegmenter']
+    assert log.read_text().splitlines()[1] == 'more'
 
 
 def test_table_and_picture_are_made_from_predictions(tmp_path):
@@ -68,12 +80,12 @@ def test_table_and_picture_are_made_from_predictions(tmp_path):
 
     dice['samples'] = dice['pdddpm']
     seconds = {'stock': 1.0, 'pdddpm': 2.5, 'samples': 3.5}
-    table = format_table({'dice': dice, 'seconds_per_case': seconds, 'cases': 2}).splitlines()
+    table = format_table({'dice': dice, 'seconds_per_case': seconds, 'cases': 2}, 16).splitlines()
     assert table[1].split()[-4:] == ['1.0000', '1.0000', '1.0000', '1.0']
     assert table[2].split()[-4:] == [f'{value:.4f}' for value in dice['pdddpm'].values()] + ['2.5']
-    assert '--control' in table[-1]
+    assert table[3].startswith('the same, 16 samples ') and '--control' in table[-1]
     with_control = format_table({'dice': {**dice, 'longer': dice['stock']}, 'cases': 2,
-                                 'seconds_per_case': {**seconds, 'longer': 1.1}}).splitlines()
+                                 'seconds_per_case': {**seconds, 'longer': 1.1}}, 16).splitlines()
     assert with_control[2].split() == ['stock', 'trained', 'longer', '1.0000', '1.0000', '1.0000', '1.1']
     assert not any('--control' in line for line in with_control)
     mean_dice(raw / 'labelsTs', predictions / 'samples', labels)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,7 +12,12 @@ import time
 from pathlib import Path
 
 from nnunet_pdddpm.demo.phantom import LABELS, write_dataset
-from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice, volume_lines
+from nnunet_pdddpm.demo.report import draw_figure, format_table, mean_dice, num_samples, volume_lines
+from nnunet_pdddpm.logs import log_to_console
+from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, PRESEGMENTER_VARIABLE
+from nnunet_pdddpm.report.page import REPORT
+
+logger = logging.getLogger(__name__)
 
 DATASET_ID = 701
 DATASET = f'Dataset{DATASET_ID}_Phantom'
@@ -43,20 +49,20 @@ class Demo:
         executable = str(beside) if beside.exists() else shutil.which(command[0])
         if executable is None:
             sys.exit(f'{command[0]} is not installed beside this Python: pip install "nnunetv2>=2.8,<3".')
-        kept = {k: v for k, v in os.environ.items() if not k.startswith('nnUNet_pdddpm_')}
-        environment = {**kept, 'nnUNet_pdddpm_presegmenter': STOCK, 'nnUNet_n_proc_DA': '1',
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+        environment = {**kept, PRESEGMENTER_VARIABLE: STOCK, 'nnUNet_n_proc_DA': '1',
                        'OMP_WAIT_POLICY': 'PASSIVE',  # on a CPU, training and data loading share the cores
                        **{name: str(self.folder / name)
                           for name in ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')}}
         file = self.folder / 'logs' / f'{log}.log'
-        print(f'$ {" ".join(command)}    (log: {file})', flush=True)
+        logger.info('$ %s    (log: %s)', ' '.join(command), file)
         start = time.monotonic()
         with open(file, 'w') as out, subprocess.Popen([executable, *command[1:]], env=environment, text=True,
                                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             for line in process.stdout or ():
                 out.write(line)
                 if any(word in line for word in echo):
-                    print('   ', line.rstrip(), flush=True)
+                    logger.info('    %s', line.rstrip())
         if process.returncode != 0:
             sys.exit(f'{command[0]} failed; the end of {file}:\n' + ''.join(file.read_text().splitlines(True)[-15:]))
         return time.monotonic() - start
@@ -107,6 +113,7 @@ def main() -> None:
                         help='also train stock nnU-Net for as many iterations as both together, as a control; this '
                              'takes twice as long as training the stock model (default: no)')
     args = parser.parse_args()
+    log_to_console()
     demo = Demo(Path(args.o).resolve(), args.device)
     demo.prepare()
     for trainer in (STOCK, PDDDPM, *([LONGER] if args.control else [])):
@@ -122,10 +129,10 @@ def main() -> None:
     summary = {'dice': dice, 'seconds_per_case': {k: round(v, 2) for k, v in seconds.items()}, 'cases': NUM_TEST}
     (demo.folder / 'summary.json').write_text(json.dumps(summary, indent=1))
     draw_figure(demo.raw, predictions, demo.folder / 'demo.png', foreground)
-    print('\n' + format_table(summary) + '\n')
+    print('\n' + format_table(summary, num_samples(predictions / 'samples')) + '\n')
     print('\n'.join(volume_lines(predictions / 'samples', truth, foreground)))
     print(f'\nTable: {demo.folder / "summary.json"}\nPicture: {demo.folder / "demo.png"}\n'
-          f'Report, to open in a browser: {predictions / "samples" / "report.html"}')
+          f'Report, to open in a browser: {predictions / "samples" / REPORT}')
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 
 TRUTH, MASK, SAMPLE = '#4be38a', '#ff8c42', '#4cc9ff'
 ROWS = {'stock': 'stock nnU-Net', 'longer': 'stock trained longer', 'pdddpm': 'PDDDPM',
-        'samples': 'the same, 8 samples'}
+        'samples': 'the same, {samples} samples'}
 """Of the table, in their order."""
 
 
@@ -39,12 +39,23 @@ def mean_dice(truth: Path, predictions: Path, labels: dict[str, int]) -> dict[st
     return {**dice, 'mean': float(np.mean(list(dice.values())))}
 
 
-def format_table(summary: dict[str, Any]) -> str:
-    """The table that the demo prints, from what it writes into summary.json; a row for each of `ROWS` that is there."""
+def num_samples(predictions: Path) -> int:
+    """Samples of each case in an output folder of `nnUNetv2_pdddpm_predict`."""
+    return int(json.loads((predictions / SUMMARY).read_text())['cases'][0]['num_samples'])
+
+
+def format_table(summary: dict[str, Any], samples: int) -> str:
+    """The table that the demo prints; a row for each of `ROWS` that is there.
+
+    Args:
+        summary: what the demo writes into summary.json.
+        samples: their number.
+    """
     labels = list(summary['dice']['stock'])
     lines = ['Dice on held-out cases'.ljust(24) + ''.join(label.rjust(9) for label in labels) + 's/case'.rjust(9)]
     for name, title in ((name, title) for name, title in ROWS.items() if name in summary['dice']):
-        lines.append(title.ljust(24) + ''.join(f'{summary["dice"][name][label]:9.4f}' for label in labels)
+        lines.append(title.format(samples=samples).ljust(24)
+                     + ''.join(f'{summary["dice"][name][label]:9.4f}' for label in labels)
                      + f'{summary["seconds_per_case"][name]:9.1f}')
     lines.append(f'{summary["cases"]} cases; seconds include starting the program and file I/O')
     if 'longer' not in summary['dice']:
@@ -62,15 +73,15 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         labels: name to value of the labels.
     """
     cases = json.loads((predictions / SUMMARY).read_text())['cases']
-    number = cases[0]['num_samples']
+    number = num_samples(predictions)
     header = f'range of {number} samples'
     lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{header:<22}{"true":>8}']
     inside: dict[str, list[bool]] = {'calibrated intervals': [], f'ranges of {number} samples': []}
     for case in cases:
-        of_case, voxel_ml = _read(truth / f'{case["case"]}.nii.gz')
+        true_labels, voxel_ml = _read(truth / f'{case["case"]}.nii.gz')
         for name, value in labels.items():
             row = case['labels'][name]
-            true = (of_case == value).sum() * voxel_ml
+            true = (true_labels == value).sum() * voxel_ml
             texts = []
             for found, level, low, high in zip(inside.values(), (row['interval_level'], None),
                                                (row['volume_ml_low'], row['samples_low_ml']),
@@ -109,7 +120,7 @@ def draw_figure(raw: Path, predictions: Path, file: Path, labels: dict[str, int]
     cases = [order[round(i)] for i in np.linspace(0, len(order) - 1, num_cases)]
     figure, axes = plt.subplots(len(cases), 4, figsize=(12, 3.6 * len(cases)), squeeze=False, layout='constrained')
     for row, case in zip(axes, cases, strict=True):
-        _draw_case(row, raw, predictions, case, labels, {name: of[case] for name, of in dice.items()})
+        _draw_case(row, raw, predictions, case, labels, {name: values[case] for name, values in dice.items()})
         which = {0: ' (worst)', len(order) - 1: ' (best)'}.get(order.index(case), '')
         row[0].set_ylabel(f'{case}{which}', fontsize=9)
     figure.colorbar(row[3].images[-1], ax=axes[:, 3], shrink=0.5, label='uncertainty (entropy), 0 to 1')
@@ -126,7 +137,7 @@ def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[s
     truth, voxel_ml = _read(raw / 'labelsTs' / f'{case}.nii.gz')
     z = int(np.argmax((truth == max(labels.values())).sum((1, 2))))
     masks = {name: _read(predictions / name / f'{case}.nii.gz')[0] for name in dice}
-    samples = [_read(of)[0] for of in sorted((predictions / 'samples' / SAMPLES).glob(f'{case}_s*.nii.gz'))]
+    samples = [_read(file)[0] for file in sorted((predictions / 'samples' / SAMPLES).glob(f'{case}_s*.nii.gz'))]
     true = {name: (truth == value).sum() * voxel_ml for name, value in labels.items()}
 
     image = _read(raw / 'imagesTs' / f'{case}_0000.nii.gz')[0][z]
@@ -148,7 +159,7 @@ def _draw_case(row: Any, raw: Path, predictions: Path, case: str, labels: dict[s
     dice_of_samples = [np.mean([mask_dice(sample == value, truth == value) for value in labels.values()])
                        for sample in samples]
     row[2].set_xlabel('\n'.join([f'Dice {min(dice_of_samples):.3f} to {max(dice_of_samples):.3f}', *(
-        f'{label} {min(of):.2f} to {max(of):.2f} ml, true {true[label]:.2f}' for label, of in volumes.items() if of)]),
+        f'{label} {min(ml):.2f} to {max(ml):.2f} ml, true {true[label]:.2f}' for label, ml in volumes.items() if ml)]),
         fontsize=9)
     entropy = _read(predictions / 'samples' / UNCERTAINTY / f'{case}_{UNCERTAINTY}.nii.gz')[0][z]
     row[3].imshow(np.ma.masked_less(entropy, 0.05), cmap='magma', vmin=0, vmax=1, alpha=0.8)
