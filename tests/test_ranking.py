@@ -346,7 +346,7 @@ def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path
     lows = {case: row['estimated_dice_low'] for case, row in found.items()}
     assert len(set(lows.values())) == 3 and shown(page) == sorted(lows, key=lambda case: lows[case])
     assert all(row['order']['by'] == 'estimated_dice_low' for row in found.values())
-    assert 'a regression on what the prediction says' in page and 'the one to look at first on top' in page
+    assert 'a regression on what the prediction says' in page and 'those to review first at the top' in page
     for case, row in found.items():
         assert 0 <= row['estimated_dice_low'] < row['estimated_dice'] <= 1
         assert f'(at least {row["estimated_dice_low"]:.2f})' in page

@@ -21,13 +21,21 @@ import tifffile
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from PIL import Image
 from skimage import io as image_io
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 from nnunet_pdddpm.demo.phantom import LABELS, make_case, oblique_direction, write_image
 from nnunet_pdddpm.files import identity
 from nnunet_pdddpm.labels import boxes_of
 from nnunet_pdddpm.report import NothingToShow, write_report
 from nnunet_pdddpm.report.components import components_of
-from nnunet_pdddpm.report.drawing import UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, grey_values, label_colours, levels
+from nnunet_pdddpm.report.drawing import (
+    COLOURS,
+    UNCERTAINTY_COLOUR,
+    UNCERTAINTY_LEVELS,
+    grey_values,
+    label_colours,
+    levels,
+)
 from nnunet_pdddpm.report.page import REPORT
 from nnunet_pdddpm.report.summary import histogram, runs_of, volume_bar
 from nnunet_pdddpm.report.views import (
@@ -163,23 +171,28 @@ def test_volumes_come_with_their_interval_and_stock_beside(page):
     assert 'to keep this' not in text
 
 
-def test_an_interval_is_drawn_from_zero_to_the_largest_number():
+def test_an_interval_is_drawn_from_zero_to_the_largest_number(page):
     label = {'volume_ml': 10.0, 'volume_ml_stock': 20.0, 'volume_ml_low': 8.0, 'volume_ml_high': 12.0,
              'samples_low_ml': 9.0, 'samples_high_ml': 11.0}
     found = volume_bar(label)
     assert found.interval is None  # without a level it is none
     found = volume_bar({**label, 'interval_level': 0.95})
     assert (found.mask, found.stock) == (50, 100) and found.interval == (40, 60) and found.samples == (45, 55)
+    assert found.end == '20.0'
     assert volume_bar({'volume_ml': 0.0}) is None and volume_bar({}) is None
+    assert '0 13.9 ml' in text_of(page) and '0 260 ml' in text_of(page)
 
 
 def test_the_page_opens_with_what_was_run(page):
     text = text_of(page)
     for fact in ('Model Dataset701_Phantom', 'Trainer PDDDPMTrainer', 'Plans nnUNetPlans', 'Configuration 3d_fullres',
                  'Folds 3, 4', 'Checksum 7d5ca183, 11aa22bb', 'Samples 2', 'Seed 17', 'Versions nnunet-pdddpm 0.1',
-                 'Report of 2026-11-29 18:02', 'steps 2, 1', f'Command {COMMAND}'):
+                 'Report written 2026-11-29 18:02', 'steps 2, 1', f'Command {COMMAND}'):
         assert fact in text, fact
-    assert text.index('Command') < text.index('12.3 ml')
+    title, run, command, cases, notice, histogram = (text.index(part) for part in (
+        ' Dataset701_Phantom ', 'Model', f'Command {COMMAND}', '5 cases, those to review first',
+        'For research only', 'Cases by'))
+    assert title < run < command < cases < notice < histogram < text.index('12.3 ml')
     assert 'predict with --save_samples' not in text
 
 
@@ -205,10 +218,12 @@ def test_links_lead_to_the_files(prediction, page):
 def test_labels_have_colours_of_their_own():
     for number in (1, 8, 117):
         assert len(set(label_colours(number))) == number
-    uncertain = np.array(UNCERTAINTY_COLOUR)
-    for colour in label_colours(8):
-        rgb = np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)])
-        assert rgb.mean() > 120 and np.abs(rgb - uncertain).sum() > 150
+    colours = [[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in COLOURS]
+    assert min(sum(rgb) / 3 for rgb in colours) > 120
+    crosshair, image = (255, 255, 255), (128, 128, 128)
+    every = rgb2lab(np.array([*colours, UNCERTAINTY_COLOUR, crosshair, image]) / 255)
+    distances = deltaE_ciede2000(every[:, None], every[None])
+    assert distances[np.triu_indices(len(every), 1)].min() > 15  # of 100 between black and white
 
 
 def test_the_histogram_counts_every_case_with_an_estimate(page):
@@ -391,7 +406,7 @@ def test_cases_beyond_the_budget_are_shown_coarser_and_the_page_says_so(predicti
         assert grey_of(volumes).shape == tuple(volumes['shape'])
         assert all(0 <= i < n for place in volumes['places'].values()
                    for i, n in zip(place, volumes['shape'], strict=True))
-    assert '5 cases are shown coarser than their files' in text_of(page) and 'voxels are one here' in text_of(page)
+    assert '5 cases are shown coarser than their files' in text_of(page) and 'voxels are drawn as one' in text_of(page)
 
 
 def test_regions_and_two_dimensional_images_with_colours(tmp_path):
@@ -409,7 +424,7 @@ def test_regions_and_two_dimensional_images_with_colours(tmp_path):
     describe(folder, [{'case': 'im', 'estimated_dice': None}], 'NaturalImage2DIO', '.png', labels)
     page = write_report(folder, {'im': [folder / 'im_0000.png']}).read_text(encoding='utf-8')
     assert 'type="range"' not in page and page.count('class="frame"') == 1
-    assert 'where the planes cut' not in page and '<table class="volumes">' not in page and '10 px' in page
+    assert 'crosshair</label>' not in page and '<table class="volumes">' not in page and '10 px' in page
     assert 'const REGIONS = [[1, 2], [2]], NAMES = ["cell", "\\u003c/svg\\u003e\\u003cb\\u003enucleus"]' in page
     volumes, = volumes_of(page)
     np.testing.assert_array_equal(labels_of(volumes, volumes['consensus'])[0], mask)
@@ -823,19 +838,23 @@ def test_text_has_a_contrast_of_at_least_4_5(opened, scheme):
             .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
             .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
         const ground = element => {
+            const layers = [];
             for (let e = element; e; e = e.parentElement) {
-                const colour = channels(getComputedStyle(e).backgroundColor);
-                if (colour.length < 4 || colour[3] === 1) return colour;
+                const [r, g, b, opaque = 1] = channels(getComputedStyle(e).backgroundColor);
+                layers.push([r, g, b, opaque]);
+                if (opaque === 1 || e.matches('.frame .scale, .frame .edge')) break;  // the image there may be white
             }
-            return [255, 255, 255];
+            return layers.reduceRight((below, [r, g, b, opaque]) =>
+                [r, g, b].map((c, i) => opaque * c + (1 - opaque) * below[i]), [255, 255, 255]);
         };
         const found = [];
         const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
         while (texts.nextNode()) {
             const element = texts.currentNode.parentElement;
             const text = texts.currentNode.textContent.trim();
-            if (!text || !element.checkVisibility() || element.closest('.frame, option')) continue;
-            const pair = [light(channels(getComputedStyle(element).color)), light(ground(element))];
+            if (!text || !element.checkVisibility() || element.closest('option')) continue;
+            const { color, fill } = getComputedStyle(element);
+            const pair = [light(channels(element.matches('text') ? fill : color)), light(ground(element))];
             const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
             if (contrast < 4.5) found.push([text, contrast]);
         }

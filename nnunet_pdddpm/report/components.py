@@ -51,7 +51,7 @@ def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tup
         return ComponentList([], 0, 0.0)
     ml = voxel_volume_ml(labels.shape, spacing)
     index, number = ndimage.label(np.isin(labels[around], values), np.ones((3, 3, 3)))
-    of_samples = [np.isin(sample[around], values) for sample in samples]
+    sample_masks = [np.isin(sample[around], values) for sample in samples]
     sizes = np.bincount(index.ravel(), minlength=number + 1)[1:]
     order = np.argsort(-sizes, kind='stable')
     boxes = ndimage.find_objects(index)
@@ -62,5 +62,5 @@ def components_of(labels: np.ndarray, samples: Sequence[np.ndarray], values: tup
         nearest = voxels[np.argmin((((voxels - voxels.mean(0)) * spacing) ** 2).sum(1))]
         z, y, x = (int(n + part.start + all_.start) for n, part, all_ in zip(nearest, boxes[i], around, strict=True))
         found.append(Component(float(sizes[i] * ml), (z, y, x),
-                               sum(bool(sample[boxes[i]][there].any()) for sample in of_samples)))
+                               sum(bool(sample[boxes[i]][there].any()) for sample in sample_masks)))
     return ComponentList(found, len(order) - len(found), float(sizes[order[MAX_COMPONENTS:]].sum() * ml))

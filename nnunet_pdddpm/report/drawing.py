@@ -15,8 +15,9 @@ LOSSLESS_BELOW = 200_000
 UNCERTAINTY_COLOUR = (230, 30, 150)
 UNCERTAINTY_LEVELS = 16
 MAX_ALPHA = 0.8
-COLOURS = ('#4cc9ff', '#ffd60a', '#4be38a', '#ff8c42', '#c0a6ff', '#ffffff', '#b8f23a', '#ff9aa2')
-"""Of outlines: each stands out on black and on grey, and none is that of the uncertainty."""
+COLOURS = ('#4cc9ff', '#ffd60a', '#4be38a', '#ff8c42', '#c0a6ff', '#4a8cff', '#b8f23a', '#ff9aa2')
+"""Of outlines: each stands out on black and on grey, and none is close to another, to the uncertainty's or to white,
+which the crosshair has."""
 GOLDEN_ANGLE = 0.381966
 
 

@@ -19,7 +19,7 @@ from nnunet_pdddpm.image_files import UnusableImage, sample_files
 from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.report.drawing import MAX_ALPHA, UNCERTAINTY_COLOUR, UNCERTAINTY_LEVELS, label_colours
 from nnunet_pdddpm.report.views import make_view
-from nnunet_pdddpm.report.volumes import existing, read_case
+from nnunet_pdddpm.report.volumes import read_case, required_file
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def write_report(output_folder: Path, images: Mapping[str, Sequence[Path]], comm
     """
     folder = Path(output_folder)
     shown: bytes | None = None
-    while (now := existing(folder / SUMMARY).read_bytes()) != shown:  # another part has finished: once more
+    while (now := required_file(folder / SUMMARY).read_bytes()) != shown:  # another part has finished: once more
         shown = now
         page, missing = _page(folder, images, text.read_summary(folder), command, date)
         written = write_atomically(folder, {REPORT: page})[0]

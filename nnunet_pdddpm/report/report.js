@@ -190,7 +190,7 @@ function draw(figure, { data, at }, volumes) {
     for (const kind of ['samples', 'stock', 'consensus']) {
       const slices = volumes[kind].map(slice), around = slices.map(boxes);
       figure.querySelectorAll(`.${kind} path`).forEach((path, i) => {
-        path.setAttribute('d', slices.map((of, k) => outline(of, around[k], REGIONS[i])).join(''));
+        path.setAttribute('d', slices.map((shown, k) => outline(shown, around[k], REGIONS[i])).join(''));
       });
     }
     figure.drawn = index;

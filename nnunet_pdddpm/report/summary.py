@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunet_pdddpm.file_names import SUMMARY
 from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
-from nnunet_pdddpm.report.volumes import existing
+from nnunet_pdddpm.report.volumes import required_file
 from nnunet_pdddpm.texts import in_percent
 
 BIN_WIDTHS = (0.01, 0.02, 0.05, 0.1)
@@ -28,11 +28,13 @@ class Run:
 @dataclass(frozen=True)
 class VolumeBar:
     """A volume on a scale from 0 to 100, which is the largest number there is: ends of the calibrated interval and of
-    the samples' range, the mask's volume and stock's; None for what is not known."""
+    the samples' range, the mask's volume and stock's; None for what is not known. `end` is that largest number in ml,
+    for reading."""
     interval: tuple[float, float] | None
     samples: tuple[float, float] | None
     mask: float
     stock: float | None
+    end: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Bin:
 
 def read_json(file: Path) -> Any:
     """The file's content, or a ValueError that names it."""
-    existing(file)
+    required_file(file)
     try:
         return json.loads(file.read_text(encoding='utf-8'))
     except ValueError:
@@ -128,9 +130,9 @@ def plain(value: Any, digits: int = 2) -> str:
     return '–' if number is None else f'{number:.{digits}f}'
 
 
-def bound(of: Mapping[str, Any]) -> str:
+def bound(row: Mapping[str, Any]) -> str:
     """The lower bound of an estimated Dice, for reading behind it; '' where there is none."""
-    low = finite(of.get('estimated_dice_low'))
+    low = finite(row.get('estimated_dice_low'))
     return '' if low is None else f' (at least {low:.2f})'
 
 
@@ -162,12 +164,12 @@ def interval_ends(label: Mapping[str, Any], calibrated: bool) -> tuple[float, fl
 def interval(label: Mapping[str, Any], samples: Any = None) -> str:
     """Where a label's volume lies: 'calibrated, 95 %: 11.1 to 13.9', or the range of its samples, 'range of 8 samples:
     11.1 to 13.9'; '' if it has neither."""
-    of, names = '', ('', '')
+    kind, names = '', ('', '')
     if interval_ends(label, calibrated=True):
-        of, names = f'calibrated, {in_percent(label["interval_level"])}', ('volume_ml_low', 'volume_ml_high')
+        kind, names = f'calibrated, {in_percent(label["interval_level"])}', ('volume_ml_low', 'volume_ml_high')
     elif interval_ends(label, calibrated=False) and finite(samples) is not None:
-        of, names = f'range of {samples} samples', ('samples_low_ml', 'samples_high_ml')
-    return f'{of}: {volume(label, names[0])} to {volume(label, names[1])}' if of else ''
+        kind, names = f'range of {samples} samples', ('samples_low_ml', 'samples_high_ml')
+    return f'{kind}: {volume(label, names[0])} to {volume(label, names[1])}' if kind else ''
 
 
 def volume_bar(label: Mapping[str, Any]) -> VolumeBar | None:
@@ -179,7 +181,8 @@ def volume_bar(label: Mapping[str, Any]) -> VolumeBar | None:
         return None
     calibrated, samples = (None if pair is None else (100 * max(pair[0], 0.0) / most, 100 * pair[1] / most)
                            for pair in ends)
-    return VolumeBar(calibrated, samples, 100 * mask / most, None if stock is None else 100 * stock / most)
+    return VolumeBar(calibrated, samples, 100 * mask / most, None if stock is None else 100 * stock / most,
+                     volume({**label, 'most': most}, 'most'))
 
 
 def runs_of(entries: Iterable[Mapping[str, Any]]) -> list[Run]:

@@ -16,9 +16,9 @@ from nnunet_pdddpm.report.volumes import CaseVolumes
 
 FOCUS_SIGMA = 1.5
 """Standard deviation, in the finest spacing, of the Gaussian that smooths the map before its maximum is sought."""
-UNCERTAIN = 0.25
+SHOWN_UNCERTAINTY = 0.25
 """From this uncertainty on, a voxel counts as a place to look at, whatever the masks say there."""
-MARGIN_MM, MARGIN_SHARE = 20.0, 0.25
+BOX_MARGIN_MM, BOX_MARGIN_SHARE = 20.0, 0.25
 """The box shown goes so far beyond masks and uncertain places, or so large a part of their extent."""
 MAX_SIDE = 512
 MAX_VOXELS = 4_000_000
@@ -38,7 +38,7 @@ class Plane:
         size: width and height, mm.
         thickness: of its slices, mm.
         slices: how many there are in the page.
-        of: how many there are in the file.
+        slices_in_file: how many there are in the file.
     """
     name: str
     axis: int
@@ -46,7 +46,7 @@ class Plane:
     size: tuple[float, float]
     thickness: float
     slices: int
-    of: int
+    slices_in_file: int
 
     @property
     def scale(self) -> float:
@@ -124,7 +124,7 @@ def box_around(shown: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, ..
         there = np.flatnonzero(shown.any(tuple(a for a in range(3) if a != axis)))
         if not len(there):
             return tuple(slice(0, n) for n in shown.shape)
-        margin = math.ceil(max(MARGIN_MM / mm, MARGIN_SHARE * (there[-1] - there[0] + 1)))
+        margin = math.ceil(max(BOX_MARGIN_MM / mm, BOX_MARGIN_SHARE * (there[-1] - there[0] + 1)))
         box.append(slice(max(0, int(there[0]) - margin), min(size, int(there[-1]) + 1 + margin)))
     return tuple(box)
 
@@ -177,7 +177,7 @@ def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) ->
         budget: bytes that it may take in the page; beyond, it becomes coarser.
     """
     masks = (case.consensus > 0) | (case.stock > 0)
-    seen = masks | (case.uncertainty >= UNCERTAIN)
+    seen = masks | (case.uncertainty >= SHOWN_UNCERTAINTY)
     box = box_around(seen, case.spacing)
     grey = grey_values(case.image[box], intensity_window(case.image, seen))
     around = boxes_of(case.consensus, regions)
@@ -189,7 +189,7 @@ def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) ->
         if inside is not None:
             sections = largest_sections(np.isin(case.consensus[inside], values))
             places[f'label-{i}'] = _place(n + part.start for n, part in zip(sections, inside, strict=True))
-        places.update({f'component-{i}-{j}': of.place for j, of in enumerate(found.largest)})
+        places.update({f'component-{i}-{j}': one.place for j, one in enumerate(found.largest)})
 
     voxels = MAX_VOXELS
     while True:

@@ -90,7 +90,7 @@ class CaseVolumes:
     unit: str = 'mm'
 
 
-def existing(file: Path) -> Path:
+def required_file(file: Path) -> Path:
     """The file itself, or a ValueError that names it and the remedy."""
     if not file.is_file():
         raise UnusableImage(f'The report needs {file}, which is not there; predict again with --report')
@@ -117,7 +117,7 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
     stock, _ = _read(reader, folder / PRESEGMENTATION / f'{case}{ending}')
     uncertainty, _ = _read(reader, map_file)
     samples = [_read(reader, file)[0] for file in sample_files(folder, case, ending)[:MAX_SAMPLES]]
-    first = str(existing(Path(images[0])))
+    first = str(required_file(Path(images[0])))
     with as_unusable_image(first):
         image, _ = reader.read_images((first,))
     image = image[:3].mean(0) if isinstance(reader, NaturalImage2DIO) and len(image) > 2 else image[0]
@@ -142,7 +142,7 @@ def read_case(folder: Path, case: str, images: Sequence[Path], ending: str, read
 
 def _read(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """A mask or map, with its geometry; raises ValueError if it is missing, damaged or unreadable."""
-    if wrong := damage(existing(file)):
+    if wrong := damage(required_file(file)):
         raise UnusableImage(f'{file} {wrong}; predict again with --report')
     with as_unusable_image(str(file)):
         return reader.read_seg(str(file))
