@@ -133,7 +133,7 @@ def test_it_is_used_where_it_ranks_better_than_the_probabilities_alone():
 
 def test_it_is_not_used_where_it_does_not_beat_the_probabilities_alone():
     ranking = ranking_of(rows('expected'), CHANNELS)
-    assert ranking.by == PROBABILITIES and 'a regression on more did not rank better' in ranking.describe()
+    assert ranking.by == PROBABILITIES and 'a regression on more features did not rank better' in ranking.describe()
     assert ranking.scores.correlation == ranking.scores.probabilities > 0.8  # of what nothing is fitted for
     usual = np.zeros(len(FEATURES))
     odd = usual + 5
