@@ -107,8 +107,9 @@ class Ranking:
                    f'Dice {correlation} on {number}{" of kinds that it was not fitted on" if scores.copies else ""}; '
                    f'by the probabilities alone {scores.probabilities:.2f}')
         else:
-            how = (f'a lower bound of the Dice that is expected from the probabilities; a regression on more features did '
-                   f'not rank better. Rank correlation of the expected Dice with the true one {correlation} on {number}')
+            how = (f'a lower bound of the Dice that is expected from the probabilities; a regression on more features '
+                   f'did not rank better. Rank correlation of the expected Dice with the true one {correlation} on '
+                   f'{number}')
         return (f'Cases are sorted by {how}; {scores.clean:.2f} on the unchanged cases. The lower bound should hold '
                 f'in {100 * BOUND_COVERAGE:.0f} % of images; in validation it held in {100 * bound.held:.0f} %.')
 
