@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from datasets.images import ImageSet
 from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM, SMALLEST
-from datasets.raters import RaterSet
+from datasets.raters import RaterSet, image_of
 from image_models import DRAWS, Row, rows, seconds_file
 from image_scores import against_truth, exact_map
+from images import TIMED
 from page import Column, Line, Scores, base_of, forest, table, write
 from statistics_of_trainings import files_of_trainings
 
@@ -21,7 +22,12 @@ CONTROL = 'stock trained longer, thresholds'
 WITH_TEMPERATURE = 'stock trained longer, one temperature, thresholds'
 EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the others, and false alarms are the share '
          'of these images with a mask that is not empty.')
-SECONDS = ' Seconds: of all {samples} samples of an image, in turn on one thread, without files.'
+SECONDS = (' Seconds: of all {samples} samples of an image, in turn on one thread, without files; mean of {images} '
+           'images, models of fold 0{tuned}.')
+COMMAND = 'NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/run.py {name} -o WORK'
+EVALUATE = '.venv/bin/python benchmarks/run.py {name} -o WORK --stages evaluate -data {data}'
+OTHER = ('All images of {folder}, none of which was trained on{shrunk}. What was trained, fitted and tuned is that of the '
+         'benchmark {name}.')
 FITTED = ' (one ensemble)'
 
 
@@ -59,13 +65,22 @@ def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, te
     network = of.dataset.planned(work)
     stock, others = of.dataset.total_iterations
     timed = seconds_file(work, SMALLEST if of.kind == 'phantom' else tests or of.label).is_file()
-    common = {'name': name, 'title': of.title, 'samples': of.samples,
-              'seconds': SECONDS.format(samples=of.samples) if timed else '', 'batch': network['batch_size'],
+    tuned = '' if of.kind == 'phantom' else ', as tuned in fold 0'
+    common = {'command': COMMAND.format(name=name), 'title': of.title, 'samples': of.samples,
+              'seconds': SECONDS.format(samples=of.samples, images=TIMED, tuned=tuned) if timed else '',
+              'batch': network['batch_size'],
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
               'stock': stock, 'others': others, 'epochs': of.dataset.epochs[0]}
     if of.kind == 'phantom':
         write_phantoms(of, work, args, common)
     else:
+        common['source'] = of.source
+        if tests is not None:
+            folder = Path(args.data).resolve().name
+            shrunk = f', {of.shrink} x {of.shrink} pixels averaged' if of.shrink > 1 else ''
+            common.update(title=f'{of.title.split(",")[0]}: images of {folder}',
+                          command=EVALUATE.format(name=name, data=args.data),
+                          source=OTHER.format(name=name, folder=folder, shrunk=shrunk))
         write_raters(of, work, args.page, common, tests or of.label)
 
 
@@ -90,14 +105,15 @@ def write_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object]
     found = lines(work, tests, table_rows)
     base, titles = base_of(found, base_title), {line.title for line in found}
     missing = [row.title for row in table_rows if row.title not in titles]
-    patch, splits = of.dataset.planned(work)['patch_size'], of.dataset.splits(work)
+    patch = of.dataset.planned(work)['patch_size']
+    trained = sorted(len({image_of(case) for case in split['train']}) for split in of.dataset.splits(work))
     empty = int((~np.isnan(base['false_alarm'][0])).sum())
     write(page, 'raters', **common, figure=forest(found, RATERS[0], base_title, 'lower', page.with_suffix('.png')),
           patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
-          train=len({case.rsplit('-', 1)[0] for case in splits[0]['train']}), tuned=tuned(of, work),
+          train=' to '.join(f'{number:,}' for number in sorted({trained[0], trained[-1]})), tuned=tuned(of, work),
           missing=f' Not measured yet: {"; ".join(missing)}.' if missing else '',
           correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base_title),
-          source=of.source, of_raters=objects_of_raters(found), control=CONTROL,
+          of_raters=objects_of_raters(found), control=CONTROL,
           empty=EMPTY.format(number=empty) if empty else '',
           of_mean=table(found, OF_MEAN + FALSE_ALARMS * (empty > 0), base_title))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets.images import Image, ImageSet
 from datasets.phantom import CONFIRMATION, FRESH_DRAWS, PHANTOM
-from datasets.raters import RATER_SETS
+from datasets.raters import RATER_SETS, image_of
 from machine import results, timed
 from nnunet import NUM_FOLDS
 
@@ -53,8 +53,11 @@ def evaluate(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> N
     if name == 'phantom' or args.data is None:
         sys.exit("The stage evaluate is for masks of several people; -data must name a folder with images and raters.")
     folder = Path(args.data).resolve()
-    tests = f'{folder.name}_of_{of.label}'
-    measure(of, work, {tests: of.images(folder)}, args.folds)
+    tests, images = f'{folder.name}_of_{of.label}', of.images(folder)
+    folds = {image_of(case) for split in of.dataset.splits(work) for cases in split.values() for case in cases}
+    if seen := sorted(folds & {image.name for image in images}):
+        sys.exit(f'{folder} holds {seen[0]}, which was trained on: evaluate other images.')
+    measure(of, work, {tests: images}, args.folds)
     from image_page import write_page
     args.page = work / f'{tests}.md' if args.page == results() / f'{name}.md' else args.page
     write_page(name, of, work, args, tests)

@@ -1,6 +1,7 @@
 """Pages of the benchmarks: tables of scores whose unit is the training, forest plots, and the texts in `pages/`."""
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from machine import AUTOCAST, PLANS_IN_WORDS, commit, date, machine
 from statistics_of_trainings import difference, spread, t_interval
 
+DOCS = Path(__file__).resolve().parent.parent / 'docs'
 Scores = dict[str, np.ndarray]
 """Metric -> (trainings, cases)."""
 
@@ -149,7 +151,8 @@ def draw_intervals(found: dict[str, tuple[float, float, float]], label: str, fil
 def write(file: Path, text_name: str, **values: object) -> None:
     """A page, of the text `pages/TEXT_NAME.md` with its places filled in."""
     text = (Path(__file__).parent / 'pages' / f'{text_name}.md').read_text()
-    text = text.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, autocast=AUTOCAST, **values)
+    text = text.format(commit=commit(), machine=machine(), plans=PLANS_IN_WORDS, autocast=AUTOCAST,
+                       docs=os.path.relpath(DOCS, file.resolve().parent), **values)
     file.write_text(re.sub('\n{3,}', '\n\n', text).rstrip() + '\n')
     if (index := file.with_name('README.md')).is_file():
         table = r'\n\| page \| commit .*\n(\|.*\n)*'
