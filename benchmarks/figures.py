@@ -1,10 +1,9 @@
 """Figures: `headline`, the README's picture; `levels`, the tables of noise levels in trained models; `differences`,
-what this package gains or loses, from the pages of results."""
+what this package gains or loses, from the pages of results, whose forest plots it draws anew."""
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from datasets.hippocampus import HIPPOCAMPUS, names
 from datasets.phantom import PHANTOM
+from datasets.raters import RATER_SETS
 from machine import PLANS, results
 from nnunet import NUM_FOLDS
-from page import draw_intervals
+from page import draw_intervals, forest, interval, read_column
+from statistics_of_trainings import Interval
 
 from nnunet_pdddpm.demo.report import outline
 from nnunet_pdddpm.file_names import SUMMARY
@@ -22,11 +23,10 @@ from nnunet_pdddpm.texts import in_percent
 
 STAGES = ('draw',)
 CHAIN, BLIND = 'PDDDPM, start 0.8, 2 steps, copula of objects', 'PDDDPM, blind mask, thresholds'
-CONTROL = 'stock trained longer, one temperature, thresholds'
+CALIBRATED_CONTROL = 'stock trained longer, one temperature, thresholds'
 TUNED = 'PDDDPM as tuned, with mirroring'
 MIRRORED = 'second network, cross-entropy alone, one temperature, copula of objects, with mirroring'
 BY_OBJECT, FRESH = 'start 0.8, 2 steps, drawn an object at a time', 'fresh images'
-RATERS = ('nuclei', 'cells', 'nodules')
 IDEAL = 'exact samples'
 HIGHER = ('Dice', 'one of the shapes')
 """Columns in which higher is better."""
@@ -45,17 +45,18 @@ class Place(NamedTuple):
 
 DIFFERENCES = {
     'mask, hippocampus: Dice': Place('hippocampus', 'PDDDPM, blind mask', 'Dice'),
-    **{f'mask, {name}: Dice': Place(name, BLIND, 'Dice') for name in RATERS},
+    **{f'mask, {name}: Dice': Place(name, BLIND, 'Dice') for name in RATER_SETS},
     'probabilities, hippocampus: NLL': Place('hippocampus', 'PDDDPM, blind mask', 'NLL'),
-    **{f'probabilities, {name}: NLL': Place(name, BLIND, 'NLL', CONTROL, delta=f'Δ to {CONTROL}') for name in RATERS},
+    **{f'probabilities, {name}: NLL': Place(name, BLIND, 'NLL', CALIBRATED_CONTROL, delta=f'Δ to {CALIBRATED_CONTROL}')
+       for name in RATER_SETS},
     'mean of 8 chains as the mask, hippocampus: Dice': Place(
         'hippocampus', 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)', 'Dice'),
     'chains, fresh phantoms: GED²': Place('phantom', BY_OBJECT, 'GED²', section=FRESH),
     'chains, fresh phantoms: objects of a true shape': Place('phantom', BY_OBJECT, 'one of the shapes', section=FRESH),
-    **{f'chains, {name}: GED²': Place(name, CHAIN, 'GED²') for name in RATERS},
-    **{f'samples as tuned, {name}: GED²': Place(name, TUNED, 'GED²', MIRRORED) for name in RATERS},
+    **{f'chains, {name}: GED²': Place(name, CHAIN, 'GED²') for name in RATER_SETS},
+    **{f'samples as tuned, {name}: GED²': Place(name, TUNED, 'GED²', MIRRORED) for name in RATER_SETS},
     'map of chains, fresh phantoms: NLL': Place('phantom', BY_OBJECT, 'NLL', section=FRESH),
-    **{f'map of chains, {name}: NLL': Place(name, CHAIN, 'NLL') for name in RATERS}}
+    **{f'map of chains, {name}: NLL': Place(name, CHAIN, 'NLL') for name in RATER_SETS}}
 """What is compared -> where it stands."""
 
 
@@ -75,6 +76,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         levels(args.hippocampus.resolve(), args.phantom.resolve(), args.page)
     elif name == 'differences':
         differences(args.page)
+        forests(args.page.parent)
     else:
         headline(args.hippocampus.resolve(), args.folds[0], Path(args.o).resolve(), args.page)
 
@@ -96,36 +98,40 @@ def levels(hippocampus: Path, phantom: Path, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def difference(of: Place) -> tuple[float, float, float]:
+def difference(place: Place) -> Interval:
     """Mean and 95 % interval of a row's difference to its base, in % of the base's error; above 0 is worse.
 
     The error is the metric, or 1 less what is better when higher. Unless it is named, the base is the one row without a
     difference and a note.
     """
-    text = (results() / f'{of.page}.md').read_text()
-    lines = [[cell.strip() for cell in line.strip('|').split('|')]
-             for line in text[re.search(f'^.*{of.section}.*$', text, re.MULTILINE).start():].splitlines()
-             if line.startswith('|')]
-    head = next(cells for cells in lines if of.column in cells and 'Δ' in cells[cells.index(of.column) + 1:][:1])
-    value = head.index(of.column)
-    delta = head.index(of.delta, value)
-    rows: dict[str, list[str]] = {}
-    for cells in lines[lines.index(head) + 2:]:
-        if len(cells) == len(head):
-            rows.setdefault(cells[0], cells)
-    base = of.base or next(title for title, cells in rows.items()
-                           if not cells[value + 1] and '(' not in cells[value] and title != IDEAL)
-    error = float(rows[base][value].split()[0])
-    mean, low, high = (float(found) for found in re.findall(r'[+-][\d.]+', rows[of.row][delta]))
-    if of.column in HIGHER:
+    _, section, text = (results() / f'{place.page}.md').read_text().partition(place.section or '\n')
+    rows = read_column(section + text, place.column, place.delta)
+    base = place.base or next(title for title, (value, delta) in rows.items()
+                              if not delta and '(' not in value and title != IDEAL)
+    error = float(rows[base][0].split()[0])
+    mean, low, high = interval(rows[place.row][1])
+    if place.column in HIGHER:
         error, mean, low, high = 1 - error, -mean, -high, -low
     return 100 * mean / error, 100 * low / error, 100 * high / error
 
 
 def differences(file: Path) -> None:
     """All of them, in one picture."""
-    draw_intervals({title: difference(of) for title, of in DIFFERENCES.items()},
-                   "difference to the baseline in % of the baseline's error; left of 0 is better", file, ('C2', 'C3'))
+    draw_intervals({title: difference(place) for title, place in DIFFERENCES.items()},
+                   "difference to the baseline in % of the baseline's error; left of 0 is better", file, True)
+
+
+def forests(folder: Path) -> None:
+    """Forest plots of the pages of a folder, anew."""
+    import image_models
+    import volumes
+    for name, images in {'phantom': PHANTOM, **RATER_SETS}.items():
+        rows, base = image_models.rows(images)
+        page = folder / f'{name}.md'
+        forest(page.read_text(), image_models.plotted(rows), 'GED²', base, 'lower', page)
+    rows, base = volumes.rows()
+    page = folder / 'hippocampus.md'
+    forest(page.read_text(), dict.fromkeys(row.title for row in rows), 'Dice', base, 'higher', page)
 
 
 def headline(work: Path, fold: int, output: Path, file: Path) -> None:

@@ -72,6 +72,11 @@ def rows(images: ImageSet) -> tuple[list[Row], str]:
     return [Row(**row) for row in of['rows']], of['base']
 
 
+def plotted(of: Sequence[Row]) -> dict[str, str | None]:
+    """Title -> that of its base if it is another than the table's, of the rows that the forest plot has."""
+    return {row.title: row.base for row in of if row.plotted}
+
+
 def rows_to_measure(images: ImageSet, work: Path, fold: int) -> list[Row]:
     """Without that of the tuned settings while a training is not tuned."""
     tuned = images.dataset.sweep(work, fold).is_file()

@@ -9,7 +9,7 @@ import numpy as np
 from datasets.images import ImageSet
 from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM, SMALLEST
 from datasets.raters import RaterSet, image_of
-from image_models import DRAWS, Row, rows, seconds_file
+from image_models import DRAWS, Row, plotted, rows, seconds_file
 from image_scores import against_truth, exact_map
 from images import TIMED
 from page import Column, Line, Scores, base_of, forest, table, write
@@ -19,14 +19,14 @@ from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 
 EXACT_SETS = 10
 CONTROL = 'stock trained longer, thresholds'
-WITH_TEMPERATURE = 'stock trained longer, one temperature, thresholds'
+CALIBRATED_CONTROL = 'stock trained longer, one temperature, thresholds'
 EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the others, and false alarms are the share '
          'of these images with a mask that is not empty.')
 SECONDS = (' Seconds: of all {samples} samples of an image, in turn on one thread, without files; mean of {images} '
            'images, models of fold 0{tuned}.')
 COMMAND = 'NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/run.py {name} -o WORK'
 EVALUATE = '.venv/bin/python benchmarks/run.py {name} -o WORK --stages evaluate -data {data}'
-OTHER = ('All images of {folder}, none of which was trained on{shrunk}. What was trained, fitted and tuned is that of the '
+OTHER = ('All images of {folder}, none of which was trained on{shrunk}. Trainings, fits and tuning are those of the '
          'benchmark {name}.')
 FITTED = ' (one ensemble)'
 
@@ -51,7 +51,7 @@ def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
     file = seconds_file(work, name)
     seconds = json.loads(file.read_text()) if file.is_file() else {}
     return [Line(row.title, scores, row.calls + (f'; {seconds[row.title]:.2f} s' if row.title in seconds else ''),
-                 note_of(row), row.base, row.plotted) for row, scores in found if scores]
+                 note_of(row), row.base) for row, scores in found if scores]
 
 
 def note_of(row: Row) -> str | None:
@@ -94,7 +94,7 @@ RATERS = (Column('GED²', 'ged', over_images=True), Column('CRPS of the area', '
           Column('CRPS of the number of objects', 'components'), Column('objects', objects, 1, False),
           Column('energy of quadrants', 'energy'), Column('HM-IoU', 'hm_iou', delta=False),
           Column('sd ratio', 'sd_ratio', 2, False), Column('correlation', 'correlation', 2, False))
-OF_MEAN = (Column('NLL', 'nll', 4, also_to=WITH_TEMPERATURE), Column('ECE', 'ece'),
+OF_MEAN = (Column('NLL', 'nll', 4, also_to=CALIBRATED_CONTROL), Column('ECE', 'ece'),
            Column('Dice', 'dice', base=CONTROL), Column('F1 of objects', 'f1', base=CONTROL))
 FALSE_ALARMS = (Column('false alarms', 'false_alarm', base=CONTROL),)
 
@@ -108,14 +108,16 @@ def write_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object]
     patch = of.dataset.planned(work)['patch_size']
     trained = sorted(len({image_of(case) for case in split['train']}) for split in of.dataset.splits(work))
     empty = int((~np.isnan(base['false_alarm'][0])).sum())
-    write(page, 'raters', **common, figure=forest(found, RATERS[0], base_title, 'lower', page.with_suffix('.png')),
+    of_samples = table(found, RATERS, base_title)
+    write(page, 'raters', **common, of_samples=of_samples,
+          figure=forest(of_samples, plotted(table_rows), 'GED²', base_title, 'lower', page),
+          of_mean=table(found, OF_MEAN + FALSE_ALARMS * (empty > 0), base_title),
           patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
           train=' to '.join(f'{number:,}' for number in sorted({trained[0], trained[-1]})), tuned=tuned(of, work),
           missing=f' Not measured yet: {"; ".join(missing)}.' if missing else '',
-          correlation=base['correlation_reference'].mean(), of_samples=table(found, RATERS, base_title),
+          correlation=base['correlation_reference'].mean(),
           of_raters=objects_of_raters(found), control=CONTROL,
-          empty=EMPTY.format(number=empty) if empty else '',
-          of_mean=table(found, OF_MEAN + FALSE_ALARMS * (empty > 0), base_title))
+          empty=EMPTY.format(number=empty) if empty else '')
 
 
 def objects_of_raters(found: list[Line]) -> str:
@@ -175,6 +177,6 @@ def write_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: d
         columns = MANY if number in (8, 20) else CONFIRMED if name == CONFIRMATION else TWO
         tables[f'of_{number}'] = table([*found, ideal], columns, base_title) if found else 'Not measured.'
         if number == 2:
-            tables['figure'] = forest(found, TWO[0], base_title, 'lower', args.page.with_suffix('.png'))
+            tables['figure'] = forest(tables['of_2'], plotted(table_rows), 'GED²', base_title, 'lower', args.page)
     write(args.page, 'phantom', **common, **tables, number=PHANTOM.number, validation=NUM_VALIDATION, two=NUM_TEST[2],
           eight=NUM_TEST[8], twenty=NUM_TEST[20], fresh=NUM_FRESH, draws=DRAWS, fresh_draws=FRESH_DRAWS)

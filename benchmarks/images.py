@@ -63,7 +63,7 @@ def evaluate(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> N
     write_page(name, of, work, args, tests)
 
 
-def here(of: ImageSet, work: Path) -> None:
+def enter(of: ImageSet, work: Path) -> None:
     """Make the data set's folders those of this process, in which nnU-Net's modules are then imported."""
     of.dataset.enter(work)
     torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def here(of: ImageSet, work: Path) -> None:
 def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
             folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Scores of every row, training and test image, as `measured/SET__ROW__FOLD.json`; what is there is left alone."""
-    here(of, work)
+    enter(of, work)
     from image_models import DRAWS, Models, rows_to_measure
     results = work / 'measured'
     results.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
 @torch.inference_mode()
 def time_rows(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]]) -> None:
     """Seconds of every row with the models of fold 0, in turn, without reading and writing: mean over a few images."""
-    here(of, work)
+    enter(of, work)
     from image_models import Models, rows_to_measure, seconds_file
     name, images = next(iter(tests.items()))
     if (file := seconds_file(work, name)).is_file():

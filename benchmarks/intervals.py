@@ -91,7 +91,7 @@ def divided(rows: Rows) -> tuple[Rows, Rows]:
 def rows_of_images(of: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> Rows:
     """Rows of images, one for each true area: blind mask, and samples by a chain of one step, object by object; without
     mirroring."""
-    images.here(of, work)
+    images.enter(of, work)
     from image_models import Models, Row
     models = Models(of, work, fold, of.validation(work, fold))
     settings = replace(models.settings(Row('', dependence=0.0)), samples=SAMPLES)

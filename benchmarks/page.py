@@ -4,13 +4,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from machine import AUTOCAST, PLANS_IN_WORDS, commit, date, machine
-from statistics_of_trainings import difference, spread, t_interval
+from statistics_of_trainings import Interval, difference, spread, t_interval
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 Scores = dict[str, np.ndarray]
@@ -48,8 +48,6 @@ class Line:
     """What is said of one model whatever the training; there is no difference then."""
     base: str | None = None
     """Title of the row that it is compared with, if it is another than that of table and column."""
-    plotted: bool = True
-    """Whether the forest plot has it."""
 
 
 def base_of(lines: Sequence[Line], title: str) -> Scores:
@@ -67,7 +65,7 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
     heads = [head for column in columns for head in (
         column.title, *(['Δ'] if column.delta else []), *(['over images'] if column.over_images else []),
         *([f'Δ to {column.also_to}'] if column.also_to else []))]
-    text = [f'| | {"calls | " if calls else ""}{" | ".join(heads)} |', '|---' * (1 + calls + len(heads)) + '|']
+    rows = []
     for line in lines:
         trainings = len(columns[0].values(line.scores))
         few = line.note is None and trainings < 3
@@ -92,8 +90,8 @@ def table(lines: Sequence[Line], columns: Sequence[Column], base: str) -> str:
                 alone = line.title == column.also_to or line.note is not None
                 cells.append('' if alone else _delta(*paired(column, line.scores, base_of(lines, column.also_to)),
                                                      column.digits))
-        text.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(text)
+        rows.append(cells)
+    return markdown(['', *['calls'] * calls, *heads], rows)
 
 
 def paired(column: Column, scores: Scores, base: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -113,35 +111,69 @@ def _delta(one: np.ndarray, other: np.ndarray, digits: int) -> str:
     return difference(one, other, digits) if len(one) > 2 else f'{np.nanmean(one) - np.nanmean(other):+.{digits}f}'
 
 
-def forest(lines: Sequence[Line], column: Column, base: str, better: str, file: Path) -> str:
-    """Figure of differences to the base with their intervals, of the rows to be plotted, and what shows it in Markdown;
-    none with fewer than three trainings. `better`: lower or higher."""
-    pairs = {line.title: paired(column, line.scores, base_of(lines, line.base or base)) for line in lines
-             if line.title != base and line.note is None and line.plotted}
-    found = {title: t_interval(np.nanmean(one, 1) - np.nanmean(other, 1)) for title, (one, other) in pairs.items()
-             if len(one) > 2}
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    heading = f'| {" | ".join(head)} |'.replace('|  |', '| |')
+    return '\n'.join([heading, '|---' * len(head) + '|', *(f'| {" | ".join(cells)} |' for cells in rows)])
+
+
+def read_column(text: str, column: str, delta: str = 'Δ') -> dict[str, tuple[str, str]]:
+    """Row -> cells of a column and of a difference beside it, of the first table in Markdown that has them."""
+    lines = [[cell.strip() for cell in line[1:-1].split('|')] for line in text.splitlines() if line.startswith('|')]
+    head = next(cells for cells in lines if column in cells and 'Δ' in cells[cells.index(column) + 1:][:1])
+    value, found = head.index(column), dict[str, tuple[str, str]]()
+    for cells in lines[lines.index(head) + 2:]:
+        if len(cells) == len(head):
+            found.setdefault(cells[0], (cells[value], cells[head.index(delta, value)]))
+    return found
+
+
+def interval(cell: str) -> Interval | None:
+    """Mean and ends, of a cell that has them."""
+    numbers = [float(number) for number in re.findall(r'[+-][\d.]+', cell)]
+    return (numbers[0], numbers[1], numbers[2]) if len(numbers) == 3 else None
+
+
+def forest(text: str, plotted: Mapping[str, str | None], column: str, base: str, better: str, page: Path) -> str:
+    """Figure of a table's differences to the base, and what shows it in Markdown; none where no row has an interval.
+
+    Args:
+        text: Markdown that begins with the table.
+        plotted: title of a row -> that of its base, if it is another than the table's.
+        column: of the values, beside which the differences stand.
+        base: title of the row that is compared with.
+        better: lower or higher.
+        page: beside which the figure is.
+    """
+    known = {title: interval(delta) for title, (_, delta) in read_column(text, column).items()}
+    found = {title + (f'\n(minus that of: {own})' if own else ''): known[title] for title, own in plotted.items()
+             if known.get(title)}
     if not found:
         return ''
-    draw_intervals(found, f'{better} is better; 95 % intervals over trainings', file, ('C0', 'C0'),
-                   f'{column.title} minus that of: {base}')
-    return f'![Differences in {column.title}]({file.name})\n'
+    file = page.with_suffix('.png')
+    draw_intervals(found, f'{better} is better; 95 % intervals over trainings', file, better == 'lower',
+                   f'{column} minus that of: {base}')
+    return f'![Differences in {column}]({file.name})\n'
 
 
-def draw_intervals(found: dict[str, tuple[float, float, float]], label: str, file: Path, colours: tuple[str, str],
-                   title: str = '') -> None:
-    """Figure of means with their intervals, by title, in the colours of those below and above 0, or grey."""
+def draw_intervals(found: Mapping[str, Interval], label: str, file: Path, lower_is_better: bool, title: str = ''
+                   ) -> None:
+    """Figure of differences with their intervals, by title."""
     import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.26 * len(found)))
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.26 * len(found)))
     for y, (mean, low, high) in enumerate(found.values()):
-        colour = colours[0] if high < 0 else colours[1] if low > 0 else '0.5'
+        colour, marker, filled = ('0.5', '|', True) if low <= 0 <= high else \
+            ('C2', 'o', True) if (high < 0) == lower_is_better else ('C3', 'o', False)
         axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
-        axis.plot(mean, -y, 'o', color=colour, markersize=5)
+        axis.plot(mean, -y, marker, color=colour, markersize=5 if marker == 'o' else 8,
+                  markerfacecolor=colour if filled else 'w')
     axis.axvline(0, color='k', linewidth=0.8)
     axis.set_yticks(range(0, -len(found), -1), list(found), fontsize=7)
     axis.set_title(title, fontsize=8)
-    axis.set_xlabel(label, fontsize=8)
+    axis.set_xlabel(f'{label}\n(green, filled: better; red, open: worse; grey, no circle: the interval contains 0)',
+                    fontsize=8)
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110, bbox_inches='tight')
@@ -161,9 +193,9 @@ def write(file: Path, text_name: str, **values: object) -> None:
 
 def list_of_pages(folder: Path) -> str:
     """Markdown: commit, its date, and machine of every page of a folder."""
-    text = ['| page | commit | date | machine |', '|---|---|---|---|']
+    rows = []
     for page in sorted(folder.glob('*.md')):
         found = re.search(r'^Commit (\w+)(.*?)[.] Machine: ([^;\n]*?)[.;](?: |$)', page.read_text(), re.MULTILINE)
         if found:
-            text.append(f'| [{page.stem}]({page.name}) | {found[1]}{found[2]} | {date(found[1])} | {found[3]} |')
-    return '\n'.join(text) + '\n'
+            rows.append([f'[{page.stem}]({page.name})', found[1] + found[2], date(found[1]), found[3]])
+    return markdown(['page', 'commit', 'date', 'machine'], rows) + '\n'

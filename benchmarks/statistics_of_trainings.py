@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+Interval = tuple[float, float, float]
+"""Mean and ends."""
+
 
 def file_name(title: str) -> str:
     """Of a row, in the names of its files."""
@@ -30,7 +33,7 @@ def spread(values: np.ndarray, digits: int = 3) -> str:
     return f'{of_trainings.mean():.{digits}f}{sd}'
 
 
-def t_interval(differences: np.ndarray) -> tuple[float, float, float]:
+def t_interval(differences: np.ndarray) -> Interval:
     """Mean of (trainings,) differences and its 95 % interval by Student's t; nan ends for a single training."""
     mean = float(np.mean(differences))
     if len(differences) < 2:

@@ -167,10 +167,11 @@ def write_page(work: Path, file: Path) -> None:
              for row in table_rows if (scores := read(work, row))]
     missing = {row.title for row in table_rows} - {line.title for line in found}
     base = base_of(found, base_title)
+    text = table(found, COLUMNS, base_title)
     planned, (stock, others) = HIPPOCAMPUS.planned(work), HIPPOCAMPUS.total_iterations
     write(file, 'hippocampus', test=base['dice'].shape[1], seed=SPLIT_SEED, folds=NUM_FOLDS,
           patch=planned['patch_size'], features=planned['architecture']['arch_kwargs']['features_per_stage'],
           batch=planned['batch_size'], stock=stock, others=others, minutes=HIPPOCAMPUS.tuning_minutes,
-          tuned=HIPPOCAMPUS.tuned(work), table=table(found, COLUMNS, base_title),
-          figure=forest(found, COLUMNS[0], base_title, 'higher', file.with_suffix('.png')),
+          tuned=HIPPOCAMPUS.tuned(work), table=text,
+          figure=forest(text, dict.fromkeys(line.title for line in found), 'Dice', base_title, 'higher', file),
           missing=f' Not measured yet: {"; ".join(sorted(missing))}.' if missing else '')

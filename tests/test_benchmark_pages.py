@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from skimage import io
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason='rows.toml is read by tomllib of Python 3.11')
@@ -72,6 +74,53 @@ def test_page_of_images(name, tmp_path):
     assert file.with_suffix('.png').stat().st_size > 5000
 
 
+class MadeUpModels:
+    """Of a training: every mask is the upper half of the image."""
+
+    def __init__(self, of, work, fold, validation):
+        pass
+
+    def settings(self, row):
+        return 'as they are'
+
+    def samples(self, image, row, settings, draws):
+        mask = np.zeros(image.pixels.shape, bool)
+        mask[:4] = True
+        return np.stack([mask] * 8), mask.astype(float)
+
+    def expected(self, image):
+        return np.full(image.pixels.shape, 0.5)
+
+
+def test_other_images_are_evaluated_into_a_page_of_their_own_that_says_so(tmp_path, monkeypatch):
+    images, of = import_module('images'), import_module('datasets.raters').RATER_SETS['nuclei']
+    monkeypatch.setattr(import_module('image_models'), 'Models', MadeUpModels)
+    monkeypatch.setattr(images, 'enter', lambda of, work: None)
+    work, folder, rng = tmp_path / 'work', tmp_path / 'other_lab', np.random.default_rng(0)
+    planned(of.dataset, work, [8, 8])
+    for kind in ('images', 'raters'):
+        (folder / kind).mkdir(parents=True)
+
+    def write(name):
+        for file, values in ((f'images/{name}', 256), (f'raters/{name}__e6', 2), (f'raters/{name}__e7', 2)):
+            io.imsave(folder / f'{file}.png', rng.integers(0, values, (16, 16), np.uint8), check_contrast=False)
+    write('three')
+    write('four')
+    args = Namespace(o=str(work), data=str(folder), stages=['evaluate'], folds=[0], page=images.results() / 'nuclei.md')
+    before = args.page.read_text()
+    images.run('nuclei', args)
+    assert args.page == work / 'other_lab_of_nucleus.md' and (images.results() / 'nuclei.md').read_text() == before
+    text = args.page.read_text()
+    assert text.startswith('# Nuclei in brain sections: images of other_lab\n')
+    assert f'run.py nuclei -o WORK --stages evaluate -data {folder}\n' in text
+    assert 'All images of other_lab, none of which was trained on, 2 x 2 pixels averaged. ' in text
+    assert '2 test images' in text and 'one laboratory' not in text
+    assert 'Not measured yet: PDDDPM as tuned, with mirroring.' in text
+    write('one')
+    with pytest.raises(SystemExit, match='other_lab holds one, which was trained on'):
+        images.run('nuclei', args)
+
+
 def test_page_of_volumes(tmp_path):
     volumes, of = import_module('volumes'), import_module('datasets.hippocampus').HIPPOCAMPUS
     planned(of, tmp_path, [8, 8, 8])
@@ -117,12 +166,15 @@ def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, m
     scores = {title: {'dice': np.array(values)[:, None]} for title, values in (
         ('base', [1.0, 2, 3]), ('one', [1.5]), ('all', [2.0, 3, 4]), ('same', [1.0, 2, 4]))}
     lines, column = [page.Line(title, of) for title, of in scores.items()], page.Column('Dice', 'dice', 1)
-    lines.append(page.Line('left out', scores['all'], plotted=False))
+    lines.append(page.Line('left out', scores['all']))
     monkeypatch.setattr(plt, 'close', lambda figure: None)
-    page.forest(lines, column, 'base', 'higher', tmp_path / 'forest.png')
+    page.forest(page.table(lines, [column], 'base'), {'base': None, 'one': None, 'all': None, 'same': 'other'}, 'Dice',
+                'base', 'higher', tmp_path / 'forest.md')
     axis = plt.gcf().axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ['all', 'same']
-    assert [line.get_xdata()[0] for line in axis.lines[1::2]] == pytest.approx([1, 1 / 3])
+    assert [label.get_text() for label in axis.get_yticklabels()] == ['all', 'same\n(minus that of: other)']
+    better, undecided = axis.lines[1], axis.lines[3]
+    assert better.get_markerfacecolor() == 'C2' and undecided.get_color() == '0.5'
+    assert [line.get_xdata()[0] for line in axis.lines[1::2]] == [1, 0.3]
     of_two = page.Line('of two', {'dice': scores['base']['dice'][:2]})
     text = page.table([of_two, *lines[1:3]], [column], 'of two')
     assert '| one (1 training) | 1.5 | +0.5 |' in text and '| all | 3.0 ± 1.0 | +1.0 |' in text
@@ -221,6 +273,10 @@ def test_differences_of_a_page_are_in_percent_of_the_error_of_its_base(tmp_path,
         assert mean == pytest.approx(100 * (error(one) - error(base)) / error(base), abs=0.1)
 
 
-def test_the_figure_has_a_place_on_a_page_for_each_difference(tmp_path):
-    import_module('figures').differences(tmp_path / 'differences.png')
-    assert (tmp_path / 'differences.png').stat().st_size > 5000
+def test_figures_are_drawn_from_the_pages_of_results(tmp_path):
+    figures = import_module('figures')
+    for page in figures.results().glob('*.md'):
+        shutil.copyfile(page, tmp_path / page.name)
+    figures.run('differences', Namespace(page=tmp_path / 'differences.png'))
+    for name in ('differences', 'phantom', 'nuclei', 'cells', 'nodules', 'hippocampus'):
+        assert (tmp_path / f'{name}.png').stat().st_size > 5000
