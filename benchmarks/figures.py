@@ -13,6 +13,7 @@ from datasets.hippocampus import HIPPOCAMPUS, names
 from datasets.phantom import PHANTOM
 from datasets.raters import RATER_SETS
 from machine import PLANS, results
+from matplotlib.figure import Figure
 from nnunet import NUM_FOLDS
 from page import draw_intervals, forest, interval, read_column
 from statistics_of_trainings import Interval
@@ -70,8 +71,6 @@ def arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run(name: str, args: argparse.Namespace) -> None:
     """The figure."""
-    import matplotlib
-    matplotlib.use('agg')
     if name == 'levels':
         levels(args.hippocampus.resolve(), args.phantom.resolve(), args.page)
     elif name == 'differences':
@@ -83,15 +82,14 @@ def run(name: str, args: argparse.Namespace) -> None:
 
 def levels(hippocampus: Path, phantom: Path, file: Path) -> None:
     """Share of uncertainty over log SNR."""
-    from matplotlib import pyplot as plt
-
     from nnunet_pdddpm.network.state import stored_table
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    for number, (of, work) in enumerate(((HIPPOCAMPUS, hippocampus), (PHANTOM.dataset, phantom))):
+    figure = Figure(figsize=(6, 3.6))
+    axis = figure.subplots()
+    for number, (dataset, work) in enumerate(((HIPPOCAMPUS, hippocampus), (PHANTOM.dataset, phantom))):
         for fold in range(NUM_FOLDS):
-            table = stored_table(of.weights(work, 'denoiser', fold))
+            table = stored_table(dataset.weights(work, 'denoiser', fold))
             axis.plot(table.log_snr, table.share, color=f'C{number}', linewidth=1,
-                      label=f'{of.name}, {NUM_FOLDS} trainings' if fold == 0 else None)
+                      label=f'{dataset.name}, {NUM_FOLDS} trainings' if fold == 0 else None)
     axis.set(xlabel='log SNR', ylabel='share of uncertainty u that is left')
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -160,15 +158,15 @@ def bounds(places: np.ndarray, size: int) -> tuple[float, float]:
 
 def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     """The figure of a prediction."""
-    from matplotlib import pyplot as plt
     image = read(raw / 'imagesTs' / f'{case}_0000.nii.gz').astype(float)
     truth, stock = read(raw / 'labelsTs' / f'{case}.nii.gz'), read(next(output.glob(f'presegmentation/{case}*.nii.gz')))
-    samples = [read(of) for of in sorted((output / 'samples').glob(f'{case}_s*.nii.gz'))]
+    samples = [read(sample) for sample in sorted((output / 'samples').glob(f'{case}_s*.nii.gz'))]
     entropy = read(output / 'uncertainty' / f'{case}_uncertainty.nii.gz')
     z = int((truth > 0).sum((1, 2)).argmax())
     (top, bottom), (left, right) = (bounds(places, size) for places, size in zip(
         np.nonzero(np.any([truth, *samples], 0)[z]), truth[z].shape, strict=True))
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), width_ratios=(1, 1, 1, 1.3))
+    figure = Figure(figsize=(12, 3.2))
+    axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.3))
     for axis in axes[:3]:
         axis.imshow(image[z], cmap='gray')
         axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
@@ -182,10 +180,11 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     axes[2].set_title('uncertainty (entropy)', fontsize=9)
     row = next(row for row in json.loads((output / SUMMARY).read_text())['cases'] if row['case'] == case)
     labels = json.loads((raw / 'dataset.json').read_text())['labels']
-    for y, (name, of) in enumerate(row['labels'].items()):
-        axes[3].plot([of['volume_ml_low'], of['volume_ml_high']], [y, y], color='C0', linewidth=6, alpha=0.4,
-                     solid_capstyle='butt', label=f'interval, {in_percent(of["interval_level"])}' if y == 0 else None)
-        axes[3].plot(of['volume_ml'], y, 'o', color='C0', label='mask' if y == 0 else None)
+    for y, (name, label) in enumerate(row['labels'].items()):
+        level = in_percent(label['interval_level'])
+        axes[3].plot([label['volume_ml_low'], label['volume_ml_high']], [y, y], color='C0', linewidth=6, alpha=0.4,
+                     solid_capstyle='butt', label=f'interval, {level}' if y == 0 else None)
+        axes[3].plot(label['volume_ml'], y, 'o', color='C0', label='mask' if y == 0 else None)
         axes[3].plot((truth == labels[name]).sum() / 1000, y, '|', color='C2', markersize=22, markeredgewidth=2.5,
                      label='truth' if y == 0 else None)
     axes[3].set(yticks=range(len(row['labels'])), yticklabels=row['labels'], ylim=(-0.6, len(row['labels']) - 0.4),

@@ -16,10 +16,11 @@ from benchmark_trainers import PDDDPMTrainerGPU, PDDDPMTrainerGPUSecond, nnUNetT
 from datasets import hippocampus as benchmark
 from gpu_run import Run
 from machine import PLANS, timed
-from nnunet import find_data
+from nnunet import MEAN_OF_SAMPLES, find_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from speed_synthetic import synthetic_plans
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.functional import interpolate
@@ -36,7 +37,6 @@ HIPPOCAMPUS = replace(benchmark.HIPPOCAMPUS, family='GPU')
 CONFIGURATION = HIPPOCAMPUS.configuration
 NETWORKS: dict[type, str] = {nnUNetTrainerGPU: 'stock', nnUNetTrainerGPULonger: 'longer', PDDDPMTrainerGPU: 'denoiser',
                              PDDDPMTrainerGPUSecond: 'second'}
-OF_SAMPLES: dict[str, Any] = {'mask_stock': 0.0, 'mask_blind': 0.0}
 
 
 class Size(NamedTuple):
@@ -67,27 +67,7 @@ def size_of(run: Run) -> Size:
 
 def synthetic(size: Size, classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plans as nnU-Net makes them for isotropic images of one channel, and the dataset.json."""
-    stages = len(size.features)
-    network = {'n_stages': stages, 'features_per_stage': size.features, 'kernel_sizes': [[3] * 3] * stages,
-               'strides': [[1] * 3] + [[2] * 3] * (stages - 1), 'n_conv_per_stage': [2] * stages,
-               'n_conv_per_stage_decoder': [2] * (stages - 1), 'conv_op': 'torch.nn.modules.conv.Conv3d',
-               'conv_bias': True, 'norm_op': 'torch.nn.modules.instancenorm.InstanceNorm3d',
-               'norm_op_kwargs': {'eps': 1e-5, 'affine': True}, 'dropout_op': None, 'dropout_op_kwargs': None,
-               'nonlin': 'torch.nn.LeakyReLU', 'nonlin_kwargs': {'inplace': True}}
-    resampling = {f'resampling_fn_{of}': 'resample_data_or_seg_to_shape' for of in ('data', 'seg', 'probabilities')}
-    planned = {'data_identifier': 'synthetic', 'preprocessor_name': 'DefaultPreprocessor', 'batch_size': size.batch,
-               'patch_size': list(size.patch), 'spacing': [1.0] * 3, 'batch_dice': False, 'use_mask_for_norm': [False],
-               'normalization_schemes': ['ZScoreNormalization'], **resampling,
-               **{f'{name}_kwargs': {} for name in resampling},
-               'architecture': {'network_class_name': 'dynamic_network_architectures.architectures.unet.PlainConvUNet',
-                                'arch_kwargs': network,
-                                '_kw_requires_import': ['conv_op', 'norm_op', 'dropout_op', 'nonlin']}}
-    plans = {'dataset_name': f'Dataset{800 + classes}_Synthetic', 'plans_name': 'nnUNetPlans',
-             'image_reader_writer': 'SimpleITKIO', 'label_manager': 'LabelManager', 'transpose_forward': [0, 1, 2],
-             'transpose_backward': [0, 1, 2], 'foreground_intensity_properties_per_channel': {},
-             'configurations': {CONFIGURATION: planned}}
-    labels = {'background': 0, **{f'label {i}': i for i in range(1, classes)}}
-    return plans, {'channel_names': {'0': 'synthetic'}, 'labels': labels, 'numTraining': 1, 'file_ending': '.nii.gz'}
+    return synthetic_plans(classes, size.patch, size.features, size.batch)
 
 
 # prediction ----------------------------------------------------------------------------------------------------------
@@ -153,7 +133,7 @@ def samples(run: Run, classes: int, compiled: bool, **settings: Any) -> Callable
 
 METHODS: dict[str, Callable[[Run, int, bool], Callable[[Tensor], Any]]] = {
     'samples': samples, 'stock': stock, 'plain': plain,
-    'of_samples': lambda run, classes, compiled: samples(run, classes, compiled, **OF_SAMPLES)}
+    'of_samples': lambda run, classes, compiled: samples(run, classes, compiled, **MEAN_OF_SAMPLES)}
 
 
 def peak(device: torch.device) -> float | None:
@@ -269,7 +249,7 @@ def iterations(run: Run, compiled: bool) -> None:
 # hippocampus ---------------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, tuple[type, dict[str, Any]]] = {
-    'stock': (nnUNetTrainerGPU, {}), 'blind': (PDDDPMTrainerGPU, {}), 'samples': (PDDDPMTrainerGPU, OF_SAMPLES),
+    'stock': (nnUNetTrainerGPU, {}), 'blind': (PDDDPMTrainerGPU, {}), 'samples': (PDDDPMTrainerGPU, MEAN_OF_SAMPLES),
     'longer': (nnUNetTrainerGPULonger, {}), 'second': (PDDDPMTrainerGPUSecond, {'samples': 1})}
 
 

@@ -19,7 +19,8 @@ from datasets.images import Image, ImageSet
 from datasets.phantom import GRIDS, PHANTOM, as_image
 from datasets.phantom_drawing import phantom
 from datasets.raters import RATER_SETS
-from page import write
+from matplotlib.figure import Figure
+from page import markdown, write
 from statistics_of_trainings import files_of_trainings, spread
 from volumes import rows as rows_of_volumes
 from volumes import volume_row
@@ -133,9 +134,8 @@ def rows_of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows
 
 def methods(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends | None]]:
     """Name -> what makes the interval of a test case."""
-    scores = np.array([case['fields'] for case in calibration])
-    true, of, relative = scores[:, 0], Features(*scores[:, 1:6].T), Rule('volume')
-    errors = signed_errors(relative, true, of)
+    scores, relative = np.array([case['fields'] for case in calibration]), Rule('volume')
+    errors = signed_errors(relative, scores[:, 0], Features(*scores[:, 1:6].T))
     assert errors is not None
     made = [calibrate([scores], True), calibrate([scores], False),
             Calibrated(relative, errors, np.zeros(len(errors), int))]
@@ -177,23 +177,20 @@ def table(into: Path, name: str) -> str:
         divided_anew = over_splits(calibration, test, RATERS.get(name, 1))
         for method, make in methods(calibration).items():
             found[method].append((*coverage_and_width(make, test), divided_anew.get(method, np.full(2, np.nan))))
-    lines = ['| interval | holds the true volume | width | holds it, divided anew | width, divided anew |',
-             '|---|---|---|---|---|']
+    rows = []
     for method, of_trainings in found.items():
-        inside, width, anew = (np.array(of) for of in zip(*of_trainings, strict=True))
-        known = [] if np.isnan(anew).any() else [f'{spread(anew[:, i, None], 1)} %' for i in range(2)]
-        lines.append(f'| {method} | {spread(inside, 1)} % | {spread(width, 1)} % | {" | ".join(known or ["", ""])} |')
-    return '\n'.join([f'## {TITLES[name]}', '', *lines])
+        inside, width, anew = (np.array(scores) for scores in zip(*of_trainings, strict=True))
+        known = ['', ''] if np.isnan(anew).any() else [f'{spread(anew[:, i, None], 1)} %' for i in range(2)]
+        rows.append([method, f'{spread(inside, 1)} %', f'{spread(width, 1)} %', *known])
+    head = ['interval', 'holds the true volume', 'width', 'holds it, divided anew', 'width, divided anew']
+    return f'## {TITLES[name]}\n\n{markdown(head, rows)}'
 
 
 def draw(into: Path, measured: Sequence[str], file: Path) -> None:
     """Figure of the first training: intervals of the test cases in the order of the true volumes, misses marked."""
-    import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-    columns = 3
-    figure, axes = plt.subplots(-(-len(measured) // columns), columns, squeeze=False, layout='constrained',
-                                figsize=(11, 2.6 * -(-len(measured) // columns)))
+    rows, columns = -(-len(measured) // 3), 3
+    figure = Figure(figsize=(11, 2.6 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(measured):]:
         axis.remove()
     for axis, name in zip(axes.flat, measured, strict=False):
@@ -215,7 +212,6 @@ def draw(into: Path, measured: Sequence[str], file: Path) -> None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
                   frameon=False)
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def write_page(into: Path, file: Path) -> None:

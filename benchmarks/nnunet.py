@@ -25,6 +25,8 @@ NUM_FOLDS = 3
 """Each is a training."""
 LONGER = 25 if FULL else 1
 """As many times the epochs."""
+MEAN_OF_SAMPLES: dict[str, Any] = {'mask_stock': 0.0, 'mask_blind': 0.0}
+"""Settings with which it is the mask."""
 FOLDERS = ('nnUNet_raw', 'nnUNet_preprocessed', 'nnUNet_results')
 
 
@@ -123,7 +125,7 @@ class Dataset:
         sys.path.append(str(HERE / 'trainers'))
         read = getattr(sys.modules.get('nnunetv2.paths'), FOLDERS[1], None)
         if read not in (None, os.environ[FOLDERS[1]]):
-            sys.exit(f'This call has already used {Path(read).parent}; a further one goes on with {work}.')
+            sys.exit(f'This call has already used {Path(read).parent}; call it again for {work}.')
 
     def is_prepared(self, work: Path) -> bool:
         """Whether its splits, which are written last, are there."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import AUTOCAST, PLANS_IN_WORDS, commit, date, machine
+from matplotlib.figure import Figure
 from statistics_of_trainings import Interval, difference, spread, t_interval
 
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
@@ -135,15 +136,8 @@ def interval(cell: str) -> Interval | None:
 
 
 def forest(text: str, plotted: Mapping[str, str | None], column: str, base: str, better: str, page: Path) -> str:
-    """Figure of a table's differences to the base, and what shows it in Markdown; none where no row has an interval.
-
-    Args:
-        text: Markdown that begins with the table.
-        plotted: title of a row -> that of its base, if it is another than the table's.
-        column: of the values, beside which the differences stand.
-        base: title of the row that is compared with.
-        better: lower or higher.
-        page: beside which the figure is.
+    """Figure, beside a page, of the differences in the first table of a text, and what shows it in Markdown; none where
+    no row has an interval. `plotted`: title of a row -> that of its base, if it is another. `better`: lower or higher.
     """
     known = {title: interval(delta) for title, (_, delta) in read_column(text, column).items()}
     found = {title + (f'\n(minus that of: {own})' if own else ''): known[title] for title, own in plotted.items()
@@ -159,16 +153,13 @@ def forest(text: str, plotted: Mapping[str, str | None], column: str, base: str,
 def draw_intervals(found: Mapping[str, Interval], label: str, file: Path, lower_is_better: bool, title: str = ''
                    ) -> None:
     """Figure of differences with their intervals, by title."""
-    import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.26 * len(found)))
+    figure = Figure(figsize=(8, 0.9 + 0.26 * len(found)))
+    axis = figure.subplots()
     for y, (mean, low, high) in enumerate(found.values()):
-        colour, marker, filled = ('0.5', '|', True) if low <= 0 <= high else \
-            ('C2', 'o', True) if (high < 0) == lower_is_better else ('C3', 'o', False)
+        undecided, better = low <= 0 <= high, (high < 0) == lower_is_better
+        colour, marker, inside = ('0.5', '|', '0.5') if undecided else ('C2', 'o', 'C2') if better else ('C3', 'o', 'w')
         axis.plot([low, high], [-y, -y], color=colour, linewidth=1.5)
-        axis.plot(mean, -y, marker, color=colour, markersize=5 if marker == 'o' else 8,
-                  markerfacecolor=colour if filled else 'w')
+        axis.plot(mean, -y, marker, color=colour, markersize=6, markerfacecolor=inside)
     axis.axvline(0, color='k', linewidth=0.8)
     axis.set_yticks(range(0, -len(found), -1), list(found), fontsize=7)
     axis.set_title(title, fontsize=8)
@@ -177,7 +168,6 @@ def draw_intervals(found: Mapping[str, Interval], label: str, file: Path, lower_
     axis.tick_params('x', labelsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110, bbox_inches='tight')
-    plt.close(figure)
 
 
 def write(file: Path, text_name: str, **values: object) -> None:

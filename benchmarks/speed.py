@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from datasets.hippocampus import HIPPOCAMPUS
 from machine import DEVICE, PLANS, timed
-from nnunet import Dataset, find_data
-from page import write
+from matplotlib.figure import Figure
+from nnunet import MEAN_OF_SAMPLES, Dataset, find_data
+from page import markdown, write
 
 STAGES = ('prepare', 'measure', 'table')
-OF_SAMPLES = {'mask_stock': 0.0, 'mask_blind': 0.0}
 OF_BLIND = {'mask_stock': 0.0, 'mask_blind': 1.0}
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     'stock `nnUNetv2_predict`': ('stock', None),
     '`nnUNetv2_predict -tr PDDDPMTrainer`, blind mask': ('denoiser', None),
     **{f'8 samples, {steps} step{"s" if steps > 1 else ""}, {name}, all maps':
        ('denoiser', {**mask, 'samples_from': 'chain', 'start': 0.8, 'steps': steps, 'samples': 8})
-       for name, mask in (('their mean as the mask', OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)},
+       for name, mask in (('their mean as the mask', MEAN_OF_SAMPLES), ('blind mask', OF_BLIND)) for steps in (1, 2)},
     '8 samples, thresholds of the blind mask, which is the mask, all maps':
         ('denoiser', {**OF_BLIND, 'samples_from': 'blind', 'samples': 8})}
 """Name -> network, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
@@ -167,18 +167,14 @@ def training_steps(work: Path, dataset: Dataset, device: torch.device,
     return seconds
 
 
-def draw(work: Path, file: Path) -> None:
-    """Figure of the time of every method, over that of stock in the same repeat."""
-    import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-    measured = [(dataset.name, precision, of) for dataset in DATASETS
-                for precision, of in json.loads(file_of(work, dataset).read_text()).items()]
+def draw(measured: list[tuple[str, str, dict[str, list[float]]]], file: Path) -> None:
+    """Figure of the time of every method, over that of stock in the same repeat, by data set and precision."""
     names = list(METHODS)
-    figure, axis = plt.subplots(figsize=(8, 3), layout='constrained')
-    for number, (dataset, precision, of) in enumerate(measured):
+    figure = Figure(figsize=(8, 3), layout='constrained')
+    axis = figure.subplots()
+    for number, (dataset, precision, seconds) in enumerate(measured):
         for y, name in enumerate(names):
-            ratio = np.array(of[name]) / np.array(of[names[0]])
+            ratio = np.array(seconds[name]) / np.array(seconds[names[0]])
             at, label = -y + 0.2 * (1 - number), f'{dataset}, {precision}' if y == 0 else None
             axis.plot([ratio.min(), ratio.max()], [at, at], color=f'C{number}', linewidth=1.5)
             axis.plot(np.median(ratio), at, 'os^'[number], color=f'C{number}', markersize=5, label=label)
@@ -188,7 +184,6 @@ def draw(work: Path, file: Path) -> None:
     axis.tick_params('x', labelsize=7)
     axis.legend(fontsize=7)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def goals_in_words(ratios: dict[str, list[float]]) -> str:
@@ -202,18 +197,19 @@ def write_page(work: Path, file: Path) -> None:
     """Of what is measured."""
     from speed_synthetic import export_in_words, main_memory_in_words
     synthetic = json.loads((work / SYNTHETIC).read_text())
-    lines: list[str] = []
-    ratios: dict[str, list[float]] = {}
-    for dataset in DATASETS:
-        for precision, of in json.loads(file_of(work, dataset).read_text()).items():
-            for name, values in of.items():
-                ratio = np.array(values) / np.array(of[STEPS[0] if name in STEPS else next(iter(METHODS))])
-                ratios.setdefault(name, []).append(float(np.median(ratio)))
-                lines.append(f'| {dataset.name} | {precision} | {name} | {np.median(values):.2f} | '
-                             f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |')
-    draw(work, file.with_suffix('.png'))
+    measured = [(dataset.name, precision, seconds) for dataset in DATASETS
+                for precision, seconds in json.loads(file_of(work, dataset).read_text()).items()]
+    rows, ratios = [], dict[str, list[float]]()
+    for dataset, precision, seconds in measured:
+        for name, values in seconds.items():
+            ratio = np.array(values) / np.array(seconds[STEPS[0] if name in STEPS else next(iter(METHODS))])
+            ratios.setdefault(name, []).append(float(np.median(ratio)))
+            rows.append([dataset, precision, name, f'{np.median(values):.2f}',
+                         f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})'])
+    draw(measured, file.with_suffix('.png'))
     write(file, 'speed', figure=f'![Time over that of stock]({file.stem}.png)',
           cases=CASES['Hippocampus'], repeats=REPEATS['Hippocampus'], lesion_cases=CASES['MSLesion'],
           iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
-          table='\n'.join(lines), goals=goals_in_words(ratios),
+          table=markdown(['data', 'precision', '', 'seconds a case, or a step', 'of stock'], rows),
+          goals=goals_in_words(ratios),
           main_memory=main_memory_in_words(synthetic['main memory']), export=export_in_words(synthetic['export']))

@@ -32,17 +32,31 @@ TILE, VOLUME = (64, 64, 64), (96, 96, 96)
 """Of the volume whose arrays are kept in main memory."""
 
 
-def synthetic_plans() -> tuple[PlansManager, dict[str, Any]]:
-    """nnU-Net's plans, and dataset.json, of volumes with 25 labels."""
-    planned = {'architecture': {}, 'patch_size': TILE, 'spacing': [1.5] * 3,
-               'resampling_fn_probabilities': 'resample_data_or_seg_to_shape',
-               'resampling_fn_probabilities_kwargs': {'is_seg': False, 'order': 1, 'order_z': 0,
-                                                      'force_separate_z': None}}
-    plans = PlansManager({'configurations': {'3d_fullres': planned}, 'image_reader_writer': 'SimpleITKIO',
-                          'label_manager': 'LabelManager', 'transpose_forward': [0, 1, 2],
-                          'transpose_backward': [0, 1, 2]})
-    labels = {'background': 0, **{f'label {i}': i for i in range(1, CLASSES)}}
-    return plans, {'labels': labels, 'file_ending': '.nii.gz'}
+def synthetic_plans(classes: int = CLASSES, patch: tuple[int, ...] = TILE, features: tuple[int, ...] = (32, 64),
+                    batch: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
+    """nnU-Net's plans of isotropic images of one channel, and dataset.json."""
+    stages = len(features)
+    network = {'n_stages': stages, 'features_per_stage': features, 'kernel_sizes': [[3] * 3] * stages,
+               'strides': [[1] * 3] + [[2] * 3] * (stages - 1), 'n_conv_per_stage': [2] * stages,
+               'n_conv_per_stage_decoder': [2] * (stages - 1), 'conv_op': 'torch.nn.modules.conv.Conv3d',
+               'conv_bias': True, 'norm_op': 'torch.nn.modules.instancenorm.InstanceNorm3d',
+               'norm_op_kwargs': {'eps': 1e-5, 'affine': True}, 'dropout_op': None, 'dropout_op_kwargs': None,
+               'nonlin': 'torch.nn.LeakyReLU', 'nonlin_kwargs': {'inplace': True}}
+    resampling = {f'resampling_fn_{what}': 'resample_data_or_seg_to_shape' for what in ('data', 'seg', 'probabilities')}
+    planned = {'data_identifier': 'synthetic', 'preprocessor_name': 'DefaultPreprocessor', 'batch_size': batch,
+               'patch_size': list(patch), 'spacing': [1.5] * 3, 'batch_dice': False, 'use_mask_for_norm': [False],
+               'normalization_schemes': ['ZScoreNormalization'], **resampling,
+               **{f'{name}_kwargs': {'is_seg': False, 'order': 1, 'order_z': 0, 'force_separate_z': None}
+                  for name in resampling},
+               'architecture': {'network_class_name': 'dynamic_network_architectures.architectures.unet.PlainConvUNet',
+                                'arch_kwargs': network,
+                                '_kw_requires_import': ['conv_op', 'norm_op', 'dropout_op', 'nonlin']}}
+    plans = {'dataset_name': f'Dataset{800 + classes}_Synthetic', 'plans_name': 'nnUNetPlans',
+             'image_reader_writer': 'SimpleITKIO', 'label_manager': 'LabelManager', 'transpose_forward': [0, 1, 2],
+             'transpose_backward': [0, 1, 2], 'foreground_intensity_properties_per_channel': {},
+             'configurations': {'3d_fullres': planned}}
+    labels = {'background': 0, **{f'label {i}': i for i in range(1, classes)}}
+    return plans, {'channel_names': {'0': 'synthetic'}, 'labels': labels, 'numTraining': 1, 'file_ending': '.nii.gz'}
 
 
 # main memory ---------------------------------------------------------------------------------------------------------
@@ -73,7 +87,7 @@ class FallenBack(VolumePredictor):
 
 def main_memory_seconds() -> dict[str, float]:
     """Of 8 samples of a step, with maps: on a CPU; and as the fall-back of a GPU, for which nnU-Net sets one thread."""
-    plans, description = synthetic_plans()
+    plans, description = PlansManager(synthetic_plans()[0]), synthetic_plans()[1]
     refiner = Refiner(nn.Identity(), PlainConvUNet(1, 2, 2, nn.Conv3d, 3, (1, 2), 1, CLASSES, 1), CLASSES,
                       DiffusionDesign())
     refiner.presegmenter, refiner.denoiser = Costless(), Costless()
@@ -114,7 +128,7 @@ def synthetic_logits(generator: torch.Generator, common: torch.Tensor) -> np.nda
 
 def export_seconds() -> dict[str, float]:
     """CPU seconds of one thread: stock nnU-Net's export of a mask; here that of mask and entropy map; of 8 samples."""
-    plans, description = synthetic_plans()
+    plans, description = PlansManager(synthetic_plans()[0]), synthetic_plans()[1]
     properties = {'spacing': [1.0] * 3, 'bbox_used_for_cropping': [[0, n] for n in IMAGE],
                   'shape_before_cropping': IMAGE, 'shape_after_cropping_and_before_resampling': IMAGE,
                   'sitk_stuff': {'spacing': [1.0] * 3, 'origin': [0.0] * 3, 'direction': np.eye(3).ravel().tolist()}}

@@ -12,7 +12,7 @@ import numpy as np
 from artefacts import FAMILIES, STRENGTHS
 from datasets.versions import CLEAN, SUBJECTS, Subject
 from orders import aurc, excess_aurc, failures_found, normalised_aurc
-from page import write
+from page import markdown, write
 from scipy.special import expit
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
@@ -35,9 +35,10 @@ RESAMPLINGS, LOTS, SEED = 1000, 200, 25
 COMPONENTS = 10
 FEWEST = 8
 """Versions of a family below which its rank correlation says nothing."""
-TODAY, PACKAGE, FOLDS = "the probabilities' expected Dice", 'as the package does it', 'pairwise Dice of 3 stock folds'
-REGRESSION, ENTROPY, DISTANCE = 'the regression', 'mean entropy', 'Mahalanobis distance of deep features'
-BOTH = 'the regression and the Mahalanobis distance'
+PACKAGE, EXPECTED = 'as the package does it', "the probabilities' expected Dice"
+FOLDS, ENTROPY = 'pairwise Dice of 3 stock folds', 'mean entropy'
+REGRESSION, DISTANCE = 'the regression', 'Mahalanobis distance of deep features'
+COMBINED = 'the regression and the Mahalanobis distance'
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def read(of: Subject, into: Path) -> Training:
     by_regression = np.array([by_models(regression, one) for one in found])
     scores = {PACKAGE: np.zeros(len(lows)) if ranking.key is None else np.nan_to_num(lows, nan=-1.0),
               REGRESSION: by_regression,
-              BOTH: stacked(fitted_on[:, list(of.labels.values())], distance(np.array(validation['pooled'])))(
+              COMBINED: stacked(fitted_on[:, list(of.labels.values())], distance(np.array(validation['pooled'])))(
                   by_regression, distances),
-              TODAY: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
+              EXPECTED: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
                                for of_labels in labels]),
               FOLDS: np.array([np.mean([one['folds'] or 0 for one in of_labels]) for of_labels in labels]),
               ENTROPY: -np.array([one['entropy'] for one in found]),
@@ -118,14 +119,13 @@ def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return lambda features: covariance.mahalanobis(components.transform(features))
 
 
-def pooled_table(trainings: list[Training]) -> list[str]:
+def pooled_table(trainings: list[Training]) -> str:
     """Scores of each order over all versions, and the difference to the stock folds with its intervals."""
     metrics: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
         'normalised AURC': normalised_aurc, 'AURC': aurc, 'excess': excess_aurc, 'Spearman': rank_correlation,
         **{f'failures in the first {100 * share:.0f} %': lambda score, dice, s=share: failures_found(
             score, dice, FAILED, s) for share in FIRST}}
-    text = [f'| order | difference to the stock folds | its bootstrap over cases | {" | ".join(metrics)} '
-            f'| failures in the first {100 * FIRST[1]:.0f} % of mixed lots |', '|---' * (4 + len(metrics)) + '|']
+    rows = []
     lots_of_folds = mixed_lots(trainings, FOLDS)
     for name in trainings[0].scores:
         lots = mixed_lots(trainings, name)
@@ -133,9 +133,9 @@ def pooled_table(trainings: list[Training]) -> list[str]:
         values = {metric: np.array([[of(one.scores[name], one.dice)] for one in trainings])
                   for metric, of in metrics.items()}
         differences = ('', '') if name == FOLDS else (against(trainings, name, FOLDS), over_cases(trainings, name))
-        text.append(f'| {name} | {" | ".join(differences)} | '
-                    + ' | '.join(spread(value) for value in values.values()) + f' | {spread(lots)}{beside} |')
-    return text
+        rows.append([name, *differences, *map(spread, values.values()), spread(lots) + beside])
+    return markdown(['order', 'difference to the stock folds', 'its bootstrap over cases', *metrics,
+                     f'failures in the first {100 * FIRST[1]:.0f} % of mixed lots'], rows)
 
 
 def against(trainings: list[Training], name: str, base: str,
@@ -155,21 +155,17 @@ def over_cases(trainings: list[Training], name: str) -> str:
     return '{:+.3f} to {:+.3f}'.format(*np.quantile(resampled, [0.025, 0.975]))
 
 
-def family_table(trainings: list[Training]) -> list[str]:
+def family_table(trainings: list[Training]) -> str:
     """Spearman of each order in each family of which there are enough versions, mean over trainings."""
-    orders = list(trainings[0].scores)
-    text = ['| | versions | mean Dice | below 0.8 | ' + ' | '.join(orders) + ' | lower bound held |',
-            '|---' * (5 + len(orders)) + '|']
+    orders, rows = list(trainings[0].scores), []
     for family in (CLEAN, *FAMILIES):
-        of = [(one, one.families == family) for one in trainings]
-        dice = np.concatenate([one.dice[here] for one, here in of])
-        low = np.concatenate([one.lows[here] for one, here in of])
-        held = share_held(dice, low)
-        cells = [f'{np.mean([rank_correlation(one.scores[name][here], one.dice[here]) for one, here in of]):.2f}'
-                 if of[0][1].sum() >= FEWEST else '–' for name in orders]
-        text.append(f'| {family} | {of[0][1].sum()} | {dice.mean():.3f} | {100 * (dice < FAILED).mean():.0f} % | '
-                    + ' | '.join(cells) + f' | {held} |')
-    return text
+        parts = [(one, one.families == family) for one in trainings]
+        dice, low = (np.concatenate([getattr(one, name)[part] for one, part in parts]) for name in ('dice', 'lows'))
+        number, failed = parts[0][1].sum(), f'{failing(dice):.0f} %'
+        cells = [f'{np.mean([rank_correlation(one.scores[name][part], one.dice[part]) for one, part in parts]):.2f}'
+                 if number >= FEWEST else '–' for name in orders]
+        rows.append([family, str(number), f'{dice.mean():.3f}', failed, *cells, share_held(dice, low)])
+    return markdown(['', 'versions', 'mean Dice', 'below 0.8', *orders, 'lower bound held'], rows)
 
 
 def share_held(dice: np.ndarray, lows: np.ndarray) -> str:
@@ -211,7 +207,7 @@ def section(of: Subject, trainings: list[Training]) -> str:
         f'## {of.name.capitalize()}', '',
         f'{len(one.dice)} versions of {len(np.unique(one.cases))} test cases, {len(trainings)} '
         f'training{"s" * (len(trainings) > 1)}. What the package says after validation:', '', *said, '',
-        *pooled_table(trainings), '',
+        pooled_table(trainings), '',
         f'Of the versions {failing(one.dice):.0f} % fail: at most {most_found(trainings)} of the failures can be in '
         f'the first 10 and 20 % of the list. A mixed lot: all cases as they are, of which '
         f'{failing(one.dice[clean]):.0f} % fail, and for every ten of them one version with an artefact, at random, '
@@ -221,9 +217,9 @@ def section(of: Subject, trainings: list[Training]) -> str:
         f'stronger and other artefacts. {share:.0f} % of the versions have a bound'
         + (f'; it held in {share_held(dice, lows)} of these, and in {share_held(dice[as_is], lows[as_is])} of the '
            f'cases as they are.' if share else '.'), '',
-        f"Spearman on the images as they are, the package's order less {TODAY}: "
-        f'{against(trainings, PACKAGE, TODAY, rank_correlation, CLEAN)}.', '',
-        'Spearman by family:', '', *family_table(trainings)])
+        f"Spearman on the images as they are, the package's order less {EXPECTED}: "
+        f'{against(trainings, PACKAGE, EXPECTED, rank_correlation, CLEAN)}.', '',
+        'Spearman by family:', '', family_table(trainings)])
 
 
 def write_page(into: Path, file: Path) -> None:

@@ -161,16 +161,15 @@ def test_page_of_intervals(tmp_path, monkeypatch):
 
 
 def test_rows_of_unlike_trainings_are_paired_by_those_that_both_have(tmp_path, monkeypatch):
-    from matplotlib import pyplot as plt
-    page = import_module('page')
+    page, figures = import_module('page'), []
     scores = {title: {'dice': np.array(values)[:, None]} for title, values in (
         ('base', [1.0, 2, 3]), ('one', [1.5]), ('all', [2.0, 3, 4]), ('same', [1.0, 2, 4]))}
     lines, column = [page.Line(title, of) for title, of in scores.items()], page.Column('Dice', 'dice', 1)
     lines.append(page.Line('left out', scores['all']))
-    monkeypatch.setattr(plt, 'close', lambda figure: None)
+    monkeypatch.setattr(page.Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
     page.forest(page.table(lines, [column], 'base'), {'base': None, 'one': None, 'all': None, 'same': 'other'}, 'Dice',
                 'base', 'higher', tmp_path / 'forest.md')
-    axis = plt.gcf().axes[0]
+    axis = figures[0].axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ['all', 'same\n(minus that of: other)']
     better, undecided = axis.lines[1], axis.lines[3]
     assert better.get_markerfacecolor() == 'C2' and undecided.get_color() == '0.5'
