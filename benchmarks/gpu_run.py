@@ -72,13 +72,8 @@ class Run:
             return {'error': ' '.join(f'{type(error).__name__}: {error}'.split())[:500]}
 
     def cell(self, name: str, limit: float, do: Callable[[], dict[str, Any]]) -> None:
-        """Measure a cell, unless that has been done or hardly any time is left.
-
-        Args:
-            name: of the cell.
-            limit: seconds after which it is given up, if the time of the call is not over sooner.
-            do: gives its numbers.
-        """
+        """Measure a cell, unless that has been done or hardly any time is left. `limit`: seconds after which it is
+        given up, if the time of the call is not over sooner."""
         if name in self.cells:
             return
         if self.left < 20:

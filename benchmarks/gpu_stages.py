@@ -267,11 +267,11 @@ def hippocampus(run: Run) -> None:
 def prepare(run: Run) -> None:
     """Test cases split off, planned and preprocessed. Of a dry run: made up, with smaller plans."""
     if not run.tiny:
-        return benchmark.prepare(run.work, find_data(run.data, HIPPOCAMPUS.title, 'dataset.json'), of=HIPPOCAMPUS)
+        return benchmark.prepare(run.work, find_data(run.data, HIPPOCAMPUS.title, 'dataset.json'), dataset=HIPPOCAMPUS)
     size, source = size_of(run), run.work / 'made_up' / HIPPOCAMPUS.title
     if not (source / 'dataset.json').is_file():
         write_dataset(source, num_training=6, num_test=0, shape=(16, 20, 18))
-    benchmark.prepare(run.work, source, num_test=2, of=HIPPOCAMPUS)
+    benchmark.prepare(run.work, source, num_test=2, dataset=HIPPOCAMPUS)
     file = HIPPOCAMPUS.preprocessed(run.work) / f'{PLANS}.json'
     plans, small = json.loads(file.read_text()), synthetic(size, 3)[0]['configurations'][CONFIGURATION]
     plans['configurations'][CONFIGURATION].update({name: small[name] for name in ('architecture', 'patch_size')})

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page import markdown
 
 METHODS = {'stock': 'stock `nnUNetv2_predict`', 'plain': '`nnUNetv2_predict` with PDDDPM, blind mask',
            'samples': '8 samples, maps, blind mask', 'of_samples': '8 samples, maps, mask of the samples'}
 ROWS = {'stock': 'stock', 'longer': 'control: stock trained longer', 'second': 'second network, cross-entropy alone',
         'blind': 'PDDDPM, blind mask', 'samples': 'PDDDPM, mean of 8 samples'}
+NOTHING = 'Not measured yet.'
 Cells = dict[str, dict[str, Any]]
 
 
@@ -27,17 +29,18 @@ def ratio(cell: dict[str, Any], stock: dict[str, Any] | None, what: str = 'secon
     return f'{np.median(cell[what]) / np.median(stock[what]):.2f}'
 
 
-def timing(cells: Cells, names: dict[str, str]) -> list[str]:
-    """Rows of a table of times, each beside stock's."""
+def timing(cells: Cells, names: dict[str, str], first: str, last: str) -> str:
+    """Table of times, each beside stock's."""
     rows = []
     for name, cell in cells.items():
         classes, mode, method = name.split('_', 2)
         stock, median = cells.get(f'{classes}_{mode}_stock'), np.median(cell['seconds'])
         memory = '' if cell['GiB'] is None else f'{cell["GiB"]:.2f}'
-        rows.append(f'| {int(classes)} | {mode} | {names[method]} | {median:.4f} ({min(cell["seconds"]):.4f} to '
-                    f'{max(cell["seconds"]):.4f}) | {ratio(cell, stock)} | {memory} | {ratio(cell, stock, "GiB")} '
-                    f'| {cell["first"]:.1f} | {cell.get("launches", "")} |')
-    return rows
+        rows.append([str(int(classes)), mode, names[method],
+                     f'{median:.4f} ({min(cell["seconds"]):.4f} to {max(cell["seconds"]):.4f})', ratio(cell, stock), memory,
+                     ratio(cell, stock, 'GiB'), f'{cell["first"]:.1f}', str(cell.get('launches', ''))])
+    head = ['classes', '', '', 'seconds', 'to stock', 'GiB', 'to stock', first, last]
+    return markdown(head, rows) if rows else NOTHING
 
 
 def tops(cells: Cells) -> list[str]:
@@ -46,18 +49,17 @@ def tops(cells: Cells) -> list[str]:
             for name, cell in cells.items() if cell.get('top')]
 
 
-def trainings(rows: Cells) -> list[str]:
-    """A row for each training that is scored."""
-    control = rows.get('longer')
-    lines = []
+def trainings(cells: Cells) -> str:
+    """Table with a row for each training that is scored."""
+    control, rows = cells.get('longer'), []
     for row, title in ROWS.items():
-        if (cell := rows.get(row)) is None:
-            continue
-        dice, nll = ([f'{np.nanmean(cell[of]):.4f}', '' if control is None or row in ('stock', 'longer') else
-                      f'{np.nanmean(np.subtract(cell[of], control[of])):+.4f}'] for of in ('dice', 'nll'))
-        lines.append(f'| {title} | {"" if row == "stock" else "stock + "}{cell["iterations"]} | {dice[0]} | {dice[1]} '
-                     f'| {nll[0]} | {nll[1]} | {np.median(cell["seconds"]):.3f} | {cell["checkpoint_MB"]} |')
-    return lines
+        if (cell := cells.get(row)) is not None:
+            dice, nll = ([f'{np.nanmean(cell[metric]):.4f}', '' if control is None or row in ('stock', 'longer') else
+                          f'{np.nanmean(np.subtract(cell[metric], control[metric])):+.4f}'] for metric in ('dice', 'nll'))
+            rows.append([title, f'{"" if row == "stock" else "stock + "}{cell["iterations"]}', *dice, *nll,
+                         f'{np.median(cell["seconds"]):.3f}', str(cell['checkpoint_MB'])])
+    head = ['', 'iterations', 'Dice', 'Δ', 'NLL', 'Δ', 's a case', 'checkpoint']
+    return markdown(head, rows) if rows else NOTHING
 
 
 def tests(cell: dict[str, Any] | None) -> str:
@@ -76,7 +78,6 @@ def write_table(results: Path) -> None:
     errors = [f'- {name}: {cell["error"]}' for name, cell in cells.items() if 'error' in cell]
     dry = any(cell['tiny'] for cell in cells.values())
     speed, iterations = rows_of_stage(cells, 'speed'), rows_of_stage(cells, 'iterations')
-    nothing = ['Not measured yet.']
     results.with_suffix('.md').write_text('\n'.join([
         '# On a GPU', '', '    .venv/bin/python benchmarks/gpu.py -o gpu.json -data FOLDER', '',
         *(f'Measured on: {on}.' for on in sorted({cell['on'] for cell in cells.values()})),
@@ -87,18 +88,15 @@ def write_table(results: Path) -> None:
         '128 x 128 x 128, mirrored; network part, the result in main memory. Both networks in the autocast that nnU-Net '
         'has. Compiled: both networks by torch.compile. Seconds are the median (range); the first call, which '
         'compiles and tries algorithms, is beside them. Kernels are those of a volume of one patch.', '',
-        *(['| classes | | | seconds | to stock | GiB | to stock | first call, s | kernels |', '|---|---|---|---|---|---|---|---|---|',
-           *timing(speed, METHODS)] if speed else nothing), '',
-        'What takes longest, on a volume of one patch:', '', *(tops(speed) or nothing), '',
+        timing(speed, METHODS, 'first call, s', 'kernels'), '',
+        'What takes longest, on a volume of one patch:', '', *(tops(speed) or [NOTHING]), '',
         '## An iteration of training', '',
         'The same networks, batch of two, without data loading. GiB include the optimizer. The first column of '
         'calls is what several iterations take together that come before.', '',
-        *(['| classes | | | seconds | to stock | GiB | to stock | first calls, s | |', '|---|---|---|---|---|---|---|---|---|',
-           *timing(iterations, {'stock': 'nnUNetTrainer', 'PDDDPM': 'PDDDPMTrainer'})] if iterations else nothing), '',
+        timing(iterations, {'stock': 'nnUNetTrainer', 'PDDDPM': 'PDDDPMTrainer'}, 'first calls, s', ''), '',
         '## Hippocampus', '',
         "nnU-Net's own plan, one fold, one training each, the 50 test cases of `run.py hippocampus`, with mirroring. Settings "
         'are not tuned. Δ is the mean difference to the control: of one training, so without an interval. Seconds are of '
         "a case's network part, median; checkpoints are in the work folder, in MB.", '',
-        *(['| | iterations | Dice | Δ | NLL | Δ | s a case | checkpoint |', '|---|---|---|---|---|---|---|---|', *rows]
-          if (rows := trainings(rows_of_stage(cells, 'hippocampus'))) else nothing), '',
+        trainings(rows_of_stage(cells, 'hippocampus')), '',
         *(['## What failed', '', *errors, ''] if errors else [])]))

@@ -28,6 +28,8 @@ from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature
 
 DRAWS = 16
 """Of which the mean probability of chains and of the SSN is; the first of them are the samples."""
+TIMED = 3
+"""Images, by each row."""
 BLIND = ('second', 'second_mirrored', 'blind')
 """Maps of a denoiser that is shown no mask."""
 
@@ -68,8 +70,8 @@ class Row:
 
 def rows(images: ImageSet) -> tuple[list[Row], str]:
     """All of them, and the title of the row that the others are compared with."""
-    of = tomllib.loads((Path(__file__).parent / 'rows.toml').read_text())[images.kind]
-    return [Row(**row) for row in of['rows']], of['base']
+    found = tomllib.loads((Path(__file__).parent / 'rows.toml').read_text())[images.kind]
+    return [Row(**row) for row in found['rows']], found['base']
 
 
 def plotted(of: Sequence[Row]) -> dict[str, str | None]:
@@ -91,9 +93,9 @@ def seconds_file(work: Path, tests: str) -> Path:
 class Models:
     """The networks of one training, and what is fitted on its validation images."""
 
-    def __init__(self, of: ImageSet, work: Path, fold: int, validation: Sequence[Image]) -> None:
-        self.of, self.work, self.fold, self.validation = of, work, fold, validation
-        self._weights = cache(lambda network, fold: of.dataset.weights(work, network, fold))
+    def __init__(self, image_set: ImageSet, work: Path, fold: int, validation: Sequence[Image]) -> None:
+        self.image_set, self.work, self.fold, self.validation = image_set, work, fold, validation
+        self._weights = cache(lambda network, fold: image_set.dataset.weights(work, network, fold))
         self.predictor, self.temperature = cache(self._open), cache(self._fit_temperature)
         self.dependence, self.temperature_of_ssn = cache(self._fit_dependence), cache(self._fit_temperature_of_ssn)
         self._maps: dict[tuple[str, bytes], Tensor] = {}
@@ -101,12 +103,12 @@ class Models:
     def _open(self, network: str) -> VolumePredictor:
         """`tuned`: with the mirroring and tiles that the denoiser was tuned with."""
         tuned, named = network == 'tuned', {'tuned': 'denoiser', 'second_mirrored': 'second'}
-        predictor = self.of.dataset.open(self.work, named.get(network, network), [self.fold], VolumePredictor,
-                                         use_mirroring=network in named)
+        predictor = self.image_set.dataset.open(self.work, named.get(network, network), [self.fold], VolumePredictor,
+                                                use_mirroring=network in named)
         predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
-        if self.of.whole and not tuned:
+        if self.image_set.whole and not tuned:
             shapes = [image.pixels.shape for image in self.validation]
-            predictor.configuration_manager.configuration['patch_size'] = [max(of) for of in zip(*shapes, strict=True)]
+            predictor.configuration_manager.configuration['patch_size'] = np.max(shapes, 0).tolist()
         return predictor
 
     def opened(self, image: Image, network: str = 'denoiser') -> Volume:
@@ -170,7 +172,7 @@ class Models:
         settings = self.settings(replace(row, dependence=1.0))
 
         def energy(dependence: float) -> float:
-            drawn = [self.draw(image, row, replace(settings, dependence=dependence), self.of.samples)[0]
+            drawn = [self.draw(image, row, replace(settings, dependence=dependence), self.image_set.samples)[0]
                      for image in self.validation]
             return float(np.mean([energy_of_parts(image, masks, self.expected(image))
                                   for image, masks in zip(self.validation, drawn, strict=True)]))
@@ -181,8 +183,9 @@ class Models:
         """Independent masks (n, Y, X) bool, and their mean probability (Y, X): exact where they are of a map, else the
         mean of so many draws."""
         exact = row.map is not None or row.network != 'ssn' and settings.samples_from != 'chain'
-        masks, mean = self.draw(image, row, settings, self.of.samples if exact else max(self.of.samples, draws))
-        return masks[:self.of.samples], mean
+        number = self.image_set.samples
+        masks, mean = self.draw(image, row, settings, number if exact else max(number, draws))
+        return masks[:number], mean
 
     def draw(self, image: Image, row: Row, settings: SamplingSettings, number: int) -> tuple[np.ndarray, np.ndarray]:
         """So many."""

@@ -9,9 +9,8 @@ import numpy as np
 from datasets.images import ImageSet
 from datasets.phantom import CONFIRMATION, FRESH_DRAWS, NUM_FRESH, NUM_TEST, NUM_VALIDATION, PHANTOM, SMALLEST
 from datasets.raters import RaterSet, image_of
-from image_models import DRAWS, Row, plotted, rows, seconds_file
+from image_models import DRAWS, TIMED, Row, plotted, rows, seconds_file
 from image_scores import against_truth, exact_map
-from images import TIMED
 from page import Column, Line, Scores, base_of, forest, table, write
 from statistics_of_trainings import files_of_trainings
 
@@ -24,11 +23,9 @@ EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the o
          'of these images with a mask that is not empty.')
 SECONDS = (' Seconds: of all {samples} samples of an image, in turn on one thread, without files; mean of {images} '
            'images, models of fold 0{tuned}.')
-COMMAND = 'NNUNET_PDDDPM_DATA=FOLDER .venv/bin/python benchmarks/run.py {name} -o WORK'
-EVALUATE = '.venv/bin/python benchmarks/run.py {name} -o WORK --stages evaluate -data {data}'
-OTHER = ('All images of {folder}, none of which was trained on{shrunk}. Trainings, fits and tuning are those of the '
-         'benchmark {name}.')
+TUNED = ' Tuned: by `nnUNetv2_pdddpm_tune`,\n{minutes} minutes:\n\n{chosen}'
 FITTED = ' (one ensemble)'
+"""Of one model, for which a temperature or more is fitted in each training."""
 
 
 def read(work: Path, name: str, row: Row) -> Scores:
@@ -36,52 +33,48 @@ def read(work: Path, name: str, row: Row) -> Scores:
     found = [json.loads(file.read_text())['scores'] for file in files_of_trainings(work / 'measured',
                                                                                    f'{name}__{row.name}')]
     metrics = found[0][0] if found else {}
-    scores = {metric: np.array([[image.get(metric, np.nan) for image in of] for of in found])
+    scores = {metric: np.array([[image.get(metric, np.nan) for image in training] for training in found])
               for metric in metrics if not metric.startswith('areas')}
     if 'areas' in metrics:
         spreads = [spread_and_correlation([(np.array(image['areas']), np.array(image['areas_of_raters']))
-                                           for image in of]) for of in found]
-        scores.update({metric: np.array([[of[metric]] for of in spreads]) for metric in spreads[0]})
+                                           for image in training]) for training in found]
+        scores.update({metric: np.array([[spread[metric]] for spread in spreads]) for metric in spreads[0]})
     return scores
 
 
-def lines(work: Path, name: str, of: list[Row]) -> list[Line]:
+def lines(work: Path, name: str, table_rows: list[Row]) -> list[Line]:
     """Of the rows that are measured."""
-    found = [(row, read(work, name, row)) for row in of]
+    found = [(row, read(work, name, row)) for row in table_rows]
     file = seconds_file(work, name)
     seconds = json.loads(file.read_text()) if file.is_file() else {}
     return [Line(row.title, scores, row.calls + (f'; {seconds[row.title]:.2f} s' if row.title in seconds else ''),
-                 note_of(row), row.base) for row, scores in found if scores]
+                 None if row.map != 'ensemble' else FITTED if row.temperature else ' (one model)', row.base)
+            for row, scores in found if scores]
 
 
-def note_of(row: Row) -> str | None:
-    """Of an ensemble, which is one model; where a temperature or more is fitted in each training, they differ a little.
-    """
-    return None if row.map != 'ensemble' else FITTED if row.temperature else ' (one model)'
-
-
-def write_page(name: str, of: ImageSet, work: Path, args: argparse.Namespace, tests: str | None = None) -> None:
+def write_page(name: str, image_set: ImageSet, work: Path, args: argparse.Namespace, tests: str | None = None) -> None:
     """Of what is measured, on the benchmark's own test images or others."""
-    network = of.dataset.planned(work)
-    stock, others = of.dataset.total_iterations
-    timed = seconds_file(work, SMALLEST if of.kind == 'phantom' else tests or of.label).is_file()
-    tuned = '' if of.kind == 'phantom' else ', as tuned in fold 0'
-    common = {'command': COMMAND.format(name=name), 'title': of.title, 'samples': of.samples,
-              'seconds': SECONDS.format(samples=of.samples, images=TIMED, tuned=tuned) if timed else '',
-              'batch': network['batch_size'],
+    network = image_set.dataset.planned(work)
+    stock, others = image_set.dataset.total_iterations
+    timed = seconds_file(work, SMALLEST if image_set.kind == 'phantom' else tests or image_set.label).is_file()
+    tuned = '' if image_set.kind == 'phantom' else ', as tuned in fold 0'
+    common = {'samples': image_set.samples, 'batch': network['batch_size'], 'stock': stock, 'others': others,
+              'seconds': SECONDS.format(samples=image_set.samples, images=TIMED, tuned=tuned) if timed else '',
               'features': network['architecture']['arch_kwargs']['features_per_stage'],
-              'stock': stock, 'others': others, 'epochs': of.dataset.epochs[0]}
-    if of.kind == 'phantom':
-        write_phantoms(of, work, args, common)
+              'epochs': image_set.dataset.epochs[0]}
+    if image_set.kind == 'phantom':
+        return write_phantoms(image_set, work, args, common)
+    command = f'.venv/bin/python benchmarks/run.py {name} -o WORK'
+    if tests is None:
+        common.update(title=image_set.title, source=image_set.source, command=f'NNUNET_PDDDPM_DATA=FOLDER {command}')
     else:
-        common['source'] = of.source
-        if tests is not None:
-            folder = Path(args.data).resolve().name
-            shrunk = f', {of.shrink} x {of.shrink} pixels averaged' if of.shrink > 1 else ''
-            common.update(title=f'{of.title.split(",")[0]}: images of {folder}',
-                          command=EVALUATE.format(name=name, data=args.data),
-                          source=OTHER.format(name=name, folder=folder, shrunk=shrunk))
-        write_raters(of, work, args.page, common, tests or of.label)
+        folder, shrink = Path(args.data).resolve().name, image_set.shrink
+        averaged = f', {shrink} x {shrink} pixels averaged' if shrink > 1 else ''
+        common.update(title=f'{image_set.title.split(",")[0]}: images of {folder}',
+                      source=f'All images of {folder}, none of which was trained on{averaged}. Trainings, fits and '
+                             f'tuning are those of the benchmark {name}.',
+                      command=f'{command} --stages evaluate -data {args.data}')
+    write_raters(image_set, work, args.page, common, tests or image_set.label)
 
 
 def objects(scores: Scores) -> np.ndarray:
@@ -99,38 +92,28 @@ OF_MEAN = (Column('NLL', 'nll', 4, also_to=CALIBRATED_CONTROL), Column('ECE', 'e
 FALSE_ALARMS = (Column('false alarms', 'false_alarm', base=CONTROL),)
 
 
-def write_raters(of: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
+def write_raters(image_set: RaterSet, work: Path, page: Path, common: dict[str, object], tests: str) -> None:
     """Page of masks of several people."""
-    table_rows, base_title = rows(of)
+    table_rows, base_title = rows(image_set)
     found = lines(work, tests, table_rows)
     base, titles = base_of(found, base_title), {line.title for line in found}
     missing = [row.title for row in table_rows if row.title not in titles]
-    patch = of.dataset.planned(work)['patch_size']
-    trained = sorted(len({image_of(case) for case in split['train']}) for split in of.dataset.splits(work))
+    patch, chosen = image_set.dataset.planned(work)['patch_size'], image_set.dataset.tuned(work)
+    counted = [line.scores['objects_of_raters'] for line in found if 'objects_of_raters' in line.scores]
+    trained = sorted(len({image_of(case) for case in split['train']}) for split in image_set.dataset.splits(work))
     empty = int((~np.isnan(base['false_alarm'][0])).sum())
     of_samples = table(found, RATERS, base_title)
     write(page, 'raters', **common, of_samples=of_samples,
           figure=forest(of_samples, plotted(table_rows), 'GED²', base_title, 'lower', page),
           of_mean=table(found, OF_MEAN + FALSE_ALARMS * (empty > 0), base_title),
           patch=' x '.join(map(str, patch)), test=base['ged'].shape[1], draws=DRAWS,
-          train=' to '.join(f'{number:,}' for number in sorted({trained[0], trained[-1]})), tuned=tuned(of, work),
+          tuned=TUNED.format(minutes=image_set.dataset.tuning_minutes, chosen=chosen) if chosen else '',
+          train=' to '.join(f'{number:,}' for number in sorted({trained[0], trained[-1]})),
           missing=f' Not measured yet: {"; ".join(missing)}.' if missing else '',
           correlation=base['correlation_reference'].mean(),
-          of_raters=objects_of_raters(found), control=CONTROL,
+          control=CONTROL,
+          of_raters=f' (the raters\': {counted[0].mean():.1f})' if counted else '',
           empty=EMPTY.format(number=empty) if empty else '')
-
-
-def objects_of_raters(found: list[Line]) -> str:
-    """Mean number of objects of a rater, in words, if it was counted."""
-    counted = [line.scores['objects_of_raters'] for line in found if 'objects_of_raters' in line.scores]
-    return f' (the raters\': {counted[0].mean():.1f})' if counted else ''
-
-
-def tuned(of: RaterSet, work: Path) -> str:
-    """What the tuning chose, if it has been."""
-    chosen = of.dataset.tuned(work)
-    return (f' Tuned: by `nnUNetv2_pdddpm_tune`,\n{of.dataset.tuning_minutes} minutes:\n\n{chosen}' if chosen
-            else '')
 
 
 def correlation(scores: Scores) -> np.ndarray:
@@ -167,9 +150,9 @@ def exact(name: str) -> Scores:
             for metric in sets[0][0]}
 
 
-def write_phantoms(of: ImageSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
+def write_phantoms(image_set: ImageSet, work: Path, args: argparse.Namespace, common: dict[str, object]) -> None:
     """Page of phantoms."""
-    table_rows, base_title = rows(of)
+    table_rows, base_title = rows(image_set)
     tables = {}
     for number, name in {**{number: f'phantom_{number}' for number in NUM_TEST}, 'fresh': CONFIRMATION}.items():
         found = lines(work, name, [row for row in table_rows if row.is_measured_on(name)])

@@ -21,65 +21,63 @@ from nnunet import NUM_FOLDS
 STAGES = ('prepare', 'train', 'tune', 'measure', 'time', 'table', 'evaluate')
 ON_DEMAND = ('evaluate',)
 """Of raters: `-data` is a folder with `images` and `raters`, all of whose images are scored; they make a page."""
-TIMED = 3
-"""Images."""
 
 
 def run(name: str, args: argparse.Namespace) -> None:
     """The stages that are asked for."""
-    of = {'phantom': PHANTOM, **RATER_SETS}[name]
+    image_set = {'phantom': PHANTOM, **RATER_SETS}[name]
     work = Path(args.o).resolve()
     if 'prepare' in args.stages:
-        of.prepare(work, args.data)
+        image_set.prepare(work, args.data)
     for fold in args.folds:
-        for network in of.networks if 'train' in args.stages else ():
-            of.dataset.train(work, network, fold)
+        for network in image_set.networks if 'train' in args.stages else ():
+            image_set.dataset.train(work, network, fold)
         if 'tune' in args.stages:
-            of.tune(work, fold)
+            image_set.tune(work, fold)
     if 'evaluate' in args.stages:
-        evaluate(name, of, work, args)
+        evaluate(name, image_set, work, args)
         return
     if 'measure' in args.stages:
-        measure(of, work, of.tests(args.data), args.folds)
+        measure(image_set, work, image_set.tests(args.data), args.folds)
     if 'time' in args.stages:
-        time_rows(of, work, of.tests(args.data))
+        time_rows(image_set, work, image_set.tests(args.data))
     if 'table' in args.stages:
         from image_page import write_page
-        write_page(name, of, work, args)
+        write_page(name, image_set, work, args)
 
 
-def evaluate(name: str, of: ImageSet, work: Path, args: argparse.Namespace) -> None:
+def evaluate(name: str, image_set: ImageSet, work: Path, args: argparse.Namespace) -> None:
     """Score all images of a folder; their page is in the work folder unless another is named."""
     if name == 'phantom' or args.data is None:
         sys.exit("The stage evaluate is for masks of several people; -data must name a folder with images and raters.")
     folder = Path(args.data).resolve()
-    tests, images = f'{folder.name}_of_{of.label}', of.images(folder)
-    folds = {image_of(case) for split in of.dataset.splits(work) for cases in split.values() for case in cases}
+    tests, images = f'{folder.name}_of_{image_set.label}', image_set.images(folder)
+    folds = {image_of(case) for split in image_set.dataset.splits(work) for cases in split.values() for case in cases}
     if seen := sorted(folds & {image.name for image in images}):
         sys.exit(f'{folder} holds {seen[0]}, which was trained on: evaluate other images.')
-    measure(of, work, {tests: images}, args.folds)
+    measure(image_set, work, {tests: images}, args.folds)
     from image_page import write_page
     args.page = work / f'{tests}.md' if args.page == results() / f'{name}.md' else args.page
-    write_page(name, of, work, args, tests)
+    write_page(name, image_set, work, args, tests)
 
 
-def enter(of: ImageSet, work: Path) -> None:
+def enter(image_set: ImageSet, work: Path) -> None:
     """Make the data set's folders those of this process, in which nnU-Net's modules are then imported."""
-    of.dataset.enter(work)
+    image_set.dataset.enter(work)
     torch.set_num_threads(1)
 
 
 @torch.inference_mode()
-def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
+def measure(image_set: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
             folds: Sequence[int] = range(NUM_FOLDS)) -> None:
     """Scores of every row, training and test image, as `measured/SET__ROW__FOLD.json`; what is there is left alone."""
-    enter(of, work)
+    enter(image_set, work)
     from image_models import DRAWS, Models, rows_to_measure
     results = work / 'measured'
     results.mkdir(exist_ok=True)
     for fold in folds:
-        models = Models(of, work, fold, of.validation(work, fold))
-        for row in rows_to_measure(of, work, fold):
+        models = Models(image_set, work, fold, image_set.validation(work, fold))
+        for row in rows_to_measure(image_set, work, fold):
             for name, images in tests.items():
                 file = results / f'{name}__{row.name}__{fold}.json'
                 if file.is_file() or not row.is_measured_on(name):
@@ -91,21 +89,21 @@ def measure(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]],
 
 
 @torch.inference_mode()
-def time_rows(of: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]]) -> None:
+def time_rows(image_set: ImageSet, work: Path, tests: Mapping[str, Sequence[Image]]) -> None:
     """Seconds of every row with the models of fold 0, in turn, without reading and writing: mean over a few images."""
-    enter(of, work)
-    from image_models import Models, rows_to_measure, seconds_file
+    enter(image_set, work)
+    from image_models import TIMED, Models, rows_to_measure, seconds_file
     name, images = next(iter(tests.items()))
     if (file := seconds_file(work, name)).is_file():
         return
-    models, seconds = Models(of, work, 0, of.validation(work, 0)), {}
-    for row in rows_to_measure(of, work, 0):
+    models, seconds = Models(image_set, work, 0, image_set.validation(work, 0)), {}
+    for row in rows_to_measure(image_set, work, 0):
         fitted = 0.5 if row.dependence == 'fitted' else row.dependence  # whatever is fitted takes the same time
         row = replace(row, temperature=False, dependence=fitted)
         settings, of_images = models.settings(row), []
         for image in images[:1] + images[:TIMED]:  # the first time is not counted
             models.forget_maps()
-            of_images.append(timed(torch.device('cpu'), partial(models.draw, image, row, settings, of.samples)))
+            of_images.append(timed(torch.device('cpu'), partial(models.draw, image, row, settings, image_set.samples)))
         seconds[row.title] = float(np.mean(of_images[1:]))
         print(row.title, seconds[row.title], flush=True)
     file.write_text(json.dumps(seconds))

@@ -30,6 +30,7 @@ from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.network.state import CALIBRATION
 
 STAGES = ('measure', 'table')
+NEEDS = {'hippocampus': 'hippocampus', 'phantom': 'phantom', 'raters': 'nuclei and cells'}
 SAMPLES = 8
 CALIBRATION_IMAGES, TEST_IMAGES, PHANTOM_SEED = 50, 150, 600_000
 """Phantoms of each number of objects."""
@@ -44,12 +45,6 @@ RATERS = {'nuclei': 5, 'cells': 10}
 SPLITS = 100
 METHODS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
            '2.5 to 97.5 % quantiles of 8 samples')
-
-
-def arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Folders of the trained models."""
-    for of in ('hippocampus', 'phantom', 'raters'):
-        parser.add_argument(f'-{of}', type=Path, help=f'work folder of {of.replace("raters", "nuclei and cells")}')
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -74,27 +69,23 @@ def measure(args: argparse.Namespace, into: Path) -> None:
             measure_once(label, fold, lambda i=channel, f=fold: rows_of_hippocampus(args.hippocampus.resolve(), f, i))
     for objects, grid in GRIDS.items() if args.phantom else ():  # all of a work folder: a call predicts in one only
         for fold in args.folds:
-            many = (as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES))
-            measure_once(f'{objects}_objects', fold, lambda m=many, f=fold: divided(rows_of_images(
-                PHANTOM, args.phantom.resolve(), f, m)))
+            many = [as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES)]
+            parts = many[:CALIBRATION_IMAGES], many[CALIBRATION_IMAGES:]
+            measure_once(f'{objects}_objects', fold, lambda p=parts, f=fold: tuple(
+                rows_of_images(PHANTOM, args.phantom.resolve(), f, part) for part in p))
     for name in ('nuclei', 'cells') if args.raters else ():
         for fold in args.folds:
             measure_once(name, fold, lambda of=RATER_SETS[name], f=fold: rows_of_raters(
                 of, args.raters.resolve(), args.data, f))
 
 
-def divided(rows: Rows) -> tuple[Rows, Rows]:
-    """To calibrate by, and to test."""
-    return rows[:CALIBRATION_IMAGES], rows[CALIBRATION_IMAGES:]
-
-
 @torch.inference_mode()
-def rows_of_images(of: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> Rows:
+def rows_of_images(image_set: ImageSet, work: Path, fold: int, on: Iterable[Image]) -> Rows:
     """Rows of images, one for each true area: blind mask, and samples by a chain of one step, object by object; without
     mirroring."""
-    images.enter(of, work)
+    images.enter(image_set, work)
     from image_models import Models, Row
-    models = Models(of, work, fold, of.validation(work, fold))
+    models = Models(image_set, work, fold, image_set.validation(work, fold))
     settings = replace(models.settings(Row('', dependence=0.0)), samples=SAMPLES)
     return [row for image in on for row in rows_of_image(models.opened(image), settings.for_case(image.name),
                                                              image.masks.sum((1, 2)).astype(float).tolist())]
@@ -117,10 +108,11 @@ def rows_of_image(volume: object, settings: SamplingSettings, truths: Sequence[f
     return [volume_row(true, features_of, sizes) for true in truths]
 
 
-def rows_of_raters(of: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
+def rows_of_raters(image_set: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
     """Of validation and test images, one for each rater's area."""
-    test = next(iter(of.tests(data).values()))
-    return rows_of_images(of, work, fold, of.validation(work, fold)), rows_of_images(of, work, fold, test)
+    test = next(iter(image_set.tests(data).values()))
+    calibration = image_set.validation(work, fold)
+    return rows_of_images(image_set, work, fold, calibration), rows_of_images(image_set, work, fold, test)
 
 
 def rows_of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows]:

@@ -133,13 +133,7 @@ class Dataset:
 
     def plan(self, work: Path, description: dict[str, Any], splits: Sequence[tuple[Sequence[str], Sequence[str]]]
              ) -> None:
-        """Plan and preprocess raw images, reduce the plan on a CPU, write the splits.
-
-        Args:
-            work: folder that holds nnU-Net's three folders.
-            description: of dataset.json.
-            splits: training and validation cases of each fold.
-        """
+        """Plan and preprocess raw images, reduce the plan on a CPU, write the splits: training and validation cases."""
         (self.raw(work) / 'dataset.json').write_text(json.dumps(description, indent=1))
         processes = self.variables['nnUNet_def_n_proc']
         self.call(work, 'nnUNetv2_plan_and_preprocess', '-d', str(self.number), '-c', self.configuration, '-npfp',

@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODULES = {'phantom': 'images', 'nuclei': 'images', 'cells': 'images', 'nodules': 'images', 'hippocampus': 'volumes',
            'intervals': 'intervals', 'triage': 'triage', 'speed': 'speed',
            'headline': 'figures', 'levels': 'figures', 'differences': 'figures'}
-"""Name -> the module that has its `STAGES` and `run`, and `arguments` of its own if it has any."""
+"""Name -> the module that has its `STAGES` and `run`; `NEEDS`, folders of trained models, and `arguments` if it has any.
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
                              help='trainings (default: all); rows of an ensemble need all of them to be trained')
         command.add_argument('--stages', nargs='+', choices=benchmark.STAGES,
                              default=[of for of in benchmark.STAGES if of not in getattr(benchmark, 'ON_DEMAND', ())])
+        for option, folder in getattr(benchmark, 'NEEDS', {}).items():
+            command.add_argument(f'-{option}', type=Path, help=f'work folder of {folder}')
         if hasattr(benchmark, 'arguments'):
             benchmark.arguments(command, name)
     args = parser.parse_args(arguments)

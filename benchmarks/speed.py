@@ -25,6 +25,7 @@ from nnunet import MEAN_OF_SAMPLES, Dataset, find_data
 from page import markdown, write
 
 STAGES = ('prepare', 'measure', 'table')
+NEEDS = {'hippocampus': 'hippocampus (default: -o)'}
 OF_BLIND = {'mask_stock': 0.0, 'mask_blind': 1.0}
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     'stock `nnUNetv2_predict`': ('stock', None),
@@ -45,11 +46,6 @@ STEPS = ('training step of stock', 'training step of PDDDPM')
 GOALS = {**{name: 1.25 for name in METHODS if name.startswith('8 samples, 1 step,')}, list(METHODS)[1]: 2.05,
          STEPS[1]: 1.1}
 """Row -> how many times stock's time it should take at most."""
-
-
-def arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Folder of the trained models."""
-    parser.add_argument('-hippocampus', type=Path, help='work folder of hippocampus (default: -o)')
 
 
 def run(name: str, args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,14 +20,9 @@ from nnunet import NUM_FOLDS
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 
 STAGES = ('measure', 'table')
+NEEDS = {name: name for name in SUBJECTS}
 POOLED_CASES = 60
 """Training cases whose deep features are known, at most."""
-
-
-def arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Folders of the trained models."""
-    for of in SUBJECTS:
-        parser.add_argument(f'-{of}', type=Path, help=f'work folder of {of}')
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -44,11 +38,11 @@ def run(name: str, args: argparse.Namespace) -> None:
         write_page(into, args.page)
 
 
-def measure(of: Subject, work: Path, data: str | None, fold: int, into: Path) -> None:
+def measure(subject: Subject, work: Path, data: str | None, fold: int, into: Path) -> None:
     """All that is known of the validation cases, of training cases, and of the versions of the test cases."""
-    of.dataset.enter(work)
+    subject.dataset.enter(work)
     (into / 'test').mkdir(parents=True, exist_ok=True)
-    models = Models(of, work, fold)
+    models = Models(subject, work, fold)
     measure_validation(models, into / 'fit.json')
     measure_pooled(models, into / 'pooled.json')
     measure_tests(models, data, into / 'test')
@@ -57,14 +51,14 @@ def measure(of: Subject, work: Path, data: str | None, fold: int, into: Path) ->
 class Models:
     """The PDDDPM model of a fold, which holds that of stock, and the other folds of stock; without mirroring."""
 
-    def __init__(self, of: Subject, work: Path, fold: int) -> None:
+    def __init__(self, subject: Subject, work: Path, fold: int) -> None:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         from nnunet_pdddpm.tuning.calibration import open_for_calibration
-        self.of, self.work, self.fold = of, work, fold
-        self.predictor = open_for_calibration(of.dataset.model(work, 'denoiser'), fold, torch.device(DEVICE),
+        self.subject, self.work, self.fold = subject, work, fold
+        self.predictor = open_for_calibration(subject.dataset.model(work, 'denoiser'), fold, torch.device(DEVICE),
                                               FINAL_CHECKPOINT)
-        self.stock = [of.dataset.open(work, 'stock', [other], nnUNetPredictor)
+        self.stock = [subject.dataset.open(work, 'stock', [other], nnUNetPredictor)
                       for other in range(NUM_FOLDS) if other != fold]
         for model in (self.predictor, *self.stock):
             model.use_mirroring = False
@@ -72,9 +66,9 @@ class Models:
     def trainer(self) -> Any:
         """Of the fold."""
         from nnunetv2.run.run_training import get_trainer_from_args
-        of = self.of.dataset
-        return get_trainer_from_args(of.title, of.configuration, self.fold, of.trainer('denoiser'), PLANS,
-                                     device=torch.device(DEVICE))
+        dataset = self.subject.dataset
+        return get_trainer_from_args(dataset.title, dataset.configuration, self.fold, dataset.trainer('denoiser'),
+                                     PLANS, device=torch.device(DEVICE))
 
 
 def measure_validation(models: Models, file: Path) -> None:
@@ -105,7 +99,7 @@ def measure_pooled(models: Models, file: Path) -> None:
         return
     predictor, trainer = models.predictor, models.trainer()
     trainer.do_split()  # which finds out how the cases are stored
-    train = models.of.dataset.splits(models.work)[models.fold]['train'][:POOLED_CASES]
+    train = models.subject.dataset.splits(models.work)[models.fold]['train'][:POOLED_CASES]
     dataset, found = trainer.dataset_class(trainer.preprocessed_dataset_folder, train, None), []
     predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
     for name in dataset.identifiers:
@@ -137,7 +131,7 @@ class Pooled:
 @torch.inference_mode()
 def measure_tests(models: Models, data: str | None, into: Path) -> None:
     """What is known of the test cases' versions, a file for each case; versions that are there are left alone."""
-    for number, case in enumerate(models.of.tests(models.work, data, models.predictor)):
+    for number, case in enumerate(models.subject.tests(models.work, data, models.predictor)):
         file = into / f'{case[0]}.json'
         found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         for family, strength in versions():
@@ -166,14 +160,9 @@ def measure_version(models: Models, case: Case, number: int, family: str, streng
         model.predict_logits_from_preprocessed_data(preprocessed) for model in models.stock))]
     return {'labels': {label: {
         'dice': dice(mask == value, labels[0] == value, truth[0] == value),
-        'features': features(prediction.quality[label].features),
-        'folds': dice_of_pairs([m == value for m in masks])} for label, value in models.of.labels.items()},
+        'features': None if (found := prediction.quality[label].features) is None else found.tolist(),
+        'folds': dice_of_pairs([m == value for m in masks])} for label, value in models.subject.labels.items()},
         'entropy': float(prediction.spread.maps()['uncertainty'].mean()), 'pooled': pooled.mean()}
-
-
-def features(of: np.ndarray | None) -> Sequence[float] | None:
-    """As JSON has them."""
-    return None if of is None else of.tolist()
 
 
 def dice(mask: np.ndarray, cropped: np.ndarray, truth: np.ndarray) -> float:

@@ -60,23 +60,23 @@ class Training:
         return [np.concatenate([rows[name] for name in rng.choice(names, len(names))]) for _ in range(RESAMPLINGS)]
 
 
-def read(of: Subject, into: Path) -> Training:
+def read(subject: Subject, into: Path) -> Training:
     """All that is measured of one."""
     validation = json.loads((into / 'fit.json').read_text())
     fitted_on = np.array(validation['rows'])
-    ranking = ranking_of(fitted_on, of.labels)
+    ranking = ranking_of(fitted_on, subject.labels)
     versions = [(file.stem, key.rsplit(' ', 1)[0], one) for file in sorted((into / 'test').glob('*.json'))
                 for key, one in json.loads(file.read_text()).items()]
     found, labels = [one for *_, one in versions], [[*one['labels'].values()] for *_, one in versions]
     regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], ALL_FEATURES)
-                  for name, channel in of.labels.items()}
+                  for name, channel in subject.labels.items()}
     distance = mahalanobis(np.array(json.loads((into / 'pooled.json').read_text())))
     lows = np.array([ranking.judge(qualities(one)).low for one in found], float)
     distances = distance(np.array([one['pooled'] for one in found]))
     by_regression = np.array([by_models(regression, one) for one in found])
     scores = {PACKAGE: np.zeros(len(lows)) if ranking.key is None else np.nan_to_num(lows, nan=-1.0),
               REGRESSION: by_regression,
-              COMBINED: stacked(fitted_on[:, list(of.labels.values())], distance(np.array(validation['pooled'])))(
+              COMBINED: stacked(fitted_on[:, list(subject.labels.values())], distance(np.array(validation['pooled'])))(
                   by_regression, distances),
               EXPECTED: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
                                for of_labels in labels]),
@@ -88,16 +88,16 @@ def read(of: Subject, into: Path) -> Training:
                     lows, ranking)
 
 
-def qualities(of: dict[str, Any]) -> dict[str, LabelQuality]:
+def qualities(version: dict[str, Any]) -> dict[str, LabelQuality]:
     """Of a measured version."""
     return {name: LabelQuality(None if label['features'] is None else np.array(label['features']), None)
-            for name, label in of['labels'].items()}
+            for name, label in version['labels'].items()}
 
 
-def by_models(models: dict[str, LabelModel], of: dict[str, Any]) -> float:
+def by_models(models: dict[str, LabelModel], version: dict[str, Any]) -> float:
     """Estimated Dice of a version, as a logit; it is used whether or not validation chooses it."""
     known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
-             for name, label in qualities(of).items() if label.features is not None]
+             for name, label in qualities(version).items() if label.features is not None]
     return float(case_estimates(*np.array(known).T[:, None])[0][0]) if known else -10.0
 
 
@@ -190,25 +190,21 @@ def failing(dice: np.ndarray) -> float:
     return 100 * float((dice < FAILED).mean())
 
 
-def most_found(trainings: list[Training]) -> str:
-    """Share of the failures that the best order has in the first parts of the list."""
-    return ' and '.join('{:.3f}'.format(np.mean([failures_found(one.dice, one.dice, FAILED, share)
-                                                 for one in trainings])) for share in FIRST)
-
-
-def section(of: Subject, trainings: list[Training]) -> str:
+def section(subject: Subject, trainings: list[Training]) -> str:
     """Of one data set."""
     one = trainings[0]
-    dice, lows = (np.concatenate([getattr(each, of) for each in trainings]) for of in ('dice', 'lows'))
+    dice, lows = (np.concatenate([getattr(each, name) for each in trainings]) for name in ('dice', 'lows'))
+    most = ' and '.join(f'{np.mean([failures_found(one.dice, one.dice, FAILED, share) for one in trainings]):.3f}'
+                        for share in FIRST)
     share, clean = 100 * np.isfinite(lows).mean(), one.families == CLEAN
     as_is = np.concatenate([each.families for each in trainings]) == CLEAN
     said = [f'- fold {fold}: "{each.ranking.describe()}"' for fold, each in enumerate(trainings)]
     return '\n'.join([
-        f'## {of.name.capitalize()}', '',
+        f'## {subject.name.capitalize()}', '',
         f'{len(one.dice)} versions of {len(np.unique(one.cases))} test cases, {len(trainings)} '
         f'training{"s" * (len(trainings) > 1)}. What the package says after validation:', '', *said, '',
         pooled_table(trainings), '',
-        f'Of the versions {failing(one.dice):.0f} % fail: at most {most_found(trainings)} of the failures can be in '
+        f'Of the versions {failing(one.dice):.0f} % fail: at most {most} of the failures can be in '
         f'the first 10 and 20 % of the list. A mixed lot: all cases as they are, of which '
         f'{failing(one.dice[clean]):.0f} % fail, and for every ten of them one version with an artefact, at random, '
         f'mean of {LOTS} lots. There the best order has {spread(mixed_lots(trainings, None))} of the failures in the '
@@ -224,12 +220,13 @@ def section(of: Subject, trainings: list[Training]) -> str:
 
 def write_page(into: Path, file: Path) -> None:
     """Of what is measured."""
-    found = [(of, [read(of, folder) for folder in files_of_trainings(into, of.name, '')]) for of in SUBJECTS.values()]
+    found = [(subject, [read(subject, folder) for folder in files_of_trainings(into, name, '')])
+             for name, subject in SUBJECTS.items()]
     if not any(trainings for _, trainings in found):
         sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
-    measured = [of.name for of, trainings in found if trainings]
+    measured = [subject.name for subject, trainings in found if trainings]
     missing = [name for name in SUBJECTS if name not in measured]
     write(file, 'triage', families=len(FAMILIES), strengths=STRENGTHS,
           subjects=' and '.join(f'[{name}.md]({name}.md)' for name in measured),
           missing=f' Not measured yet: {", ".join(missing)}.' if missing else '',
-          sections='\n\n'.join(section(of, trainings) for of, trainings in found if trainings))
+          sections='\n\n'.join(section(subject, trainings) for subject, trainings in found if trainings))

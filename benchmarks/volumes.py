@@ -54,8 +54,8 @@ class Row:
 
 def rows() -> tuple[list[Row], str]:
     """Of the table, and the title of that which the others are compared with."""
-    of = tomllib.loads((HERE / 'rows.toml').read_text())['hippocampus']
-    return [Row(**row) for row in of['rows']], of['base']
+    found = tomllib.loads((HERE / 'rows.toml').read_text())['hippocampus']
+    return [Row(**row) for row in found['rows']], found['base']
 
 
 def run(name: str, args: argparse.Namespace) -> None:

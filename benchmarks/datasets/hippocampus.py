@@ -18,28 +18,21 @@ VOXEL_ML = 1e-3
 """Images and the network's grid have voxels of 1 mm."""
 
 
-def prepare(work: Path, data: Path, num_test: int = NUM_TEST, of: Dataset = HIPPOCAMPUS) -> None:
-    """Split off test cases, write the raw data set, plan, preprocess.
-
-    Args:
-        work: folder of nnU-Net's folders.
-        data: folder with imagesTr, labelsTr and dataset.json.
-        num_test: number of test cases.
-        of: the data set, with the trainers of another benchmark.
-    """
-    if of.is_prepared(work):
+def prepare(work: Path, data: Path, num_test: int = NUM_TEST, dataset: Dataset = HIPPOCAMPUS) -> None:
+    """Split off test cases, write the raw data set of a `dataset`, plan, preprocess."""
+    if dataset.is_prepared(work):
         return
     cases = sorted(p.name[:-len('.nii.gz')] for p in (data / 'labelsTr').glob('*.nii.gz'))
     order = np.random.default_rng(SPLIT_SEED).permutation(len(cases))
     test, rest = {cases[i] for i in order[:num_test]}, [cases[i] for i in order[num_test:]]
     for case in cases:
         for kind, suffix in (('images', '_0000'), ('labels', '')):
-            folder = of.raw(work) / (kind + ('Ts' if case in test else 'Tr'))
+            folder = dataset.raw(work) / (kind + ('Ts' if case in test else 'Tr'))
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(data / f'{kind}Tr' / f'{case}{suffix}.nii.gz', folder / f'{case}{suffix}.nii.gz')
     folds = [sorted(rest[fold::NUM_FOLDS]) for fold in range(NUM_FOLDS)]
     description = {**json.loads((data / 'dataset.json').read_text()), 'numTraining': len(rest)}
-    of.plan(work, description, [(sorted({*rest} - {*fold}), fold) for fold in folds])
+    dataset.plan(work, description, [(sorted({*rest} - {*fold}), fold) for fold in folds])
 
 
 def names(work: Path, fold: int | None = None) -> Sequence[str]:

@@ -22,9 +22,9 @@ NUM_FRESH, FRESH_SEED, FRESH_DRAWS = 100, 40_000, 128
 """Images of the second, the seed of the first of them, and draws that the mean of a chain is of."""
 
 
-def as_image(name: object, of: Phantom) -> Image:
+def as_image(name: object, drawn: Phantom) -> Image:
     """With one draw of the truth."""
-    return Image(str(name), of.image, of.truth[None], of)
+    return Image(str(name), drawn.image, drawn.truth[None], drawn)
 
 
 @dataclass(frozen=True)
