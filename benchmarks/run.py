@@ -10,8 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODULES = {'phantom': 'images', 'nuclei': 'images', 'cells': 'images', 'nodules': 'images', 'hippocampus': 'volumes',
            'intervals': 'intervals', 'triage': 'triage', 'speed': 'speed',
            'headline': 'figures', 'levels': 'figures', 'differences': 'figures'}
-"""Name -> the module that has its `STAGES` and `run`; `NEEDS`, folders of trained models, and `arguments` if it has any.
-"""
+"""Name -> the module with its `STAGES` and `run`, and, if any, `NEEDS` (folders of trained models) and `arguments`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
