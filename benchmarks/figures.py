@@ -28,8 +28,9 @@ CALIBRATED_CONTROL = 'stock trained longer, one temperature, thresholds'
 TUNED = 'PDDDPM as tuned, with mirroring'
 MIRRORED = 'second network, cross-entropy alone, one temperature, copula of objects, with mirroring'
 BY_OBJECT, FRESH = 'start 0.8, 2 steps, drawn an object at a time', 'fresh images'
+UNTUNED = 'start 0.6, 1 step, drawn as one'
 IDEAL = 'exact samples'
-HIGHER = ('Dice', 'one of the shapes')
+HIGHER = ('Dice', 'F1 of objects', 'one of the shapes')
 """Columns in which higher is better."""
 
 
@@ -47,13 +48,18 @@ class Place(NamedTuple):
 DIFFERENCES = {
     'mask, hippocampus: Dice': Place('hippocampus', 'PDDDPM, blind mask', 'Dice'),
     **{f'mask, {name}: Dice': Place(name, BLIND, 'Dice') for name in RATER_SETS},
+    **{f'mask, {name}: F1 of objects': Place(name, BLIND, 'F1 of objects') for name in RATER_SETS},
     'probabilities, hippocampus: NLL': Place('hippocampus', 'PDDDPM, blind mask', 'NLL'),
     **{f'probabilities, {name}: NLL': Place(name, BLIND, 'NLL', CALIBRATED_CONTROL, delta=f'Δ to {CALIBRATED_CONTROL}')
        for name in RATER_SETS},
+    **{f'the same to the second network, {name}: NLL': Place(name, BLIND, 'NLL') for name in RATER_SETS},
     'mean of 8 chains as the mask, hippocampus: Dice': Place(
         'hippocampus', 'PDDDPM, mean of 8 samples (start 0.8, 2 steps)', 'Dice'),
     'chains, fresh phantoms: GED²': Place('phantom', BY_OBJECT, 'GED²', section=FRESH),
     'chains, fresh phantoms: objects of a true shape': Place('phantom', BY_OBJECT, 'one of the shapes', section=FRESH),
+    'chains before tuning, fresh phantoms: GED²': Place('phantom', UNTUNED, 'GED²', section=FRESH),
+    'chains before tuning, fresh phantoms: objects of a true shape': Place(
+        'phantom', UNTUNED, 'one of the shapes', section=FRESH),
     **{f'chains, {name}: GED²': Place(name, CHAIN, 'GED²') for name in RATER_SETS},
     **{f'samples as tuned, {name}: GED²': Place(name, TUNED, 'GED²', MIRRORED) for name in RATER_SETS},
     'map of chains, fresh phantoms: NLL': Place('phantom', BY_OBJECT, 'NLL', section=FRESH),
