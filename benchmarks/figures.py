@@ -126,16 +126,16 @@ def differences(file: Path) -> None:
 
 
 def forests(folder: Path) -> None:
-    """Forest plots of the pages of a folder, anew."""
+    """Forest plots of the pages of results, into a folder."""
     import image_models
     import volumes
     for name, images in {'phantom': PHANTOM, **RATER_SETS}.items():
         rows, base = image_models.rows(images)
-        page = folder / f'{name}.md'
-        forest(page.read_text(), image_models.plotted(rows), 'GED²', base, 'lower', page)
+        forest((results() / f'{name}.md').read_text(), image_models.plotted(rows), 'GED²', base, 'lower',
+               folder / f'{name}.md')
     rows, base = volumes.rows()
-    page = folder / 'hippocampus.md'
-    forest(page.read_text(), dict.fromkeys(row.title for row in rows), 'Dice', base, 'higher', page)
+    forest((results() / 'hippocampus.md').read_text(), dict.fromkeys(row.title for row in rows), 'Dice', base, 'higher',
+           folder / 'hippocampus.md')
 
 
 def headline(work: Path, fold: int, output: Path, file: Path) -> None:

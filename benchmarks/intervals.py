@@ -69,14 +69,18 @@ def measure(args: argparse.Namespace, into: Path) -> None:
             measure_once(label, fold, lambda i=channel, f=fold: rows_of_hippocampus(args.hippocampus.resolve(), f, i))
     for objects, grid in GRIDS.items() if args.phantom else ():  # all of a work folder: a call predicts in one only
         for fold in args.folds:
-            many = [as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES)]
-            parts = many[:CALIBRATION_IMAGES], many[CALIBRATION_IMAGES:]
-            measure_once(f'{objects}_objects', fold, lambda p=parts, f=fold: tuple(
-                rows_of_images(PHANTOM, args.phantom.resolve(), f, part) for part in p))
+            many = (as_image(i, phantom(PHANTOM_SEED + i, *grid)) for i in range(CALIBRATION_IMAGES + TEST_IMAGES))
+            measure_once(f'{objects}_objects', fold, lambda m=many, f=fold: divided(rows_of_images(
+                PHANTOM, args.phantom.resolve(), f, m)))
     for name in ('nuclei', 'cells') if args.raters else ():
         for fold in args.folds:
             measure_once(name, fold, lambda of=RATER_SETS[name], f=fold: rows_of_raters(
                 of, args.raters.resolve(), args.data, f))
+
+
+def divided(rows: Rows) -> tuple[Rows, Rows]:
+    """To calibrate by, and to test."""
+    return rows[:CALIBRATION_IMAGES], rows[CALIBRATION_IMAGES:]
 
 
 @torch.inference_mode()

@@ -119,9 +119,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def read_column(text: str, column: str, delta: str = 'Δ') -> dict[str, tuple[str, str]]:
-    """Row -> cells of a column and of a difference beside it, of the first table in Markdown that has them."""
+    """Row -> cells of a column and of a difference beside it, of the first table in Markdown that has them;
+    none without such a table."""
     lines = [[cell.strip() for cell in line[1:-1].split('|')] for line in text.splitlines() if line.startswith('|')]
-    head = next(cells for cells in lines if column in cells and 'Δ' in cells[cells.index(column) + 1:][:1])
+    head = next((cells for cells in lines if column in cells and 'Δ' in cells[cells.index(column) + 1:][:1]), None)
+    if head is None:
+        return {}
     value, found = head.index(column), dict[str, tuple[str, str]]()
     for cells in lines[lines.index(head) + 2:]:
         if len(cells) == len(head):

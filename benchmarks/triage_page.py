@@ -79,7 +79,7 @@ def read(subject: Subject, into: Path) -> Training:
               COMBINED: stacked(fitted_on[:, list(subject.labels.values())], distance(np.array(validation['pooled'])))(
                   by_regression, distances),
               EXPECTED: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
-                               for of_labels in labels]),
+                                  for of_labels in labels]),
               FOLDS: np.array([np.mean([one['folds'] or 0 for one in of_labels]) for of_labels in labels]),
               ENTROPY: -np.array([one['entropy'] for one in found]),
               DISTANCE: -distances}

@@ -1,4 +1,4 @@
-"""Names of files that one package writes and others read."""
+"""Names of files and folders that one package writes and others read."""
 from __future__ import annotations
 
 FINAL_CHECKPOINT, BEST_CHECKPOINT = 'checkpoint_final.pth', 'checkpoint_best.pth'

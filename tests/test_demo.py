@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 
 import numpy as np
@@ -14,6 +13,7 @@ from nnunet_pdddpm.commands.demo import NUM_VALIDATION, Demo
 from nnunet_pdddpm.demo.phantom import ORIGIN, SPACING, make_case, oblique_direction, write_dataset
 from nnunet_pdddpm.demo.report import dice_of_cases, draw_figure, format_table, mean_dice, volume_lines
 from nnunet_pdddpm.inference.intervals import COVERAGE, attainable_level
+from nnunet_pdddpm.logs import PACKAGE, log_to_console
 
 
 def test_phantoms_are_seeded_nested_and_lie_obliquely(tmp_path):
@@ -39,14 +39,16 @@ def test_the_demo_has_enough_validation_cases_for_intervals_of_95_percent():
     assert attainable_level(NUM_VALIDATION) == COVERAGE
 
 
-def test_progress_is_logged(tmp_path, monkeypatch, caplog):
+def test_progress_reaches_the_console_and_the_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('nnUNet_pdddpm_steps', '5')
-    caplog.set_level(logging.INFO, 'nnunet_pdddpm')
+    monkeypatch.setattr(PACKAGE, 'handlers', [])
+    log_to_console()
     program = 'import os; print("Epoch 0", *sorted(k for k in os.environ if "pdddpm" in k)); print("more")'
     Demo(tmp_path, 'cpu').call('training', 'python', '-c', program, echo=('Epoch ',))
     log = tmp_path / 'logs' / 'training.log'
-    assert caplog.messages[0].startswith('$ python -c') and str(log) in caplog.messages[0]
-    assert caplog.messages[1:] == ['    Epoch 0 nnUNet_pdddpm_presegmenter']
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith('$ python -c') and str(log) in shown[0]
+    assert shown[1:] == ['    Epoch 0 nnUNet_pdddpm_presegmenter']
     assert log.read_text().splitlines()[1] == 'more'
 
 

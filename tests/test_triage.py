@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from nnunet_pdddpm.inference.dice_regression import CASE, CLEAN, FIELDS, KIND
+from nnunet_pdddpm.inference.dice_regression import CASE, FIELDS, KIND, UNALTERED
 from nnunet_pdddpm.inference.dice_regression import DICE as DICE_OF_ROW
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
@@ -62,7 +62,8 @@ def test_the_regression_and_the_distance_count_as_validation_rows_say():
     rng = np.random.default_rng(0)
     known, distances = rng.normal(size=60), np.exp(rng.normal(size=60))
     rows = np.zeros((60, 1, len(FIELDS)))
-    rows[..., KIND], rows[:, 0, CASE], rows[:, 0, DICE_OF_ROW] = CLEAN, np.arange(60), expit(known - np.log(distances))
+    rows[..., KIND], rows[:, 0, CASE], rows[:, 0, DICE_OF_ROW] = (
+        UNALTERED, np.arange(60), expit(known - np.log(distances)))
     rows[:, 0, DICE_OF_ROW + 1:] = rng.normal(size=(60, len(FIELDS) - 3))
     rows[:, 0, DICE_OF_ROW + 1] = known  # one of the features
     estimate = module('triage_page').stacked(rows, distances)

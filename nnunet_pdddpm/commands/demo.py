@@ -17,7 +17,7 @@ from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.network.settings import ENVIRONMENT_PREFIX, PRESEGMENTER_VARIABLE
 from nnunet_pdddpm.report.page import REPORT
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger('nnunet_pdddpm.commands.demo')  # not `__main__`, where it is run as a module
 
 DATASET_ID = 701
 DATASET = f'Dataset{DATASET_ID}_Phantom'

@@ -49,7 +49,7 @@ def format_table(summary: dict[str, Any], samples: int) -> str:
 
     Args:
         summary: what the demo writes into summary.json.
-        samples: their number.
+        samples: number of samples of a case, for the title of the last row.
     """
     labels = list(summary['dice']['stock'])
     lines = ['Dice on held-out cases'.ljust(24) + ''.join(label.rjust(9) for label in labels) + 's/case'.rjust(9)]

@@ -16,7 +16,7 @@ from nnunet_pdddpm.evaluation.cases import MARGIN_MM, CaseResult, evaluate_case
 from nnunet_pdddpm.evaluation.folders import EvaluationError, Folders
 from nnunet_pdddpm.evaluation.parts import Measurements
 from nnunet_pdddpm.evaluation.scores import spread_and_correlation
-from nnunet_pdddpm.file_names import SUMMARY
+from nnunet_pdddpm.file_names import SAMPLES, SUMMARY, UNCERTAINTY
 
 Means = dict[str, float]
 
@@ -171,12 +171,12 @@ def _not_computed(folders: Folders, results: Sequence[CaseResult]) -> Iterator[s
         yield f'estimates, intervals and error against uncertainty of {others}: the mask that is there {why}'
     for metrics, needs, there in (
             ('calibration (NLL, Brier, ECE)', 'CASE.npz from --save_probabilities', ['nll' in v for v in voxelwise]),
-            ('error against uncertainty (AURC, AUROC)', f'uncertainty/CASE_uncertainty{folders.ending} or CASE.npz',
+            ('error against uncertainty (AURC, AUROC)', f'{UNCERTAINTY}/CASE_{UNCERTAINTY}{folders.ending} or CASE.npz',
              ['aurc' in v for v in voxelwise]),
-            ('estimated Dice and range of the samples', f'{SUMMARY} or samples/CASE_sNN{folders.ending}',
+            ('estimated Dice and range of the samples', f'{SUMMARY} or {SAMPLES}/CASE_sNN{folders.ending}',
              ['estimated_dice' in result.values for result in results]),
             ('sample diversity and scores (CRPS, energy score, fair GED)',
-             f'at least two samples/CASE_sNN{folders.ending}',
+             f'at least two {SAMPLES}/CASE_sNN{folders.ending}',
              ['sample_diversity' in metrics for metrics in first_labels]),
             ('distances to several raters (GED, HM-IoU)', f'-raters with CASE__RATER{folders.ending}',
              [result.values['raters'] > 0 for result in results])):

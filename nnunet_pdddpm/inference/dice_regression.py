@@ -20,8 +20,8 @@ FIELDS = ('kind', 'case', 'dice', *FEATURES)
 copy with an artefact, a number for each family; the number of the case; its Dice, and what tells it."""
 KIND, CASE, DICE = range(3)
 UNALTERED = 1
-CONFIDENCE = 0.95
-"""Of intervals over cases."""
+RANK_CONFIDENCE = 0.95
+"""Of the bootstrap interval of a rank correlation."""
 BOUND_COVERAGE = 0.9
 """Share of cases in which the Dice is to be at least its lower bound."""
 RIDGE_PENALTY = 0.7
@@ -161,7 +161,7 @@ def bootstrap_interval(cases: np.ndarray, value: Callable[[np.ndarray], float], 
     rows = {name: np.flatnonzero(cases == name) for name in names}
     values = [value(np.concatenate([rows[name] for name in rng.choice(names, len(names))]))
               for _ in range(resamplings)]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(values, [(1 - RANK_CONFIDENCE) / 2, (1 + RANK_CONFIDENCE) / 2])
     return float(low), float(high)
 
 

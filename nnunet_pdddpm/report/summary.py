@@ -110,7 +110,8 @@ def ranked_by(entry: Mapping[str, Any]) -> str | None:
 def about_order(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """How cases are sorted and how well that worked in validation, a sentence or two for each way."""
     orders = [entry['order'] for entry in entries if 'order' in entry]
-    return list(dict.fromkeys(order.get('statement') or order['words'] for order in orders))  # `words`: of old files
+    said = (order.get('statement', order.get('words')) for order in orders)  # `words`: of earlier predictions
+    return list(dict.fromkeys(sentence for sentence in said if sentence))
 
 
 def finite(value: Any) -> float | None:
@@ -182,7 +183,7 @@ def volume_bar(label: Mapping[str, Any]) -> VolumeBar | None:
     calibrated, samples = (None if pair is None else (100 * max(pair[0], 0.0) / most, 100 * pair[1] / most)
                            for pair in ends)
     return VolumeBar(calibrated, samples, 100 * mask / most, None if stock is None else 100 * stock / most,
-                     volume({**label, 'most': most}, 'most'))
+                     small_volume(most))
 
 
 def runs_of(entries: Iterable[Mapping[str, Any]]) -> list[Run]:

@@ -158,7 +158,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         return optimizer, WarmUpPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def _build_loss(self) -> nn.Module:
-        """nnU-Net's loss for logits of the clean mask; the mean squared error for predicted noise."""
+        """The cross-entropy part of nnU-Net's loss for logits of the clean mask, and for validation; the mean squared
+        error for predicted noise."""
         loss = super()._build_loss()
         full_resolution = loss.loss if self.enable_deep_supervision else loss
         self.denoising_loss, self.validation_loss = DenoisingLoss(full_resolution), DenoisingLoss(full_resolution)
@@ -377,7 +378,7 @@ class PDDDPMTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's step on the refined output, and once more on the stock output of the same patches; the loss is the
-        cross-entropy, as in training."""
+        cross-entropy part of nnU-Net's, whatever the loss of training."""
         with self._full_resolution():
             target = batch['target'][0] if isinstance(batch['target'], list) else batch['target']
             stock_batch = {**batch, 'target': target.clone()}  # nnU-Net's step writes into its target

@@ -144,7 +144,7 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
     row = torch.zeros(predictor.refiner.num_channels, QUALITY_FIELDS)
     manager, values = predictor.label_manager, foreground_labels(predictor.dataset_json)
     mask = predicted_labels(in_chunks(prediction.logits), prediction.counts,
-                     tuple(slice(0, n) for n in prediction.logits.shape[1:]))
+                            tuple(slice(0, n) for n in prediction.logits.shape[1:]))
     counted = np.ones(mask.shape, bool) if manager.ignore_label is None else case.labels != manager.ignore_label
     for name, channel in label_channels(predictor.dataset_json, predictor.plans_manager).items():
         features = prediction.quality[name].features

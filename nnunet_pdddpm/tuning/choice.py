@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from nnunet_pdddpm.inference.dice_regression import CONFIDENCE
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.errors import TuningError
+
+CONFIDENCE = 0.95
+"""Of the interval of a difference between two settings, over cases."""
 
 
 @dataclass(frozen=True)
