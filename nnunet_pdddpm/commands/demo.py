@@ -106,7 +106,7 @@ class Demo:
 def main() -> None:
     """Entry point of `nnUNetv2_pdddpm_demo`."""
     parser = argparse.ArgumentParser(description='Train stock nnU-Net and PDDDPMTrainer on a phantom data set and '
-                                                 'compare them. About 15 minutes on two CPU cores, no download.')
+                                                 'compare them. 15 to 25 minutes on two CPU cores, no download.')
     parser.add_argument('-o', default='demo', help='folder for everything that the demo writes (default: demo)')
     parser.add_argument('-device', default='cpu', choices=['cpu', 'cuda', 'mps'], help='default: %(default)s')
     parser.add_argument('--control', action='store_true',
