@@ -73,7 +73,7 @@ def volume_lines(predictions: Path, truth: Path, labels: dict[str, int]) -> list
         labels: name to value of the labels.
     """
     cases = json.loads((predictions / SUMMARY).read_text())['cases']
-    number = num_samples(predictions)
+    number = cases[0]['num_samples']
     header = f'range of {number} samples'
     lines = [f'{"Volume in ml":<24}{"mask":>8}   {"calibrated interval":<24}{header:<22}{"true":>8}']
     inside: dict[str, list[bool]] = {'calibrated intervals': [], f'ranges of {number} samples': []}
