@@ -12,6 +12,7 @@ import numpy as np
 from datasets.hippocampus import HIPPOCAMPUS, names
 from datasets.phantom import PHANTOM
 from datasets.raters import RATER_SETS
+from image_page import CALIBRATED_CONTROL
 from machine import PLANS, results
 from matplotlib.figure import Figure
 from nnunet import NUM_FOLDS
@@ -24,7 +25,6 @@ from nnunet_pdddpm.texts import in_percent
 
 STAGES = ('draw',)
 CHAIN, BLIND = 'PDDDPM, start 0.8, 2 steps, copula of objects', 'PDDDPM, blind mask, thresholds'
-CALIBRATED_CONTROL = 'stock trained longer, one temperature, thresholds'
 TUNED = 'PDDDPM as tuned, with mirroring'
 MIRRORED = 'second network, cross-entropy alone, one temperature, copula of objects, with mirroring'
 BY_OBJECT, FRESH = 'start 0.8, 2 steps, drawn an object at a time', 'fresh images'

@@ -37,7 +37,6 @@ from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import FOLDS, NOTHING, PROBABILITIES, REGRESSION, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.network.state import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
-from nnunet_pdddpm.report.summary import about_order
 from nnunet_pdddpm.tuning.calibration import COPIES, Measured, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import Case
 from nnunet_pdddpm.tuning.stored import store, store_calibration
@@ -297,11 +296,6 @@ def test_an_order_is_measured_stored_and_told(model, tmp_path, capsys):
     rows_, page = predict(model, tmp_path / 'out')
     assert said[-1] in capsys.readouterr().out and said[-1] in page
     assert {row['order']['statement'] for row in rows_.values()} == {said[-1]}
-
-
-def test_the_report_states_the_order_of_files_that_name_the_statement_otherwise():
-    entries = [{'order': {'by': None, 'words': 'old'}}, {'order': {'by': None, 'statement': 'new'}}, {}]
-    assert about_order(entries) == ['old', 'new']
 
 
 def test_copies_of_which_the_networks_make_no_numbers_are_left_out(model, monkeypatch):

@@ -110,8 +110,7 @@ def ranked_by(entry: Mapping[str, Any]) -> str | None:
 def about_order(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """How cases are sorted and how well that worked in validation, a sentence or two for each way."""
     orders = [entry['order'] for entry in entries if 'order' in entry]
-    said = (order.get('statement', order.get('words')) for order in orders)  # `words`: of earlier predictions
-    return list(dict.fromkeys(sentence for sentence in said if sentence))
+    return list(dict.fromkeys(order['statement'] for order in orders if order.get('statement')))
 
 
 def finite(value: Any) -> float | None:
