@@ -79,9 +79,10 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTraine
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Tune the sampling settings of a trained PDDDPM fold on its validation cases, calibrate its volume '
-                    'intervals on all of them, and store both in its checkpoints. Training does this at its end; this '
-                    'command repeats it, with more time or with masks of several raters.')
+        description='Tune the sampling settings of a trained PDDDPM fold on its validation cases and store them in its '
+                    'checkpoints. Then calibrate its volume intervals on at most 256 of these cases and store that in '
+                    'checkpoint_final.pth. Training does this at its end; this command repeats it, with more time or '
+                    'with masks of several raters.')
     parser.add_argument('d', metavar='DATASET', help='id or name')
     parser.add_argument('c', metavar='CONFIG', help='configuration, such as 3d_fullres')
     parser.add_argument('f', metavar='FOLD', type=parse_fold, help='fold, a number from 0')
