@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from nnunet_pdddpm.inference.dice_regression import (
     MIN_SD,
     RIDGE_PENALTY,
     UNALTERED,
+    Bound,
     Estimates,
     LabelModel,
     bootstrap_interval,
@@ -37,7 +38,14 @@ from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import FOLDS, NOTHING, PROBABILITIES, REGRESSION, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.network.state import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
-from nnunet_pdddpm.tuning.calibration import COPIES, Measured, measure, open_for_calibration, store_measured
+from nnunet_pdddpm.tuning.calibration import (
+    COPIES,
+    Measured,
+    measure,
+    open_for_calibration,
+    quality_row,
+    store_measured,
+)
 from nnunet_pdddpm.tuning.cases import Case
 from nnunet_pdddpm.tuning.stored import store, store_calibration
 
@@ -187,6 +195,30 @@ def test_few_cases_give_no_order():
     assert list(ranking_of(one, CHANNELS).models) == ['cell']
     clean = rows('told')[::3]  # no time for copies
     assert 'on 40 validation cases;' in ranking_of(clean, CHANNELS).describe()
+
+
+@pytest.mark.parametrize('copies', [0, 4])
+def test_how_often_the_bound_held_is_measured_by_other_cases(copies):
+    errors, cases = np.arange(20.0 + copies), np.arange(20 + copies) % 20
+    kinds = np.where(np.arange(20 + copies) < 20, UNALTERED, 2)
+    bound = Bound.from_errors(errors, kinds, cases)
+    assert bound.quantile == 1  # of rank 2
+    assert bound.held == 1 - 2 / len(errors)  # by the others all but the two smallest; by the copies alone, all
+    few = Bound.from_errors(errors[:9], kinds[:9], cases[:9])
+    assert few.quantile == 0 and few.held is None
+
+
+def test_a_case_without_the_label_in_mask_and_truth_has_no_dice(model):
+    predictor = open_for_calibration(model, 0, torch.device('cpu'), 'checkpoint_final.pth')
+    case = MadeUpCases().load('v0')
+    prediction = predictor.predict_volume(case.image, case=case.name, stock=False)
+    assert prediction.quality['cell'].features is not None
+    logits = prediction.logits.clone()
+    logits[1] = -99
+    prediction = replace(prediction, logits=logits)  # a mask without cells
+    for truth, known in ((np.where(case.labels == 1, 2, case.labels), False), (case.labels, True)):
+        row = quality_row(predictor, replace(case, labels=truth), prediction, 0, UNALTERED)
+        assert row[1].any() == known and row[1, DICE] == 0
 
 
 def test_scores_of_hand_worked_numbers():

@@ -86,6 +86,13 @@ def test_without_checkpointing_nothing_is_written_but_the_validation(fold):
     assert (fold / 'validation' / 'summary.json').is_file()
 
 
+def test_without_checkpointing_an_earlier_checkpoint_stays_as_it_is(fold):
+    train_in_process(DATASET_ID, FULLRES, 0, BRIEF)
+    before = (fold / 'checkpoint_final.pth').read_bytes()
+    train_in_process(DATASET_ID, FULLRES, 0, BRIEF, '--disable_checkpointing')
+    assert (fold / 'checkpoint_final.pth').read_bytes() == before
+
+
 def test_fold_all_refines_the_stock_model_of_fold_all_and_needs_no_other(scratch_results, fold, stock_on_all):
     model = scratch_results / DATASET / f'{STOCK}__{PLANS}__{FULLRES}'
     shutil.copytree(stock_on_all, model / 'fold_all')

@@ -102,6 +102,8 @@ def test_the_interval_of_a_difference_is_that_of_the_mean_of_paired_differences(
     assert difference_interval(undefined, found_something)[1] > 0.02
     assert difference_interval(undefined, undefined) == (0, 0)
     assert difference_interval(BASE[:1], BASE[:1]) == (-np.inf, np.inf)
+    nothing = np.full(15, np.nan)  # cases without foreground tell nothing
+    assert difference_interval(np.append(BASE + NOISE, nothing), np.append(BASE, nothing)) == pytest.approx((low, high))
 
 
 def test_the_mask_is_accurate_then_likely_then_cheap():
@@ -888,6 +890,21 @@ def test_a_tuning_at_the_end_of_training_that_was_killed_while_it_wrote_is_done_
     assert report(scratch)['chosen'] == asdict(choice)
     for name in CHECKPOINTS:
         assert stored_settings(weights(fold / name)) == choice
+
+
+def test_a_training_whose_sweep_cannot_be_written_validates_with_what_its_checkpoint_holds(scratch, monkeypatch):
+    file = scratch / 'fold_0' / 'checkpoint_final.pth'
+    trainer = make_trainer(TUNED, 0)
+    trainer.load_checkpoint(str(file))
+    trainer._first_epoch = trainer.current_epoch - 1
+    once(monkeypatch)
+
+    def full(*args):
+        raise OSError('No space left on device')
+    monkeypatch.setattr(tune_module, 'write_sweep', full)
+    choice = trainer.tune_sampling()
+    assert choice == stored_settings(weights(file)) != SamplingSettings(samples=2)
+    assert 'ended with an error (No space left on device)' in log(scratch) and 'stay as they are' not in log(scratch)
 
 
 def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeypatch):

@@ -169,13 +169,16 @@ def bootstrap_interval(cases: np.ndarray, value: Callable[[np.ndarray], float], 
 class Bound:
     """Errors in cross-validation, in their units, and how often the lower bound that they give holds."""
     quantile: float
-    held: float
-    """Share of the rows, each by the errors of other families."""
+    held: float | None
+    """Share of the rows, each by the errors of other cases and, of copies, of other families of artefacts; None where
+    these are too few for a bound."""
 
     @classmethod
-    def from_errors(cls, errors: np.ndarray, kinds: np.ndarray) -> Bound:
-        """The bound that errors of rows of these kinds give, both (rows,)."""
-        several = np.ptp(kinds) > 0
-        held = {int(kind): float((errors[kinds == kind] >= lower_quantile(
-            errors[kinds != kind] if several else errors)).mean()) for kind in np.unique(kinds)}
-        return cls(lower_quantile(errors), float(np.mean([held[int(kind)] for kind in kinds])))
+    def from_errors(cls, errors: np.ndarray, kinds: np.ndarray, cases: np.ndarray) -> Bound:
+        """The bound that errors of rows give; all arguments (rows,)."""
+        bounds = []
+        for kind, case in zip(kinds, cases, strict=True):
+            bound = lower_quantile(errors[(cases != case) & ((kinds != kind) | (kind == UNALTERED))])
+            bounds.append(bound if math.isfinite(bound) else lower_quantile(errors[cases != case]))
+        held = float((errors >= bounds).mean()) if np.isfinite(bounds).all() else None
+        return cls(lower_quantile(errors), held)

@@ -110,8 +110,9 @@ class Ranking:
             how = (f'a lower bound of the Dice that is expected from the probabilities; a regression on more features '
                    f'did not rank better. Rank correlation of the expected Dice with the true one {correlation} on '
                    f'{number}')
+        held = '' if bound.held is None else f'; in validation it held in {100 * bound.held:.0f} %'
         return (f'Cases are sorted by {how}; {scores.clean:.2f} on the unchanged cases. The lower bound should hold '
-                f'in {100 * BOUND_COVERAGE:.0f} % of images; in validation it held in {100 * bound.held:.0f} %.')
+                f'in {100 * BOUND_COVERAGE:.0f} % of images{held}.')
 
     def judge(self, qualities: Mapping[str, LabelQuality]) -> Judgement:
         """What is said of a case, by what is known of its labels."""
@@ -182,10 +183,11 @@ def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
     return _ranking(known, list(enough))
 
 
-def _lower_bounds(estimates: Estimates, true: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, Bound]:
+def _lower_bounds(estimates: Estimates, true: np.ndarray, kinds: np.ndarray, cases: np.ndarray
+                  ) -> tuple[np.ndarray, Bound]:
     """Lower bounds of the cases' Dice as logits (rows,), and what they are made of."""
     logits, units = case_estimates(estimates.logits, estimates.units)
-    bound = Bound.from_errors((logit(true) - logits) / units, kinds)
+    bound = Bound.from_errors((logit(true) - logits) / units, kinds, cases)
     return logits + bound.quantile * units, bound
 
 
@@ -195,7 +197,7 @@ def _ranking(rows: np.ndarray, names: Sequence[str]) -> Ranking:
     true, plain = true_dice(rows), expected_dice(rows)
     candidates = {by: cross_validated(rows, columns)
                   for by, columns in ((REGRESSION, ALL_FEATURES), (PROBABILITIES, EXPECTED_DICE))}
-    bounds_of = {by: _lower_bounds(estimates, true, kinds) for by, estimates in candidates.items()}
+    bounds_of = {by: _lower_bounds(estimates, true, kinds, cases) for by, estimates in candidates.items()}
 
     def better(i: np.ndarray) -> float:
         return rank_correlation(bounds_of[REGRESSION][0][i], true[i]) - rank_correlation(plain[i], true[i])

@@ -41,7 +41,7 @@ from nnunet_pdddpm.network.settings import (
     environment_ignored,
     environment_overrides,
 )
-from nnunet_pdddpm.network.state import LEVELS, check_version
+from nnunet_pdddpm.network.state import LEVELS, check_version, stored_settings
 from nnunet_pdddpm.texts import abbreviated
 from nnunet_pdddpm.training.averaging import average_weights, swap_parameters
 from nnunet_pdddpm.training.finite import LossWatch
@@ -351,8 +351,13 @@ class PDDDPMTrainer(nnUNetTrainer):
                 with log_forwarded_to(self.print_to_log_file):
                     predictor = open_model(Path(self.output_folder_base), self.fold, self.device)
                     return tune(FoldData.from_trainer(self), predictor, seconds)
-            except (TuningError, CheckpointError, OSError) as error:
+            except (TuningError, CheckpointError) as error:
                 self.print_to_log_file(f'{stay}{error}')
+            except OSError as error:  # perhaps after the settings were stored, before its files were
+                self.print_to_log_file(f'Tuning ended with an error ({error}). The sampling settings are those that '
+                                       f'{self._checkpoint} holds now.')
+                checkpoint = load_checkpoint(Path(self.output_folder, self._checkpoint), 'PDDDPM model')
+                return stored_settings(checkpoint['network_weights'])
             except MEMORY_ERRORS as error:
                 if not lacks_memory(error):
                     raise
@@ -434,8 +439,9 @@ class PDDDPMTrainer(nnUNetTrainer):
         """Predict the validation cases as `nnUNetv2_pdddpm_predict` does, and keep in the checkpoint how their volumes
         compare with the true ones, and by what their masks can be sorted."""
         file = Path(self.output_folder, self._checkpoint)
-        if not file.is_file():
-            return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint.')
+        if self.disable_checkpointing or not file.is_file():
+            return self.print_to_log_file('The intervals of volumes are not calibrated: there is no checkpoint of this '
+                                          'training.')
         scores: list[Any] = [self._measure_own_share(file)]
         if self._group is not None:
             mine, scores = scores[0], [None] * dist.get_world_size()

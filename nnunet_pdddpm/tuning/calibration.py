@@ -131,8 +131,8 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
                 ) -> Tensor:
     """What a predicted case knows of its Dice, (C, fields) float32, see `dice_regression.FIELDS`.
 
-    Empty for labels without an estimate, which are neither in the mask nor in a sample. Voxels to be ignored do not
-    count.
+    Empty for labels without an estimate, which are neither in the mask nor in a sample, and for those without a Dice,
+    which are neither in the mask nor in the truth. Voxels to be ignored do not count.
 
     Args:
         predictor: that has predicted it.
@@ -149,8 +149,9 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
     for name, channel in label_channels(predictor.dataset_json, predictor.plans_manager).items():
         features = prediction.quality[name].features
         if features is not None and np.isfinite(features).all():  # a checkpoint with others would be refused
-            dice = mask_dice(np.isin(mask, values[name]) & counted, np.isin(case.labels, values[name]) & counted)
-            row[channel] = torch.tensor([kind, number, dice, *features])
+            one, other = (np.isin(labels, values[name]) & counted for labels in (mask, case.labels))
+            if one.any() or other.any():
+                row[channel] = torch.tensor([kind, number, mask_dice(one, other), *features])
     return row
 
 

@@ -55,7 +55,7 @@ def mean(values: np.ndarray) -> float:
 def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """95 % interval of mean(one) - mean(other) over paired cases, by Student's t and the jackknife (Tukey 1958).
 
-    Where every value is defined that is the paired t interval.
+    Cases that are undefined in both do not count. Where every other value is defined it is the paired t interval.
 
     Args:
         one: (cases,) with nan where undefined, which a mean leaves out.
@@ -64,7 +64,8 @@ def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, floa
     Returns:
         Its ends; infinite where fewer than two cases are defined in both.
     """
-    n = len(one)
+    told = ~(np.isnan(one) & np.isnan(other))
+    one, other, n = one[told], other[told], np.count_nonzero(told)
     if np.count_nonzero(~np.isnan(one) & ~np.isnan(other)) < 2:
         return -np.inf, np.inf
     without = np.array([np.nanmean(np.delete(one, i)) - np.nanmean(np.delete(other, i)) for i in range(n)])
