@@ -303,6 +303,8 @@ class HostCopies(TorchDispatchMode):
 @contextmanager
 def fake_gpu():
     """Within it no tensor holds numbers, all operators check that devices agree, and `item` raises."""
+    if torch.__version__ < '2.10' and not torch.cuda.is_available():
+        pytest.skip('torch before 2.10 asks for a driver even where tensors hold no numbers')
     draw_shifts.cache_clear()  # which keeps tensors
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), HostCopies() as copies:
         yield copies

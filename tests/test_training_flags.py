@@ -131,6 +131,8 @@ def test_pretrained_weights_of_a_refined_model_are_trained_on(scratch_results, f
     assert checkpoint['network_weights']['level_count'].sum() == other['network_weights']['level_count'].sum() > 0
 
 
+@pytest.mark.skipif(torch.__version__ < '2.10',
+                    reason='torch before 2.10 compiles code for a CPU that writes beyond a buffer')
 def test_compiled_training_is_the_training(scratch_results, monkeypatch):
     """nnU-Net never compiles on the CPU; here it is told to."""
     losses, weights = [], []
