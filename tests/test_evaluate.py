@@ -556,6 +556,27 @@ def test_scores_of_hand_made_samples_in_2d_against_two_raters(tmp_path, capsys):
     assert 'Scores of 2 samples against 2 raters' in capsys.readouterr().out
 
 
+def test_cases_of_one_slice_and_of_several_have_a_spread_in_common(tmp_path):
+    """Voxels of 1 ml; a single slice counts as the upper half."""
+    data = Data(tmp_path, {}, {})
+    data.pred.mkdir()
+    data.describe({'background': 0, 'lesion': 1})
+    for case, shape, reference, samples in (
+            ('slice', (1, 6, 6), ((0, 0, 0), (0, 5, 5)), [((0, 0, 0),), ((0, 5, 5),)]),
+            ('volume', (4, 6, 6), ((0, 0, 0), (3, 5, 5), (3, 5, 4)),
+             [((0, 0, 0), (0, 0, 1)), ((0, 0, 0), (3, 5, 5), (3, 0, 0)), ()])):
+        for name, points in {f'ref/{case}': reference, f'pred/{case}': reference,
+                             **{f'pred/samples/{case}_s{s:02d}': of for s, of in enumerate(samples)}}.items():
+            write(data.root / f'{name}.nii.gz', of_points(shape, *points), spacing=(10.0, 10.0, 10.0))
+    results = data.evaluate()
+    of_slice, of_volume = (case['labels']['lesion']['energy_octants_ml'] for case in results['cases'])
+    assert of_slice == pytest.approx(1 - np.sqrt(2) / 2, rel=1e-5)
+    assert results['mean']['lesion']['energy_octants_ml'] == pytest.approx((of_slice + of_volume) / 2)
+    spread = results['sample_spread']['lesion']
+    assert spread['cases'] == 2 and spread['sd_ratio_parts'] == pytest.approx(np.sqrt(67 / 61), rel=1e-5)
+    assert spread['correlation_parts'] == pytest.approx(-11 / 43 / 3, rel=1e-5)
+
+
 def test_spread_is_over_the_cases_and_within_every_label(data):
     samples = data.add_samples()
     for i, (case, masks) in enumerate(samples.items()):

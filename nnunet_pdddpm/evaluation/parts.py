@@ -17,25 +17,22 @@ Parts = tuple[np.ndarray, int]
 
 
 def octants(foreground: np.ndarray) -> Parts:
-    """The grid split at the centre of a mask's bounding box along every axis that is longer than 1.
+    """The grid split at the centre of a mask's bounding box along every axis.
 
-    Voxels outside of the box belong to the octant on their side; the middle voxel of an odd side to the upper half.
+    Voxels outside of the box belong to the octant on their side; the middle voxel of an odd side, and the only slice of
+    an image, to the upper half.
 
     Args:
         foreground: bool, any number of axes. Of an empty mask everything is in part 0.
 
     Returns:
-        Index uint8 of the mask's shape, and 2^axes parts (4 in 2D, 8 in 3D).
+        Index uint8 of the mask's shape, and 2^axes parts (4 in 2D, 8 in 3D); of a single slice in 3D, 4 are empty.
     """
-    axes = [axis for axis, length in enumerate(foreground.shape) if length > 1]
     index = np.zeros(foreground.shape, np.uint8)
-    box = bounding_box(foreground)
-    if box is None:
-        return index, 2 ** len(axes)
-    for power, axis in enumerate(axes):
+    for axis, side in enumerate(bounding_box(foreground) or ()):
         along = np.arange(foreground.shape[axis]).reshape([-1 if a == axis else 1 for a in range(foreground.ndim)])
-        index += (2 * along + 1 >= box[axis].start + box[axis].stop).astype(np.uint8) << power
-    return index, 2 ** len(axes)
+        index += (2 * along + 1 >= side.start + side.stop).astype(np.uint8) << axis
+    return index, 2 ** foreground.ndim
 
 
 def nearest_component(foreground: np.ndarray, spacing: Sequence[float]) -> Parts:
