@@ -317,6 +317,23 @@ def test_the_box_is_around_what_there_is_to_see():
     assert box_around(np.zeros((2, 3, 4), bool), (1.0, 1.0, 1.0)) == (slice(0, 2), slice(0, 3), slice(0, 4))
 
 
+def test_the_most_uncertain_place_is_shown_however_far_from_the_masks():
+    image, mask = np.zeros((4, 90, 90), np.float32), np.zeros((4, 90, 90), np.uint16)
+    mask[1:3, 10:14, 10:14] = 1
+    uncertainty = np.zeros(image.shape, np.float32)
+    uncertainty[:, 78:83, 68:73] = 0.2
+    uncertainty[2, 80, 70] = 0.24
+
+    def view_of(mask: np.ndarray) -> dict[str, Any]:
+        case = CaseVolumes(image, mask, mask, uncertainty, (), (1.0, 1.0, 1.0), DisplayAxes())
+        return make_view(case, [(1,)], 10 ** 6).volumes
+    volumes = view_of(mask)
+    place = tuple(volumes['places']['uncertain'])
+    assert [i + first for i, first in zip(place, volumes['first'], strict=True)] == [3, 81, 71]  # from 1, in the file
+    assert labels_of(volumes, volumes['uncertainty'])[place] == round(0.24 * (UNCERTAINTY_LEVELS - 1))
+    assert view_of(np.zeros_like(mask))['shape'] == [4, 90, 90]  # without a mask and anything this uncertain: the whole
+
+
 def test_grey_and_uncertainty_keep_their_meaning():
     ramp = np.linspace(0, 10, 11)
     assert grey_values(ramp, (2.0, 8.0)).tolist() == [0, 0, 0, 42, 85, 127, 170, 212, 255, 255, 255]

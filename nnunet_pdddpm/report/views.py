@@ -17,7 +17,8 @@ from nnunet_pdddpm.report.volumes import CaseVolumes
 FOCUS_SIGMA = 1.5
 """Standard deviation, in the finest spacing, of the Gaussian that smooths the map before its maximum is sought."""
 SHOWN_UNCERTAINTY = 0.25
-"""From this uncertainty on, a voxel counts as a place to look at, whatever the masks say there."""
+"""From this uncertainty on, a voxel counts as a place to look at, whatever the masks say there; so does the most
+uncertain one below it."""
 BOX_MARGIN_MM, BOX_MARGIN_SHARE = 20.0, 0.25
 """The box shown goes so far beyond masks and uncertain places, or so large a part of their extent."""
 MAX_SIDE = 512
@@ -178,12 +179,15 @@ def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) ->
     """
     masks = (case.consensus > 0) | (case.stock > 0)
     seen = masks | (case.uncertainty >= SHOWN_UNCERTAINTY)
+    window = intensity_window(case.image, seen)
+    uncertain = most_uncertain_place(case.uncertainty, masks, case.spacing)
+    seen[uncertain] |= seen.any()
     box = box_around(seen, case.spacing)
-    grey = grey_values(case.image[box], intensity_window(case.image, seen))
+    grey = grey_values(case.image[box], window)
     around = boxes_of(case.consensus, regions)
     components = [components_of(case.consensus, case.samples, values, inside, case.spacing)
                   for values, inside in zip(regions, around, strict=True)]
-    places = {'uncertain': most_uncertain_place(case.uncertainty, masks, case.spacing),
+    places = {'uncertain': uncertain,
               'largest': largest_sections(case.consensus > 0 if any(around) else masks)}
     for i, (values, inside, found) in enumerate(zip(regions, around, components, strict=True)):
         if inside is not None:
