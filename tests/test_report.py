@@ -306,6 +306,8 @@ def test_large_volumes_are_reduced_and_nothing_small_vanishes():
     small = reduced_labels(labels, (2, 2, 2))
     assert small.shape == (5, 6, 6) and (small == 2).sum() == 2 and small[0, 5, 0] == 2
     assert (reduced_labels(labels, (1, 1, 1)) == labels).all()
+    for factors in ((2, 1, 1), (4, 5, 7), (8, 8, 8)):  # the last blocks are not full
+        assert (reduced_labels(np.ones((9, 12, 12), np.uint8), factors) == 1).all()
     assert reduced(np.arange(8.0).reshape(2, 2, 2), (2, 2, 2)).tolist() == [[[3.5]]]
     assert reduced(np.ones((3, 3, 3)), (2, 2, 2)).tolist() == np.ones((2, 2, 2)).tolist()
 
@@ -686,6 +688,29 @@ def test_the_planes_show_the_masks_of_the_slices_that_they_name(opened, predicti
                 upright = mask if axis == 0 else mask[::-1]  # superior on top
                 np.testing.assert_array_equal(filled(path_of(article, axis, kind, value - 1), mask.shape),
                                               upright == value, err_msg=f'{kind} {axis}')
+
+
+@pytest.mark.parametrize('back', [False, True])
+def test_slices_of_a_coarser_volume_have_numbers_that_are_in_the_file(browser, tmp_path, back):
+    folder, size = tmp_path / 'out', 641  # two become one, and one is left
+    mask = np.ones((2, size, 2), np.uint8)
+    for name, array in (('a', mask), ('presegmentation/a', mask), ('uncertainty/a_uncertainty', mask * np.float32(0.5)),
+                        ('a_0000', mask)):
+        image = sitk.GetImageFromArray(array)
+        image.SetDirection(np.diag([1.0, -1.0 if back else 1.0, 1.0]).ravel())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(image, str(folder / f'{name}.nii.gz'))
+    describe(folder, [entry('a', 0.5)])
+    tab = browser.new_page()
+    tab.goto(write_report(folder, {'a': [folder / 'a_0000.nii.gz']}).as_uri())
+    article = article_of(tab, 'a')
+    for key, number, row in (('End', 1 if back else size, 320), ('Home', size - 1 if back else 2, 0)):
+        slider = article.get_by_role('slider', name='Coronal slice of a')
+        slider.press(key)
+        assert (slider.input_value(), article.locator('figure[data-axis="1"] output').inner_text()) == (
+            str(row), str(number))
+        assert filled(path_of(article, 1, 'consensus', 0), (2, 2)).all()
+    tab.close()
 
 
 def test_labels_above_255_are_the_same_in_the_browser(opened):

@@ -203,7 +203,8 @@ function draw(figure, { data, at }, volumes) {
   }
   const slider = figure.querySelector('input');
   if (slider) {
-    const number = data.first[axis] + data.step[axis] * index;
+    const [step, last] = [data.step[axis], data.last[axis]];
+    const number = Math[step < 0 ? 'max' : 'min'](data.first[axis] + step * index, last);
     slider.value = index;
     slider.setAttribute('aria-valuetext', `slice ${number}`);
     figure.querySelector('output').value = number;

@@ -142,23 +142,23 @@ def reduction(shape: tuple[int, ...], spacing: tuple[float, ...], voxels: int) -
         factors[min(axes, key=lambda axis: spacing[axis] * factors[axis])] += 1
 
 
-def _blocks(array: np.ndarray, factors: Place, mode: str) -> np.ndarray:
-    """An array (z, y, x) as (Z, fz, Y, fy, X, fx), padded at its ends."""
-    padded = np.pad(array, [(0, -n % factor) for n, factor in zip(array.shape, factors, strict=True)], mode)  # type: ignore[call-overload]
+def _blocks(array: np.ndarray, factors: Place) -> np.ndarray:
+    """An array (z, y, x) as (Z, fz, Y, fy, X, fx); the last block repeats the last slice where it is not full."""
+    padded = np.pad(array, [(0, -n % factor) for n, factor in zip(array.shape, factors, strict=True)], 'edge')
     return padded.reshape([part for n, factor in zip(padded.shape, factors, strict=True)
                            for part in (n // factor, factor)])
 
 
 def reduced(image: np.ndarray, factors: Place) -> np.ndarray:
     """The means of blocks of voxels."""
-    return image if factors == (1, 1, 1) else _blocks(image, factors, 'edge').mean((1, 3, 5), dtype=np.float32)
+    return image if factors == (1, 1, 1) else _blocks(image, factors).mean((1, 3, 5), dtype=np.float32)
 
 
 def reduced_labels(labels: np.ndarray, factors: Place) -> np.ndarray:
     """The labels at the centres of blocks; a higher one that lies between all centres: no lesion is to vanish."""
     if factors == (1, 1, 1):
         return labels
-    blocks = _blocks(labels, factors, 'constant')
+    blocks = _blocks(labels, factors)
     z, y, x = (factor // 2 for factor in factors)
     centres, any_of = blocks[:, z, :, y, :, x], blocks.max((1, 3, 5))
     return np.where(any_of > maximum_filter(centres, 3), any_of, centres)
@@ -170,7 +170,7 @@ def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) ->
     `volumes` of it are, for the script: `shape`, `spacing` of a voxel in the page, `flipped` (whether coronal and
     sagittal planes are shown upside down), `image` with its `columns`, `uncertainty`, `consensus`, `stock` and
     `samples` as in `drawing`, where samples are the exclusive or with the consensus; `first` and `step` of the slices'
-    numbers in the file; and `places` (z, y, x) to go to by their names.
+    numbers in the file, and `last`, beyond which none goes; and `places` (z, y, x) to go to by their names.
 
     Args:
         case: its volumes.
@@ -204,9 +204,9 @@ def make_view(case: CaseVolumes, regions: list[tuple[int, ...]], budget: int) ->
             break
         voxels = int(min(math.prod(shape), voxels) * min(0.9 * budget / size, 0.8))
     spacing = [float(f'{mm * factor:.6g}') for mm, factor in zip(case.spacing, factors, strict=True)]
-    numbers = [_numbers(case, axis, box[axis].start, factors[axis]) for axis in range(3)]
-    volumes |= {'spacing': spacing, 'flipped': case.axes.anatomical, 'first': [first for first, _ in numbers],
-                'step': [step for _, step in numbers], 'places': {
+    first, step, last = zip(*(_numbers(case, axis, box[axis], factors[axis]) for axis in range(3)), strict=True)
+    volumes |= {'spacing': spacing, 'flipped': case.axes.anatomical, 'first': list(first), 'step': list(step),
+                'last': list(last), 'places': {
                     name: [min(max((i - part.start) // factor, 0), n - 1)
                            for i, part, factor, n in zip(place, box, factors, shape, strict=True)]
                     for name, place in places.items()}}
@@ -236,10 +236,12 @@ def _plane(case: CaseVolumes, axis: int, shape: list[int], spacing: list[float])
                  shape[axis], case.image.shape[axis])
 
 
-def _numbers(case: CaseVolumes, axis: int, start: int, factor: int) -> tuple[int, int]:
-    """Number in the file, from 1, of the first slice of the page along an axis, and the step to the next."""
-    index = min(start + factor // 2, case.image.shape[axis] - 1)
-    return (case.image.shape[axis] - index, -factor) if case.axes.counted_back[axis] else (index + 1, factor)
+def _numbers(case: CaseVolumes, axis: int, side: slice, factor: int) -> tuple[int, int, int]:
+    """Number in the file, from 1, of the first slice of the page along an axis, the step to the next, and the number
+    of the last slice of the box."""
+    size, last = case.image.shape[axis], side.stop - 1
+    first = min(side.start + factor // 2, last)
+    return (size - first, -factor, size - last) if case.axes.counted_back[axis] else (first + 1, factor, last + 1)
 
 
 def _place(numbers: Iterable[Any]) -> Place:
