@@ -348,6 +348,36 @@ def test_estimates_of_the_summary_are_compared_with_the_truth(data):
     assert results['mean']['lesion']['estimated_dice'] == pytest.approx(np.mean(estimated))
 
 
+def table_of(printed: str, title: str) -> dict[str, dict[str, str]]:
+    """Row -> title of the column -> what is printed, of the table with a column of this title."""
+    lines = [[line[:10].strip(), *(line[i:i + 12].strip() for i in range(10, len(line), 12))]
+             for line in printed.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line[0] == '' and title in line)
+    return {name: dict(zip(lines[start][1:], values, strict=True)) for name, *values in lines[start + 1:start + 4]}
+
+
+def test_estimated_and_true_dice_are_means_over_the_same_cases(data, capsys):
+    """Case 0 has no label in mask and reference, and case 1 has no estimate."""
+    entries = summary_of(data, lambda i: [0.99, 0.5, 0.8, 0.7, 0.6][i])
+    empty = np.zeros(SHAPE, np.uint8)
+    for folder in (data.ref, data.pred):
+        write(folder / 'case_0.nii.gz', empty)
+    entries[0]['mask'] = identity(data.pred / 'case_0.nii.gz')
+    (data.pred / 'pdddpm_summary.json').write_text(json.dumps({'cases': [entries[0], *entries[2:]]}))
+    results = data.evaluate()
+    table = table_of(capsys.readouterr().out, 'est. Dice')
+    true = {name: np.mean(column(results, name, 'dice')[2:]) for name in ('organ', 'lesion')}
+    for name, dice in {**true, 'mean': np.mean(list(true.values()))}.items():
+        assert float(table[name]['est. Dice']) == pytest.approx(0.7)
+        assert float(table[name]['Dice']) == pytest.approx(dice, abs=1e-4)
+    for name, dice in true.items():
+        of = results['estimated_dice'][name]
+        assert (of['n'], of['estimated_dice'], of['dice']) == (3, pytest.approx(0.7), pytest.approx(dice))
+        assert results['mean'][name]['estimated_dice'] == pytest.approx(0.7)
+        assert results['mean'][name]['dice'] == pytest.approx(np.mean(column(results, name, 'dice')[1:]))
+    assert results['cases'][0]['labels']['organ']['estimated_dice'] == 0.99
+
+
 def test_ends_without_a_level_are_no_interval(data):
     """Summaries of earlier versions have quantiles of the samples there."""
     entries = summary_of(data, lambda i: 0.5)
@@ -459,6 +489,37 @@ def test_samples_against_raters(data, capsys):
     assert '4 samples against 3 raters' in capsys.readouterr().out
     assert [line.partition(':')[0] for line in results['not_computed']] == [
         'calibration (NLL, Brier, ECE)', 'error against uncertainty (AURC, AUROC)']
+
+
+def test_where_cases_have_no_raters_the_others_are_compared(data, capsys):
+    """Case 0 has no rater, case 1 one, and case 2 no samples."""
+    data.add_samples()
+    data.add_raters()
+    for file in (*data.raters.glob('case_0__*'), *data.raters.glob('case_1__dr_[12]*'),
+                 *(data.pred / 'samples').glob('case_2_*')):
+        file.unlink()
+    results = data.evaluate(raters=True)
+    printed = capsys.readouterr().out
+    rows = [case['labels']['organ'] for case in results['cases']]
+    assert [row.get('ged_squared_fair') is None for row in rows] == [False, False, True, False, False]
+    for metric, title in (('sample_diversity', 'div. samp.'), ('rater_diversity', 'div. rat.'),
+                          ('ged_squared_fair', 'fair GED^2')):
+        mean = np.mean([row[metric] for row in rows[3:]])
+        assert results['mean']['organ'][metric] == pytest.approx(mean)
+        assert float(table_of(printed, title)['organ'][title]) == pytest.approx(mean, abs=1e-4)
+    assert 'fair GED^2 over the cases with several raters' in printed
+    assert results['mean']['organ']['crps_volume_ml'] == pytest.approx(
+        np.mean([row['crps_volume_ml'] for row in rows if 'crps_volume_ml' in row]))
+
+
+def test_of_single_raters_all_cases_are_compared(data, capsys):
+    data.add_samples()
+    data.add_raters(1)
+    (data.raters / 'case_0__dr_0.nii.gz').unlink()
+    results = data.evaluate(raters=True)
+    for metric in ('sample_diversity', 'ged_squared_fair'):
+        assert results['mean']['organ'][metric] == pytest.approx(np.mean(column(results, 'organ', metric)))
+    assert 'over the cases with several raters' not in capsys.readouterr().out
 
 
 def test_however_many_cases_there_are_the_raters_masks_are_listed_once(data, monkeypatch):

@@ -19,6 +19,10 @@ from nnunet_pdddpm.evaluation.scores import spread_and_correlation
 from nnunet_pdddpm.file_names import SAMPLES, SUMMARY, UNCERTAINTY
 
 Means = dict[str, float]
+COMPARED_WITH = {'estimated_dice': 'dice', 'sample_diversity': 'rater_diversity', 'rater_diversity': 'sample_diversity',
+                 'ged_squared_fair': 'rater_diversity'}
+"""Metric of a label -> another one: its mean is over the cases that have both, if there are any. From the fair GED the
+raters' diversity is subtracted: without it, a case has another scale."""
 
 
 def evaluate_cases(folders: Folders, tolerance: float = 1.0, num_processes: int = 1,
@@ -75,10 +79,10 @@ def summarise(folders: Folders, results: Sequence[CaseResult], tolerance: float,
               ) -> dict[str, Any]:
     """What goes into evaluation.json: settings, means, the cases, and why others could not be evaluated.
 
-    A mean over cases leaves out undefined values (nan). As in nnU-Net, `foreground_mean` is the mean over labels of
-    these means, and undefined if one of them is.
+    A mean over cases leaves out undefined values (nan), and follows `COMPARED_WITH`. As in nnU-Net, `foreground_mean`
+    is the mean over labels of these means, and undefined if one of them is.
     """
-    labels = {name: _means(result.labels[name] for result in results) for name in folders.labels}
+    labels = {name: _means_of_label([result.labels[name] for result in results]) for name in folders.labels}
     both_empty = {name: sum(_is_empty(result.labels[name]) for result in results) for name in folders.labels}
     pooled = _pooled_bins(results)
     return {
@@ -122,6 +126,20 @@ def _means(rows: Iterable[dict[str, float]]) -> Means:
     return means
 
 
+def _means_of_label(rows: Sequence[dict[str, float]]) -> Means:
+    """`_means`, where a metric is compared with another one those over the cases that have both."""
+    means = _means(rows)
+    for metric, other in COMPARED_WITH.items():
+        if both := _with_both(rows, metric, other):
+            means[metric] = _means(both)[metric]
+    return means
+
+
+def _with_both(rows: Sequence[dict[str, float]], *metrics: str) -> list[dict[str, float]]:
+    """The rows that have these metrics, none of them nan."""
+    return [row for row in rows if not any(np.isnan(row.get(metric, np.nan)) for metric in metrics)]
+
+
 def _is_empty(metrics: dict[str, float]) -> bool:
     return metrics['volume_ml'] == 0 and metrics['reference_volume_ml'] == 0
 
@@ -140,14 +158,20 @@ def _pooled_bins(results: Sequence[CaseResult]) -> dict[str, Reliability]:
 
 
 def _estimates(folders: Folders, results: Sequence[CaseResult]) -> dict[str, dict[str, float]]:
-    """Correlation of estimated with true Dice over cases, per label and of the cases' mean; empty without estimates."""
+    """Correlation and means of estimated and true Dice over the cases that have both, per label and of the cases' mean;
+    empty without estimates."""
     if not any('estimated_dice' in result.values for result in results):
         return {}
     rows: dict[str, list[dict[str, float]]] = {name: [result.labels[name] for result in results]
                                                for name in folders.labels}
     rows['case'] = [result.values for result in results]
-    return {name: correlation(*(np.array([row.get(which, np.nan) for row in values])
-                                for which in ('estimated_dice', 'dice'))) for name, values in rows.items()}
+    return {name: _estimates_and_truth(_with_both(values, 'estimated_dice', 'dice')) for name, values in rows.items()}
+
+
+def _estimates_and_truth(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    estimated, true = (np.array([row[which] for row in rows]) for which in ('estimated_dice', 'dice'))
+    return {**correlation(estimated, true), 'estimated_dice': float(estimated.mean()) if rows else float('nan'),
+            'dice': float(true.mean()) if rows else float('nan')}
 
 
 def _spread(measurements: Sequence[tuple[Measurements, Measurements]]) -> dict[str, float]:

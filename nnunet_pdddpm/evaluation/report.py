@@ -113,14 +113,16 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield f'Voxels: all, and those near the reference (its box and {summary["settings"]["near_margin_mm"]:g} mm)'
         yield from _table(summary['voxelwise'], ('nll', 'brier', 'ece', 'adaptive_ece', 'aurc', 'auroc'))
     if summary['estimated_dice']:
-        yield "Estimated Dice; the reference's volume in its calibrated interval, and between the samples' volumes"
-        yield from _table(labels, ('estimated_dice', 'dice', 'reference_in_interval', 'reference_in_range'))
+        yield ("Estimated Dice, and Dice of the same cases; the reference's volume in its calibrated interval, and "
+               "between the samples' volumes")
+        yield from _table(_with_dice_of_estimated(summary),
+                          ('estimated_dice', 'dice', 'reference_in_interval', 'reference_in_range'))
         yield '  correlation of estimated with true Dice (Spearman, Pearson, cases): ' + '; '.join(
             f'{name} {_figure(row["spearman"])}, {_figure(row["pearson"])}, {row["n"]}'
             for name, row in summary['estimated_dice'].items())
     samples, raters = (_counts(summary[key]) for key in ('samples', 'raters'))
     if 'ged_squared' in summary['foreground_mean']:
-        yield f'{samples} samples against {raters} raters'
+        yield f'{samples} samples against {raters} raters; both diversities over the same cases'
         yield from _table(labels, ('ged_squared', 'hm_iou', 'best_dice', 'sample_diversity', 'rater_diversity',
                                    'raters_in_interval', 'raters_in_range'))
     elif 'sample_diversity' in summary['foreground_mean']:
@@ -130,6 +132,9 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         against = 'the reference' if raters == '0' else f'{raters} raters'
         yield f'Scores of {samples} samples against {against}, lower is better; fair for independent draws'
         yield from _table(labels, SCORES)
+        several = [case['raters'] > 1 for case in summary['cases'] if case['samples'] > 1]
+        if any(several) and not all(several):
+            yield '  fair GED^2 over the cases with several raters'
     if summary['sample_spread']:
         yield "Spread of the samples over the truth's distance from their mean: 1 is right; correlation of the octants"
         yield from _table(summary['sample_spread'], ('sd_ratio', 'sd_ratio_components', 'sd_ratio_parts',
@@ -140,6 +145,13 @@ def _lines(summary: dict[str, Any]) -> Iterator[str]:
         yield f'Look at this: {line}'
     for line in summary['not_computed']:
         yield f'Not computed: {line}'
+
+
+def _with_dice_of_estimated(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The means of labels and their mean, with the Dice of the cases that have an estimate."""
+    rows = {name: {**row, 'dice': summary['estimated_dice'][name]['dice']} for name, row in summary['mean'].items()}
+    mean = float(np.mean([row['dice'] for row in rows.values()]))
+    return {**rows, 'mean': {**summary['foreground_mean'], 'dice': mean}}
 
 
 def _counts(counts: list[int]) -> str:
