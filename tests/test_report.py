@@ -161,6 +161,36 @@ def test_the_worst_case_is_first_and_one_without_an_estimate_before_it(page):
     assert [html.unescape(name) for name in re.findall(r'<th scope="row" data-value="([^"]*)"', page)] == ORDER
 
 
+def with_orders(prediction: tuple[Path, dict[str, list[Path]]], folder: Path, of: dict[str, dict[str, Any]]) -> str:
+    """The page of a copy of the prediction whose cases have these further fields in the summary."""
+    shutil.copytree(prediction[0], folder)
+    describe(folder, [{**entry(case, QUALITY[case]), **fields} for case, fields in of.items()])
+    return write_report(folder, {case: prediction[1][case] for case in of}).read_text(encoding='utf-8')
+
+
+def order_by(key: str | None, value: float | None = None, **more: Any) -> dict[str, Any]:
+    return {'order': {'by': key, 'statement': ''}, **({key: value} if key else {}), **more}
+
+
+@pytest.mark.parametrize(('key', 'ordered', 'marked'), [
+    ('estimated_dice', ['poor', 'good'], 'Estimated quality'), (None, ['good', 'poor'], 'Case'),
+    ('estimated_dice_low', ['good', 'poor'], None), ('folds_dice', ['good', 'poor'], None)])
+def test_a_column_is_marked_as_sorted_if_the_rows_are_sorted_by_it(prediction, tmp_path, key, ordered, marked):
+    values = {'good': 0.3, 'poor': 0.5} if key != 'estimated_dice' else QUALITY
+    markup = with_orders(prediction, tmp_path / 'out', {case: order_by(key, values[case]) for case in ('poor', 'good')})
+    assert cases_of(markup) == ordered
+    found = re.findall(r'aria-sort="(?:as|des)cending"[^>]*><button[^>]*>([^<]*)<', markup)
+    assert found == ([marked] if marked else [])
+
+
+def test_cases_of_several_runs_are_sorted_within_what_ranks_them(prediction, tmp_path):
+    orders = {'good': order_by('estimated_dice_low', 0.2), NASTY: order_by('estimated_dice_low', 0.1),
+              'fair 10': order_by('folds_dice', 0.7), 'unknown': order_by('folds_dice'), 'poor': order_by(None)}
+    markup = with_orders(prediction, tmp_path / 'out', orders)
+    assert cases_of(markup) == ['unknown', 'poor', 'fair 10', NASTY, 'good']
+    assert 'aria-sort="ascending"' not in markup
+
+
 def test_volumes_come_with_their_interval_and_stock_beside(page):
     text = text_of(page)
     assert '12.3 ml calibrated, 95 %: 11.1 to 13.9 stock 12.1' in text

@@ -96,9 +96,9 @@ def _page(folder: Path, images: Mapping[str, Sequence[Path]], summary: dict[str,
         not_shown=sum(entry['case'] not in images for entry in summary['cases']),
         bins=text.histogram(q for q in qualities if q is not None), num_unknown=qualities.count(None),
         failed=summary.get('failed', []), order=text.about_order(entries),
-        ranked=any(text.ranked_by(entry) for entry in entries), any_samples=any(case['samples'] for case in cases),
-        planes=max(len(case['view'].planes) for case in cases), uncertainty_colour=UNCERTAINTY_COLOUR,
-        levels=UNCERTAINTY_LEVELS, max_alpha=MAX_ALPHA)
+        ranked=any(text.ranked_by(entry) for entry in entries), sorted_column=text.sorted_column(entries),
+        any_samples=any(case['samples'] for case in cases), planes=max(len(case['view'].planes) for case in cases),
+        uncertainty_colour=UNCERTAINTY_COLOUR, levels=UNCERTAINTY_LEVELS, max_alpha=MAX_ALPHA)
     return page, missing
 
 

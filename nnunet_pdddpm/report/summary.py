@@ -88,23 +88,32 @@ def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str
     return sorted(chosen, key=review_order), missing
 
 
-def review_order(entry: Mapping[str, Any]) -> tuple[float, float, str]:
+def review_order(entry: Mapping[str, Any]) -> tuple[bool, bool, str, float, float, str]:
     """Key that sorts the summary's entries so that the case to look at first is first: by what the summary says.
 
     A case without that comes before all others, for nothing vouches for it; of equal ones, the one with more uncertain
-    voxels comes first. Where nothing ranks, cases are sorted by name.
+    voxels comes first. Where nothing ranks, cases are sorted by name. Cases that are ranked by different numbers are
+    not compared: first come those that nothing ranks, and last those with a lower bound, which validation has tested.
     """
     by = ranked_by(entry)
     if by is None:
-        return 0.0, 0.0, entry['case']
-    quality, share = finite(entry.get(by)), finite(entry.get('uncertain_share'))
-    return (-math.inf if quality is None else quality), -(share or 0.0), entry['case']
+        return True, False, '', 0.0, 0.0, entry['case']
+    quality, share = finite(entry.get(by)), finite(entry.get('uncertain_share')) or 0.0
+    if quality is None:
+        return False, False, '', 0.0, -share, entry['case']
+    return True, by == 'estimated_dice_low', by, quality, -share, entry['case']
 
 
 def ranked_by(entry: Mapping[str, Any]) -> str | None:
     """Key of the number that an entry is sorted by; None if nothing ranks."""
     by = entry.get('order', {'by': 'estimated_dice'})['by']
     return None if by is None else str(by)
+
+
+def sorted_column(entries: Iterable[Mapping[str, Any]]) -> str | None:
+    """What entries in the order of review are sorted by: `case`, or the key of a number; None if they differ in it."""
+    keys = {ranked_by(entry) or 'case' for entry in entries}
+    return keys.pop() if len(keys) == 1 else None
 
 
 def about_order(entries: Sequence[Mapping[str, Any]]) -> list[str]:
