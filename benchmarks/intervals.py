@@ -108,7 +108,7 @@ def rows_of_image(volume: object, settings: SamplingSettings, truths: Sequence[f
         mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
         counter.add(sample, everything, mask, objects.index, objects.number)
     counter.add_mask([(everything, volume.blind_logits())])
-    features_of, sizes = counter.features(np.ones(1))[0], counter.sample_sizes()[:, 0].astype(float)
+    features_of, sizes = counter.features(counter.consensus, 1.0)[0], counter.sample_sizes()[:, 0].astype(float)
     return [volume_row(true, features_of, sizes) for true in truths]
 
 

@@ -135,7 +135,7 @@ def predict(predictor: Any, row: Row, name: str, image: Tensor, truth: Truth) ->
     prediction = predictor.predict_volume(image, case=name, stock=False)
     true = np.bincount(truth.truth.cpu(), minlength=1 + len(CHANNELS))[1:] * VOXEL_ML
     sizes = prediction.counts.sample_sizes() * VOXEL_ML
-    features = prediction.counts.features(np.full(len(CHANNELS), VOXEL_ML))
+    features = prediction.counts.features(prediction.counts.consensus * VOXEL_ML, VOXEL_ML)
     return truth, prediction.logits, [volume_row(float(true[i]), of, sizes[:, i]) for i, of in enumerate(features)]
 
 

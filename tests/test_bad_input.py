@@ -242,7 +242,7 @@ def test_channels_of_different_origin_or_direction_are_predicted_with_nnunets_wa
 
 
 @pytest.mark.parametrize(('factor', 'flag', 'words'), [
-    (np.inf, '--verbose', 'Encountered inf'), (np.nan, '--verbose', 'logits of the mask'),
+    (np.inf, '--verbose', 'Encountered inf'), (np.nan, '--verbose', 'logits of the stock model'),
     (np.nan, '--save_presegmentation', 'logits of the stock model')])
 def test_a_case_of_which_the_networks_make_no_numbers_fails_alone(source, tmp_path, monkeypatch, factor, flag, words):
     spiked = array(source).astype(np.float32)
@@ -272,6 +272,24 @@ def test_a_case_of_which_the_denoiser_makes_no_numbers_fails_alone(source, tmp_p
     monkeypatch.setattr(network, method, spoiled)
     said = refusal(source, tmp_path / 'out')
     assert '1 of 2 cases' in said and f'spiked (the networks give NaN or infinite values for it ({words})' in said
+    assert [file.name for file in (tmp_path / 'out').rglob('*.nii.gz')] == [f'{GOOD}.nii.gz']
+
+
+def test_a_case_of_which_the_stock_model_alone_makes_no_numbers_fails_alone(source, tmp_path, monkeypatch):
+    """Though neither its mask nor its samples show that: chains start from them."""
+    spiked = array(source).astype(np.float32)
+    spiked[10, 13, 11] = 1e6
+    write(source, 'spiked', spiked)
+    original = nnUNetPredictor.predict_sliding_window_return_logits
+
+    def spoiled(self, image):
+        logits = original(self, image)
+        if image.max() > 50 and not isinstance(self.network, BlindNetwork):
+            logits[:, 0, 0, 0] = np.nan
+        return logits
+    monkeypatch.setattr(nnUNetPredictor, 'predict_sliding_window_return_logits', spoiled)
+    said = refusal(source, tmp_path / 'out')
+    assert '1 of 2 cases' in said and '(the networks give NaN or infinite values for it (logits of the stock' in said
     assert [file.name for file in (tmp_path / 'out').rglob('*.nii.gz')] == [f'{GOOD}.nii.gz']
 
 

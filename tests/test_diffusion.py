@@ -597,13 +597,20 @@ def test_a_drawn_mask_is_what_nnunet_makes_of_the_drawn_logits_and_sure_voxels_s
         shifts = draw_shifts(3, regions, sample, 8, 3, 1, 5, 0.3)
         logits = drawn_logits(p, regions, shifts, parts)
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits - probabilities_to_logits(p[None], regions)[0], shifts[:, parts], rtol=0,
-                                   atol=1e-5)
+        added = logits - probabilities_to_logits(p[None], regions)[0]
+        torch.testing.assert_close(added[:, 1:], shifts[:, parts][:, 1:], rtol=0, atol=1e-5)
         masks.append(drawn_mask(p, regions, shifts, parts))
         assert torch.equal(masks[-1], harden(logits[None], regions)[0])
         assert torch.equal(masks[-1][:, 0], p[:, 0])
     assert torch.equal(p, before)
     assert len(torch.stack(masks).flatten(1).unique(dim=0)) == 8
+
+
+@heads
+def test_no_draw_gives_a_part_a_label_that_its_voxels_cannot_have(regions):
+    p = torch.tensor([1e-12, 1, 1e-12])[:, None]
+    extreme = torch.tensor([20.0, 20 if regions else -3, 20])[:, None]  # as one draw in a billion has them
+    assert drawn_mask(p, regions, extreme)[:, 0].tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize('dependence', [-0.1, 1.1, math.nan])

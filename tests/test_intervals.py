@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_pdddpm.inference import intervals
 from nnunet_pdddpm.inference import predictor as predictor_module
+from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.intervals import (
     FIELDS,
     MIN_INTERVAL_CASES,
@@ -238,3 +240,33 @@ def test_the_summary_says_what_an_interval_promises_or_why_there_is_none():
                          (interval(unbounded, of), 'errors in validation were too large to be bounded')):
         assert missing['interval_missing'] == why
         assert {value for key, value in missing.items() if key != 'interval_missing'} == {None}
+
+
+def test_where_all_samples_have_one_volume_their_spread_gives_no_interval_unless_nothing_is_there():
+    calibrated = Calibrated(Rule('samples'), np.arange(1, 10) / 100, np.zeros(9, int))
+    for mask, mean in ((0.5, 0), (5.0, 5.2), (5.0, 5.0)):
+        of = Features(*np.array([[mask], [mean], [0], [0], [0]]))
+        assert interval(calibrated, of)['interval_missing'].startswith('all samples have the same volume')
+    nothing = interval(calibrated, Features(*np.zeros((5, 1))))
+    assert (nothing['volume_ml_low'], nothing['volume_ml_high'], nothing['interval_missing']) == (0, 0, None)
+
+
+def test_volumes_of_samples_do_not_shrink_with_a_small_mask_nor_those_of_folds_with_their_consensus():
+    manager = LabelManager({'background': 0, 'lesion': 1}, None)
+    counter = VoxelCounter(manager, {'lesion': (1,)}, (slice(0, 1), slice(0, 10), slice(0, 100)))
+
+    def first(number: int) -> torch.Tensor:
+        return (torch.arange(1000) < number).long().reshape(1, 10, 100)
+
+    def logits(number: int) -> torch.Tensor:
+        return torch.stack([0.5 - first(number), first(number) - 0.5])
+    whole = slice(0, 1)
+    counter.add_mask([(whole, logits(10))])
+    for number, voxels in enumerate((200, 300)):
+        counter.add(number, whole, first(voxels), None, 1)
+    of, = counter.features(np.array([0.001]), 0.01)  # resampled, the mask is a hundredth of what it was
+    assert (of.mask, of.mean) == (pytest.approx(0.001), pytest.approx(2.5))
+    counter.add_mask([(whole, logits(0))])
+    counter.set_consensus(logits(8)[:, :, :, :])
+    of, = counter.features(np.array([0.001]), 0.01)
+    assert of.mask.tolist() == [pytest.approx(0.001 + 2 * 0.01), 0]

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scipy.special import expit
 from tiny_model import plans, write_model
 
@@ -19,7 +21,9 @@ from nnunet_pdddpm.inference.quality import (
     uncertain_surface,
 )
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
+from nnunet_pdddpm.tuning.stored import store
 
 CLASSES = {'channel_names': {'0': 'T1'}, 'file_ending': '.nii.gz', 'numTraining': 1,
            'labels': {'background': 0, 'cell': 1, 'nucleus': 2}}
@@ -93,6 +97,7 @@ def model(request, tmp_path):
         predictor = VolumePredictor(device=torch.device('cpu'), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(folder), folds)
         return predictor
+    opened.folder = folder
     return torch.randn(1, 10, 18, 20, generator=torch.Generator().manual_seed(0)), opened
 
 
@@ -123,6 +128,20 @@ def test_features_are_those_of_mask_probabilities_and_unmirrored_stock_model(mod
         if mask.any():
             assert features[FEATURES.index('brightness')] == pytest.approx(image[0].numpy()[mask].mean(), abs=1e-5)
     assert known
+
+
+@pytest.mark.parametrize('mask', [(0.0, 1.0), (1.0, 0.0)], ids=['blind and stock', 'stock and blind'])
+def test_folds_that_were_tuned_to_other_masks_make_the_mask_that_nnunet_makes_of_them(model, mask):
+    image, opened = model
+    folder = Path(opened.folder)
+    for fold, stock in enumerate(mask):
+        store(folder / f'fold_{fold}', SamplingSettings(mask_stock=stock, mask_blind=1 - stock, blind_temperature=1.5))
+    nnunet = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    nnunet.initialize_from_trained_model_folder(str(folder), (0, 1), 'checkpoint_final.pth')
+    expected = nnunet.predict_logits_from_preprocessed_data(image)
+    for stock in (False, True):
+        prediction = opened(0, 1).predict_volume(image, case='a', stock=stock)
+        torch.testing.assert_close(prediction.logits, expected, rtol=0, atol=0.02)
 
 
 def test_of_several_models_the_masks_are_compared(model):

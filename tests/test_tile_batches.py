@@ -25,7 +25,11 @@ def open_predictor(refined: Workspace):
     return opened
 
 
-def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(open_predictor, monkeypatch, caplog):
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory'),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`')], ids=['torch', 'cuBLAS'])
+def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(open_predictor, monkeypatch, caplog,
+                                                                              error):
     """The sums are rounded differently: float32 (bfloat16 on CPUs that have it), then nnU-Net's half precision."""
     single, batched = open_predictor(), open_predictor()
     single.bfloat16 = batched.bfloat16 = False
@@ -35,7 +39,7 @@ def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(op
     def limited(image, *args):
         sizes.append(len(image))
         if len(image) > 3:
-            raise torch.OutOfMemoryError('CUDA out of memory')
+            raise error
         return denoise(image, *args)
     monkeypatch.setattr(batched.refiner, 'denoise', limited)
     alone, together = single.predict_volume(image()), batched.predict_volume(image())

@@ -6,6 +6,7 @@ what a noise level means: signal to noise at the same t is four times higher in 
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 PROBABILITY_FLOOR = 1e-6
 """Probabilities are kept this far from 0 and 1 before the logarithm, so that logits stay within +-14."""
+LARGEST_LOGIT = math.log(1 / PROBABILITY_FLOOR)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nnunet_pdddpm.diffusion.coding import class_map, harden, probabilities_to_logits
+from nnunet_pdddpm.diffusion.coding import class_map, harden
 
+SMALLEST_PROBABILITY, LARGEST_PROBABILITY = 1e-30, 1 - 2 ** -24
+"""Before a logarithm. With a larger floor a whole part would sometimes get a label that none of its voxels may have."""
 END = 0
 """Stage of the draw that gives the sample's mask. The draws before it have the stages 1 (the start), 2, ..."""
 
@@ -84,7 +86,8 @@ def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Te
         shifts: (C, J), see `draw_shifts`.
         parts: (...) integers, which part each voxel belongs to; None if there is one part.
     """
-    logits = probabilities_to_logits(probabilities[None], regions)[0]
+    p = probabilities.float().clamp(SMALLEST_PROBABILITY, LARGEST_PROBABILITY)
+    logits = p.logit_() if regions else p.log_()
     shifts = shifts.to(logits.device)
     if parts is None or shifts.shape[1] == 1:
         return logits.add_(shifts[:, 0].reshape(-1, *[1] * (logits.ndim - 1)))

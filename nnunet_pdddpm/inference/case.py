@@ -214,9 +214,9 @@ class PendingCase:
     def _volumes(self, counted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Label -> its part of the summary; `counted`: in the original image, see `CaseExport.write_prediction`."""
         ml = image_voxel_ml(self.export.properties, self.export.plans_manager.transpose_backward)
-        voxel_ml = self.counts.voxel_ml(np.array([counted[name]['voxels'] * ml for name in self.labels]),
-                                        self.grid_voxel_ml)
-        sizes, features = self.counts.sample_sizes() * voxel_ml, self.counts.features(voxel_ml)
+        mask_ml = np.array([counted[name]['voxels'] * ml for name in self.labels])
+        sizes = self.counts.sample_sizes() * self.grid_voxel_ml
+        features = self.counts.features(mask_ml, self.grid_voxel_ml)
         return {name: {'volume_ml': counted[name]['voxels'] * ml,
                        **interval(self.calibrated[name].select(features[i]), features[i]),
                        **sample_volumes(sizes[:, i], self.folds),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2 ** 26
@@ -24,6 +25,11 @@ def chunks(shape: Sequence[int], first: int = 0, end: int | None = None) -> Iter
 def in_chunks(volume: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A volume (C, Z, Y, X) in chunks: slices, and its values in them."""
     return ((z, volume[:, z]) for z in chunks(volume.shape))
+
+
+def all_finite(volume: Tensor) -> Tensor:
+    """Whether all values of a volume (C, Z, Y, X) are numbers, () bool where the volume is."""
+    return torch.stack([torch.isfinite(values).all() for _, values in in_chunks(volume)]).all()
 
 
 def inside(z: slice, box: slice) -> tuple[slice, slice]:

@@ -106,35 +106,28 @@ class VoxelCounter:
             values.masked_fill_(mask[channel], label)
         return values
 
-    def voxel_ml(self, mask_ml: np.ndarray, grid_voxel_ml: float) -> np.ndarray:
-        """Volume that a counted voxel stands for, of each label (labels,).
-
-        It is such that the consensus has the volume that it has in the original image: resampling makes masks a little
-        smaller or larger.
-
-        Args:
-            mask_ml: volume of the consensus in the original image, (labels,).
-            grid_voxel_ml: that of a voxel of the network's grid, for a label that the consensus lacks.
-        """
-        there = (self.consensus > 0) & (mask_ml > 0)
-        return np.where(there, mask_ml / np.maximum(self.consensus, 1), grid_voxel_ml)
-
     def sample_sizes(self) -> np.ndarray:
         """(samples, labels) voxels, in the order of the samples' numbers."""
         samples = self.samples
         return np.stack([samples[number].sum(1) for number in sorted(samples)])
 
-    def features(self, voxel_ml: np.ndarray) -> list[Features]:
+    def features(self, mask_ml: np.ndarray, voxel_ml: float) -> list[Features]:
         """What intervals are made of, for each label: arrays (models,). What is of the samples is known of one model.
 
-        `voxel_ml`: (labels,), see above.
+        The mask of a model among several is not resampled. Its volume is that of the consensus in the original image,
+        and the voxels that it has more in the network's grid.
+
+        Args:
+            mask_ml: volume of the consensus in the original image, (labels,).
+            voxel_ml: that of a voxel of the network's grid.
         """
-        masks = np.stack(self.masks) * voxel_ml
+        voxels = np.stack(self.masks)
+        masks = np.where(voxels > 0, np.maximum(mask_ml + (voxels - self.consensus) * voxel_ml, 0), 0)
         nothing = np.zeros(len(masks))
         if len(masks) > 1 or len(self.tables) < 2:
             return [Features(volumes, nothing, nothing, nothing, nothing) for volumes in masks.T]
         samples = self.samples
-        counts = np.stack([samples[number] for number in sorted(samples)]) * voxel_ml[:, None]
+        counts = np.stack([samples[number] for number in sorted(samples)]) * voxel_ml
         total, sd = counts.sum(2), counts.std(0, ddof=1)
         return [Features(masks[:, i], total[:, i].mean(keepdims=True), total[:, i].std(ddof=1, keepdims=True),
                          (sd[i] ** 2).sum(keepdims=True), sd[i].sum(keepdims=True) ** 2)

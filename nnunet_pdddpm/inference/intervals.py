@@ -105,6 +105,12 @@ class Calibrated:
         """What the interval promises: 95 %, or the n / (n + 1) that n errors can promise at most."""
         return attainable_level(len(self.errors))
 
+    def lacks_unit(self, features: Features) -> bool:
+        """Whether the unit of a new case, the spread of its samples, is 0 although there is something of the label: its
+        interval would be a point."""
+        return self.rule.uses_samples and bool((features.mask + features.mean).any() and not
+                                               self.rule.unit(features).all())
+
     def interval(self, features: Features) -> tuple[float, float] | None:
         """Ends in ml for a new case.
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nnunet_pdddpm.file_names import BEST_CHECKPOINT, FINAL_CHECKPOINT
 from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.inference.case import ExportQueue, OutputInUse, PendingCase, clear_leftover
-from nnunet_pdddpm.inference.chunks import in_chunks
+from nnunet_pdddpm.inference.chunks import all_finite
 from nnunet_pdddpm.inference.continuing import check_same_settings, foreign_mask_reason, refresh_summary
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR, CasesFailed, PredictionError, UnusableLogits
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
@@ -142,7 +142,7 @@ class PDDDPMPredictor(VolumePredictor):
 
     def settings_for_summary(self) -> list[dict[str, Any]]:
         """What each model is sampled with."""
-        common = {'step_size': self.tile_step_size, 'mirroring': self.use_mirroring}
+        common = {'step_size': self.tile_step_size, 'mirroring': self.use_mirroring, 'precision': self.precision}
         return [{'model': self.model, 'fold': fold, 'weights': weights, **asdict(settings), **common}
                 for fold, weights, settings in zip(self.folds, self.weights, self.fold_settings, strict=True)]
 
@@ -344,10 +344,11 @@ class PDDDPMPredictor(VolumePredictor):
 
 def require_finite(prediction: VolumePrediction) -> None:
     """Raise `UnusableLogits` unless what the stock model, the mask and the samples are made of are numbers."""
-    checked = {'logits of the stock model': prediction.presegmentation, 'logits of the mask': prediction.logits,
-               'probabilities of the samples': prediction.spread.mean}
-    for what, values in checked.items():
-        if values is not None and not all(bool(torch.isfinite(part).all()) for _, part in in_chunks(values)):
+    if not prediction.stock_is_finite:
+        raise UnusableLogits('logits of the stock model')
+    for what, values in (('logits of the mask', prediction.logits),
+                         ('probabilities of the samples', prediction.spread.mean)):
+        if not all_finite(values):
             raise UnusableLogits(what)
 
 

@@ -70,10 +70,16 @@ def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]
         Ends in ml, the level that they promise, the number of validation cases, and the unit of the error; or None for
         these, and `interval_missing`, the reason.
     """
-    ends = None if isinstance(calibrated, str) else calibrated.interval(features)
-    missing = calibrated if isinstance(calibrated, str) else 'the mask holds nothing of this label'
+    ends = None
+    if isinstance(calibrated, str):
+        missing = calibrated
+    elif calibrated.lacks_unit(features):
+        missing = 'all samples have the same volume, and their spread would be the unit of the error'
+    elif (ends := calibrated.interval(features)) is None:
+        missing = 'the mask holds nothing of this label'
+    else:
+        missing = 'errors in validation were too large to be bounded'
     if ends is None or isinstance(calibrated, str) or not np.isfinite(ends).all():
-        missing = missing if ends is None else 'errors in validation were too large to be bounded'
         return {'volume_ml_low': None, 'volume_ml_high': None, 'interval_level': None, 'interval_cases': None,
                 'interval_unit': None, 'interval_missing': missing}
     return {'volume_ml_low': ends[0], 'volume_ml_high': ends[1], 'interval_level': round(calibrated.level, 4),

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
-from nnunet_pdddpm.inference.chunks import chunks
+from nnunet_pdddpm.inference.chunks import all_finite, chunks
 from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_around
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.quality import Qualities
@@ -27,6 +27,7 @@ from nnunet_pdddpm.inference.volume_sampling import (
     refine_volume,
     volume_noise,
 )
+from nnunet_pdddpm.memory import lacks_memory
 from nnunet_pdddpm.network.refiner import Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings
 
@@ -85,6 +86,8 @@ class VolumePrediction:
     """Voxels of the labels in mask and samples."""
     quality: Qualities
     """Of each label: what may tell how good its mask is."""
+    stock_is_finite: Tensor
+    """() bool, whether all logits of the stock model are numbers: chains start from them, and hide others."""
 
 
 class Volume:
@@ -103,6 +106,7 @@ class Volume:
         self.slice_correlation = SLICE_CORRELATION if len(patch_size) == 2 else 0.0
         self.progress = tqdm(desc='Sampling', total=0, disable=not predictor.allow_tqdm)
         self.network_calls = {'stock': 0, 'denoiser': 0}
+        self.stock_is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def start_fold(self, mirrored: bool = True) -> None:
         """Pre-segment by the model that has just been loaded.
@@ -137,6 +141,7 @@ class Volume:
         with self.predictor.using_stock_network(mirrored):
             logits = self.predictor.predict_sliding_window_return_logits(self.image).to(self.device)
         self.network_calls['stock'] += len(self.tiles) * (len(self.mirrorings) if mirrored else 1)
+        self.stock_is_finite = self.stock_is_finite & all_finite(logits)
         return logits
 
     def plan_progress(self, settings: SamplingSettings, draws: Sequence[int], samples: int) -> None:
@@ -228,8 +233,8 @@ class Volume:
             batch = left[:self.predictor.tile_batch]
             try:
                 estimates = self._denoise_tiles(x, level, batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except RuntimeError as error:
+                if len(batch) == 1 or not lacks_memory(error):
                     raise
                 self.predictor.tile_batch = len(batch) // 2
                 logger.warning('The memory is not enough for %d tiles at a time: from now on %d.', len(batch),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunet_pdddpm.cpu import available_cpus, cpu_has_bfloat16, threads
-from nnunet_pdddpm.diffusion.coding import probabilities_to_logits
+from nnunet_pdddpm.diffusion.coding import LARGEST_LOGIT, probabilities_to_logits
 from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
@@ -30,6 +30,7 @@ from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume, VolumePrediction
 from nnunet_pdddpm.inference.volume_memory import free_bytes, tile_bytes, volume_bytes
 from nnunet_pdddpm.labels import foreground_labels
+from nnunet_pdddpm.memory import lacks_memory
 from nnunet_pdddpm.network.refiner import BlindNetwork, Refiner
 from nnunet_pdddpm.network.settings import SamplingSettings, Value, environment_ignored, environment_overrides, override
 from nnunet_pdddpm.network.state import stored_settings
@@ -155,7 +156,8 @@ class VolumePredictor(nnUNetPredictor):
         Args:
             data: (image channels, Z, Y, X) preprocessed, with the previous stage's channels for a cascade.
             on_sample: called with every sample when it is drawn; the samples are not kept.
-            case: name, of which with the settings' seed the noise and the draws are made.
+            case: name, of which with the settings' seed the noise and the draws are made: cases of one name have the
+                same.
             stock: whether the stock model's own result is wanted. If it is not, nor is anything made of it but the
                 start of chains, it is predicted without mirroring.
         """
@@ -166,7 +168,9 @@ class VolumePredictor(nnUNetPredictor):
                 try:
                     with self.threads_for(self.device):
                         return self._predict_volume(data, self.device, on_sample, case, stock)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not lacks_memory(error):
+                        raise
                     logger.warning('%s.', DOES_NOT_FIT)
                     torch.cuda.empty_cache()
             self.perform_everything_on_device = False
@@ -246,7 +250,8 @@ class VolumePredictor(nnUNetPredictor):
         presegmentation = None if not mirrored_stock else logits if mask is stock else stock.mean(folds)[unpad]
         qualities = quality.qualities(data.cpu().numpy(), logits, spread)
         seconds = time.perf_counter() - start
-        return VolumePrediction(presegmentation, logits, spread, volume.network_calls, seconds, counts, qualities)
+        return VolumePrediction(presegmentation, logits, spread, volume.network_calls, seconds, counts, qualities,
+                                volume.stock_is_finite)
 
     def _draw(self, volume: Volume, settings: SamplingSettings, sample: int, spread: Spread, counts: VoxelCounter,
               on_sample: OnSample | None) -> None:
@@ -269,31 +274,33 @@ class VolumePredictor(nnUNetPredictor):
                 box_logits = logits[:, here, y, x]
                 if not regions:  # else half precision would make ties of what is nearly equal
                     box_logits = box_logits - box_logits.amax(0)
-                kept_logits[:, there] = box_logits.half().cpu()
+                kept_logits[:, there] = box_logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT).half().cpu()
         if on_sample is not None and kept_logits is not None:
             del probabilities, p, logits, mask
             on_sample(sample, kept_logits)
 
     def _mask_source(self) -> str:
-        """What the mask is made of: 'stock' or 'blind' logits, or a 'mixed' mean of probabilities."""
+        """What the mask is made of: 'stock' logits alone; 'logits', in each model of the stock model or of the blind
+        mask, averaged over the models as nnU-Net does; or a 'mixed' mean of probabilities."""
         if all(settings.is_stock for settings in self.fold_settings):
             return 'stock'
-        blind = all(not settings.is_stock and settings.mask_blind == 1 for settings in self.fold_settings)
-        return 'blind' if blind else 'mixed'
+        single = all(settings.is_stock or settings.mask_blind == 1 for settings in self.fold_settings)
+        return 'logits' if single else 'mixed'
 
     def _add_mask(self, volume: Volume, settings: SamplingSettings, spread: Spread, samples: int, counts: VoxelCounter,
                   mask: _Sum, quality: QualityMeter) -> None:
         """The mask of the model whose samples have been drawn: counted, compared with the others, and added to the sum
-        (C, Z, Y, X) on the CPU of logits of the blind mask, or of mixed probabilities."""
+        (C, Z, Y, X) on the CPU of logits, or of mixed probabilities."""
         source = self._mask_source()
         blind = None
         if settings.mask_blind > 0 and not settings.is_stock:
             blind = volume.blind_logits(settings.blind_temperature)
         if source == 'stock':
             counts.add_mask(quality.record_fold_masks(in_chunks(volume.stock_logits)))
-        elif source == 'blind' and blind is not None:
-            mask.add(blind.cpu())
-            counts.add_mask(quality.record_fold_masks(in_chunks(blind)))
+        elif source == 'logits':
+            logits = volume.stock_logits.clone() if blind is None else blind  # those of stock may be summed, too
+            mask.add(logits.cpu())
+            counts.add_mask(quality.record_fold_masks(in_chunks(logits)))
         else:
             if not mask.started:
                 mask.add(torch.zeros(volume.shape))
@@ -323,11 +330,16 @@ class VolumePredictor(nnUNetPredictor):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """For the denoiser: as nnU-Net's on CUDA; bfloat16 on a CPU with instructions for it, which halves the time."""
+        if self.precision == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.precision))
+
+    @property
+    def precision(self) -> str:
+        """Of the chains, by its name in torch."""
         if self.device.type == 'cuda':
-            return torch.autocast('cuda')
-        if self.device.type == 'cpu' and self.bfloat16:
-            return torch.autocast('cpu', torch.bfloat16)
-        return nullcontext()
+            return 'float16'
+        return 'bfloat16' if self.device.type == 'cpu' and self.bfloat16 else 'float32'
 
     @contextmanager
     def using_stock_network(self, mirrored: bool = True) -> Iterator[None]:

@@ -164,8 +164,7 @@ def _features(predictor: VolumePredictor, case: Case, prediction: VolumePredicti
     ml = image_voxel_ml(case.properties, backward)
     mask_ml = np.array([np.isin(mask, values).sum() * ml
                         for values in foreground_labels(predictor.dataset_json).values()])
-    return prediction.counts.features(prediction.counts.voxel_ml(
-        mask_ml, grid_voxel_ml(case.properties, backward, case.image.shape[1:])))
+    return prediction.counts.features(mask_ml, grid_voxel_ml(case.properties, backward, case.image.shape[1:]))
 
 
 def interval_lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
