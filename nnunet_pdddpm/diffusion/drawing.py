@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import class_map, harden
 
-SMALLEST_PROBABILITY, LARGEST_PROBABILITY = 1e-30, 1 - 2 ** -24
+SMALLEST_DRAWN, LARGEST_DRAWN = 1e-30, 1 - 2 ** -24
 """Before a logarithm. With a larger floor a whole part would sometimes get a label that none of its voxels may have."""
 END = 0
 """Stage of the draw that gives the sample's mask. The draws before it have the stages 1 (the start), 2, ..."""
@@ -86,7 +86,7 @@ def drawn_logits(probabilities: Tensor, regions: bool, shifts: Tensor, parts: Te
         shifts: (C, J), see `draw_shifts`.
         parts: (...) integers, which part each voxel belongs to; None if there is one part.
     """
-    p = probabilities.float().clamp(SMALLEST_PROBABILITY, LARGEST_PROBABILITY)
+    p = probabilities.float().clamp(SMALLEST_DRAWN, LARGEST_DRAWN)
     logits = p.logit_() if regions else p.log_()
     shifts = shifts.to(logits.device)
     if parts is None or shifts.shape[1] == 1:
