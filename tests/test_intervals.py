@@ -267,6 +267,6 @@ def test_volumes_of_samples_do_not_shrink_with_a_small_mask_nor_those_of_folds_w
     of, = counter.features(np.array([0.001]), 0.01)  # resampled, the mask is a hundredth of what it was
     assert (of.mask, of.mean) == (pytest.approx(0.001), pytest.approx(2.5))
     counter.add_mask([(whole, logits(0))])
-    counter.set_consensus(logits(8)[:, :, :, :])
+    counter.set_consensus(logits(8))
     of, = counter.features(np.array([0.001]), 0.01)
     assert of.mask.tolist() == [pytest.approx(0.001 + 2 * 0.01), 0]

@@ -357,7 +357,7 @@ def test_a_validation_case_of_which_the_networks_make_no_numbers_is_left_out_and
     monkeypatch.setattr(predictor, 'predict_volume', failing(f'{NNUNET_INF_ERROR}. Aborting.'))
     measured = measure(predictor, cases, cases.names)
     assert torch.equal(measured.quality, of_all.quality[[0, 2]]) and len(measured.volumes) == 3
-    assert cases.said == ['Nothing is measured on v1: the stock model gives infinite values for it.']
+    assert cases.said == ['Nothing is measured on v1: the stock model gives NaN or infinite values for it.']
     monkeypatch.setattr(predictor, 'predict_volume', failing('of the program'))
     with pytest.raises(RuntimeError, match='of the program'):
         measure(predictor, cases, cases.names)

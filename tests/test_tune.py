@@ -624,9 +624,15 @@ def test_a_case_of_which_the_stock_model_makes_no_numbers_is_named(tuned, monkey
 
     def explode(self, *args):
         raise RuntimeError(f'{NNUNET_INF_ERROR}. Aborting.')
-    monkeypatch.setattr(Volume, 'start_fold', explode)
-    with pytest.raises(TuningError, match=f'infinite values for {case.name}: look at its intensities'):
-        CaseSweep(open_model(tuned, 0, CPU), case)
+    predict = nnUNetPredictor.predict_sliding_window_return_logits
+    for patched, method, spoil in (
+            (Volume, 'start_fold', explode),
+            (nnUNetPredictor, 'predict_sliding_window_return_logits',
+             lambda self, image: predict(self, image) * math.nan)):
+        with monkeypatch.context() as patch, \
+                pytest.raises(TuningError, match=f'NaN or infinite values for {case.name}: look at its intensities'):
+            patch.setattr(patched, method, spoil)
+            CaseSweep(open_model(tuned, 0, CPU), case)
 
 
 def test_masks_are_of_the_samples_that_a_prediction_draws(tuned):

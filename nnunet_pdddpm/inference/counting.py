@@ -122,7 +122,8 @@ class VoxelCounter:
             voxel_ml: that of a voxel of the network's grid.
         """
         voxels = np.stack(self.masks)
-        masks = np.where(voxels > 0, np.maximum(mask_ml + (voxels - self.consensus) * voxel_ml, 0), 0)
+        there = (voxels > 0) | (voxels == self.consensus)
+        masks = np.where(there, np.maximum(mask_ml + (voxels - self.consensus) * voxel_ml, 0), 0)
         nothing = np.zeros(len(masks))
         if len(masks) > 1 or len(self.tables) < 2:
             return [Features(volumes, nothing, nothing, nothing, nothing) for volumes in masks.T]

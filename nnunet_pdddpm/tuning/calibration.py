@@ -83,7 +83,7 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         prediction = _predicted(predictor, case.image, case.name)
         duration = time.perf_counter() - start
         if prediction is None:
-            cases.log(f'Nothing is measured on {case.name}: the stock model gives infinite values for it.')
+            cases.log(f'Nothing is measured on {case.name}: the stock model gives NaN or infinite values for it.')
             continue
         if (true := cases.true_volumes(case.name)) is not None:
             label_features = _features(predictor, case, prediction)
@@ -118,13 +118,14 @@ def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> lis
 
 
 def _predicted(predictor: VolumePredictor, image: Tensor, name: str) -> VolumePrediction | None:
-    """None if the stock model gives infinite values."""
+    """None if the stock model gives NaN or infinite values."""
     try:
-        return predictor.predict_volume(image, case=name, stock=False)
+        prediction = predictor.predict_volume(image, case=name, stock=False)
     except RuntimeError as error:
         if NNUNET_INF_ERROR not in str(error):
             raise
         return None
+    return prediction if prediction.stock_is_finite else None
 
 
 def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePrediction, number: int, kind: int

@@ -12,11 +12,12 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
-from nnunet_pdddpm.inference.chunks import in_chunks
+from nnunet_pdddpm.inference.chunks import all_finite, in_chunks
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.volume import Volume
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import SliceValues
+from nnunet_pdddpm.memory import lacks_memory
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.cases import Case
 from nnunet_pdddpm.tuning.errors import TuningError
@@ -47,8 +48,8 @@ class CaseSweep:
                 if self.opened_device != self.device:
                     self._open()
                 return do()
-        except torch.OutOfMemoryError:
-            if self.device.type == 'cpu':
+        except RuntimeError as error:
+            if self.device.type == 'cpu' or not lacks_memory(error):
                 raise
         logger.warning('The volume does not fit on the device: its arrays are kept in main memory.')
         torch.cuda.empty_cache()
@@ -67,11 +68,16 @@ class CaseSweep:
         except RuntimeError as error:
             if NNUNET_INF_ERROR not in str(error):
                 raise
-            raise TuningError(f'The networks give infinite values for {self.case.name}: look at its intensities, and '
-                              f'leave it out of the validation cases in splits_final.json.') from error
+            raise self._no_numbers() from error
+        if not (self.volume.stock_is_finite and all_finite(self.volume.blind_logits())):
+            raise self._no_numbers()
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
         self.opened_device = self.device
+
+    def _no_numbers(self) -> TuningError:
+        return TuningError(f'The networks give NaN or infinite values for {self.case.name}: look at its intensities, '
+                           f'and leave it out of the validation cases in splits_final.json.')
 
     def bytes(self) -> int:
         """Bytes that are kept: logits of stock and blind mask, images, and the label and two parts of each voxel."""
