@@ -910,7 +910,8 @@ def test_a_training_whose_sweep_cannot_be_written_validates_with_what_its_checkp
     monkeypatch.setattr(tune_module, 'write_sweep', full)
     choice = trainer.tune_sampling()
     assert choice == stored_settings(weights(file)) != SamplingSettings(samples=2)
-    assert 'ended with an error (No space left on device)' in log(scratch) and 'stay as they are' not in log(scratch)
+    said = Path(trainer.log_file).read_text()
+    assert 'ended with an error (No space left on device)' in said and 'stay as they are' not in said
 
 
 def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeypatch):
