@@ -178,7 +178,7 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
         axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
     outline(axes[0], stock[z], 'C1', 1.5)
     outline(axes[0], truth[z], 'C2', 1.5)
-    axes[0].set_title('stock nnU-Net (orange), truth (green)', fontsize=9)
+    axes[0].set_title('stock (orange), truth (green)', fontsize=9)
     for sample in samples:
         outline(axes[1], sample[z], 'C0', 0.7)
     axes[1].set_title(f'{len(samples)} samples', fontsize=9)
@@ -188,9 +188,9 @@ def draw_views(raw: Path, output: Path, case: str, file: Path) -> None:
     labels = json.loads((raw / 'dataset.json').read_text())['labels']
     for y, (name, label) in enumerate(row['labels'].items()):
         level = in_percent(label['interval_level'])
-        axes[3].plot([label['volume_ml_low'], label['volume_ml_high']], [y, y], color='C0', linewidth=6, alpha=0.4,
+        axes[3].plot([label['volume_ml_low'], label['volume_ml_high']], [y, y], color='0.75', linewidth=6,
                      solid_capstyle='butt', label=f'interval, {level}' if y == 0 else None)
-        axes[3].plot(label['volume_ml'], y, 'o', color='C0', label='mask' if y == 0 else None)
+        axes[3].plot(label['volume_ml'], y, 'o', color='k', label='mask' if y == 0 else None)
         axes[3].plot((truth == labels[name]).sum() / 1000, y, '|', color='C2', markersize=22, markeredgewidth=2.5,
                      label='truth' if y == 0 else None)
     axes[3].set(yticks=range(len(row['labels'])), yticklabels=row['labels'], ylim=(-0.6, len(row['labels']) - 0.4),

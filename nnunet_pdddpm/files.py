@@ -15,8 +15,6 @@ from uuid import uuid4
 
 NEARLY_FULL = 1 << 16
 """Free bytes below which a failed writing is put down to a full disk."""
-NO_CHECKSUM = 'cannot be told from another one: it is of a version of nnunet-pdddpm that did not note its checksum'
-"""What is wrong with a mask whose row holds no `identity` of it."""
 
 
 @contextmanager

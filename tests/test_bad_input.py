@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -376,6 +377,19 @@ def test_a_second_run_at_the_same_case_is_refused_and_disturbs_nothing(source, t
     monkeypatch.undo()
     alone = predict(source, tmp_path / 'alone')
     assert (out / f'{GOOD}.nii.gz').read_bytes() == (alone / f'{GOOD}.nii.gz').read_bytes()
+
+
+def test_a_file_system_without_locks_is_predicted_into_with_one_warning(source, tmp_path, monkeypatch, caplog):
+    """NFS without a lock daemon."""
+    shutil.copyfile(source / f'{GOOD}_0000.nii.gz', source / 'case_other_0000.nii.gz')
+
+    def acquire(self, *args, **kwargs):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(FileLock, 'acquire', acquire)
+    out = predict(source, tmp_path / 'out')
+    assert sorted(file.name for file in out.glob('*.nii.gz')) == ['case_other.nii.gz', f'{GOOD}.nii.gz']
+    assert not list(out.glob('.*partial*'))
+    assert caplog.text.count('has no locks (No locks available)') == 1
 
 
 def test_what_a_run_killed_at_its_very_end_has_left_is_taken_away(source, tmp_path):

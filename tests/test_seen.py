@@ -105,6 +105,20 @@ def test_the_summary_of_an_earlier_training_is_not_taken_for_the_last_ones(tmp_p
     assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
 
 
+def test_a_log_of_another_time_zone_does_not_hide_the_summary_of_its_validation(tmp_path):
+    """Trained in Tokyo, read in New York: the log's clock is 13 hours ahead."""
+    write_summary(tmp_path, ['a', 'b'])
+    write_log(tmp_path, '2020_10_1', ['a'], size=2)
+    summary, checkpoint = tmp_path / 'validation' / 'summary.json', tmp_path / 'checkpoint_final.pth'
+    checkpoint.touch()
+    ended = datetime(2020, 10, 1, 11, 9, 1).timestamp() - 13 * 3600
+    os.utime(checkpoint, (ended, ended))
+    os.utime(summary, (ended + 60, ended + 60))
+    assert held_out_cases(tmp_path, ENDING) == {'a', 'b'}
+    os.utime(summary, (ended - 60, ended - 60))
+    assert held_out_cases(tmp_path, ENDING) is None
+
+
 @pytest.mark.parametrize('summary', ['{', '{}', '[]', '{"metric_per_case": [{}]}', '{"metric_per_case": []}'])
 def test_what_tells_nothing_is_not_known(tmp_path, summary):
     (tmp_path / 'validation').mkdir()

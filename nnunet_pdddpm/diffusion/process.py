@@ -5,8 +5,6 @@ samplers do not know which they hold:
     start(mask, level, noise)                   the first state of a truncated reverse chain
     step(x, x0_hat, level, lower, noise)        from a level down to a lower one, given the denoiser's estimate of x0
 
-and `stochastic`: whether a step uses its noise.
-
 `x0`, `mask` and `x` are coded masks (B, C, ...), `noise` is standard normal of the same shape. A level is a log SNR
 lambda (Kingma et al. 2021, arXiv 2107.00630), a number or a tensor (B,), with abar = sigmoid(lambda); `CLEAN` is no
 noise at all.
@@ -26,9 +24,6 @@ Level = Union[float, Tensor]
 
 class ForwardProcess(Protocol):
     """What trainer and samplers ask of a process: see the module's docstring."""
-
-    @property
-    def stochastic(self) -> bool: ...
 
     def marginal(self, x0: Tensor, level: Level, noise: Tensor) -> Tensor: ...
 
@@ -116,8 +111,6 @@ class Ancestral:
     PD-DDPM (Guo et al., arXiv 2210.17408): the chain starts at x_t' = sqrt(abar_t') x_pre + sqrt(1 - abar_t') eps, on
     the assumption that at t' the noised pre-segmentation and the noised truth are hard to tell apart.
     """
-
-    stochastic = True
 
     def marginal(self, x0: Tensor, level: Level, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x0)."""

@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_pdddpm.evaluation.voxelwise import stored_channels, stored_shape
 from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
+from nnunet_pdddpm.files import matches_identity
 from nnunet_pdddpm.image_files import (
     UnusableImage,
     as_unusable_image,
@@ -225,8 +225,7 @@ def open_folders(predictions: Path, references: Path, raters: Path | None = None
     entries, failed = _read_summary(predictions / SUMMARY)
     summary = {case: entries[case] for case in cases
                if case in entries and matches_identity(predictions, entries[case].get('mask'))}
-    others = {case: NO_CHECKSUM if case in entries and 'mask' not in entries[case] else
-              f'is not the one that {SUMMARY} was made of' for case in cases if case not in summary}
+    others = {case: f'is not the one that {SUMMARY} was made of' for case in cases if case not in summary}
     folders = Folders(predictions, references, raters, cases, ending, labels, manager.has_regions,
                       [int(v) for v in manager.all_labels], manager.ignore_label,
                       _reader(dataset, [references / f'{case}{ending}' for case in cases]), summary,

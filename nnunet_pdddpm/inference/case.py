@@ -1,11 +1,14 @@
 """One case on its way to its files: exported in the background, then moved to the output folder, the mask last."""
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,12 @@ from nnunet_pdddpm.inference.summary import (
 from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.labels import label_channels
 
+logger = logging.getLogger(__name__)
+
 LOCK = '.lock'
 """Ending of the lock, a file beside the folder of a case: Windows deletes no folder that holds an open file."""
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+"""Errors of file systems that have no locks, such as NFS without a lock daemon."""
 
 
 class OutputInUse(ValueError):
@@ -97,12 +104,24 @@ def lock_of(folder: Path) -> Path:
 def locked(folder: Path) -> FileLock:
     """Lock the folder of a case. The system lets go of the lock when a process ends, however that ends.
 
+    A file system without locks gives one that is not held, and a warning.
+
     Raises:
         Timeout: if another process has it.
     """
     lock = FileLock(lock_of(folder))
-    lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_without_locks(folder.parent, str(error.strerror))
     return lock
+
+
+@lru_cache
+def _warn_without_locks(folder: Path, error: str) -> None:
+    logger.warning('The file system of %s has no locks (%s): predict a case from one process at a time.', folder, error)
 
 
 def unlock(lock: FileLock) -> None:

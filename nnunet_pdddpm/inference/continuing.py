@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.files import NO_CHECKSUM
 from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.summary import CASES, describes_mask, read_row, write_summary
 
@@ -20,9 +19,7 @@ NOT_COMPARED = 'model'
 
 def difference(then: Settings, now: Settings) -> str:
     """How the settings of a finished case differ from those of now, for a sentence; empty if they do not."""
-    if any('weights' not in model for model in then):
-        return 'by a version of nnunet-pdddpm that did not note the weights of its model'
-    if [model['weights'] for model in then] != [model['weights'] for model in now]:
+    if [model.get('weights') for model in then] != [model['weights'] for model in now]:
         return f'with another model: its weights are not those of {now[0]["model"]}'
     names = dict.fromkeys(name for a, b in zip(then, now, strict=True) for name in {**a, **b}
                           if name != NOT_COMPARED and a.get(name) != b.get(name))
@@ -46,8 +43,6 @@ def foreign_mask_reason(mask: Path, case: str) -> str:
         return ''  # its row was torn by a loss of power: the case is predicted again
     if row is None:
         return 'was not written by nnUNetv2_pdddpm_predict: there is no row of it in pdddpm_cases'
-    if 'mask' not in row:
-        return NO_CHECKSUM
     return '' if describes_mask(mask.parent, row) else 'was changed or replaced after nnUNetv2_pdddpm_predict wrote it'
 
 
@@ -60,9 +55,6 @@ def cases_with_other_settings(output: Path, cases: Collection[str], settings: Se
 
 def refresh_summary(output: Path) -> None:
     """`write_summary`, and a line about the masks that it leaves out."""
-    changed = write_summary(output)
-    untold = [case for case in changed if 'mask' not in (read_row(output, case) or {})]
-    for cases, why in (([case for case in changed if case not in untold], 'is not the one that was predicted'),
-                       (untold, NO_CHECKSUM)):
-        if cases:
-            logger.warning('%s leaves out %s: the mask that is there %s.', output / SUMMARY, ', '.join(cases), why)
+    if changed := write_summary(output):
+        logger.warning('%s leaves out %s: the mask that is there is not the one that was predicted.', output / SUMMARY,
+                       ', '.join(changed))

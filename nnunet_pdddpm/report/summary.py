@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_pdddpm.file_names import SUMMARY
-from nnunet_pdddpm.files import NO_CHECKSUM, matches_identity
+from nnunet_pdddpm.files import matches_identity
 from nnunet_pdddpm.report.volumes import required_file
 from nnunet_pdddpm.texts import in_percent
 
@@ -79,8 +79,6 @@ def choose_entries(folder: Path, summary: Mapping[str, Any], cases: Iterable[str
         entry, mask = by_name.get(case), folder / f'{case}{ending}'
         if entry is not None and matches_identity(folder, entry.get('mask')):
             chosen.append(entry)
-        elif mask.is_file() and entry is not None and 'mask' not in entry:
-            missing[case] = f'{mask.name} {NO_CHECKSUM}'
         elif mask.is_file() and case not in failed:
             missing[case] = f'{mask.name} is not the mask that {SUMMARY} was made of'
         elif case not in failed:
@@ -106,7 +104,7 @@ def review_order(entry: Mapping[str, Any]) -> tuple[bool, bool, str, float, floa
 
 def ranked_by(entry: Mapping[str, Any]) -> str | None:
     """Key of the number that an entry is sorted by; None if nothing ranks."""
-    by = entry.get('order', {'by': 'estimated_dice'})['by']
+    by = entry['order']['by']
     return None if by is None else str(by)
 
 
@@ -118,8 +116,7 @@ def sorted_column(entries: Iterable[Mapping[str, Any]]) -> str | None:
 
 def about_order(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """How cases are sorted and how well that worked in validation, a sentence or two for each way."""
-    orders = [entry['order'] for entry in entries if 'order' in entry]
-    return list(dict.fromkeys(order['statement'] for order in orders if order.get('statement')))
+    return list(dict.fromkeys(said for entry in entries if (said := entry['order'].get('statement'))))
 
 
 def finite(value: Any) -> float | None:

@@ -6,6 +6,8 @@ import re
 from datetime import datetime
 from pathlib import Path, PureWindowsPath
 
+from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
+
 EPOCH = re.compile(r': Epoch \d+ $', re.MULTILINE)
 SPLIT = re.compile(r': This (?:random 80:20 )?split has \d+ training and (\d+) validation cases')
 PREDICTING = re.compile(r': predicting (.+) $', re.MULTILINE)
@@ -44,9 +46,16 @@ def held_out_cases(fold: Path, ending: str) -> frozenset[str] | None:
 
 
 def _is_newer(file: Path, training: str) -> bool:
-    """Whether a file was written after the training of a log ended; without a log it is not known to be old."""
-    ended = ENDED.findall(training)
-    return not ended or file.stat().st_mtime >= datetime.fromisoformat(ended[-1]).timestamp()
+    """Whether a file was written after the training of a log ended; without a log it is not known to be old.
+
+    The log has the local time of the machine that trained. In another time zone the last checkpoint tells, which is
+    written when training ends.
+    """
+    times = [datetime.fromisoformat(ended).timestamp() for ended in ENDED.findall(training)[-1:]]
+    checkpoint = file.parents[1] / FINAL_CHECKPOINT
+    if times and checkpoint.is_file():
+        times.append(checkpoint.stat().st_mtime)
+    return not times or file.stat().st_mtime >= min(times)
 
 
 def _time(log: Path) -> list[int]:

@@ -64,6 +64,8 @@ class PDDDPMTrainer(nnUNetTrainer):
     """nnU-Net trainer of the denoiser; everything not written here is nnU-Net's own."""
 
     design = DiffusionDesign()
+    epochs: int | None = None
+    """Number of them, if not nnU-Net's."""
     network: nn.Module
     loss: nn.Module
     enable_deep_supervision: bool
@@ -76,6 +78,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         ### Some hyperparameters for you to fiddle with
         self.initial_lr = 1e-3
         self.weight_decay = 1e-2
+        if self.epochs is not None:
+            self.num_epochs = self.epochs
         # share of the patches that show the denoiser no mask at all; the others show the noised truth
         self.blind_share = 0.5
         # sampling settings that go into the model until they are tuned

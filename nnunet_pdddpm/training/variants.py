@@ -15,59 +15,35 @@ __all__ = ['PDDDPMTrainer_1epoch', 'PDDDPMTrainer_5epochs', 'PDDDPMTrainer_10epo
 
 
 class PDDDPMTrainer_1epoch(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 1
+    epochs = 1
 
 
 class PDDDPMTrainer_5epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 5
+    epochs = 5
 
 
 class PDDDPMTrainer_10epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 10
+    epochs = 10
 
 
 class PDDDPMTrainer_20epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 20
+    epochs = 20
 
 
 class PDDDPMTrainer_50epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 50
+    epochs = 50
 
 
 class PDDDPMTrainer_100epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 100
+    epochs = 100
 
 
 class PDDDPMTrainer_250epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 250
+    epochs = 250
 
 
 class PDDDPMTrainer_500epochs(PDDDPMTrainer):
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
-                 device: torch.device = torch.device('cuda')):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 500
+    epochs = 500
 
 
 class PDDDPMTrainerPaper(PDDDPMTrainer):
