@@ -23,7 +23,7 @@ EMPTY = (' In {number} images most raters drew nothing: Dice and F1 are of the o
          'of these images with a mask that is not empty.')
 SECONDS = (' Seconds: of all {samples} samples of an image, in turn on one thread, without files; mean of {images} '
            'images, models of fold 0{tuned}.')
-TUNED = ' Tuned: by `nnUNetv2_pdddpm_tune`,\n{minutes} minutes:\n\n{chosen}'
+TUNED = ' Tuned: by `nnUNetv2_pdddpm_tune`,\nin at most {minutes} minutes:\n\n{chosen}'
 FITTED = ' (one ensemble)'
 """Of one model, for which a temperature or more is fitted in each training."""
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import images
 import numpy as np
@@ -23,9 +24,8 @@ from matplotlib.figure import Figure
 from page import markdown, write
 from statistics_of_trainings import files_of_trainings, spread
 from volumes import rows as rows_of_volumes
-from volumes import volume_row
 
-from nnunet_pdddpm.inference.intervals import Calibrated, Features, Rule, calibrate, signed_errors
+from nnunet_pdddpm.inference.intervals import Calibrated, Rule, calibrate, signed_errors
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.network.state import CALIBRATION
 
@@ -34,17 +34,19 @@ NEEDS = {'hippocampus': 'hippocampus', 'phantom': 'phantom', 'raters': 'nuclei a
 SAMPLES = 8
 CALIBRATION_IMAGES, TEST_IMAGES, PHANTOM_SEED = 50, 150, 600_000
 """Phantoms of each number of objects."""
-Rows = list[dict[str, list[float]]]
-"""Of cases: the `FIELDS` of a label, and the volumes of the samples."""
-Ends = tuple[float, float]
+Case = dict[str, Any]
+"""Volumes of a label: `true`, of the `mask`, and of the `samples`, a list."""
+Rows = list[Case]
+Method = Callable[[Case], 'tuple[float, float] | None']
+"""Case -> the ends of its interval."""
 TITLES = {'Anterior': 'Hippocampus, anterior', 'Posterior': 'Hippocampus, posterior',
           **{f'{objects}_objects': f'Phantom, total of {objects} objects' for objects in GRIDS},
           'nuclei': 'Nuclei, total area', 'cells': 'Cells, total area'}
 RATERS = {'nuclei': 5, 'cells': 10}
 """Rows of an image, one after the other, that belong together."""
 SPLITS = 100
-METHODS = ('as the package does it', 'the same without samples', 'relative error, no samples', 'range of 8 samples',
-           '2.5 to 97.5 % quantiles of 8 samples')
+METHODS = ('as the package does it', 'relative error', 'range of 8 samples')
+HEAD = ('volume', 'interval', 'holds the true volume', 'width', 'holds it in random splits', 'width in random splits')
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -95,21 +97,16 @@ def rows_of_images(image_set: ImageSet, work: Path, fold: int, on: Iterable[Imag
                                                              image.masks.sum((1, 2)).astype(float).tolist())]
 
 
-def rows_of_image(volume: object, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
+def rows_of_image(volume: Any, settings: SamplingSettings, truths: Sequence[float]) -> Rows:
     """Of one image's foreground, in pixels, against each of its true areas."""
     from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
-    from nnunet_pdddpm.inference.counting import VoxelCounter
-    predictor, everything = volume.predictor, slice(0, volume.shape[1])
-    counter = VoxelCounter(predictor.label_manager, {'object': (1,)}, tuple(slice(0, n) for n in volume.shape[1:]))
+    refiner, samples = volume.predictor.refiner, []
     for sample in range(SAMPLES):
         p, parts = volume.sample_volume(settings, sample, SAMPLES), volume.parts(settings)
-        shifts = predictor.refiner.end_shifts(settings, sample, SAMPLES, parts.number)
-        objects = volume.objects(settings.temperature)
-        mask = hard_mask(drawn_logits(p, predictor.refiner.regions, shifts, parts.index), predictor.refiner.regions)
-        counter.add(sample, everything, mask, objects.index, objects.number)
-    counter.add_mask([(everything, volume.blind_logits())])
-    features_of, sizes = counter.features(counter.consensus, 1.0)[0], counter.sample_sizes()[:, 0].astype(float)
-    return [volume_row(true, features_of, sizes) for true in truths]
+        shifts = refiner.end_shifts(settings, sample, SAMPLES, parts.number)
+        samples.append(float(hard_mask(drawn_logits(p, False, shifts, parts.index), False).sum()))
+    mask = float(hard_mask(volume.blind_logits(), False).sum())
+    return [{'true': true, 'mask': mask, 'samples': samples} for true in truths]
 
 
 def rows_of_raters(image_set: ImageSet, work: Path, data: str | None, fold: int) -> tuple[Rows, Rows]:
@@ -124,29 +121,26 @@ def rows_of_hippocampus(work: Path, fold: int, channel: int) -> tuple[Rows, Rows
     scores = HIPPOCAMPUS.weights(work, 'denoiser', fold)[CALIBRATION][:, channel].double()
     tuned = next(row for row in rows_of_volumes()[0] if row.title == 'PDDDPM as tuned')
     test = json.loads((work / 'measured' / f'{tuned.name}__{fold}.json').read_text())
-    return ([{'fields': case.tolist(), 'samples': []} for case in scores if case[-1] > 0],
+    return ([{'true': true, 'mask': mask} for true, mask, known in scores.tolist() if known],
             [case['volumes'][channel - 1] for case in test])
 
 
-def methods(calibration: Rows) -> dict[str, Callable[[dict[str, list[float]]], Ends | None]]:
+def methods(calibration: Rows) -> dict[str, Method]:
     """Name -> what makes the interval of a test case."""
-    scores, relative = np.array([case['fields'] for case in calibration]), Rule('volume')
-    errors = signed_errors(relative, scores[:, 0], Features(*scores[:, 1:6].T))
+    scores, relative = np.array([[case['true'], case['mask'], 1] for case in calibration]), Rule(1.0)
+    errors = signed_errors(relative, scores[:, 0], scores[:, 1])
     assert errors is not None
-    made = [calibrate([scores], True), calibrate([scores], False),
-            Calibrated(relative, errors, np.zeros(len(errors), int))]
 
-    def calibrated(by: Calibrated | None) -> Callable[[dict[str, list[float]]], Ends | None]:
-        return lambda case: None if by is None else by.interval(
-            Features(*(np.array([value]) for value in case['fields'][1:6])))
-    return dict(zip(METHODS, (*map(calibrated, made), lambda case: (min(case['samples']), max(case['samples'])),
-                               lambda case: tuple(np.quantile(case['samples'], [0.025, 0.975]))), strict=True))
+    def calibrated(by: Calibrated | None) -> Method:
+        return lambda case: None if by is None else by.interval(np.array([case['mask']]))
+    return dict(zip(METHODS, (
+        calibrated(calibrate([scores])), calibrated(Calibrated(relative, errors, np.zeros(len(errors), int))),
+        lambda case: (min(case['samples']), max(case['samples']))), strict=True))
 
 
-def coverage_and_width(make: Callable[[dict[str, list[float]]], Ends | None],
-                       test: Rows) -> tuple[np.ndarray, np.ndarray]:
+def coverage_and_width(make: Method, test: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Of each test case: whether the interval holds the true volume, and its width over the mean true volume, in %."""
-    true = np.array([case['fields'][0] for case in test])
+    true = np.array([case['true'] for case in test])
     low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T
     return 100.0 * ((low <= true) & (true <= high)), 100 * (high - low) / true.mean()
 
@@ -154,7 +148,7 @@ def coverage_and_width(make: Callable[[dict[str, list[float]]], Ends | None],
 def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, np.ndarray]:
     """Coverage and width where all rows are divided anew, as many to calibrate by: without the luck of one division."""
     rows, rng = np.array([*calibration, *test]), np.random.default_rng(0)
-    found: dict[str, list[list[float]]] = {method: [] for method in METHODS[:3]}  # those that need calibration
+    found: dict[str, list[list[float]]] = {method: [] for method in METHODS[:2]}  # those that need calibration
     for _ in range(SPLITS):
         order = rng.permutation(len(rows) // together)[:, None] * together + np.arange(together)
         shuffled = rows[order.ravel()]
@@ -165,8 +159,8 @@ def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, np.nd
     return {method: np.mean(of_splits, 0) for method, of_splits in found.items()}
 
 
-def table(into: Path, name: str) -> str:
-    """Of a data set: coverage and mean width, mean and standard deviation over trainings."""
+def table_rows(into: Path, name: str) -> list[list[str]]:
+    """Of a data set: coverage and mean width of each method, mean and standard deviation over trainings."""
     found: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {method: [] for method in METHODS}
     for file in files_of_trainings(into, name):
         calibration, test = json.loads(file.read_text())
@@ -177,9 +171,8 @@ def table(into: Path, name: str) -> str:
     for method, of_trainings in found.items():
         inside, width, anew = (np.array(scores) for scores in zip(*of_trainings, strict=True))
         known = ['', ''] if np.isnan(anew).any() else [f'{spread(anew[:, i, None], 1)} %' for i in range(2)]
-        rows.append([method, f'{spread(inside, 1)} %', f'{spread(width, 1)} %', *known])
-    head = ['interval', 'holds the true volume', 'width', 'holds it, divided anew', 'width, divided anew']
-    return f'## {TITLES[name]}\n\n{markdown(head, rows)}'
+        rows.append([TITLES[name], method, f'{spread(inside, 1)} %', f'{spread(width, 1)} %', *known])
+    return rows
 
 
 def draw(into: Path, measured: Sequence[str], file: Path) -> None:
@@ -192,8 +185,8 @@ def draw(into: Path, measured: Sequence[str], file: Path) -> None:
     for axis, name in zip(axes.flat, measured, strict=False):
         calibration, test = json.loads((into / f'{name}__0.json').read_text())
         make = methods(calibration)[METHODS[0]]
-        test.sort(key=lambda case: case['fields'][0])
-        true = np.array([case['fields'][0] for case in test])
+        test.sort(key=lambda case: case['true'])
+        true = np.array([case['true'] for case in test])
         low, high = np.array([make(case) or (np.nan, np.nan) for case in test]).T / true.mean()
         true, at = true / true.mean(), np.arange(len(test))
         missed = (true < low) | (true > high)
@@ -217,4 +210,4 @@ def write_page(into: Path, file: Path) -> None:
         sys.exit(f'{into} holds no measurement: name the work folders of trained models, see --help.')
     draw(into, measured, file.with_suffix('.png'))
     write(file, 'intervals', figure=f'![Intervals]({file.stem}.png)', calibration=CALIBRATION_IMAGES, test=TEST_IMAGES,
-          splits=SPLITS, tables='\n\n'.join(table(into, name) for name in measured))
+          splits=SPLITS, table=markdown(HEAD, [row for name in measured for row in table_rows(into, name)]))

@@ -13,13 +13,8 @@ def aurc(score: np.ndarray, dice: np.ndarray) -> float:
     return area_under_risk_coverage(-score, 1 - dice)
 
 
-def excess_aurc(score: np.ndarray, dice: np.ndarray) -> float:
-    """AURC beyond that of the best order."""
-    return aurc(score, dice) - aurc(dice, dice)
-
-
 def normalised_aurc(score: np.ndarray, dice: np.ndarray) -> float:
-    """Excess AURC over that of a random order: 0 for the best one, 1 for one at random."""
+    """AURC beyond that of the best order, over that of a random one: 0 for the best order, 1 for one at random."""
     best = aurc(dice, dice)
     room = float((1 - dice).mean()) - best
     return (aurc(score, dice) - best) / room if room > 0 else 0.0

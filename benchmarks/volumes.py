@@ -18,7 +18,6 @@ from statistics_of_trainings import file_name, files_of_trainings
 from torch import Tensor
 
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
-from nnunet_pdddpm.inference.intervals import Features
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.temperature import fit_temperature, likelihoods
 
@@ -129,19 +128,14 @@ def fitted(predictor: Any, work: Path, fold: int) -> float:
 
 
 def predict(predictor: Any, row: Row, name: str, image: Tensor, truth: Truth) -> tuple[Truth, Tensor, list[Any]]:
-    """Truth, logits of the mask, and for each label what intervals of its volume are made of and measured by."""
+    """Truth, logits of the mask, and the volumes of each label: the true one, the mask's and the samples'."""
     if row.network in ('stock', 'longer'):
         return truth, predictor.predict_logits_from_preprocessed_data(image).float(), []
     prediction = predictor.predict_volume(image, case=name, stock=False)
     true = np.bincount(truth.truth.cpu(), minlength=1 + len(CHANNELS))[1:] * VOXEL_ML
-    sizes = prediction.counts.sample_sizes() * VOXEL_ML
-    features = prediction.counts.features(prediction.counts.consensus * VOXEL_ML, VOXEL_ML)
-    return truth, prediction.logits, [volume_row(float(true[i]), of, sizes[:, i]) for i, of in enumerate(features)]
-
-
-def volume_row(true: float, features: Features, volumes: np.ndarray) -> dict[str, list[float]]:
-    """What intervals of a label's volume are made of and measured by in one case: see `inference.intervals.FIELDS`."""
-    return {'fields': [true, *(float(of[0]) for of in features), float(len(volumes))], 'samples': volumes.tolist()}
+    masks, samples = (prediction.counts.consensus * VOXEL_ML, prediction.counts.sample_sizes() * VOXEL_ML)
+    return truth, prediction.logits, [{'true': float(true[i]), 'mask': float(mask), 'samples': samples[:, i].tolist()}
+                                      for i, mask in enumerate(masks)]
 
 
 def score(truth: Truth, logits: Tensor) -> dict[str, float]:

@@ -85,7 +85,7 @@ def samples_of(refined: Workspace):
             # under little noise: the mask that was noised
             patch.setattr(predictor.refiner, 'denoise', lambda image, x, level: 2 * harden(x, regions) - 1)
             # the data set has no regions, and nothing is asked of volumes
-            patch.setattr(VoxelCounter, '_add', lambda counter, *_: torch.zeros(counter.num_values, 1).int())
+            patch.setattr(VoxelCounter, '_add', lambda counter, *_: torch.zeros(counter.num_values).int())
             predictor.predict_volume(torch.zeros(1, *SHAPE), keep)
         return np.stack([masks[number] for number in range(samples)])
     return drawn

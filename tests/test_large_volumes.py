@@ -367,7 +367,7 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
             logits = drawn_logits(p, regions, shifts, parts.at(z))
             mask = hard_mask(logits, regions)
             spread.add(0, z, p, mask)
-            counts.add(0, z, mask, parts.at(z), parts.number)
+            counts.add(0, z, mask)
         spread.finish_fold(1)
         assert counts.tables[0].device.type == 'cuda'
         assert {values.device.type for values in spread.maps().values()} == {'cuda'}

@@ -434,7 +434,7 @@ def test_the_estimated_dice_is_what_mask_and_probabilities_say(one_case, tmp_pat
         assert found == pytest.approx(expected, abs=0.002) or found is None and name == 'lesion' and not inside.any()
 
 
-def test_intervals_hold_for_masks_and_samples_as_in_calibration_only(one_case, tmp_path, capsys, monkeypatch):
+def test_intervals_hold_for_masks_as_in_calibration_and_any_samples(one_case, tmp_path, capsys, monkeypatch):
     """20 validation cases, in which the true volume of the organ is 10 to 20 % above the mask's; no lesion is known."""
     results = tmp_path / 'nnUNet_results'
     shutil.copytree(model_folder(), results / DATASET / model_folder().name)
@@ -443,8 +443,7 @@ def test_intervals_hold_for_masks_and_samples_as_in_calibration_only(one_case, t
     stored = stored_settings(torch.load(file, weights_only=False)['network_weights'])
     scores = torch.zeros(20, 3, len(FIELDS))
     mask = torch.linspace(1, 5, 20)
-    scores[:, 1] = torch.stack([mask * torch.linspace(1.1, 1.2, 20), mask, mask, 0 * mask, 0 * mask, 0 * mask,
-                                0 * mask + 4], 1)
+    scores[:, 1] = torch.stack([mask * torch.linspace(1.1, 1.2, 20), mask, torch.ones(20)], 1)
     store_calibration(file, scores)
     flags = ('--save_samples', '-samples', '4')
 

@@ -830,7 +830,7 @@ def test_volumes_of_the_validation_cases_go_into_the_checkpoint_and_end_with_fur
     for row, name in zip(stored, cases.names, strict=False):
         for label, channel in (('organ', 1), ('lesion', 2)):
             assert row[channel, 0] == pytest.approx(cases.true_volumes(name)[label])
-            assert row[channel, FIELDS.index('samples')] == stored_settings(weights(file)).samples
+            assert row[channel, FIELDS.index('known')] == 1
     assert not stored[len(cases.names):].any() and not stored[:, 0].any()
     assert not weights(scratch / 'fold_0' / 'checkpoint_best.pth')['calibration'].any()  # not measured
     trainer = make_trainer(TUNED, 0)

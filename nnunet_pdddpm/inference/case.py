@@ -235,9 +235,9 @@ class PendingCase:
         ml = image_voxel_ml(self.export.properties, self.export.plans_manager.transpose_backward)
         mask_ml = np.array([counted[name]['voxels'] * ml for name in self.labels])
         sizes = self.counts.sample_sizes() * self.grid_voxel_ml
-        features = self.counts.features(mask_ml, self.grid_voxel_ml)
+        masks = self.counts.mask_volumes(mask_ml, self.grid_voxel_ml)
         return {name: {'volume_ml': counted[name]['voxels'] * ml,
-                       **interval(self.calibrated[name].select(features[i]), features[i]),
+                       **interval(self.calibrated[name].select(masks[i]), masks[i]),
                        **sample_volumes(sizes[:, i], self.folds),
                        'volume_ml_stock': None if (stock := counted[name]['voxels_stock']) is None else stock * ml,
                        'components': counted[name]['components'], **values}

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nnunet_pdddpm.diffusion.drawing import hard_mask
 from nnunet_pdddpm.inference.chunks import in_chunks, inside
-from nnunet_pdddpm.inference.intervals import Features
 
 
 def tally(values: Tensor, number: int, weights: Tensor | None = None) -> Tensor:
@@ -29,7 +28,7 @@ def tally(values: Tensor, number: int, weights: Tensor | None = None) -> Tensor:
 
 
 class VoxelCounter:
-    """Counts of one volume: of the masks of single models, and of every sample, whole and object by object."""
+    """Counts of one volume: of the masks of single models, and of every sample."""
 
     def __init__(self, label_manager: LabelManager, labels: Mapping[str, tuple[int, ...]], box: tuple[slice, ...]
                  ) -> None:
@@ -51,8 +50,8 @@ class VoxelCounter:
         """The mask of one model, by slices and its logits (C, slices, Y, X) in them, padded."""
         table = torch.zeros(0)
         for z, values in logits:
-            table = self._add(table, hard_mask(values, self.manager.has_regions), z, None, 1)
-        self.masks.append(self._per_label(table)[:, 0])
+            table = self._add(table, hard_mask(values, self.manager.has_regions), z)
+        self.masks.append(self._per_label(table))
 
     def set_consensus(self, logits: Tensor) -> None:
         """The mask that several models make together, by its logits (C, Z, Y, X) without padding."""
@@ -65,36 +64,27 @@ class VoxelCounter:
         """Voxels of each label in the mask that all models make together, (labels,)."""
         return self.masks[0] if self._consensus is None else self._consensus
 
-    def add(self, number: int, z: slice, mask: Tensor, index: Tensor | None, objects: int) -> None:
+    def add(self, number: int, z: slice, mask: Tensor) -> None:
         """Some slices of a sample.
 
         Args:
             number: of the sample.
             z: which slices of the padded volume.
             mask: their mask, see `drawing.hard_mask`.
-            index: (slices, Y, X) object of each voxel, of so many `objects` that are counted one by one; None for one.
         """
-        self.tables[number] = self._add(self.tables.get(number, torch.zeros(0)), mask, z, index, objects)
+        self.tables[number] = self._add(self.tables.get(number, torch.zeros(0)), mask, z)
 
-    @property
-    def samples(self) -> dict[int, np.ndarray]:
-        """Number of a sample -> voxels of each label in each object, (labels, objects)."""
-        return {number: self._per_label(table) for number, table in self.tables.items()}
-
-    def _add(self, table: Tensor, mask: Tensor, z: slice, index: Tensor | None, number: int) -> Tensor:
-        """Add to a table (values, number) the voxels of slices in the box that have a value, by nnU-Net's own rule, in
-        each of the parts that `index` names. It stays where the mask is."""
+    def _add(self, table: Tensor, mask: Tensor, z: slice) -> Tensor:
+        """Add to a table (values,) the voxels of slices in the box that have a value, by nnU-Net's own rule. It stays
+        where the mask is."""
         here, (_, y, x) = inside(z, self.box[0])[0], self.box
-        values = self.label_map(mask[..., here, y, x]).flatten()
-        if index is not None:
-            values = values * number + index[here, y, x].flatten()
-        counted = tally(values, self.num_values * number).reshape(-1, number)
+        counted = tally(self.label_map(mask[..., here, y, x]).flatten(), self.num_values)
         return counted if not len(table) else table + counted
 
     def _per_label(self, table: Tensor) -> np.ndarray:
-        """(values, number) -> (labels, number)"""
+        """(values,) -> (labels,)"""
         counts = table.cpu().numpy()
-        return np.stack([counts[list(values)].sum(0) for values in self.labels.values()])
+        return np.array([counts[list(values)].sum() for values in self.labels.values()])
 
     def label_map(self, mask: Tensor) -> Tensor:
         """As nnU-Net's `convert_logits_to_segmentation`: the classes' labels, or regions one over the other; int64."""
@@ -108,11 +98,10 @@ class VoxelCounter:
 
     def sample_sizes(self) -> np.ndarray:
         """(samples, labels) voxels, in the order of the samples' numbers."""
-        samples = self.samples
-        return np.stack([samples[number].sum(1) for number in sorted(samples)])
+        return np.stack([self._per_label(self.tables[number]) for number in sorted(self.tables)])
 
-    def features(self, mask_ml: np.ndarray, voxel_ml: float) -> list[Features]:
-        """What intervals are made of, for each label: arrays (models,). What is of the samples is known of one model.
+    def mask_volumes(self, mask_ml: np.ndarray, voxel_ml: float) -> np.ndarray:
+        """Volumes that intervals are made of, (labels, models) ml.
 
         The mask of a model among several is not resampled. Its volume is that of the consensus in the original image,
         and the voxels that it has more in the network's grid.
@@ -123,13 +112,4 @@ class VoxelCounter:
         """
         voxels = np.stack(self.masks)
         there = (voxels > 0) | (voxels == self.consensus)
-        masks = np.where(there, np.maximum(mask_ml + (voxels - self.consensus) * voxel_ml, 0), 0)
-        nothing = np.zeros(len(masks))
-        if len(masks) > 1 or len(self.tables) < 2:
-            return [Features(volumes, nothing, nothing, nothing, nothing) for volumes in masks.T]
-        samples = self.samples
-        counts = np.stack([samples[number] for number in sorted(samples)]) * voxel_ml
-        total, sd = counts.sum(2), counts.std(0, ddof=1)
-        return [Features(masks[:, i], total[:, i].mean(keepdims=True), total[:, i].std(ddof=1, keepdims=True),
-                         (sd[i] ** 2).sum(keepdims=True), sd[i].sum(keepdims=True) ** 2)
-                for i in range(len(self.labels))]
+        return np.where(there, np.maximum(mask_ml + (voxels - self.consensus) * voxel_ml, 0), 0).T

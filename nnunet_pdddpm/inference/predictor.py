@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -92,16 +92,13 @@ class PDDDPMPredictor(VolumePredictor):
         """Label -> what its intervals are made of, or why there are none."""
         channels = label_channels(self.dataset_json, self.plans_manager)
         scores = [parameters[CALIBRATION].numpy() for parameters in self.list_of_parameters]
-        drawn = [int(rows[..., FIELDS.index('samples')].max()) for rows in scores]
-        mask_alike, draws_alike = self._as_in_validation(drawn)
-        if not any(drawn):
+        if not any(rows[..., FIELDS.index('known')].any() for rows in scores):
             reason = f'the model is not calibrated ({self._how_to_calibrate()})'
             return dict.fromkeys(channels, ByMask(reason, reason))
-        if not mask_alike:
+        if not self._as_in_validation()[0]:
             reason = 'the calibrated one holds only for masks made as in validation'
             return dict.fromkeys(channels, ByMask(reason, reason))
-        return {name: calibrate_by_mask([rows[:, channel] for rows in scores], draws_alike and len(scores) == 1)
-                for name, channel in channels.items()}
+        return {name: calibrate_by_mask([rows[:, channel] for rows in scores]) for name, channel in channels.items()}
 
     def _how_to_calibrate(self) -> str:
         """What measures the validation cases of a model that holds none, or why nothing does: a clause."""
@@ -113,16 +110,13 @@ class PDDDPMPredictor(VolumePredictor):
             return f'nnUNetv2_train --val --val_best does it for {BEST_CHECKPOINT}'
         return f'only {FINAL_CHECKPOINT} and {BEST_CHECKPOINT} can be'
 
-    def _as_in_validation(self, drawn: Sequence[int]) -> tuple[bool, bool]:
-        """Whether masks are made, and samples drawn, as on the validation cases.
-
-        `drawn`: number of samples of each model there.
-        """
+    def _as_in_validation(self) -> tuple[bool, bool]:
+        """Whether masks are made, and samples drawn, as on the validation cases."""
         stored = [stored_settings(parameters) for parameters in self.list_of_parameters]
         here = all(getattr(self, name) == value for name, value in TUNING_DEFAULTS.items())
         draws_alike = here and all(
-            now.sample_settings == then.sample_settings and self.num_samples // len(stored) == number
-            for now, then, number in zip(self.fold_settings, stored, drawn, strict=True))
+            now.sample_settings == then.sample_settings and self.num_samples // len(stored) == then.samples
+            for now, then in zip(self.fold_settings, stored, strict=True))
         mask_alike = here and all(now.mask_settings == then.mask_settings and (draws_alike or not now.needs_samples)
                                   for now, then in zip(self.fold_settings, stored, strict=True))
         return mask_alike, draws_alike
@@ -136,7 +130,7 @@ class PDDDPMPredictor(VolumePredictor):
         found = ranking_of(weights[QUALITY].numpy(), channels)
         if found is NOT_MEASURED:
             return replace(found, reason=f'{found.reason} ({self._how_to_calibrate()})')
-        if found.scores is not None and not all(self._as_in_validation([stored_settings(weights).samples])):
+        if found.scores is not None and not all(self._as_in_validation()):
             return Ranking(UNMEASURED, 'masks and samples are not made as in validation')
         return found
 

@@ -18,7 +18,7 @@ import torch
 import nnunet_pdddpm
 from nnunet_pdddpm.file_names import SUMMARY, SUMMARY_TABLE
 from nnunet_pdddpm.files import matches_identity, write_atomically
-from nnunet_pdddpm.inference.intervals import Calibrated, Features
+from nnunet_pdddpm.inference.intervals import Calibrated
 from nnunet_pdddpm.versions import require_nnunet
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,12 @@ def sample_volumes(ml: np.ndarray, folds: Sequence[int]) -> dict[str, float | No
     return row
 
 
-def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]:
+def interval(calibrated: Calibrated | str, masks: np.ndarray) -> dict[str, Any]:
     """The calibrated interval of a volume, or why there is none.
 
     Args:
         calibrated: of the label; or the reason why it is not calibrated.
-        features: of the label in this case, see `Calibrated.interval`.
+        masks: volumes of the label in the models' masks of this case, (models,) ml.
 
     Returns:
         Ends in ml, the level that they promise, the number of validation cases, and the unit of the error; or None for
@@ -73,9 +73,7 @@ def interval(calibrated: Calibrated | str, features: Features) -> dict[str, Any]
     ends = None
     if isinstance(calibrated, str):
         missing = calibrated
-    elif calibrated.lacks_unit(features):
-        missing = 'all samples have the same volume, and their spread would be the unit of the error'
-    elif (ends := calibrated.interval(features)) is None:
+    elif (ends := calibrated.interval(masks)) is None:
         missing = 'the mask holds nothing of this label'
     else:
         missing = 'errors in validation were too large to be bounded'

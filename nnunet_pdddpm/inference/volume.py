@@ -120,8 +120,7 @@ class Volume:
         if not mirrored or len(self.mirrorings) == 1:
             self._start_logits = self.stock_logits
         self.refiner.to(self.predictor.device).eval()
-        self._objects: dict[float, Parts] = {}  # by temperature
-        self._parts: dict[float, Parts] = {}
+        self._parts: dict[float, Parts] = {}  # by temperature
 
     def drop_mirrored(self) -> None:
         """Free the mirrored stock logits: nothing more is made of them."""
@@ -171,23 +170,18 @@ class Volume:
             self.refiner.to(self.predictor.device).eval()
         return self._blind[temperature]
 
-    def objects(self, temperature: float) -> Parts:
-        """The objects that there may be, by the stock model's probabilities under a temperature."""
-        if temperature not in self._objects:
-            foreground = torch.empty(self.shape[1:], device=self.device)
-            for z in chunks(self.shape):
-                p = self.probabilities_at(self.start_logits, z, temperature)
-                foreground[z] = p.amax(0) if self.refiner.regions else 1 - p[0]
-            self._objects[temperature] = objects_in(foreground)
-        return self._objects[temperature]
-
     def parts(self, settings: SamplingSettings) -> Parts:
-        """The parts that are drawn by thresholds of their own: one around each of the objects."""
+        """The parts that are drawn by thresholds of their own: one around each of the objects that there may be, by the
+        stock model's probabilities."""
         if settings.dependence == 1:
             return WHOLE
         temperature = settings.temperature
         if temperature not in self._parts:
-            self._parts[temperature] = parts_around(self.objects(temperature))
+            foreground = torch.empty(self.shape[1:], device=self.device)
+            for z in chunks(self.shape):
+                p = self.probabilities_at(self.start_logits, z, temperature)
+                foreground[z] = p.amax(0) if self.refiner.regions else 1 - p[0]
+            self._parts[temperature] = parts_around(objects_in(foreground))
         return self._parts[temperature]
 
     def sample(self, settings: SamplingSettings, sample: int, samples: int | None) -> Callable[[slice], Tensor]:

@@ -21,7 +21,6 @@ from nnunet_pdddpm.diffusion.coding import LARGEST_LOGIT, probabilities_to_logit
 from nnunet_pdddpm.diffusion.drawing import drawn_logits, hard_mask
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.chunks import chunks, in_chunks, inside
-from nnunet_pdddpm.inference.components import WHOLE
 from nnunet_pdddpm.inference.counting import VoxelCounter
 from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.model_folder import check_model_file, check_model_folder
@@ -258,8 +257,6 @@ class VolumePredictor(nnUNetPredictor):
         """One sample: its mask is drawn once, and added to all that is made of the samples."""
         parts, regions = volume.parts(settings), self.refiner.regions
         shifts = self.refiner.end_shifts(settings, sample, self.num_samples, parts.number)
-        # object by object for intervals, which several models do not make of the samples
-        objects = volume.objects(settings.temperature) if len(self.fold_settings) == 1 < self.num_samples else WHOLE
         probabilities, (box, y, x) = volume.sample(settings, sample, self.num_samples), counts.box
         sizes = [len(range(n)[unpadded]) for n, unpadded in zip(volume.shape[1:], counts.box, strict=True)]
         kept_logits = None if on_sample is None else torch.empty((volume.shape[0], *sizes), dtype=torch.half)
@@ -268,7 +265,7 @@ class VolumePredictor(nnUNetPredictor):
             logits = drawn_logits(p, regions, shifts, parts.at(z))
             mask = hard_mask(logits, regions)
             spread.add(sample, z, p, mask)
-            counts.add(sample, z, mask, objects.at(z), objects.number)
+            counts.add(sample, z, mask)
             if kept_logits is not None:
                 here, there = inside(z, box)
                 box_logits = logits[:, here, y, x]
@@ -306,7 +303,7 @@ class VolumePredictor(nnUNetPredictor):
                 mask.add(torch.zeros(volume.shape))
             mixed = self._mixed(volume, settings, blind, lambda z: spread.current_fold_mean(z, samples), mask.total)
             counts.add_mask(quality.record_fold_masks(mixed))
-        if len(self.fold_settings) == 1 < self.num_samples:  # the start is there: objects were found in it
+        if len(self.fold_settings) == 1 < self.num_samples:  # the agreement of several models is that of their masks
             quality.set_stock(volume.start_logits)
 
     def _mixed(self, volume: Volume, settings: SamplingSettings, blind: Tensor | None,

@@ -14,7 +14,7 @@ SETTING = 'setting_'
 """Prefix of the sampling settings."""
 CALIBRATION = 'calibration'
 """What is known of the volumes of validation cases, see `inference.intervals.FIELDS`."""
-CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 7
+CALIBRATION_CASES, CALIBRATION_FIELDS = 256, 3
 QUALITY = 'quality'
 """Dice of validation cases and what may tell it, see `inference.dice_regression.FIELDS`."""
 QUALITY_ROWS, QUALITY_FIELDS = 768, 14
@@ -26,7 +26,9 @@ def check_version(weights: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError for a refiner's state that holds other things beside the weights than this version does."""
     settings = {SETTING + name for name in as_numbers(SamplingSettings())}
     found = {name for name in weights if name.startswith(SETTING)}
-    if found != settings or not {*LEVELS, CALIBRATION, QUALITY} <= weights.keys():
+    rows = {CALIBRATION: CALIBRATION_FIELDS, QUALITY: QUALITY_FIELDS}
+    if (found != settings or not {*LEVELS, *rows} <= weights.keys()
+            or any(weights[name].shape[-1] != fields for name, fields in rows.items())):
         raise CheckpointError(f'{source} is of another version of PDDDPMTrainer: train it again with this version.')
 
 

@@ -11,12 +11,12 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from torch import Tensor
 
-from nnunet_pdddpm.geometry import grid_voxel_ml, image_voxel_ml
+from nnunet_pdddpm.geometry import image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.dice_regression import UNALTERED
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.export import as_numpy
-from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, Features, calibrate_by_mask
+from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, calibrate_by_mask
 from nnunet_pdddpm.inference.quality import mask_dice, predicted_labels
 from nnunet_pdddpm.inference.ranking import MIN_RANKING_CASES, ranking_of
 from nnunet_pdddpm.inference.volume import VolumePrediction
@@ -86,10 +86,8 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
             cases.log(f'Nothing is measured on {case.name}: the stock model gives NaN or infinite values for it.')
             continue
         if (true := cases.true_volumes(case.name)) is not None:
-            label_features = _features(predictor, case, prediction)
-            for (label, channel), features in zip(channels.items(), label_features, strict=True):
-                values = [float(feature[0]) for feature in features]
-                volumes[-1][channel] = torch.tensor([true[label], *values, predictor.num_samples])
+            for (label, channel), volume in zip(channels.items(), _mask_ml(predictor, case, prediction), strict=True):
+                volumes[-1][channel] = torch.tensor([true[label], volume, 1])
         quality.append(quality_row(predictor, case, prediction, number, UNALTERED))
         del prediction
         seconds += SECONDS_A_CASE
@@ -156,16 +154,13 @@ def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePredic
     return row
 
 
-def _features(predictor: VolumePredictor, case: Case, prediction: VolumePrediction) -> list[Features]:
-    """What intervals of a predicted case's volumes are made of, for each label."""
+def _mask_ml(predictor: VolumePredictor, case: Case, prediction: VolumePrediction) -> np.ndarray:
+    """Volumes of a predicted case's mask, (labels,)."""
     mask = convert_predicted_logits_to_segmentation_with_correct_shape(
         as_numpy(prediction.logits), predictor.plans_manager, predictor.configuration_manager,
         predictor.label_manager, case.properties)
-    backward = predictor.plans_manager.transpose_backward
-    ml = image_voxel_ml(case.properties, backward)
-    mask_ml = np.array([np.isin(mask, values).sum() * ml
-                        for values in foreground_labels(predictor.dataset_json).values()])
-    return prediction.counts.features(mask_ml, grid_voxel_ml(case.properties, backward, case.image.shape[1:]))
+    ml = image_voxel_ml(case.properties, predictor.plans_manager.transpose_backward)
+    return np.array([np.isin(mask, values).sum() * ml for values in foreground_labels(predictor.dataset_json).values()])
 
 
 def interval_lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
@@ -174,7 +169,7 @@ def interval_lines(scores: Tensor, channels: dict[str, int]) -> list[str]:
 
 
 def _in_words(scores: np.ndarray) -> str:
-    calibrated = calibrate_by_mask([scores], with_samples=True).with_label
+    calibrated = calibrate_by_mask([scores]).with_label
     if isinstance(calibrated, str):
         return f'no calibrated interval: {calibrated}'
     return (f'{in_percent(calibrated.level)} interval by {len(calibrated.errors)} validation cases, errors relative to '
@@ -182,8 +177,8 @@ def _in_words(scores: np.ndarray) -> str:
 
 
 def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
-    known = scores[(scores[:, FIELDS.index('samples')] > 0) & (scores[:, FIELDS.index('mask')] > 0)]
-    ends = [calibrated.interval(Features(*(row[i:i + 1] for i in range(1, 6)))) for row in known.astype(float)]
+    known = scores[(scores[:, FIELDS.index('known')] > 0) & (scores[:, FIELDS.index('mask')] > 0)].astype(float)
+    ends = [calibrated.interval(mask) for mask in known[:, FIELDS.index('mask'), None]]
     widths = [high - low for low, high in (end for end in ends if end is not None)]
     return f'{np.mean(widths):.3g} ml wide for a volume of {known[:, 0].mean():.3g} ml, on average'
 
