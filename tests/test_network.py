@@ -524,7 +524,7 @@ def test_settings_levels_and_weights_travel_in_the_state_dict(kind, regions):
     cross_entropy, count = torch.rand(2, 41, generator=torch.Generator().manual_seed(1))
     refiner.store_levels(measured_table(), cross_entropy, count)
     refiner.configure(OTHER, regions)
-    refiner.calibration[:2, 1] = torch.arange(14.0).reshape(2, 7)
+    refiner.calibration[:2, 1] = torch.arange(6.0).reshape(2, 3)
     refiner.quality[3, 1] = torch.arange(14.0)
     fresh = make_refiner(kind, settings=SamplingSettings(), regions=not regions, seed=7)
     fresh.load_state_dict(refiner.state_dict())
