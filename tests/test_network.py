@@ -615,7 +615,8 @@ def test_a_model_of_an_earlier_version_is_refused_in_one_sentence():
     earlier.update(t_max=torch.tensor(960), t_start=torch.tensor(700), steps=torch.tensor(1), blend=torch.tensor(0.0))
     for state in (earlier, {name: value for name, value in kept.items() if not name.startswith('level_')},
                   {name: value for name, value in kept.items() if not name.startswith('setting_')},
-                  {name: value for name, value in kept.items() if name != 'quality'}):
+                  {name: value for name, value in kept.items() if name != 'quality'},
+                  {**kept, 'calibration': torch.zeros(256, 2, 7)}):
         with pytest.raises(CheckpointError, match='^The model is of another version of PDDDPMTrainer: train it '
                                                   'again with this version[.]$'):
             refiner.load_state_dict(state)
