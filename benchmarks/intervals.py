@@ -146,7 +146,7 @@ def coverage_and_width(make: Method, test: Rows) -> tuple[np.ndarray, np.ndarray
 
 
 def over_splits(calibration: Rows, test: Rows, together: int) -> dict[str, np.ndarray]:
-    """Coverage and width where all rows are divided anew, as many to calibrate by: without the luck of one division."""
+    """Coverage and width in random splits of all rows, as many to calibrate by: without the luck of one division."""
     rows, rng = np.array([*calibration, *test]), np.random.default_rng(0)
     found: dict[str, list[list[float]]] = {method: [] for method in METHODS[:2]}  # those that need calibration
     for _ in range(SPLITS):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 import nnunet_pdddpm
 from nnunet_pdddpm.network.settings import CHOICES, RANGES, SamplingSettings
@@ -172,6 +173,33 @@ def test_numbers_with_a_fraction_in_the_tables_of_results_are_on_the_pages_that_
         for difference, low, high in re.findall(r'([-+][\d.]+)(?: \(|, )([-+][\d.]+) to ([-+][\d.]+)[);]', row):
             said = f'{difference} ({low} to {high})'
             assert any(said in (DOCS / 'results' / page).read_text() for page in pages), row
+
+
+DIFFERENCE = re.compile(r'([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)')
+VERDICTS = {True: ('win', '**win**', 'loss'), False: ('none found', 'undecided')}
+
+
+@pytest.mark.parametrize('page', [ROOT / 'README.md', DOCS / 'results' / 'README.md'], ids=['README', 'results'])
+def test_a_win_or_a_loss_is_a_difference_whose_interval_excludes_0(page):
+    checked = 0
+    for line in page.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip('| ').split(' | ')] if line.startswith('| ') else []
+        for cell, verdict in zip(cells, cells[1:], strict=False):
+            if found := DIFFERENCE.fullmatch(cell):
+                _, low, high = map(float, found.groups())
+                assert verdict.strip(' |') in VERDICTS[low > 0 or high < 0], line
+                checked += 1
+    assert checked > 6
+
+
+def test_after_correction_for_four_data_sets_the_probabilities_win_on_nuclei_only():
+    """Bonferroni, by the t of three trainings that the intervals of the table stand for."""
+    table = (DOCS / 'results' / 'README.md').read_text().partition('## Probabilities')[2].partition('\n\nThe second')[0]
+    p = {}
+    for name, difference in re.findall(r'^\| \[(\w+)\]\([^|]*\|[^|]*\|[^|]*\| ([^|]*) \| win', table, re.MULTILINE):
+        mean, low, high = map(float, DIFFERENCE.fullmatch(difference).groups())
+        p[name] = 2 * stats.t.sf(abs(mean) / ((high - low) / 2 / stats.t.ppf(0.975, 2)), 2)
+    assert len(p) == 4 and [name for name, value in p.items() if value < 0.05 / 4] == ['nuclei']
 
 
 def test_the_list_of_results_names_the_commit_of_each_page():

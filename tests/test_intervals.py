@@ -143,6 +143,7 @@ def test_ends_by_hand():
     assert relative.interval(np.array([20.0])) == pytest.approx((16.2, 23.8))
     by_root = Calibrated(Rule(0.0, typical=5.0), np.arange(1, 20) / 100, none)
     assert by_root.interval(np.array([20.0])) == pytest.approx((18.1, 21.9))
+    assert Rule(0.5, typical=5.0).unit(np.array([20.0])) == pytest.approx((0.5 * 5 * 20 + 0.5 * 400) ** 0.5)
     logarithm = Calibrated(Rule(1.0, logarithm=True), np.arange(1, 20) / 100, none)
     assert logarithm.interval(np.array([20.0])) == pytest.approx((20 * np.exp(-0.19), 20 * np.exp(0.19)))
     assert logarithm.interval(np.zeros(1)) is None

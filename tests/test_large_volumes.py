@@ -154,7 +154,7 @@ def test_the_peak_of_memory_is_what_the_formula_says(monkeypatch, channels):
         prediction = predictor.predict_volume(data, lambda number, logits: None)
         prediction.spread.maps()
     assert memory.peak == pytest.approx(expected, rel=0.1)
-    documented = 12 * channels + 2 + 4 + 20  # docs/explanation/limits.md, of two samples, one image channel
+    documented = 12 * channels + 2 + 4 + 16  # docs/explanation/limits.md, of two samples, one image channel
     assert memory.peak / voxels == pytest.approx(documented, rel=0.15)
 
 

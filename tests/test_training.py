@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from nnunet_pdddpm.diffusion.measuring import NODES, UNIFORM, LevelMeter
 from nnunet_pdddpm.network.refiner import BLIND_OFFSET
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.network.state import LEVELS
+from nnunet_pdddpm.training import variants
 
 MEASURED = 'PDDDPMTrainerMeasured'  # sees enough noisy patches for a table of its own
 
@@ -61,6 +63,12 @@ def meter_of(trainer) -> LevelMeter:
     """A meter of the trainer's log SNRs that has seen nothing."""
     patch = trainer.configuration_manager.patch_size
     return LevelMeter(lowest_log_snr(int(np.prod(patch)), trainer.label_manager.num_segmentation_heads))
+
+
+def test_the_name_of_a_variant_says_how_many_epochs_it_trains():
+    lengths = {name: getattr(variants, name).epochs for name in variants.__all__ if 'epoch' in name}
+    assert lengths == {name: int(re.search(r'_(\d+)epochs?$', name)[1]) for name in lengths} and len(lengths) == 8
+
 
 
 def test_training_leaves_what_nnunet_expects_and_logs_the_stock_dice(refined: Workspace):

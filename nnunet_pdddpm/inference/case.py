@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = '.lock'
 """Ending of the lock, a file beside the folder of a case: Windows deletes no folder that holds an open file."""
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Errors of file systems that have no locks, such as NFS without a lock daemon."""
 
 

@@ -1,4 +1,4 @@
-"""Features of a predicted label that may tell how good its mask is, in the network's grid, at no further pass."""
+"""Features of a predicted label that may tell how good its mask is, in the network's grid."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -166,7 +166,7 @@ def write_summary(output: Path) -> list[str]:
         without = {row['case'] for row in failed}  # what an earlier prediction left of them is of another image
         done = [row for row in found if 'error' not in row and row['case'] not in without]
         rows = [row for row in done if describes_mask(output, row)]
-        changed = [row['case'] for row in done if row not in rows and row['mask']['file'] in there[1]]
+        changed = [row['case'] for row in done if row not in rows and (row.get('mask') or {}).get('file') in there[1]]
         content = {'cases': rows, **({'failed': failed} if failed else {})}
         write_atomically(output, {SUMMARY: json.dumps(content, indent=2), SUMMARY_TABLE: _table(rows, failed)})
         written = there  # a case that another process has finished meanwhile: once more

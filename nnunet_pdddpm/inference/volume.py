@@ -172,7 +172,7 @@ class Volume:
 
     def parts(self, settings: SamplingSettings) -> Parts:
         """The parts that are drawn by thresholds of their own: one around each of the objects that there may be, by the
-        stock model's probabilities."""
+        stock model's probabilities under the settings' temperature."""
         if settings.dependence == 1:
             return WHOLE
         temperature = settings.temperature

@@ -22,7 +22,7 @@ def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int,
     A voxel takes 2 C for the logits of the stock model (2 C more for mirrored ones, if something is made of them),
     4 C for the state of a chain, 4 C for the mean probabilities, 1 C (2 C from 256 samples on) or of fewer samples
     than classes 1 a sample (2 from 256 classes on) to compare the samples, 4 a channel of the image, 12 for entropy
-    and squares, 8 for objects and parts, 4 C more with several folds; and in the slices that are fused at a time 4
+    and squares, 4 for parts, 4 C more with several folds; and in the slices that are fused at a time 4
     C + 4.
 
     Args:
@@ -38,7 +38,7 @@ def volume_bytes(image_channels: int, shape: Sequence[int], slices_of_tile: int,
     in_slice = prod(shape[2:])
     compared = channels * (1 if samples < 256 else 2) if regions or samples >= channels \
         else samples * (1 if channels < 256 else 2)
-    a_voxel = 10 * channels + compared + 4 * image_channels + 20 + (4 * channels if folds > 1 else 0) \
+    a_voxel = 10 * channels + compared + 4 * image_channels + 16 + (4 * channels if folds > 1 else 0) \
         + (2 * channels if mirrored else 0)
     fused = (4 * channels + 4) * kept_slices(shape, slices_of_tile)
     chunks = CHUNK_ARRAYS * 4 * channels * slices_in_chunk(shape)

@@ -48,8 +48,8 @@ def held_out_cases(fold: Path, ending: str) -> frozenset[str] | None:
 def _is_newer(file: Path, training: str) -> bool:
     """Whether a file was written after the training of a log ended; without a log it is not known to be old.
 
-    The log has the local time of the machine that trained. In another time zone the last checkpoint tells, which is
-    written when training ends.
+    The log has the local time of the machine that trained. If that clock is ahead of this machine's, the last
+    checkpoint tells, which is written when training ends. A clock that is behind is not noticed.
     """
     times = [datetime.fromisoformat(ended).timestamp() for ended in ENDED.findall(training)[-1:]]
     checkpoint = file.parents[1] / FINAL_CHECKPOINT
