@@ -21,7 +21,14 @@ from nnunet_pdddpm.commands import check
 from nnunet_pdddpm.commands.check import find_trainer
 from nnunet_pdddpm.diffusion.levels import even_table
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
-from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, QUALITY_FIELDS, QUALITY_ROWS, SETTING
+from nnunet_pdddpm.network.state import (
+    CALIBRATION,
+    CALIBRATION_FIELDS,
+    QUALITY,
+    QUALITY_FIELDS,
+    QUALITY_ROWS,
+    SETTING,
+)
 from nnunet_pdddpm.training.presegmenters import TrainingContext
 
 CHECKOUT = Path(__file__).parents[1]
@@ -67,7 +74,7 @@ class Checker:
             table = even_table(-11.0, 41)
             weights = {'level_log_snr': torch.tensor(table.log_snr), 'level_share': torch.tensor(table.share),
                        'level_cross_entropy': torch.zeros(41), 'level_count': torch.zeros(41),
-                       CALIBRATION: torch.zeros(1, 3, 7), QUALITY: torch.zeros(QUALITY_ROWS, 3, QUALITY_FIELDS),
+                       CALIBRATION: torch.zeros(1, 3, CALIBRATION_FIELDS), QUALITY: torch.zeros(QUALITY_ROWS, 3, QUALITY_FIELDS),
                        **{SETTING + name: torch.tensor(value) for name, value in as_numbers(settings).items()}}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file

@@ -367,7 +367,7 @@ def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path
     """The order is by a feature of which the expected Dice knows nothing."""
     of = rows('nothing')
     of[:, :, DICE + 1 + FEATURES.index('certainty')] = logit(of[:, :, DICE]) / 10 + 0.3
-    store_calibration(checkpoint(model), torch.zeros(0, 3, 7), torch.tensor(of))
+    store_calibration(checkpoint(model), torch.zeros(0, 3, 3), torch.tensor(of))
     found, page = predict(model, tmp_path / 'out')
     lows = {case: row['estimated_dice_low'] for case, row in found.items()}
     assert len(set(lows.values())) == 3 and shown(page) == sorted(lows, key=lambda case: lows[case])
@@ -388,7 +388,7 @@ def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path
 
 
 def test_what_does_not_rank_is_sorted_by_name_and_other_samples_have_no_order(model, tmp_path):
-    store_calibration(checkpoint(model), torch.zeros(0, 3, 7), torch.tensor(rows('nothing')))
+    store_calibration(checkpoint(model), torch.zeros(0, 3, 3), torch.tensor(rows('nothing')))
     found, page = predict(model, tmp_path / 'out')
     assert shown(page) == ['a', 'b', 'c'] and 'not ranked: sorted by name' in page and 'Cases are not ranked' in page
     found, page = predict(model, tmp_path / 'other', '-samples', '3')
@@ -399,7 +399,7 @@ def test_what_does_not_rank_is_sorted_by_name_and_other_samples_have_no_order(mo
 
 def test_other_settings_forget_the_quality_of_validation_cases(model, tmp_path):
     file = checkpoint(model)
-    store_calibration(file, torch.zeros(0, 3, 7), torch.tensor(rows('told')))
+    store_calibration(file, torch.zeros(0, 3, 3), torch.tensor(rows('told')))
     predictor = open_for_calibration(model, 0, torch.device('cpu'), file.name)
     assert predictor.list_of_parameters[0][QUALITY].any()
     store(file.parent, predictor.fold_settings[0])

@@ -68,6 +68,7 @@ def entry(case: str, quality: float | None, ml: float = 12.3) -> dict[str, Any]:
               'volume_ml_stock': 0.98 * ml, 'components': 3, 'pairwise_dice': quality,
               'uncertain_share': 0.2}
     return {'case': case, 'estimated_dice': quality, 'uncertain_share': 0.08, 'seconds': 12.3,
+            'order': {'by': 'estimated_dice', 'statement': ''},
             'num_samples': 2, 'settings': [SETTINGS, {**SETTINGS, 'fold': 4, 'weights': '11aa22bb', 'steps': 1}],
             'flags': ['lesion: 3 components'] if case == 'poor' else [], 'network_calls': {'denoiser': 8},
             'labels': {'organ': organ, 'lesion': lesion}}
@@ -470,7 +471,7 @@ def test_regions_and_two_dimensional_images_with_colours(tmp_path):
                         ('im_0000', np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image_io.imsave(folder / f'{name}.png', array, check_contrast=False)
-    describe(folder, [{'case': 'im', 'estimated_dice': None}], 'NaturalImage2DIO', '.png', labels)
+    describe(folder, [{'case': 'im', 'estimated_dice': None, **order_by(None)}], 'NaturalImage2DIO', '.png', labels)
     page = write_report(folder, {'im': [folder / 'im_0000.png']}).read_text(encoding='utf-8')
     assert 'type="range"' not in page and page.count('class="frame"') == 1
     assert 'crosshair</label>' not in page and '<table class="volumes">' not in page and '10 px' in page
