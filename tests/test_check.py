@@ -74,7 +74,8 @@ class Checker:
             table = even_table(-11.0, 41)
             weights = {'level_log_snr': torch.tensor(table.log_snr), 'level_share': torch.tensor(table.share),
                        'level_cross_entropy': torch.zeros(41), 'level_count': torch.zeros(41),
-                       CALIBRATION: torch.zeros(1, 3, CALIBRATION_FIELDS), QUALITY: torch.zeros(QUALITY_ROWS, 3, QUALITY_FIELDS),
+                       CALIBRATION: torch.zeros(1, 3, CALIBRATION_FIELDS),
+                       QUALITY: torch.zeros(QUALITY_ROWS, 3, QUALITY_FIELDS),
                        **{SETTING + name: torch.tensor(value) for name, value in as_numbers(settings).items()}}
         torch.save({'network_weights': weights, 'trainer_name': model, 'init_args': {**init_args, **changes}}, file)
         return file
