@@ -1,8 +1,8 @@
-"""Seconds of prediction against stock nnU-Net's, at equal precision: the hippocampus models of that benchmark, and
-MSLesion, a volume of many tiles, with models that are trained here for a moment.
+"""Seconds of prediction against stock nnU-Net's, at equal precision: the hippocampus, and MSLesion, a volume of many
+tiles, with models that are trained for a moment.
 
 In turn on one machine, in one process: the preprocessed image to logits and maps, with mirroring, without files. With
-what `speed_synthetic.py` measures.
+the export that `speed_synthetic.py` measures.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets.hippocampus import HIPPOCAMPUS
+from datasets.hippocampus import prepare as prepare_hippocampus
 from machine import DEVICE, PLANS, timed
 from matplotlib.figure import Figure
 from nnunet import MEAN_OF_SAMPLES, Dataset, find_data
 from page import markdown, write
 
+from nnunet_pdddpm.cpu import cpu_has_bfloat16
+
 STAGES = ('prepare', 'measure', 'table')
-NEEDS = {'hippocampus': 'hippocampus (default: -o)'}
 OF_BLIND = {'mask_stock': 0.0, 'mask_blind': 1.0}
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     'stock `nnUNetv2_predict`': ('stock', None),
@@ -38,9 +41,9 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
 """Name -> network, and the sampling settings of `nnUNetv2_pdddpm_predict`; None: nnU-Net's own predictor."""
 LESIONS = Dataset(6, 'MSLesion', '3d_fullres', 'Benchmark', (8, 16, 32, 64),
                   (('batch_size', 2), ('patch_size', [96, 96, 96])), (1, 1), (20, 20), one_thread=False)
-DATASETS = (HIPPOCAMPUS, LESIONS)
+DATASETS = (replace(HIPPOCAMPUS, epochs=(1, 1), iterations=(20, 20)), LESIONS)
 CASES, REPEATS, TRAINING_STEPS = {'Hippocampus': 6, 'MSLesion': 1}, {'Hippocampus': 3, 'MSLesion': 1}, 12
-SYNTHETIC = 'speed_synthetic.json'
+EXPORT = 'speed_export.json'
 """File of what needs no trained model."""
 STEPS = ('training step of stock', 'training step of PDDDPM')
 GOALS = {**{name: 1.25 for name in METHODS if name.startswith('8 samples, 1 step,')}, list(METHODS)[1]: 2.05,
@@ -51,15 +54,14 @@ GOALS = {**{name: 1.25 for name in METHODS if name.startswith('8 samples, 1 step
 def run(name: str, args: argparse.Namespace) -> None:
     """The stages that are asked for."""
     work = Path(args.o).resolve()
-    hippocampus = (args.hippocampus or work).resolve()
     if 'prepare' in args.stages:
-        prepare_lesions(work, args.data)
-    for dataset, folder in zip(DATASETS, (hippocampus, work), strict=True) if 'measure' in args.stages else ():
+        prepare(work, args.data)
+    for dataset in DATASETS if 'measure' in args.stages else ():
         if not (file := file_of(work, dataset)).is_file():
-            measure(folder, dataset, file)
-    if 'measure' in args.stages and not (file := work / SYNTHETIC).is_file():
-        from speed_synthetic import export_seconds, main_memory_seconds
-        file.write_text(json.dumps({'main memory': main_memory_seconds(), 'export': export_seconds()}))
+            measure(work, dataset, file)
+    if 'measure' in args.stages and not (file := work / EXPORT).is_file():
+        from speed_synthetic import export_seconds
+        file.write_text(json.dumps(export_seconds()))
     if 'table' in args.stages:
         write_page(work, args.page)
 
@@ -69,15 +71,17 @@ def file_of(work: Path, dataset: Dataset) -> Path:
     return work / f'speed_{dataset.name}.json'
 
 
-def prepare_lesions(work: Path, data: str | None) -> None:
-    """MSLesion planned and preprocessed; both models of fold 0 trained for a moment: their masks are worth nothing."""
+def prepare(work: Path, data: str | None) -> None:
+    """Data planned and preprocessed; both models of fold 0 trained for a moment: their masks are worth nothing."""
+    prepare_hippocampus(work, find_data(data, HIPPOCAMPUS.title, 'dataset.json'))
     if not LESIONS.is_prepared(work):
         source = find_data(data, LESIONS.title, 'dataset.json')
         shutil.copytree(source, LESIONS.raw(work), dirs_exist_ok=True)
         cases = sorted(file.name[:-len('.nii.gz')] for file in (source / 'labelsTr').glob('*.nii.gz'))
         LESIONS.plan(work, json.loads((source / 'dataset.json').read_text()), [(cases[1:], cases[:1])])
-    for network in ('stock', 'denoiser'):
-        LESIONS.train(work, network, 0)
+    for dataset in DATASETS:
+        for network in ('stock', 'denoiser'):
+            dataset.train(work, network, 0)
 
 
 def predictors(work: Path, dataset: Dataset) -> tuple[list[torch.Tensor], dict[str, Callable[[torch.Tensor], Any]]]:
@@ -118,7 +122,8 @@ def measure(work: Path, dataset: Dataset, file: Path) -> None:
     seconds: dict[str, dict[str, list[float]]] = {}
     # nnU-Net autocasts by itself on a GPU
     precisions = {'float16': nullcontext} if device.type == 'cuda' else {
-        'float32': nullcontext, 'bfloat16': lambda: torch.autocast('cpu', torch.bfloat16)}
+        'float32': nullcontext, **({'bfloat16': lambda: torch.autocast('cpu', torch.bfloat16)} if cpu_has_bfloat16()
+                                   else {})}
     repeats = REPEATS[dataset.name]
     for precision, context in list(precisions.items())[:1 if dataset == LESIONS else None]:  # which take long
         of = seconds[precision] = {name: [] for name in all_methods}
@@ -191,8 +196,7 @@ def goals_in_words(ratios: dict[str, list[float]]) -> str:
 
 def write_page(work: Path, file: Path) -> None:
     """Of what is measured."""
-    from speed_synthetic import export_in_words, main_memory_in_words
-    synthetic = json.loads((work / SYNTHETIC).read_text())
+    from speed_synthetic import export_in_words
     measured = [(dataset.name, precision, seconds) for dataset in DATASETS
                 for precision, seconds in json.loads(file_of(work, dataset).read_text()).items()]
     rows, ratios = [], dict[str, list[float]]()
@@ -208,4 +212,4 @@ def write_page(work: Path, file: Path) -> None:
           iterations=LESIONS.iterations[0], steps=TRAINING_STEPS,
           table=markdown(['data', 'precision', '', 'seconds a case, or a step', 'of stock'], rows),
           goals=goals_in_words(ratios),
-          main_memory=main_memory_in_words(synthetic['main memory']), export=export_in_words(synthetic['export']))
+          export=export_in_words(json.loads((work / EXPORT).read_text())))

@@ -1,38 +1,24 @@
-"""Parts of `speed.py` that need no model, of synthetic volumes of 25 classes.
-
-A prediction whose arrays are kept in main memory, and the export to files.
-"""
+"""Synthetic plans, and the part of `speed.py` that needs no model: the export of a volume of 25 classes to files."""
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from machine import DEVICE, FULL, timed
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 
 from nnunet_pdddpm.inference.export import CaseExport, Outputs
-from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
-from nnunet_pdddpm.network.refiner import DiffusionDesign, Refiner
-from nnunet_pdddpm.network.settings import SamplingSettings
 
 CLASSES, GRID, IMAGE = 25, (160, 128, 128), (240, 192, 192)
 """Of the volume that is exported: a CT scaled down, resampled from 1.5 to 1 mm."""
-TILE, VOLUME = (64, 64, 64), (96, 96, 96)
-"""Of the volume whose arrays are kept in main memory."""
 
 
-def synthetic_plans(classes: int = CLASSES, patch: tuple[int, ...] = TILE, features: tuple[int, ...] = (32, 64),
+def synthetic_plans(classes: int = CLASSES, patch: tuple[int, ...] = (64,) * 3, features: tuple[int, ...] = (32, 64),
                     batch: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
     """nnU-Net's plans of isotropic images of one channel, and dataset.json."""
     stages = len(features)
@@ -58,66 +44,6 @@ def synthetic_plans(classes: int = CLASSES, patch: tuple[int, ...] = TILE, featu
     labels = {'background': 0, **{f'label {i}': i for i in range(1, classes)}}
     return plans, {'channel_names': {'0': 'synthetic'}, 'labels': labels, 'numTraining': 1, 'file_ending': '.nii.gz'}
 
-
-# main memory ---------------------------------------------------------------------------------------------------------
-
-class Costless(nn.Module):
-    """In the place of networks that are not measured: the same smooth logits for every patch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        coarse = torch.randn((1, CLASSES, 4, 4, 4), generator=torch.Generator().manual_seed(0))
-        self.register_buffer('logits', nn.functional.interpolate(3 * coarse, TILE, mode='trilinear'), persistent=False)
-
-    def forward(self, image: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        """(B, image channels, ...) -> (B, C, ...), which nnU-Net changes in place."""
-        return self.logits.repeat(len(image), 1, 1, 1, 1)
-
-
-class FallenBack(VolumePredictor):
-    """With the threads for a volume of a GPU's that is kept in main memory: without a GPU, too."""
-
-    def threads_for(self, device: torch.device) -> AbstractContextManager[None]:
-        networks_on, self.device = self.device, torch.device('cuda')
-        try:
-            return super().threads_for(device)
-        finally:
-            self.device = networks_on
-
-
-def main_memory_seconds() -> dict[str, float]:
-    """Of 8 samples of a step, with maps: on a CPU; and as the fall-back of a GPU, for which nnU-Net sets one thread."""
-    plans, description = PlansManager(synthetic_plans()[0]), synthetic_plans()[1]
-    refiner = Refiner(nn.Identity(), PlainConvUNet(1, 2, 2, nn.Conv3d, 3, (1, 2), 1, CLASSES, 1), CLASSES,
-                      DiffusionDesign())
-    refiner.presegmenter, refiner.denoiser = Costless(), Costless()
-    image, seconds = torch.randn((1, *VOLUME), generator=torch.Generator().manual_seed(0)), {}
-    for name, kind, device, threads in (('CPU', VolumePredictor, 'cpu', os.cpu_count() or 1),
-                                        ('fall-back', FallenBack, DEVICE, 1)):
-        predictor: Any = kind(device=torch.device(device), allow_tqdm=False, perform_everything_on_device=False)
-        nnUNetPredictor.manual_initialization(predictor, refiner, plans, plans.get_configuration('3d_fullres'),
-                                              [refiner.state_dict()], description, 'PDDDPMTrainer', (0, 1, 2))
-        predictor.bfloat16, predictor.num_samples = False, 8
-        predictor.fold_settings = [SamplingSettings(start=0.8, steps=1, samples=8, mask_blind=0)]
-        torch.set_num_threads(threads)
-
-        def predict(predictor: Any = predictor) -> None:
-            predictor.predict_volume(image, stock=False).spread.maps()
-        predict()  # is not counted
-        seconds[name] = timed(torch.device(device), predict)
-    return seconds
-
-
-def main_memory_in_words(of: dict[str, float]) -> str:
-    """What a volume takes whose arrays are kept in main memory."""
-    copies = '' if FULL else ' Copies between GPU and main memory are not in it.'
-    return (f'Arrays in main memory, with networks that cost nothing: {CLASSES} classes, {VOLUME} voxels, tiles of '
-            f'{TILE}, 8 samples of one step, mirrored, all maps. On a CPU {of["CPU"]:.1f} s; as the fall-back of a GPU '
-            f'that lacks memory, for which nnU-Net\'s commands have set one thread, {of["fall-back"]:.1f} s, '
-            f'{of["fall-back"] / of["CPU"]:.2f} times as long.{copies}')
-
-
-# export --------------------------------------------------------------------------------------------------------------
 
 def synthetic_logits(generator: torch.Generator, common: torch.Tensor) -> np.ndarray:
     """Of a sample with 25 labels, (C, Z, Y, X) float16: smooth fields, most of them common to all samples."""

@@ -236,15 +236,14 @@ def test_page_of_speed_compares_what_was_measured_in_the_same_repeat(tmp_path):
     seconds = {name: [1.0 + i, 3.0 + 2 * i] for i, name in enumerate((*speed.METHODS, *speed.STEPS))}
     for dataset in speed.DATASETS:
         speed.file_of(tmp_path, dataset).write_text(json.dumps({'float32': seconds}))
-    (tmp_path / speed.SYNTHETIC).write_text(json.dumps({
-        'main memory': {'CPU': 5.0, 'fall-back': 6.0}, 'export': {'stock': 10.0, 'rest': 11.0, 'samples': 7.0}}))
+    (tmp_path / speed.EXPORT).write_text(json.dumps({'stock': 10.0, 'rest': 11.0, 'samples': 7.0}))
     speed.write_page(tmp_path, tmp_path / 'page.md')
     page = (tmp_path / 'page.md').read_text()
     assert f'| MSLesion | float32 | {list(speed.METHODS)[1]} | 3.50 | 1.83 (1.67 to 2.00) |' in page
     assert f'| {speed.STEPS[1]} | 14.00 | 1.12 (1.12 to 1.12) |' in page
     assert f'- {list(speed.METHODS)[1]}: at most 2.05: reached (1.83 to 1.83)' in page
     assert f'- {list(speed.METHODS)[2]}: at most 1.25: **missed** (2.67 to 2.67)' in page
-    assert '1.20 times as long' in page and '1.80 times the 10.0 s' in page
+    assert '1.80 times the 10.0 s' in page
     assert (tmp_path / 'page.png').is_file()
 
 
