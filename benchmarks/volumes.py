@@ -133,7 +133,7 @@ def predict(predictor: Any, row: Row, name: str, image: Tensor, truth: Truth) ->
         return truth, predictor.predict_logits_from_preprocessed_data(image).float(), []
     prediction = predictor.predict_volume(image, case=name, stock=False)
     true = np.bincount(truth.truth.cpu(), minlength=1 + len(CHANNELS))[1:] * VOXEL_ML
-    masks, samples = (prediction.counts.consensus * VOXEL_ML, prediction.counts.sample_sizes() * VOXEL_ML)
+    masks, samples = prediction.counts.consensus * VOXEL_ML, prediction.counts.sample_sizes() * VOXEL_ML
     return truth, prediction.logits, [{'true': float(true[i]), 'mask': float(mask), 'samples': samples[:, i].tolist()}
                                       for i, mask in enumerate(masks)]
 

@@ -303,8 +303,8 @@ class VolumePredictor(nnUNetPredictor):
                 mask.add(torch.zeros(volume.shape))
             mixed = self._mixed(volume, settings, blind, lambda z: spread.current_fold_mean(z, samples), mask.total)
             counts.add_mask(quality.record_fold_masks(mixed))
-        if len(self.fold_settings) == 1 < self.num_samples:  # of several models it is how far they agree
-            quality.set_stock(volume.start_logits)  # a pass of its own where no chain has started
+        if len(self.fold_settings) == 1 < self.num_samples:  # the quality of several models' masks is their agreement
+            quality.set_stock(volume.start_logits)  # predicted for this alone, if no chain has started from it
 
     def _mixed(self, volume: Volume, settings: SamplingSettings, blind: Tensor | None,
                sample_mean: Callable[[slice], Tensor], total: Tensor) -> Iterator[tuple[slice, Tensor]]:
