@@ -211,6 +211,7 @@ def bare_trainer(run: Run, kind: type, classes: int, compiled: bool) -> Any:
     if isinstance(trainer, PDDDPMTrainer):
         untrained = bare_trainer(run, nnUNetTrainer, classes, False)
         untrained.save_checkpoint(str(Path(untrained.output_folder) / FINAL_CHECKPOINT))
+        del untrained  # its memory is not PDDDPM's
         os.environ['nnUNet_compile'] = str(compiled)
     trainer.initialize()
     return trainer

@@ -5,6 +5,7 @@ MEMORY_ERRORS = (MemoryError, RuntimeError, SystemError, ImportError)
 """Types of the errors that may say so."""
 WORDS = ('out of memory', "can't allocate memory",  # torch, on a device and on the CPU
          'CUBLAS_STATUS_ALLOC_FAILED', 'CUDNN_STATUS_ALLOC_FAILED',  # CUDA's libraries
+         'unable to find an engine', 'Unable to find a valid cuDNN algorithm',  # no memory for what cuDNN works in
          'Cannot allocate memory',  # the system
          'Failed to allocate memory', 'bad_alloc',  # SimpleITK
          "can't start new thread", 'failed to map segment',  # Python: no room for a stack, or for a library

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_pdddpm.diffusion.drawing import draw_shifts, drawn_logits, hard_mask
+from nnunet_pdddpm.diffusion.process import log_likelihood_ratio, q_sample
 from nnunet_pdddpm.inference import chunks as chunks_module
 from nnunet_pdddpm.inference import volume_predictor as predictor_module
 from nnunet_pdddpm.inference import volume_sampling as volume_sampling_module
@@ -42,7 +44,9 @@ from nnunet_pdddpm.labels import foreground_labels
 from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
 from nnunet_pdddpm.tuning import case_sweep as sweep_module
+from nnunet_pdddpm.tuning.cases import Case
 from nnunet_pdddpm.tuning.scores import Truth
+from nnunet_pdddpm.tuning.sweep import mask_candidates
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 CHAIN = SamplingSettings(samples=2, steps=2, dependence=0.5, mask_stock=0.25, mask_blind=0.25)
@@ -73,6 +77,21 @@ def test_noise_of_many_classes_a_slice_at_a_time_is_drawn_by_all_threads(monkeyp
     monkeypatch.setattr(volume_sampling_module, '_drawn', waiting)
     field = volume_noise((117, 6, 4, 4), 0, 0, CPU)()
     assert [field(1).shape for _ in range(6)] == [(117, 1, 4, 4)] * 6
+
+
+def test_a_gpu_with_many_cores_beside_it_has_few_slices_of_noise_ahead(monkeypatch):
+    drawn, futures = volume_sampling_module._drawn, []
+
+    def submit(pool, function, *args):
+        futures.append(args)
+        return done
+    done = Future()
+    done.set_result(drawn((2, 4, 4), 0))
+    monkeypatch.setattr(volume_sampling_module, 'available_cpus', lambda: 128)
+    monkeypatch.setattr(volume_sampling_module.ThreadPoolExecutor, 'submit', submit)
+    with fake_gpu():
+        volume_noise((2, 200, 4, 4), 0, 0, CUDA)()(1)
+    assert len(futures) == 1 + volume_sampling_module.MOST_THREADS
 
 
 @pytest.mark.parametrize('correlation', [0.0, 0.9])
@@ -156,6 +175,22 @@ def test_the_peak_of_memory_is_what_the_formula_says(monkeypatch, channels):
     assert memory.peak == pytest.approx(expected, rel=0.1)
     documented = 12 * channels + 2 + 4 + 16  # docs/explanation/limits.md, of two samples, one image channel
     assert memory.peak / voxels == pytest.approx(documented, rel=0.15)
+
+
+@pytest.mark.parametrize('channels', [3, 25])
+def test_a_case_takes_no_more_memory_to_tune_than_is_asked_for(monkeypatch, channels):
+    monkeypatch.setattr(chunks_module, 'CHUNK_BYTES', SLICE)
+    predictor, image = predictor_of(channels, [4, 12, 12], CHAIN, step=1.0), image_of(60, 12, 12)
+    predictor.label_manager.ignore_label = None
+    asked = predictor.bytes_needed(image.shape) + sweep_module.MORE_BYTES * channels * image.numel()
+    labels = torch.randint(0, channels, (60, 12, 12), generator=torch.Generator().manual_seed(1)).numpy()
+    chains = [replace(CHAIN, start=0.8, steps=steps) for steps in (1, 2)]
+    with torch.inference_mode(), LiveBytes() as memory:
+        opened = sweep_module.CaseSweep(predictor, Case(image, labels.astype(np.uint8), [], {}, 'case'))
+        opened.energies(chains, range(4))
+        of_samples, memory.peak = memory.peak, memory.now
+        opened.masks(mask_candidates(chains[1], 8))
+    assert 0.8 * asked < max(of_samples, memory.peak) <= asked
 
 
 # calls
@@ -250,7 +285,8 @@ def test_whether_a_volume_fits_is_decided_before_anything_is_predicted(on_gpu, c
 def test_so_it_is_where_a_case_is_opened_to_tune(on_gpu, monkeypatch):
     monkeypatch.setattr(sweep_module.CaseSweep, '_with_memory_fallback', lambda self, do: None)
     case = SimpleNamespace(image=image_of(11, 8, 10))
-    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6))
+    needed = volume_bytes(1, (3, 11, 8, 10), 4, 2, 1, False) + tile_bytes(3, (4, 6, 6)) \
+        + sweep_module.MORE_BYTES * 3 * 11 * 8 * 10
     assert [sweep_module.CaseSweep(on_gpu(free)[0], case).device.type for free in (needed, needed - 1)] == [
         'cuda', 'cpu']
 
@@ -296,6 +332,20 @@ class HostCopies(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         kinds = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
         if isinstance(result, torch.Tensor) and result.device.type == 'cpu' and 'cuda' in kinds:
+            self.seen.append(str(function))
+        return result
+
+
+class CopiesOfTwoKinds(TorchDispatchMode):
+    """Notes what changes device and type at once, which asks mps for float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if '_to_copy' in str(function) and args[0].device != result.device and args[0].dtype != result.dtype:
             self.seen.append(str(function))
         return result
 
@@ -372,6 +422,14 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
         assert counts.tables[0].device.type == 'cuda'
         assert {values.device.type for values in spread.maps().values()} == {'cuda'}
         assert copies.seen == []
+
+
+def test_mps_is_not_asked_for_float64():
+    with fake_gpu(), CopiesOfTwoKinds() as copies:
+        x0, level = torch.ones(2, 3, 4, 4, device='mps'), torch.zeros(2, device='mps')
+        x = q_sample(x0, level, torch.ones_like(x0))
+        evidence = log_likelihood_ratio(x, level, -1, 1)
+    assert {(of.device.type, of.dtype) for of in (x, evidence)} == {('mps', torch.float32)} and not copies.seen
 
 
 def test_voxels_are_counted_as_by_bincount():

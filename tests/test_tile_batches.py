@@ -27,7 +27,8 @@ def open_predictor(refined: Workspace):
 
 @pytest.mark.parametrize('error', [
     torch.OutOfMemoryError('CUDA out of memory'),
-    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`')], ids=['torch', 'cuBLAS'])
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`'),
+    RuntimeError('FIND was unable to find an engine to execute this computation')], ids=['torch', 'cuBLAS', 'cuDNN'])
 def test_tiles_in_batches_give_the_same_and_too_large_batches_are_halved_once(open_predictor, monkeypatch, caplog,
                                                                               error):
     """The sums are rounded differently: float32 (bfloat16 on CPUs that have it), then nnU-Net's half precision."""

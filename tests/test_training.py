@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,6 +309,18 @@ def test_killed_and_resumed_training_ends_where_the_uninterrupted_one_does(stock
     moved, expected = (c['optimizer_state']['denoiser_before_averaging'] for c in (resumed, uninterrupted))
     for name, value in expected.items():
         assert torch.equal(moved[name], value), name
+
+
+def test_the_optimizer_counts_on_the_cpu_after_a_checkpoint_was_loaded_to_a_gpu(trainer):
+    """As in a training that was not resumed: AdamW asks for every count in each step, and would wait for the GPU."""
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    state = trainer.optimizer.state_dict()
+    for of_parameter in state['state'].values():
+        of_parameter['step'] = SimpleNamespace(cpu=lambda: torch.tensor(7.0))
+    trainer.optimizer.load_state_dict(state)
+    assert {of_parameter['step'].item() for of_parameter in trainer.optimizer.state.values()} == {7.0}
 
 
 def test_val_needs_no_stock_model_and_reproduces_the_validation(refined, scratch_results):

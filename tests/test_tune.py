@@ -635,6 +635,18 @@ def test_a_case_of_which_the_stock_model_makes_no_numbers_is_named(tuned, monkey
             CaseSweep(open_model(tuned, 0, CPU), case)
 
 
+@pytest.mark.parametrize('of_masks', [False, True], ids=['samples', 'mask'])
+def test_a_case_of_which_a_chain_makes_no_numbers_is_named(tuned, monkeypatch, of_masks):
+    """As half precision of a GPU may. A class of NaN must not be counted."""
+    predictor, case = open_model(tuned, 0, CPU), validation_cases().load(CASES[1])
+    with torch.inference_mode():
+        opened = CaseSweep(predictor, case)
+        denoise = predictor.refiner.denoise
+        monkeypatch.setattr(predictor.refiner, 'denoise', lambda *args: denoise(*args) * math.nan)
+        with pytest.raises(TuningError, match=f'NaN or infinite values for {case.name}: look at its intensities'):
+            opened.masks([SamplingSettings(samples=2)]) if of_masks else opened.energies([SamplingSettings()], [0])
+
+
 def test_masks_are_of_the_samples_that_a_prediction_draws(tuned):
     """Which are stratified, see the image under different mirrorings, and depend on the case's name."""
     settings = SamplingSettings(start=0.8, steps=2, samples=3, dependence=0.5, temperature=1.3, mask_blind=0.25,
@@ -681,11 +693,21 @@ def test_passes_are_those_that_happen_and_results_the_same_however_little_memory
     # mask: without a chain none
     others = len({1.0, 0.0} - {next(row.settings.dependence for row in found.first_rounds if row.calls)})
     once = 2 + 2 + 2 * others + 2 * min(1 + others, 2) + 2 * (found.chosen_samples.samples_from == 'chain')
-    # on the first of two cases one chain, and then it is opened again; in each of six rounds (none of more steps) both
-    probe = 0 if seconds is None else 0.5 + (memory == 1)
+    # on the first of two cases twice a chain, and it is opened again; in each of six rounds (none of more steps) both
+    probe = 0 if seconds is None else 2 + (memory == 1)
     assert found.passes == once + probe + (memory == 1) * 2 * (sweep_module.ROUNDS - 2)
     results.setdefault('energy', found.samples[0].energy)
     np.testing.assert_array_equal(found.samples[0].energy, results['energy'])
+
+
+def test_pre_segmentations_take_a_quarter_of_what_is_free_on_a_gpu(tuned, monkeypatch):
+    predictor = open_model(tuned, 0, CPU)
+    monkeypatch.setattr(sweep_module, 'free_bytes', lambda device: 2 ** 30)
+    runs = []
+    for device in ('cpu', 'cuda'):
+        predictor.device = torch.device(device)
+        runs.append(sweep_module._Run(predictor, KnownCases([]), None, lambda: 0.0, False))
+    assert [run.cache_bytes for run in runs] == [sweep_module.CACHE_BYTES, 2 ** 28]
 
 
 MADE_UP = {1: 0.5, 2: 0.4, 3: 0.45, 5: 0.1}
@@ -762,7 +784,7 @@ def test_a_budget_is_kept_by_leaving_out_cases_and_five_steps(tuned, monkeypatch
     # pre-segmentation; two draws from two starts: one and two steps, three steps; of two dependences; of the last two;
     # and the mask's
     up_to_three = 8 + 2 * 2 * 2 + 2 * 2 * 3 + 2 * 2 * 3 + 2 * 2 * 3 + 2 * 3
-    first_look = 1  # a pass on the first case, to see what it takes
+    first_look = 8 + 1 + 1  # the first case is opened for two passes, of which the second is timed; then it is kept
     found = found_in(3 * up_to_three + first_look)
     assert found.cases == ['0', '1', '2'] and found.steps_left_out == [5] and {s.steps for s in measured} == {1, 2, 3}
     found = found_in(3 * (up_to_three + 5 * (2 + 2 * 2 + 2 * 2 + 2)) + first_look)

@@ -44,8 +44,9 @@ def noise_scale(level: Level) -> Tensor:
 
 def _double(level: Level) -> Tensor:
     """A level in float64, on its device: a copy would wait for a GPU. mps has no float64, so there it is on the CPU."""
-    stays = isinstance(level, Tensor) and level.device.type != 'mps'
-    return torch.as_tensor(level, dtype=torch.float64, device=None if stays else 'cpu')
+    if isinstance(level, Tensor):
+        return (level.cpu() if level.device.type == 'mps' else level).double()  # one step would ask mps for float64
+    return torch.tensor(level, dtype=torch.float64)
 
 
 def per_item(values: Tensor, like: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from nnunet_pdddpm.file_names import BEST_CHECKPOINT, FINAL_CHECKPOINT
 from nnunet_pdddpm.files import image_identity
 from nnunet_pdddpm.inference.case import ExportQueue, OutputInUse, PendingCase, clear_leftover
-from nnunet_pdddpm.inference.chunks import all_finite
 from nnunet_pdddpm.inference.continuing import check_same_settings, foreign_mask_reason, refresh_summary
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR, CasesFailed, PredictionError, UnusableLogits
 from nnunet_pdddpm.inference.export import CaseExport, Outputs, as_numpy
@@ -31,7 +30,6 @@ from nnunet_pdddpm.inference.intervals import FIELDS, ByMask, calibrate_by_mask
 from nnunet_pdddpm.inference.preprocess import CasePreprocessor, FailedCase, preprocessed
 from nnunet_pdddpm.inference.ranking import FOLDS, NOT_MEASURED, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.inference.summary import has_failed, read_row, write_failure
-from nnunet_pdddpm.inference.volume import VolumePrediction
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
@@ -298,7 +296,7 @@ class PDDDPMPredictor(VolumePredictor):
         prediction = self.predict_volume(data, case.add_sample if self.outputs.samples else None, case.export.case,
                                          self.outputs.presegmentation)
         with self.threads_for(prediction.spread.mean.device):
-            require_finite(prediction)
+            prediction.require_finite()
             case.add_prediction(prediction)
 
     def _finish(self, case: PendingCase, outputs: set[Path], finished: list[Path]) -> None:
@@ -334,16 +332,6 @@ class PDDDPMPredictor(VolumePredictor):
         self.failed[output.name] = failed.reason
         files = self._files.get(output)
         write_failure(output.parent, output.name, failed.reason, None if files is None else files[0])
-
-
-def require_finite(prediction: VolumePrediction) -> None:
-    """Raise `UnusableLogits` unless what the stock model, the mask and the samples are made of are numbers."""
-    if not prediction.stock_is_finite:
-        raise UnusableLogits('logits of the stock model')
-    for what, values in (('logits of the mask', prediction.logits),
-                         ('probabilities of the samples', prediction.spread.mean)):
-        if not all_finite(values):
-            raise UnusableLogits(what)
 
 
 def failure_message(failed: Mapping[str, str], cases: int) -> str:

@@ -16,6 +16,7 @@ from nnunet_pdddpm.diffusion.coding import logits_to_probabilities
 from nnunet_pdddpm.inference.chunks import all_finite, chunks
 from nnunet_pdddpm.inference.components import WHOLE, Parts, objects_in, parts_around
 from nnunet_pdddpm.inference.counting import VoxelCounter
+from nnunet_pdddpm.inference.errors import UnusableLogits
 from nnunet_pdddpm.inference.quality import Qualities
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume_sampling import (
@@ -88,6 +89,14 @@ class VolumePrediction:
     """Of each label: what may tell how good its mask is."""
     stock_is_finite: Tensor
     """() bool, whether all logits of the stock model are numbers: chains start from them, and hide others."""
+
+    def require_finite(self) -> None:
+        """Raise `UnusableLogits` unless what the stock model, the mask and the samples are made of are numbers."""
+        if not self.stock_is_finite:
+            raise UnusableLogits('logits of the stock model')
+        for what, values in (('logits of the mask', self.logits), ('probabilities of the samples', self.spread.mean)):
+            if not all_finite(values):
+                raise UnusableLogits(what)
 
 
 class Volume:

@@ -191,10 +191,13 @@ class VolumePredictor(nnUNetPredictor):
         """Whether mask or samples use the stock model's own result, not only as a start."""
         return any(settings.needs_stock for settings in self.fold_settings)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether the arrays of an image (image channels, Z, Y, X) fit on the GPU beside the networks; says if not."""
-        networks = tile_bytes(self.label_manager.num_segmentation_heads, self.configuration_manager.patch_size)
-        needed, free = self.bytes_needed(shape) + networks, free_bytes(self.device)
+    def fits(self, shape: Sequence[int], more: int = 0) -> bool:
+        """Whether the arrays of an image (image channels, Z, Y, X) and as many bytes `more` for each of its voxels and
+        channels fit on the GPU beside the networks; says if not."""
+        channels = self.label_manager.num_segmentation_heads
+        networks = tile_bytes(channels, self.configuration_manager.patch_size)
+        needed = self.bytes_needed(shape) + networks + more * channels * math.prod(shape[1:])
+        free = free_bytes(self.device)
         if needed > free:
             logger.warning('%s (it takes about %.1f GB there, %.1f GB are free).', DOES_NOT_FIT, needed / 1e9,
                            free / 1e9)

@@ -27,6 +27,8 @@ NoiseField = Callable[[int], Tensor]
 """A noise field that comes in order: the next so many slices of it, (C, slices, Y, X)."""
 SliceValues = tuple[slice, Tensor]
 """Slices of a volume, and values (C, slices, Y, X) in them."""
+MOST_THREADS = 8
+"""That draw noise for a GPU: each keeps a slice in memory."""
 
 
 def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.device,
@@ -53,8 +55,8 @@ def volume_noise(shape: Sequence[int], seed: int, sample: int, device: torch.dev
         A function that starts the next field.
     """
     numbers, slice_shape = itertools.count(), (shape[0], *shape[2:])
-    threads = torch.get_num_threads() if device.type == 'cpu' else available_cpus()  # nnU-Net sets one for a GPU
-
+    # nnU-Net sets one for a GPU; each thread draws a slice ahead, which stays in memory
+    threads = torch.get_num_threads() if device.type == 'cpu' else min(available_cpus(), MOST_THREADS)
     pool = ThreadPoolExecutor(threads) if threads > 1 else None  # ends with the last field
 
     def start() -> NoiseField:

@@ -533,6 +533,8 @@ class PDDDPMTrainer(nnUNetTrainer):
         state['averaged_updates'] = self.averaged.n_averaged.clone()
 
     def _take_weights_before_averaging(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        for of_parameter in state['state'].values():  # nnU-Net loads to the GPU; AdamW would wait for each count there
+            of_parameter['step'] = of_parameter['step'].cpu()
         self.averaged.module.load_state_dict(self.refiner.denoiser.state_dict())
         self.averaged.n_averaged.copy_(state.pop('averaged_updates'))
         self.refiner.denoiser.load_state_dict(state.pop('denoiser_before_averaging'))

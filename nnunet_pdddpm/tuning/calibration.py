@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_pdddpm.geometry import image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.dice_regression import UNALTERED
-from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR, UnusableLogits
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, calibrate_by_mask
 from nnunet_pdddpm.inference.quality import mask_dice, predicted_labels
@@ -83,7 +83,7 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
         prediction = _predicted(predictor, case.image, case.name)
         duration = time.perf_counter() - start
         if prediction is None:
-            cases.log(f'Nothing is measured on {case.name}: the stock model gives NaN or infinite values for it.')
+            cases.log(f'Nothing is measured on {case.name}: the networks give NaN or infinite values for it.')
             continue
         if (true := cases.true_volumes(case.name)) is not None:
             for (label, channel), volume in zip(channels.items(), _mask_ml(predictor, case, prediction), strict=True):
@@ -116,14 +116,17 @@ def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> lis
 
 
 def _predicted(predictor: VolumePredictor, image: Tensor, name: str) -> VolumePrediction | None:
-    """None if the stock model gives NaN or infinite values."""
+    """None if the networks give NaN or infinite values."""
     try:
         prediction = predictor.predict_volume(image, case=name, stock=False)
+        prediction.require_finite()
+    except UnusableLogits:
+        return None
     except RuntimeError as error:
         if NNUNET_INF_ERROR not in str(error):
             raise
         return None
-    return prediction if prediction.stock_is_finite else None
+    return prediction
 
 
 def quality_row(predictor: VolumePredictor, case: Case, prediction: VolumePrediction, number: int, kind: int

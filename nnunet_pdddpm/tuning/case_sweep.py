@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar('Result')
 
+MORE_BYTES = 18
+"""For each voxel and channel, than a prediction takes: logits, an estimate that is kept, and masks of many samples."""
+
 
 class CaseSweep:
     """A pre-segmented validation case."""
@@ -37,7 +40,7 @@ class CaseSweep:
     def __init__(self, predictor: VolumePredictor, case: Case) -> None:
         self.predictor, self.case = predictor, case
         self.network_calls = {'stock': 0, 'denoiser': 0}
-        on_gpu = predictor.device.type == 'cuda' and predictor.fits(case.image.shape)
+        on_gpu = predictor.device.type == 'cuda' and predictor.fits(case.image.shape, MORE_BYTES)
         self.device = predictor.device if on_gpu else torch.device('cpu')
         self._with_memory_fallback(lambda: None)
 
@@ -69,7 +72,8 @@ class CaseSweep:
             if NNUNET_INF_ERROR not in str(error):
                 raise
             raise self._no_numbers() from error
-        if not (self.volume.stock_is_finite and all_finite(self.volume.blind_logits())):
+        starts = self.volume.start_logits  # chains will need it: it is made here, so that a pass is not timed with it
+        if not (self.volume.stock_is_finite and all_finite(starts) and all_finite(self.volume.blind_logits())):
             raise self._no_numbers()
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
@@ -102,11 +106,17 @@ class CaseSweep:
     def draw(self, settings: SamplingSettings, sample: int) -> Tensor:
         """The mask, as `Truth.drawn` gives it, of a draw with this number that depends on no other."""
         settings = settings.for_case(self.case.name)
-        p = self.volume.sample_volume(settings, sample, None)
+        p = self._sample_volume(settings, sample, None)
         parts = self.volume.parts(settings)
         shifts = self.predictor.refiner.end_shifts(settings, sample, None, parts.number)
         index = None if parts.index is None else parts.index[self.box[1:]]
         return self.truth.drawn(p[self.box], shifts, index)
+
+    def _sample_volume(self, settings: SamplingSettings, sample: int, samples: int | None) -> Tensor:
+        p = self.volume.sample_volume(settings, sample, samples)
+        if not all_finite(p):  # a chain of half precision; a class of NaN would be counted out of bounds
+            raise self._no_numbers()
+        return p
 
     def likelihoods(self, source: str) -> np.ndarray:
         """Likelihoods of the 'stock' model or the 'blind' mask, see `temperature.likelihoods`."""
@@ -141,7 +151,7 @@ class CaseSweep:
         settings = candidates[0].for_case(self.case.name)
         chain = torch.zeros_like(self.probabilities('stock'))
         for sample in range(settings.samples):
-            chain += self.volume.sample_volume(settings, sample, settings.samples)[self.box] / settings.samples
+            chain += self._sample_volume(settings, sample, settings.samples)[self.box] / settings.samples
             self.volume.clear_estimate()
         stock = self.probabilities('stock', settings.temperature)
         blind = self.probabilities('blind', settings.blind_temperature)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nnunet_pdddpm.inference.volume_memory import free_bytes
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.inference.volume_sampling import mirrorings
 from nnunet_pdddpm.network.settings import SamplingSettings
@@ -30,8 +31,9 @@ FINALISTS = 2
 DEPENDENCES, CHAIN_DEPENDENCES = (1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.0)
 """Of draws without a chain; and those that the best chain is drawn with as well."""
 BLENDS = (0.25, 0.5, 0.75)
-CACHE_BYTES = 4 * 2 ** 30
-"""Bytes of pre-segmentations that are kept between the rounds; those of further cases are made again."""
+CACHE_BYTES, CACHE_SHARE = 4 * 2 ** 30, 0.25
+"""Bytes of pre-segmentations that are kept between the rounds, at most this share of a GPU's free memory; those of
+further cases are made again."""
 ROUNDS = 7
 """Temperatures, draws without a chain, starts, three steps, other dependences, the last settings, masks: so often a
 case is opened that is not kept."""
@@ -93,6 +95,8 @@ class _Run:
         self.start = clock()
         self.order = list(range(len(cases.names)))
         self.kept: dict[int, CaseSweep] = {}
+        self.cache_bytes = CACHE_BYTES if predictor.device.type != 'cuda' else \
+            min(CACHE_BYTES, int(CACHE_SHARE * free_bytes(predictor.device)))
         self.passes = 0.0
         self.seconds_a_pass = self.seconds_to_open = 0.0  # of all cases; known with a budget
         self.steps_left_out: list[int] = []
@@ -133,7 +137,7 @@ class _Run:
             case = self.kept.get(i) or self._open_case(i)
             yield case
             self.passes += case.new_passes()
-            if i not in self.kept and sum(c.bytes() for c in self.kept.values()) + case.bytes() <= CACHE_BYTES:
+            if i not in self.kept and sum(c.bytes() for c in self.kept.values()) + case.bytes() <= self.cache_bytes:
                 self.kept[i] = case
             self.bar.update()
 
@@ -147,13 +151,18 @@ class _Run:
     def _choose_cases(self) -> None:
         """See on the first case what a pass costs, and which cases there is time for with up to three steps."""
         voxels = [self.cases.voxels(name) for name in self.cases.names]
+        chain = [SamplingSettings(start=1.0)]
+        first_calls = self._open_case(0)  # not timed: a GPU's libraries choose their algorithms at the first call
+        first_calls.energies(chain, [0])
+        self.passes += first_calls.new_passes()
+        del first_calls
         before = self.clock()
         case = self._open_case(0)
         opening = self.clock() - before
-        case.energies([SamplingSettings(start=1.0)], [0])
+        case.energies(chain, [0])
         a_pass = self.clock() - before - opening
         left = self._seconds_left()
-        if case.bytes() <= CACHE_BYTES:
+        if case.bytes() <= self.cache_bytes:
             self.kept[0] = case
             left += opening  # which is done
         else:
@@ -162,7 +171,7 @@ class _Run:
         passes = DRAWS * num_shared_passes(chains) + self._passes_left(max(FIRST_STEPS) + 1, FINALISTS)
         once = opening + a_pass * passes
         self.order = cases_within_budget(left, once / voxels[0], voxels)
-        all_kept = case.bytes() / voxels[0] * sum(voxels[i] for i in self.order) <= CACHE_BYTES
+        all_kept = case.bytes() / voxels[0] * sum(voxels[i] for i in self.order) <= self.cache_bytes
         if not all_kept:
             self.order = cases_within_budget(left, (once + (ROUNDS - 1) * opening) / voxels[0], voxels)
         if not self.order:
