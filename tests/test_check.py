@@ -194,7 +194,7 @@ def test_without_a_route_the_export_line_is_given_and_works(checker, external_se
 
 def test_without_a_checkout_the_advice_is_to_install_the_wheel(checker, external_search, tmp_path, monkeypatch):
     monkeypatch.setattr(nnunet_pdddpm, '__file__', str(tmp_path / 'nnunet_pdddpm' / '__init__.py'))
-    assert 'pip install nnunet-pdddpm (without -e)' in checker.problem()
+    assert 'pip install . (without -e)' in checker.problem()
 
 
 def test_the_shims_of_a_wheel_beside_another_nnunet_are_offered(checker, external_search, tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def discovery_remedy() -> str:
         if (folder / f'{TRAINER}.py').is_file():
             value = os.pathsep.join([*external_folders(), str(folder)])
             return f'export nnUNet_extTrainer={shlex.quote(value)}'
-    return 'pip install nnunet-pdddpm (without -e) in the environment of nnunetv2.'
+    return 'in a clone of nnunet-pdddpm run pip install . (without -e), in the environment of nnunetv2.'
 
 
 def check_folders(problems: list[str]) -> bool:

@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
                         help='output folder of nnUNetv2_pdddpm_predict or nnUNetv2_predict')
     parser.add_argument('-ref', type=Path, required=True, help='folder with the reference masks')
     parser.add_argument('-raters', type=Path,
-                        help="folder with several raters' masks, CASE__RATER.nii.gz (default: none)")
+                        help="folder with several raters' masks, CASE__RATER with the data set's file ending "
+                             '(default: none)')
     parser.add_argument('-djfile', type=Path, help='dataset.json (default: the one in -pred)')
     parser.add_argument('-pfile', type=Path, help='plans.json (default: the one in -pred)')
     parser.add_argument('-o', type=Path, help='folder for the results (default: -pred)')

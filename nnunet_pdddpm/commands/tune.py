@@ -90,11 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-p', default=PLANS, help='plans of the model (default: %(default)s)')
     parser.add_argument('-device', default='cuda', choices=('cpu', 'cuda', 'mps'), help='default: %(default)s')
     parser.add_argument('-budget', type=float, metavar='MINUTES',
-                        help='time for tuning, above 0 (default: no limit); to keep it, cases and chains of five steps '
-                             'are left out; calibration takes additional time')
+                        help='time for tuning, above 0 (default: no limit); to keep it, cases and chains of three and '
+                             'five steps are left out; calibration takes additional time')
     parser.add_argument('-raters', type=Path,
-                        help='folder with masks of several raters, CASE__RATER.nii.gz: the sampling settings are '
-                             'chosen by the distance of the samples to these masks (default: to the truth)')
+                        help="folder with masks of several raters, CASE__RATER with the data set's file ending: the "
+                             'sampling settings are chosen by the distance of the samples to these masks (default: '
+                             'to the truth)')
     parser.add_argument('--disable_progress_bar', action='store_true', help='default: shown')
     return parser
 
