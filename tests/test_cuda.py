@@ -12,7 +12,11 @@ from tiny_model import plans, write_model
 
 from nnunet_pdddpm.inference import volume_predictor
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
+from nnunet_pdddpm.tuning.case_sweep import CaseSweep
+from nnunet_pdddpm.tuning.cases import Case
+from nnunet_pdddpm.tuning.sweep import mask_candidates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 devices = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
@@ -99,6 +103,21 @@ def test_a_volume_that_does_not_fit_on_the_gpu_is_the_same_from_main_memory(tmp_
     assert_close(found.presegmentation, expected.presegmentation, False)
 
 
+@devices
+@pytest.mark.parametrize('labels', ['classes', 'regions'])
+def test_a_case_is_measured_for_tuning_as_on_a_cpu(tmp_path, labels, device):
+    model, scores = write_model(tmp_path / 'model', plans('SimpleITKIO', 3, 1), description(labels)), []
+    truth = torch.randint(0, 3, (18, 24, 20), generator=torch.Generator().manual_seed(6)).numpy()
+    settings = SamplingSettings(samples=2, steps=2, dependence=0.5)
+    for of in ('cpu', device):
+        predictor = opened(VolumePredictor, model, of, 1 if of == 'cpu' else 4)
+        with torch.inference_mode():
+            case = CaseSweep(predictor, Case(image(), truth, [], {}, 'case'))
+            assert case.device.type == of
+            scores.append([*case.energies([settings], range(2)), *case.masks(mask_candidates(settings, 8))])
+    torch.testing.assert_close(*(torch.tensor(of) for of in scores), rtol=0.02, atol=0.02)
+
+
 def bare_trainer(kind, labels, device, folder):
     """Without data, not initialised, with deep supervision at two scales."""
     of_all = plans('SimpleITKIO', 3, 1)
@@ -156,3 +175,10 @@ def test_training_goes_as_on_a_cpu(tmp_path, monkeypatch, labels, device):
         off = ~torch.isclose(part.float(), expected.float(), rtol=1e-3, atol=1e-3)
         assert off.float().mean() < 0.01  # where labels are to be ignored the stock mask stands in
     assert losses[1] == pytest.approx(losses[0], rel=0.03, abs=0.02)
+    file = Path(trainer.output_folder) / 'checkpoint_latest.pth'
+    trainer.save_checkpoint(str(file))
+    resumed = make_trainer(PDDDPMTrainer, labels, device, tmp_path)
+    resumed.load_checkpoint(str(file))
+    assert {of['step'].device.type for of in resumed.optimizer.state.values()} == {'cpu'}
+    resumed.on_train_epoch_start()
+    assert float(resumed.train_step(copy.deepcopy(batch))['loss']) < 1.5 * losses[1][0]

@@ -15,6 +15,7 @@ import torch
 from conftest import DATASET, DATASET_ID, PLANS, REFINED, Workspace
 
 from nnunet_pdddpm.commands.predict import main, main_modelfolder
+from nnunet_pdddpm.inference import summary as summary_module
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.summary import write_failure, write_summary
 from nnunet_pdddpm.network.checkpoint import PRESEGMENTER, checksum
@@ -276,6 +277,21 @@ def test_a_failure_whose_input_folder_is_not_here_stays_as_on_a_machine_with_oth
     write_failure(tmp_path, 'deleted', 'is empty', [str(there / 'deleted_0000.nii.gz')])
     write_summary(tmp_path)
     assert failed(tmp_path) == ['elsewhere']
+
+
+def test_a_row_that_another_process_replaces_while_the_summary_is_written_is_in_it(tmp_path, monkeypatch):
+    write_failure(tmp_path, 'a', 'is empty', None)
+    write, late = summary_module.write_atomically, ['is still empty']
+
+    def interrupted(folder, contents):
+        written = write(folder, contents)
+        if folder == tmp_path and late:
+            write_failure(tmp_path, 'a', late.pop(), None)
+        return written
+    monkeypatch.setattr(summary_module, 'write_atomically', interrupted)
+    write_summary(tmp_path)
+    assert [row['error'] for row in json.loads((tmp_path / 'pdddpm_summary.json').read_text())['failed']] == [
+        'is still empty']
 
 
 def test_a_report_where_an_image_is_bad_now_shows_the_others_and_hides_no_error(source, tmp_path):

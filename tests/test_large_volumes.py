@@ -226,7 +226,7 @@ def test_for_export_only_what_is_written_is_handed_over(monkeypatch, tmp_path, u
     predictor, handed_over = predictor_of(3, [4, 6, 6], CHAIN), []
     export = export_of(3, (11, 8, 10), (11, 8, 10), (1.0,) * 3)
     export = replace(export, folder=tmp_path / 'case', outputs=Outputs(uncertainty=uncertainty))
-    queue = SimpleNamespace(submit=lambda function, *args: handed_over.append((function, args)))
+    queue = SimpleNamespace(submit=lambda function, *args: handed_over.append((function, args)), locks=[])
     case = PendingCase(export, tmp_path, 2, 1, [], {}, NOT_MEASURED, queue)
     on_sample = case.add_sample if export.outputs.samples else None
     case.add_prediction(predictor.predict_volume(image_of(11, 8, 10), on_sample))

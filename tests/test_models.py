@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import BRIEF, DATASET, DATASET_ID, PLANS, REFINED, STOCK, Workspace, make_trainer, train_in_process
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from tiny_model import plans, write_model
 
 from nnunet_pdddpm.commands.check_dataset import TRAINER, check_refined, check_stock, read_dataset
+from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint, stored_checksum
 from nnunet_pdddpm.network.state import LEVELS, SETTING
@@ -116,6 +118,24 @@ def test_plans_or_labels_edited_after_training_are_refused(model, file, change, 
     (model / file).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=f'{what} was .* when it was trained and is '):
         load(model)
+
+
+def test_regions_in_another_order_are_refused(tmp_path):
+    """nnU-Net's channels are in the order of the names, which `save_json` of batchgenerators sorts."""
+    description = {'channel_names': {'0': 'image'}, 'numTraining': 1, 'file_ending': '.nii.gz',
+                   'labels': {'background': 0, 'whole': [1, 2], 'core': [2]}, 'regions_class_order': [1, 2]}
+    folder = write_model(tmp_path / 'model', plans('SimpleITKIO', 3, 1), description)
+    load(folder)
+    (folder / 'dataset.json').write_text(json.dumps(description, sort_keys=True))
+    with pytest.raises(CheckpointError, match=r"the order of labels was \['background', 'whole', 'core'\] when it was"):
+        load(folder)
+
+
+def test_a_model_without_a_numbered_fold_is_told(model):
+    (model / 'fold_0').rename(model / 'fold_all')
+    predictor = PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    with pytest.raises(PredictionError, match='has no numbered fold with checkpoint_final.pth: name a fold'):
+        predictor.initialize_from_trained_model_folder(str(model), None)
 
 
 def as_of_an_earlier_version(content: dict) -> None:

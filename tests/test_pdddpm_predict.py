@@ -36,12 +36,15 @@ from conftest import (
 )
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from nnunet_pdddpm.commands.predict import NO_FLAG, SETTINGS, main, main_modelfolder
 from nnunet_pdddpm.demo.phantom import make_case, write_dataset
 from nnunet_pdddpm.inference.errors import PredictionError
+from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.spread import Spread
@@ -444,7 +447,7 @@ def test_intervals_hold_for_masks_as_in_calibration_and_any_samples(one_case, tm
     scores = torch.zeros(20, 3, len(FIELDS))
     mask = torch.linspace(1, 5, 20)
     scores[:, 1] = torch.stack([mask * torch.linspace(1.1, 1.2, 20), mask, torch.ones(20)], 1)
-    store_calibration(file, scores)
+    store_calibration(file, list('abcdefghijklmnopqrst'), scores)
     flags = ('--save_samples', '-samples', '4')
 
     def organ(name: str, *change: str) -> dict[str, Any]:
@@ -469,6 +472,29 @@ def test_intervals_hold_for_masks_as_in_calibration_and_any_samples(one_case, tm
         assert other['interval_missing'] == reason and other['interval_level'] is None
         assert f'Volumes have no calibrated interval: {reason}.' in capsys.readouterr().err
         assert other['samples_low_ml'] <= other['volume_ml_mean'] <= other['samples_high_ml']
+    predictor = PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder()), (0,))
+    predictor.use_mirroring = False  # nnU-Net's attributes may be set after loading
+    predictor.predict_from_files_sequential(str(one_case), str(tmp_path / 'later'))
+    assert next(iter(rows(tmp_path / 'later').values()))['labels']['organ']['interval_missing'] == reason
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_folds_that_share_validation_cases_have_no_interval(refined, tmp_path, monkeypatch, shared):
+    results = tmp_path / 'nnUNet_results'
+    shutil.copytree(model_folder(), results / DATASET / model_folder().name)
+    monkeypatch.setenv('nnUNet_results', str(results))
+    for fold in (0, 1):
+        store_calibration(model_folder() / f'fold_{fold}' / 'checkpoint_final.pth',
+                          [f'case {i} of {0 if shared else fold}' for i in range(10)],
+                          torch.linspace(1, 2, 10)[:, None, None].expand(10, 3, len(FIELDS)))
+    predictor = PDDDPMPredictor(device=torch.device('cpu'), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder()), (0, 1))
+    found = predictor.calibrated['organ'].with_label
+    if shared:
+        assert found.startswith('the folds share validation cases, so their errors are not independent: predict with')
+    else:
+        assert len(found.errors) == 20
 
 
 def test_the_agreement_is_close_to_that_of_the_saved_samples(predicted):
@@ -698,6 +724,53 @@ def test_what_an_earlier_prediction_left_of_a_case_is_taken_away(one_case, tmp_p
     assert sorted(file.name for file in (tmp_path / 'samples').iterdir()) == sorted(
         [stranger.name, *(f'{CASES[1]}_s{i:02d}.nii.gz' for i in range(2))])
     assert not list((tmp_path / 'uncertainty').iterdir())
+
+
+def test_a_run_that_was_interrupted_can_be_repeated_in_the_same_process(one_case, tmp_path, monkeypatch):
+    """A notebook keeps the error, and with it what it holds."""
+    predictor = opened(samples=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
+        patch.setattr(predictor, '_predict_case', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        predictor.predict_from_files_sequential(str(one_case), str(tmp_path))
+    predictor.predict_from_files_sequential(str(one_case), str(tmp_path))
+    assert kept.tb is not None and len(rows(tmp_path)) == 1 and not list(tmp_path.glob('.*'))
+
+
+def test_python_asks_for_probabilities_by_the_outputs_too(one_case, tmp_path):
+    predictor = opened(samples=2)
+    predictor.outputs = Outputs(probabilities=True)
+    predictor.predict_from_files_sequential(str(one_case), str(tmp_path))
+    assert (tmp_path / f'{CASES[1]}.npz').is_file()
+
+
+def test_items_of_an_iterator_stay_as_they_are(refined):
+    predictor = opened(samples=2)
+    read, properties = predictor.plans_manager.image_reader_writer_class().read_images(
+        [str(refined.raw / 'imagesTs' / f'{CASES[1]}_0000.nii.gz')])
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    image, _, properties = preprocessor.run_case_npy(read, None, properties, predictor.plans_manager,
+                                                     predictor.configuration_manager, predictor.dataset_json)
+    items = [{'data': torch.from_numpy(image), 'data_properties': properties, 'ofile': None}]
+    (one,), (other,) = (predictor.predict_from_data_iterator(items, num_processes_segmentation_export=0)
+                        for _ in range(2))
+    assert (one == other).all() and one.any()
+
+
+def test_a_preprocessor_with_a_reading_of_its_own_is_refused(one_case, tmp_path, monkeypatch):
+    class OwnPreprocessor(DefaultPreprocessor):
+        def run_case(self, *args):
+            raise AssertionError
+    predictor = opened()
+    monkeypatch.setattr(ConfigurationManager, 'preprocessor_class', OwnPreprocessor)
+    with pytest.raises(PredictionError, match='OwnPreprocessor reads images in a way of its own'):
+        predictor.predict_from_files_sequential(str(one_case), str(tmp_path))
+
+
+def test_a_report_of_an_earlier_prediction_is_told(one_case, tmp_path, capsys):
+    predict(one_case, tmp_path, *QUICK, '-samples', '2', '--report')
+    assert 'of an earlier prediction' not in capsys.readouterr().err
+    predict(one_case, tmp_path, *QUICK, '-samples', '2')
+    assert f'{tmp_path / "report.html"} is of an earlier prediction: add --report' in capsys.readouterr().err
 
 
 def test_the_report_shows_every_case_and_what_it_needs_is_written(source, tmp_path):

@@ -20,6 +20,7 @@ from nnunet_pdddpm.commands.predict import main_modelfolder
 from nnunet_pdddpm.inference import ranking as ranking_module
 from nnunet_pdddpm.inference.dice_regression import (
     ALL_FEATURES,
+    CASE,
     DICE,
     EXPECTED_DICE,
     FIELDS,
@@ -35,6 +36,7 @@ from nnunet_pdddpm.inference.dice_regression import (
     rank_correlation,
 )
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
+from nnunet_pdddpm.inference.intervals import FIELDS as VOLUME_FIELDS
 from nnunet_pdddpm.inference.quality import FEATURES, LabelQuality, logit
 from nnunet_pdddpm.inference.ranking import FOLDS, NOTHING, PROBABILITIES, REGRESSION, UNMEASURED, Ranking, ranking_of
 from nnunet_pdddpm.network.state import QUALITY, QUALITY_FIELDS, QUALITY_ROWS
@@ -252,6 +254,22 @@ def test_flags_say_what_no_validation_case_had():
     assert not judged.flags
 
 
+def test_a_label_that_a_healthy_validation_case_lacks_is_no_label_of_every_case():
+    """Of a case with no label at all there is no row of Dice: its volumes tell."""
+    of, volumes = rows('told'), np.ones((len(rows('told')) // 3, 3, len(VOLUME_FIELDS)))
+    of[of[:, 1, CASE] == of[0, 1, CASE]] = 0
+
+    def flags():
+        usual = of[3::3, 1, DICE + 1:].mean(0)
+        return ranking_of(of, CHANNELS, volumes).judge(
+            {'cell': LabelQuality(usual, None), 'nucleus': LabelQuality(None, None)}).flags
+    assert flags() == ['nucleus: neither in the mask nor in a sample, but every validation case has it']
+    volumes[0] = 0, 0, 1  # true volume and that of the mask, which are known
+    assert not flags()
+    volumes[0] = 0  # nothing is known of it
+    assert len(flags()) == 1
+
+
 def test_several_models_are_sorted_by_how_far_they_agree():
     ranking = Ranking(FOLDS)
     assert ranking.key == 'folds_dice' and 'not measured' in ranking.describe()
@@ -365,7 +383,8 @@ def test_a_validation_case_of_which_the_networks_make_no_numbers_is_left_out_and
     def spoiled(image: torch.Tensor, case: str, **kwargs):
         prediction = predict_volume(image, case=case, **kwargs)
         if case == 'v1':
-            prediction.logits[0, 0, 0, 0] = torch.nan  # of the denoiser, in half precision
+            with torch.inference_mode():
+                prediction.logits[0, 0, 0, 0] = torch.nan  # of the denoiser, in half precision
         return prediction
     monkeypatch.setattr(predictor, 'predict_volume', spoiled)
     assert torch.equal(measure(predictor, cases, cases.names).quality, measured.quality)
@@ -375,7 +394,7 @@ def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path
     """The order is by a feature of which the expected Dice knows nothing."""
     of = rows('nothing')
     of[:, :, DICE + 1 + FEATURES.index('certainty')] = logit(of[:, :, DICE]) / 10 + 0.3
-    store_calibration(checkpoint(model), torch.zeros(0, 3, 3), torch.tensor(of))
+    store_calibration(checkpoint(model), [], torch.zeros(0, 3, 3), torch.tensor(of))
     found, page = predict(model, tmp_path / 'out')
     lows = {case: row['estimated_dice_low'] for case, row in found.items()}
     assert len(set(lows.values())) == 3 and shown(page) == sorted(lows, key=lambda case: lows[case])
@@ -396,7 +415,7 @@ def test_the_report_is_sorted_by_the_lower_bound_and_shows_flags(model, tmp_path
 
 
 def test_what_does_not_rank_is_sorted_by_name_and_other_samples_have_no_order(model, tmp_path):
-    store_calibration(checkpoint(model), torch.zeros(0, 3, 3), torch.tensor(rows('nothing')))
+    store_calibration(checkpoint(model), [], torch.zeros(0, 3, 3), torch.tensor(rows('nothing')))
     found, page = predict(model, tmp_path / 'out')
     assert shown(page) == ['a', 'b', 'c'] and 'not ranked: sorted by name' in page and 'Cases are not ranked' in page
     found, page = predict(model, tmp_path / 'other', '-samples', '3')
@@ -407,7 +426,7 @@ def test_what_does_not_rank_is_sorted_by_name_and_other_samples_have_no_order(mo
 
 def test_other_settings_forget_the_quality_of_validation_cases(model, tmp_path):
     file = checkpoint(model)
-    store_calibration(file, torch.zeros(0, 3, 3), torch.tensor(rows('told')))
+    store_calibration(file, [], torch.zeros(0, 3, 3), torch.tensor(rows('told')))
     predictor = open_for_calibration(model, 0, torch.device('cpu'), file.name)
     assert predictor.list_of_parameters[0][QUALITY].any()
     store(file.parent, predictor.fold_settings[0])

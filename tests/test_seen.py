@@ -19,7 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_pdddpm.commands.tune import main as tune
 from nnunet_pdddpm.network.checkpoint import CheckpointError, load_checkpoint
-from nnunet_pdddpm.network.seen import STOCK_HELD_OUT, TRAINED_ON, Seen, split_overlap, stored_seen
+from nnunet_pdddpm.network.seen import Seen, split_overlap, stored_seen
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers, from_numbers
 from nnunet_pdddpm.training.held_out import held_out_cases
 from nnunet_pdddpm.training.trainer import PDDDPMTrainer
@@ -159,7 +159,7 @@ def measured_on(names: list[str], training: list[str], seen: Seen) -> tuple[list
     cases.names, cases.training, cases.raters = list(names), training, None
     weights: OrderedDict[str, torch.Tensor] = OrderedDict()
     weights._metadata = {'': {key: None if of is None else sorted(of) for key, of in (
-        (TRAINED_ON, seen.trained_on), (STOCK_HELD_OUT, seen.stock_held_out))}}
+        ('trained_on', seen.trained_on), ('stock_held_out', seen.stock_held_out))}}
     exclude_seen_cases(cases, weights, said.append)
     return cases.names, said
 

@@ -114,7 +114,7 @@ def test_pretrained_weights_of_a_stock_model_are_refused_and_the_right_way_is_na
         train_in_process(DATASET_ID, FULLRES, 0, BRIEF, '-pretrained_weights', str(file))
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     assert f'Pre-segmenter: {file} (another stock model is named by nnUNet_pdddpm_presegmenter; -pretrained_weights ' \
-           f'is for the denoiser and takes a PDDDPM model)' in last_line
+           f'is for the denoiser and takes a PDDDPM model with as many labels)' in last_line
     assert list(fold.glob('*.pth')) == []
 
 

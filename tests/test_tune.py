@@ -104,6 +104,10 @@ def test_the_interval_of_a_difference_is_that_of_the_mean_of_paired_differences(
     assert difference_interval(BASE[:1], BASE[:1]) == (-np.inf, np.inf)
     nothing = np.full(15, np.nan)  # cases without foreground tell nothing
     assert difference_interval(np.append(BASE + NOISE, nothing), np.append(BASE, nothing)) == pytest.approx((low, high))
+    # people's masks of one image are not independent
+    many = difference_interval(np.repeat(BASE + NOISE, 10), np.repeat(BASE, 10), np.repeat(np.arange(20), 10).tolist())
+    assert many == pytest.approx((low, high))
+    assert difference_interval(BASE + NOISE, BASE, [7] * 20) == (-np.inf, np.inf)
 
 
 def test_the_mask_is_accurate_then_likely_then_cheap():
@@ -355,7 +359,8 @@ class KnownCases:
 
     def load(self, name: str) -> Case:
         labels = self.labels[int(name)]
-        return Case(torch.zeros((1, *labels.shape)), labels, [], {}, name)
+        image = torch.full((1, *labels.shape), 1e-6 * int(name))  # no two images are the same
+        return Case(image, labels, [], {}, name)
 
 
 def validation_cases(raters: Path | None = None) -> ValidationCases:
@@ -814,8 +819,12 @@ def test_what_a_budget_left_out_is_in_log_and_report(scratch, monkeypatch):
     assert content['steps_left_out'] == [5] and {len(row['per_case'].popitem()[1]) for row in content['rows']} == {2}
 
 
-def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_again(scratch):
+def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_again(scratch, monkeypatch):
     fold = scratch / 'fold_0'
+    monkeypatch.setenv('nnUNet_wandb_enabled', '1')  # nnU-Net would delete the run of the training, and begin another
+    run = fold / 'wandb' / 'latest-run' / 'run-1.wandb'
+    run.parent.mkdir(parents=True)
+    run.touch()
     before = {name: torch.load(fold / name, weights_only=False) for name in CHECKPOINTS}
     command()
     chosen = chosen_in(scratch)
@@ -830,6 +839,7 @@ def test_the_command_changes_the_settings_and_nothing_else_and_finds_the_same_ag
         for key, value in after['optimizer_state']['denoiser_before_averaging'].items():
             assert torch.equal(value, moved[key])
         assert stored_settings(after['network_weights']) == chosen
+    assert run.is_file()
     make_trainer(TUNED, 0).load_checkpoint(str(fold / CHECKPOINTS[0]))  # --c goes on from it
     first = report(scratch)
     for name in CHECKPOINTS:  # as if the tuning before had found something else
@@ -947,6 +957,11 @@ def test_too_little_memory_to_tune_is_told_and_training_goes_on(scratch, monkeyp
     trainer._first_epoch = trainer.current_epoch
     assert trainer.tune_sampling() is None
     assert 'stay as they are: there is not enough memory to tune them' in log(scratch)
+    (scratch / 'plans.json').write_text('')  # as while the training of another fold writes it
+    assert trainer.tune_sampling() is None
+    assert 'plans.json' in log(scratch).rpartition('stay as they are: ')[2]
+    trainer.calibrate_volumes()
+    assert 'plans.json' in log(scratch).rpartition('are not calibrated: ')[2]
 
 
 def test_a_volume_that_does_not_fit_on_the_device_is_measured_in_main_memory(tuned, monkeypatch, caplog):
@@ -994,7 +1009,7 @@ def test_plain_nnunet_prediction_uses_the_choice_and_each_fold_its_own(tuned, tm
 
 def test_a_chain_that_is_chosen_for_mask_and_samples_is_what_plain_prediction_runs(scratch, monkeypatch):
     make_up(monkeypatch, {1: 0.1})
-    monkeypatch.setattr(tune_module, 'choose_measured', lambda rows, plain_dice: (
+    monkeypatch.setattr(tune_module, 'choose_measured', lambda rows, plain_dice, images: (
         next(row.settings for row in rows if row.settings.mask_chain == 1), 0.5))
     command()
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)

@@ -24,6 +24,7 @@ from nnunet_pdddpm.logs import log_to_console
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.settings import CHOICES, ENVIRONMENT_PREFIX, KINDS, RANGES, Value
 from nnunet_pdddpm.report import NothingToShow, write_report
+from nnunet_pdddpm.report.page import REPORT
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     if not images[args.part_id::args.num_parts]:  # a part without cases
         refresh_summary(output)
     no_report = ''
+    if not args.report and images[args.part_id::args.num_parts] and (output / REPORT).is_file():
+        logger.warning('%s is of an earlier prediction: add --report to write it again.', output / REPORT)
     if args.report:
         cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
         try:

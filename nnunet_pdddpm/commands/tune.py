@@ -74,6 +74,7 @@ def make_trainer(args: argparse.Namespace, device: torch.device) -> PDDDPMTraine
         if not file.is_file():
             raise TuningError(f'{file} is missing: the validation cases have to be preprocessed with these plans '
                               f'(nnUNetv2_plan_and_preprocess).')
+    os.environ['nnUNet_wandb_enabled'] = '0'  # nnU-Net would take it for a new training, and delete the run of the old
     return get_trainer_from_args(dataset, args.c, args.f, args.tr, args.p, device=device)
 
 

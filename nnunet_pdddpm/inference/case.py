@@ -68,6 +68,8 @@ class ExportQueue:
         self.executor: Executor = ProcessPoolExecutor(
             processes, get_context('spawn'), end_with_parent) if processes else SerialExecutor()
         self.under_way: set[Future[Any]] = set()
+        self.locks: list[FileLock] = []
+        """Of cases that are not finished."""
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Run in the background, once not more than `limit` others are under way."""
@@ -83,6 +85,8 @@ class ExportQueue:
 
     def __exit__(self, *exception: Any) -> None:
         self.executor.shutdown(cancel_futures=True)
+        for lock in self.locks:  # of a run that was cut off: this process may predict again
+            unlock(lock)
 
 
 def clear_leftover(folder: Path) -> None:
@@ -163,6 +167,7 @@ class PendingCase:
         except Timeout:
             raise OutputInUse(f'{export.case} is being predicted into {output} by another process: wait until that '
                               f'has ended, or name another output folder.') from None
+        queue.locks.append(self.lock)
         if export.folder.exists():  # of an earlier run that was cut off
             shutil.rmtree(export.folder)
         export.folder.mkdir()
@@ -247,4 +252,5 @@ class PendingCase:
         """Delete what has not been moved."""
         wait([*self.samples.values(), *([self.mask_export] if hasattr(self, 'mask_export') else [])])
         shutil.rmtree(self.export.folder)
+        self.queue.locks.remove(self.lock)
         unlock(self.lock)

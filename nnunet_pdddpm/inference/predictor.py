@@ -17,6 +17,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
 from nnunet_pdddpm.memory import MEMORY_ERRORS, lacks_memory
 from nnunet_pdddpm.network.checkpoint import checksum
+from nnunet_pdddpm.network.seen import stored_seen
 from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, stored_settings
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class PDDDPMPredictor(VolumePredictor):
         """Label -> what the intervals of its volumes are made of, or why there are none."""
         self.ranking = NOT_MEASURED
         """What cases are sorted by."""
+        self._calibrated_for: tuple[bool, bool] | None = None
         self.weights: list[str] = []
         """Identity of each model: checksum of all that it holds, both networks, levels, calibration and settings."""
         self._files: dict[Path, tuple[list[str], str | None]] = {}
@@ -76,8 +79,13 @@ class PDDDPMPredictor(VolumePredictor):
     def initialize_from_trained_model_folder(self, *args: Any, **kwargs: Any) -> None:
         """As VolumePredictor's; says which volumes have no calibrated interval, and why."""
         super().initialize_from_trained_model_folder(*args, **kwargs)
-        self.calibrated, self.ranking = self._calibrated(), self._ranking()
         self.weights = [f'{checksum(parameters):08x}' for parameters in self.list_of_parameters]
+        self._take_calibration()
+
+    def _take_calibration(self) -> None:
+        """Intervals and order that hold for masks and samples as they are made now."""
+        self._calibrated_for = self._as_in_validation()
+        self.calibrated, self.ranking = self._calibrated(), self._ranking()
         missing = {name: label.with_label for name, label in self.calibrated.items()
                    if isinstance(label.with_label, str)}
         for reason in dict.fromkeys(missing.values()):
@@ -95,6 +103,12 @@ class PDDDPMPredictor(VolumePredictor):
             return dict.fromkeys(channels, ByMask(reason, reason))
         if not self._as_in_validation()[0]:
             reason = 'the calibrated one holds only for masks made as in validation'
+            return dict.fromkeys(channels, ByMask(reason, reason))
+        known = [cases for parameters in self.list_of_parameters
+                 if (cases := stored_seen(parameters).calibrated_on) is not None]
+        if len(frozenset().union(*known)) < sum(map(len, known)):
+            reason = ('the folds share validation cases, so their errors are not independent: predict with one fold, '
+                      'or train folds with validation cases of their own')
             return dict.fromkeys(channels, ByMask(reason, reason))
         return {name: calibrate_by_mask([rows[:, channel] for rows in scores]) for name, channel in channels.items()}
 
@@ -125,7 +139,7 @@ class PDDDPMPredictor(VolumePredictor):
             return Ranking(FOLDS)
         weights, = self.list_of_parameters
         channels = label_channels(self.dataset_json, self.plans_manager)
-        found = ranking_of(weights[QUALITY].numpy(), channels)
+        found = ranking_of(weights[QUALITY].numpy(), channels, weights[CALIBRATION].numpy())
         if found is NOT_MEASURED:
             return replace(found, reason=f'{found.reason} ({self._how_to_calibrate()})')
         if found.scores is not None and not all(self._as_in_validation()):
@@ -201,12 +215,16 @@ class PDDDPMPredictor(VolumePredictor):
     def _export(self, truncated: Path, properties: dict[str, Any], save_probabilities: bool) -> CaseExport:
         return CaseExport(self.plans_manager, self.configuration_manager, self.dataset_json, properties,
                           truncated.with_name(f'.{truncated.name}.partial'), truncated.name,
-                          replace(self.outputs, probabilities=save_probabilities))
+                          replace(self.outputs, probabilities=save_probabilities or self.outputs.probabilities))
 
     def _internal_get_data_iterator_from_lists_of_filenames(
             self, input_list_of_lists: list[list[str]], seg_from_prev_stage_files: list | None,
             output_filenames_truncated: list | None, num_processes: int) -> Iterator[dict[str, Any] | FailedCase]:
         """As nnUNetPredictor's; a case that cannot be read comes as a `FailedCase`. With 0 processes in this one."""
+        preprocessor = self.configuration_manager.preprocessor_class
+        if preprocessor.run_case is not DefaultPreprocessor.run_case:
+            raise PredictionError(f'{preprocessor.__name__} reads images in a way of its own (run_case), of which this '
+                                  f'command knows nothing: predict with nnUNetv2_predict.')
         nothing = [None] * len(input_list_of_lists)
         preprocess = CasePreprocessor(self.plans_manager, self.configuration_manager, self.dataset_json,
                                       self.verbose_preprocessing)
@@ -231,6 +249,8 @@ class PDDDPMPredictor(VolumePredictor):
         results: list[Any] = []
         outputs: set[Path] = set()
         self.failed = {}
+        if self._calibrated_for is not None and self._calibrated_for != self._as_in_validation():  # set since
+            self._take_calibration()
         try:
             with ExportQueue(num_processes_segmentation_export) as queue:
                 self._predict_all(data_iterator, save_probabilities, queue, outputs, results)
@@ -260,7 +280,7 @@ class PDDDPMPredictor(VolumePredictor):
                 results.append(None)
                 self._record_failure(item, outputs)
                 continue
-            data, properties, file = item.pop('data'), item['data_properties'], item['ofile']
+            data, properties, file = item['data'], item['data_properties'], item['ofile']
             if isinstance(data, str):  # as nnU-Net's: a temporary file
                 file_of_data, data = Path(data), torch.from_numpy(np.load(data))
                 file_of_data.unlink()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.special import expit
@@ -169,8 +169,14 @@ def _flag(feature: str, label: str, value: float, low: float, high: float) -> st
 NOT_MEASURED = Ranking(UNMEASURED, 'the model holds no Dice of validation cases')
 
 
-def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
-    """The order that rows (rows, C, FIELDS) of validation cases give; `channels`: of each label."""
+def ranking_of(rows: np.ndarray, channels: Mapping[str, int], volumes: np.ndarray | None = None) -> Ranking:
+    """The order that validation cases give.
+
+    Args:
+        rows: (rows, C, FIELDS) of cases and of copies with artefacts.
+        channels: of each label.
+        volumes: (cases, C, `intervals.FIELDS`), which tell what cases lack, also those that have no label at all.
+    """
     known = rows[(rows[..., KIND] > 0).any(1)].astype(float)
     enough = {name: channel for name, channel in channels.items()
               if (known[:, channel, KIND] == UNALTERED).sum() >= MIN_RANKING_CASES}
@@ -180,7 +186,12 @@ def ranking_of(rows: np.ndarray, channels: Mapping[str, int]) -> Ranking:
                        ) if number else NOT_MEASURED
     known = known[:, list(enough.values())]
     known = known[(known[..., KIND] > 0).any(1)]
-    return _ranking(known, list(enough))
+    ranking = _ranking(known, list(enough))
+    if volumes is None:
+        return ranking
+    true, mask, counted = np.moveaxis(volumes, -1, 0)
+    lacking = ((counted > 0) & (true == 0) & (mask == 0)).any(0)
+    return replace(ranking, always=frozenset(name for name in ranking.always if not lacking[enough[name]]))
 
 
 def _lower_bounds(estimates: Estimates, true: np.ndarray, kinds: np.ndarray, cases: np.ndarray

@@ -153,7 +153,7 @@ def write_summary(output: Path) -> list[str]:
     Returns:
         Cases whose mask is not the file that their row was made of. These rows are left out.
     """
-    written: tuple[list[Path], list[str]] | None = None
+    written: tuple[dict[Path, int], list[str]] | None = None
     changed: list[str] = []
     while (there := _files_of(output)) != written:
         found = []
@@ -173,9 +173,12 @@ def write_summary(output: Path) -> list[str]:
     return changed
 
 
-def _files_of(output: Path) -> tuple[list[Path], list[str]]:
-    """Files of the rows, and names of the folder's other finished files."""
-    rows = [file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))]
+def _files_of(output: Path) -> tuple[dict[Path, int], list[str]]:
+    """Files of the rows and their times, and names of the folder's other finished files."""
+    rows: dict[Path, int] = {}
+    for file in (file for folder in (CASES, FAILED) for file in sorted((output / folder).glob('*.json'))):
+        with suppress(FileNotFoundError):  # a failure that another process has just taken back
+            rows[file] = file.stat().st_mtime_ns
     names = sorted(file.name for file in output.iterdir() if not file.name.startswith('.'))
     return rows, [name for name in names if name not in (SUMMARY, SUMMARY_TABLE)]
 

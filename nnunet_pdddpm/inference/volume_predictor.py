@@ -86,6 +86,8 @@ class VolumePredictor(nnUNetPredictor):
         use_folds = [use_folds] if isinstance(use_folds, (str, int)) else use_folds
         if use_folds is None:
             use_folds = self.auto_detect_available_folds(str(folder), checkpoint_name)
+        if not use_folds:
+            raise PredictionError(f'{folder} has no numbered fold with {checkpoint_name}: name a fold, such as "all".')
         names = [str(fold) for fold in use_folds]
         if repeated := next((fold for fold in names if names.count(fold) > 1), None):
             raise PredictionError(f'Fold {repeated} is named twice: name each fold once with -f.')

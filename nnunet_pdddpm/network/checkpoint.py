@@ -95,6 +95,8 @@ def differences(trained_with: Mapping[str, Any], plans: dict[str, Any], configur
     ours: dict[str, Any] = {}
     for key in ('labels', 'channel_names', 'regions_class_order'):
         theirs[key], ours[key] = trained_with['dataset_json'].get(key), dataset_json.get(key)
+    if theirs['labels'] == ours['labels'] and ours['regions_class_order']:  # channels are in the order of the names
+        theirs['the order of labels'], ours['the order of labels'] = list(theirs['labels']), list(ours['labels'])
     trained_plans = trained_with['plans']
     if configuration not in trained_plans.get('configurations', {}):
         return {"the plans' list of configurations": (list(trained_plans.get('configurations', {})),

@@ -1,13 +1,10 @@
-"""Which cases a model was trained on, and which its stock model held out: stored in the model as hashes."""
+"""Which cases a model was trained and calibrated on, and which its stock model held out: in the model, as hashes."""
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
-
-TRAINED_ON, STOCK_HELD_OUT = 'trained_on', 'stock_held_out'
-"""Keys in the metadata of a refiner's state dict. A model that began with other weights lacks the first."""
 
 
 def case_hash(name: str) -> str:
@@ -17,11 +14,13 @@ def case_hash(name: str) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """Hashes of cases; None for what is not known."""
+    """Hashes of cases; None for what is not known. Its fields are keys in the metadata of a refiner's state dict."""
     trained_on: frozenset[str] | None = None
-    """Those that the denoiser was trained on."""
+    """Those that the denoiser was trained on; not known of a model that began with other weights."""
     stock_held_out: frozenset[str] | None = None
     """Those that the stock model was validated on when it was trained; it was trained on others."""
+    calibrated_on: frozenset[str] | None = None
+    """Those by which volumes are calibrated."""
 
     @classmethod
     def from_names(cls, trained_on: Iterable[str] | None, stock_held_out: Iterable[str] | None) -> Seen:
@@ -32,7 +31,7 @@ class Seen:
     def with_training_cases(self, names: Iterable[str]) -> Seen:
         """With further cases that the denoiser is trained on; what is not known stays so."""
         known = None if self.trained_on is None else self.trained_on | frozenset(map(case_hash, names))
-        return Seen(known, self.stock_held_out)
+        return replace(self, trained_on=known)
 
     def leaked_into_denoiser(self, validation: Iterable[str], training: Iterable[str] = ()) -> list[str]:
         """Those of the validation cases that the denoiser was trained on.
@@ -84,11 +83,16 @@ def _listed(names: list[str], cases: list[str]) -> str:
 def stored_seen(weights: Mapping[str, Any]) -> Seen:
     """What is noted in a refiner's state dict."""
     noted = getattr(weights, '_metadata', {}).get('', {})
-    return Seen(*(None if noted.get(key) is None else frozenset(noted[key]) for key in (TRAINED_ON, STOCK_HELD_OUT)))
+    return Seen(*(None if noted.get(key.name) is None else frozenset(noted[key.name]) for key in fields(Seen)))
 
 
 def note_seen(module: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Hook of the refiner's `state_dict`."""
-    for key, cases in ((TRAINED_ON, module.seen.trained_on), (STOCK_HELD_OUT, module.seen.stock_held_out)):
-        if cases is not None:
-            metadata[key] = sorted(cases)
+    for key in fields(Seen):
+        if (cases := getattr(module.seen, key.name)) is not None:
+            metadata[key.name] = sorted(cases)
+
+
+def note_calibrated_on(weights: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Note in a refiner's state dict which cases its volumes are calibrated by."""
+    getattr(weights, '_metadata', {}).get('', {})['calibrated_on'] = sorted(map(case_hash, names))

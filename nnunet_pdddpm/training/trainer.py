@@ -143,7 +143,7 @@ class PDDDPMTrainer(nnUNetTrainer):
         self.refiner.presegmenter_checksum = checksum(self.refiner.state_dict(), PRESEGMENTER)
         self.mirror_axes = self._stock_checkpoint.get('inference_allowed_mirroring_axes')
         self.print_to_log_file(f'Pre-segmenter: {file} (another stock model is named by {PRESEGMENTER_VARIABLE}; '
-                               f'-pretrained_weights is for the denoiser and takes a PDDDPM model)')
+                               f'-pretrained_weights is for the denoiser and takes a PDDDPM model with as many labels)')
 
     @property
     def refiner(self) -> Refiner:
@@ -454,7 +454,8 @@ class PDDDPMTrainer(nnUNetTrainer):
             reason = next(score for score in scores if isinstance(score, str))
             return self.print_to_log_file(f'The intervals of volumes are not calibrated: {reason}')
         if self.local_rank == 0:
-            store_measured(file, Measured(*(torch.cat(rows) for rows in zip(*scores, strict=True))),
+            volumes, quality, names = zip(*scores, strict=True)
+            store_measured(file, Measured(torch.cat(volumes), torch.cat(quality), sum(names, [])),
                            label_channels(self.dataset_json, self.plans_manager), self.print_to_log_file)
 
     def _measure_own_share(self, file: Path) -> Measured | str:

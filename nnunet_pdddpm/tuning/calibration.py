@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_pdddpm.geometry import image_voxel_ml
 from nnunet_pdddpm.inference.chunks import in_chunks
 from nnunet_pdddpm.inference.dice_regression import UNALTERED
-from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR, UnusableLogits
+from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR, PredictionError, UnusableLogits
 from nnunet_pdddpm.inference.export import as_numpy
 from nnunet_pdddpm.inference.intervals import FIELDS, Calibrated, calibrate_by_mask
 from nnunet_pdddpm.inference.quality import mask_dice, predicted_labels
@@ -27,6 +27,7 @@ from nnunet_pdddpm.network.state import CALIBRATION_CASES, QUALITY_FIELDS
 from nnunet_pdddpm.texts import in_percent
 from nnunet_pdddpm.tuning.artefacts import ARTEFACTS, STRENGTHS, with_artefact
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
+from nnunet_pdddpm.tuning.errors import TuningError
 from nnunet_pdddpm.tuning.stored import store_calibration
 
 COPIES = 2
@@ -37,10 +38,17 @@ SECONDS_A_CASE = 20.0
 
 def open_for_calibration(model_folder: Path, fold: int | str, device: torch.device, checkpoint: str
                          ) -> VolumePredictor:
-    """The model of a fold that predicts by its own settings, whatever the environment says."""
+    """The model of a fold that predicts by its own settings, whatever the environment says.
+
+    Raises:
+        TuningError: if there is none, or it is no PDDDPM model.
+    """
     predictor = VolumePredictor(device=device, allow_tqdm=False)
-    with environment_ignored():
-        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
+    try:
+        with environment_ignored():
+            predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
+    except PredictionError as error:
+        raise TuningError(str(error)) from error
     return predictor
 
 
@@ -59,6 +67,8 @@ class Measured(NamedTuple):
     quality: Tensor
     """(rows, C, fields) float32, see `dice_regression.FIELDS`: a row for each case, and for each copy of it with an
     artefact."""
+    names: list[str]
+    """Of the cases."""
 
 
 def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[str], first: int = 0, step: int = 1
@@ -100,7 +110,7 @@ def measure(predictor: VolumePredictor, cases: ValidationCases, names: Sequence[
             copies += step
     empty = torch.zeros(0, predictor.refiner.num_channels, QUALITY_FIELDS)
     return Measured(torch.stack(volumes) if volumes else empty[..., :len(FIELDS)],
-                    torch.stack(quality) if quality else empty)
+                    torch.stack(quality) if quality else empty, list(names[first::step]))
 
 
 def _copy(predictor: VolumePredictor, case: Case, number: int, copy: int) -> list[Tensor]:
@@ -188,7 +198,7 @@ def _width(calibrated: Calibrated, scores: np.ndarray) -> str:
 
 def store_measured(file: Path, measured: Measured, channels: dict[str, int], log: Callable[[str], None]) -> None:
     """Store what was measured in a checkpoint, and log the intervals and the ranking that it gives."""
-    store_calibration(file, *measured)
+    store_calibration(file, measured.names, measured.volumes, measured.quality)
     for line in interval_lines(measured.volumes, channels):
         log(line)
-    log(ranking_of(measured.quality.numpy(), channels).describe())
+    log(ranking_of(measured.quality.numpy(), channels, measured.volumes.numpy()).describe())

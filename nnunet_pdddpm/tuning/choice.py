@@ -52,29 +52,35 @@ def mean(values: np.ndarray) -> float:
     return float('nan') if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def difference_interval(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+def difference_interval(one: np.ndarray, other: np.ndarray, images: Sequence[int] | None = None
+                        ) -> tuple[float, float]:
     """95 % interval of mean(one) - mean(other) over paired cases, by Student's t and the jackknife (Tukey 1958).
 
-    Cases that are undefined in both do not count. Where every other value is defined it is the paired t interval.
+    Cases that are undefined in both do not count. Where every other value is defined it is the paired t interval. Cases
+    of one image are not independent: the jackknife leaves out all of an image at a time.
 
     Args:
         one: (cases,) with nan where undefined, which a mean leaves out.
         other: of the same cases.
+        images: a number for each case, the same for cases of one image; None if each has its own.
 
     Returns:
-        Its ends; infinite where fewer than two cases are defined in both.
+        Its ends; infinite where fewer than two images have cases that are defined in both.
     """
     told = ~(np.isnan(one) & np.isnan(other))
-    one, other, n = one[told], other[told], np.count_nonzero(told)
-    if np.count_nonzero(~np.isnan(one) & ~np.isnan(other)) < 2:
+    image = (np.arange(len(one)) if images is None else np.array(images))[told]
+    one, other = one[told], other[told]
+    if len(np.unique(image[~np.isnan(one) & ~np.isnan(other)])) < 2:
         return -np.inf, np.inf
-    without = np.array([np.nanmean(np.delete(one, i)) - np.nanmean(np.delete(other, i)) for i in range(n)])
+    left_out = [image == i for i in np.unique(image)]
+    n = len(left_out)
+    without = np.array([np.nanmean(one[~out]) - np.nanmean(other[~out]) for out in left_out])
     error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
     difference, half = np.nanmean(one) - np.nanmean(other), stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * error
     return float(difference - half), float(difference + half)
 
 
-def choose_mask(rows: Sequence[MaskRow]) -> MaskRow:
+def choose_mask(rows: Sequence[MaskRow], images: Sequence[int] | None = None) -> MaskRow:
     """The row for the mask, one whose mean Dice is not below stock's.
 
     Among these, those whose Dice is within noise of the best one's (the interval of the difference holds 0); of them
@@ -83,6 +89,7 @@ def choose_mask(rows: Sequence[MaskRow]) -> MaskRow:
 
     Args:
         rows: one of them is the stock model itself (`settings.is_stock`).
+        images: see `difference_interval`.
 
     Raises:
         TuningError: if no case has a label to measure Dice by.
@@ -93,14 +100,14 @@ def choose_mask(rows: Sequence[MaskRow]) -> MaskRow:
                           'Dice to choose the sampling settings by.')
     not_worse = [row for row in rows if mean(row.dice) >= mean(stock.dice)]
     best = max(not_worse, key=lambda row: (mean(row.dice), -mean(row.nll)))
-    accurate = [row for row in not_worse if difference_interval(best.dice, row.dice)[0] <= 0]
+    accurate = [row for row in not_worse if difference_interval(best.dice, row.dice, images)[0] <= 0]
     likeliest = min(accurate, key=lambda row: mean(row.nll))
-    likely = [row for row in accurate if difference_interval(row.nll, likeliest.nll)[0] <= 0]
+    likely = [row for row in accurate if difference_interval(row.nll, likeliest.nll, images)[0] <= 0]
     return min(likely, key=lambda row: (row.calls, mean(row.nll)))
 
 
-def choose_measured(rows: Sequence[MaskRow], plain_dice: Callable[[SamplingSettings], np.ndarray]
-                    ) -> tuple[SamplingSettings, float]:
+def choose_measured(rows: Sequence[MaskRow], plain_dice: Callable[[SamplingSettings], np.ndarray],
+                    images: Sequence[int] | None = None) -> tuple[SamplingSettings, float]:
     """`choose_mask`, but a mask is only taken if plain `nnUNetv2_predict` does not make a worse one of it than stock.
 
     A mask of stock or blind probabilities alone is the same there. One with samples or a blend is not: it is made tile
@@ -109,13 +116,14 @@ def choose_measured(rows: Sequence[MaskRow], plain_dice: Callable[[SamplingSetti
     Args:
         rows: see `choose_mask`.
         plain_dice: Dice (cases,) of the mask that plain `nnUNetv2_predict` makes by settings.
+        images: see `difference_interval`.
 
     Returns:
         The settings, and the mean Dice of their mask in plain `nnUNetv2_predict`.
     """
     rows, stock = list(rows), mean(stock_row(rows).dice)
     while True:
-        row = choose_mask(rows)
+        row = choose_mask(rows, images)
         alone = row.settings.is_stock or row.settings.mask_blind == 1
         dice = mean(row.dice if alone else plain_dice(row.settings))
         if alone or dice >= stock:
@@ -128,11 +136,11 @@ def best_samples(rows: Sequence[SampleRow], number: int = 1) -> list[SampleRow]:
     return sorted(rows, key=lambda row: mean(row.energy))[:number]
 
 
-def choose_samples(rows: Sequence[SampleRow]) -> SampleRow:
+def choose_samples(rows: Sequence[SampleRow], images: Sequence[int] | None = None) -> SampleRow:
     """The row for the samples: of those whose energy score is within noise of the lowest, the one with the fewest
-    network calls, and of equal ones that with the lowest score."""
+    network calls, and of equal ones that with the lowest score. `images`: see `difference_interval`."""
     best = best_samples(rows)[0]
-    close = [row for row in rows if difference_interval(row.energy, best.energy)[0] <= 0]
+    close = [row for row in rows if difference_interval(row.energy, best.energy, images)[0] <= 0]
     return min(close, key=lambda row: (row.calls, mean(row.energy)))
 
 

@@ -87,7 +87,7 @@ def write_sweep(folder: Path, sweep: Sweep, settings: SamplingSettings, plain: f
 
 def _mask_row(row: MaskRow, sweep: Sweep, settings: SamplingSettings) -> dict[str, Any]:
     stock = stock_row(sweep.masks)
-    low, high = difference_interval(row.dice, stock.dice)
+    low, high = difference_interval(row.dice, stock.dice, sweep.images)
     return {'kind': 'mask', 'description': describe_mask(row.settings), 'chosen': row.settings == settings,
             'network_calls': row.calls,
             'dice': mean(row.dice), 'dice_difference_to_stock': mean(row.dice) - mean(stock.dice),

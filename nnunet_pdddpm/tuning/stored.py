@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from nnunet_pdddpm.file_names import BEST_CHECKPOINT, FINAL_CHECKPOINT
 from nnunet_pdddpm.files import writing
 from nnunet_pdddpm.network.checkpoint import load_checkpoint
+from nnunet_pdddpm.network.seen import note_calibrated_on
 from nnunet_pdddpm.network.settings import SamplingSettings, as_numbers
 from nnunet_pdddpm.network.state import CALIBRATION, QUALITY, QUALITY_FIELDS, QUALITY_ROWS, SETTING, check_version
 
@@ -41,11 +43,12 @@ def store(fold_folder: Path, settings: SamplingSettings) -> list[Path]:
     return files
 
 
-def store_calibration(file: Path, calibration: Tensor, quality: Tensor | None = None) -> None:
+def store_calibration(file: Path, names: Sequence[str], calibration: Tensor, quality: Tensor | None = None) -> None:
     """Put what is known of the volumes of validation cases, and of their masks' quality, into a checkpoint.
 
     Args:
         file: the checkpoint.
+        names: of the cases.
         calibration: (cases, C, fields), see `inference.intervals.FIELDS`.
         quality: (rows, C, fields), see `inference.dice_regression.FIELDS`; None for none.
 
@@ -61,6 +64,7 @@ def store_calibration(file: Path, calibration: Tensor, quality: Tensor | None = 
     if quality is not None:
         rows[:len(quality)] = quality
     checkpoint['network_weights'][QUALITY] = rows
+    note_calibrated_on(checkpoint['network_weights'], names)
     _replace(file, checkpoint)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,6 +58,8 @@ class Sweep:
     chosen_samples: SamplingSettings = field(default_factory=SamplingSettings)
     steps_left_out: list[int] = field(default_factory=list)
     """Numbers of steps for which there was no time."""
+    images: list[int] | None = None
+    """Of each case, the same for cases of one image."""
 
 
 def num_shared_passes(settings: Sequence[SamplingSettings]) -> int:
@@ -94,6 +97,7 @@ class _Run:
         self.stored = stored_settings(dict(predictor.refiner.named_buffers(recurse=False)))
         self.start = clock()
         self.order = list(range(len(cases.names)))
+        self.images: dict[int, int] = {}  # checksums: people's masks of one image are cases that are not independent
         self.kept: dict[int, CaseSweep] = {}
         self.cache_bytes = CACHE_BYTES if predictor.device.type != 'cuda' else \
             min(CACHE_BYTES, int(CACHE_SHARE * free_bytes(predictor.device)))
@@ -122,13 +126,14 @@ class _Run:
         more += self._compare([replace(best, dependence=dependence) for dependence in CHAIN_DEPENDENCES
                                if dependence != best.dependence])
         last = self._draw_more([best_without, *best_samples([*first, *more], FINALISTS)])
-        chosen = choose_samples(last).settings
+        images = [self.images[i] for i in self.order]
+        chosen = choose_samples(last, images).settings
         masks = self._masks(chosen)
         self.bar.close()
         rest = [name for i, name in enumerate(self.cases.names) if i not in self.order]
         return Sweep([self.cases.names[i] for i in self.order], masks, last, [*without, *first, *more], temperature,
                      blind_temperature, rest, self.passes / len(self.order), self.clock() - self.start, chosen,
-                     self.steps_left_out)
+                     self.steps_left_out, images)
 
     def _open_cases(self) -> Iterator[CaseSweep]:
         """The cases; as many stay pre-segmented as there is memory for."""
@@ -142,7 +147,9 @@ class _Run:
             self.bar.update()
 
     def _open_case(self, i: int) -> CaseSweep:
-        return CaseSweep(self.predictor, self.cases.load(self.cases.names[i]))
+        case = self.cases.load(self.cases.names[i])
+        self.images[i] = zlib.crc32(case.image.numpy().tobytes())
+        return CaseSweep(self.predictor, case)
 
     def _seconds_left(self) -> float:
         """Seconds; infinite without a budget."""

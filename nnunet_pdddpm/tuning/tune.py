@@ -9,7 +9,7 @@ import torch
 from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 from nnunet_pdddpm.inference.volume_predictor import VolumePredictor
 from nnunet_pdddpm.labels import label_channels
-from nnunet_pdddpm.network.settings import SamplingSettings, environment_ignored
+from nnunet_pdddpm.network.settings import SamplingSettings
 from nnunet_pdddpm.tuning.calibration import cases_to_calibrate, measure, open_for_calibration, store_measured
 from nnunet_pdddpm.tuning.cases import ValidationCases, exclude_seen_cases
 from nnunet_pdddpm.tuning.choice import choose_measured
@@ -25,12 +25,9 @@ def open_model(model_folder: Path, fold: int | str, device: torch.device) -> Vol
     """The trained model of a fold, as it is to predict, whatever the environment says.
 
     Raises:
-        TuningError: if its folder cannot be written to, or its levels are the paper's.
-        PredictionError: if there is none, or it is no PDDDPM model.
+        TuningError: if there is none, its folder cannot be written to, or its levels are the paper's.
     """
-    predictor = VolumePredictor(device=device, allow_tqdm=False)
-    with environment_ignored():
-        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,))
+    predictor = open_for_calibration(model_folder, fold, device, FINAL_CHECKPOINT)
     folder = model_folder / f'fold_{fold}'
     if predictor.refiner.design.paper_levels:
         raise TuningError(f"{folder} holds a model of {predictor.trainer_name}, whose settings are the paper's: there "
@@ -60,7 +57,8 @@ def tune(data: FoldData, predictor: VolumePredictor, seconds: float | None = Non
     cases = ValidationCases(data, raters)
     exclude_seen_cases(cases, predictor.list_of_parameters[0], data.log)
     measured = sweep(predictor, cases, seconds, progress=progress)
-    settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s))
+    settings, plain = choose_measured(measured.masks, lambda s: plain_dice(predictor, cases, measured.cases, s),
+                                      measured.images)
     folder = data.output
     # the sweep's files come last: a resumed training that finds them does not tune again
     files = [*store(folder, settings), *write_sweep(folder, measured, settings, plain)]
