@@ -72,8 +72,7 @@ class CaseSweep:
             if NNUNET_INF_ERROR not in str(error):
                 raise
             raise self._no_numbers() from error
-        starts = self.volume.start_logits  # chains will need it: it is made here, so that a pass is not timed with it
-        if not (self.volume.stock_is_finite and all_finite(starts) and all_finite(self.volume.blind_logits())):
+        if not (self.volume.stock_is_finite and all_finite(self.volume.blind_logits())):
             raise self._no_numbers()
         self.truth = Truth(self.case.labels, self.predictor.label_manager, self.device, self.case.raters)
         self.truth.set_parts(self.probabilities('stock'))
