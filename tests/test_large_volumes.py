@@ -321,33 +321,29 @@ def test_what_is_kept_in_main_memory_is_made_by_all_threads_and_is_the_same(monk
 
 # a GPU without one
 
-class HostCopies(TorchDispatchMode):
-    """Notes what is copied from the GPU to main memory."""
+class Noted(TorchDispatchMode):
+    """Notes the operators of which a condition (operator, arguments, result) holds."""
 
-    def __init__(self):
+    def __init__(self, condition):
         super().__init__()
-        self.seen = []
+        self.condition, self.seen = condition, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        kinds = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.device.type == 'cpu' and 'cuda' in kinds:
+        if self.condition(function, args, result):
             self.seen.append(str(function))
         return result
 
 
-class CopiesOfTwoKinds(TorchDispatchMode):
-    """Notes what changes device and type at once, which asks mps for float64."""
+def copies_to_host(function, args, result):
+    """From the GPU to main memory."""
+    kinds = {leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+    return isinstance(result, torch.Tensor) and result.device.type == 'cpu' and 'cuda' in kinds
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if '_to_copy' in str(function) and args[0].device != result.device and args[0].dtype != result.dtype:
-            self.seen.append(str(function))
-        return result
+def changes_device_and_type(function, args, result):
+    """At once, which asks mps for float64."""
+    return '_to_copy' in str(function) and args[0].device != result.device and args[0].dtype != result.dtype
 
 
 @contextmanager
@@ -356,7 +352,7 @@ def fake_gpu():
     if torch.__version__ < '2.10' and not torch.cuda.is_available():
         pytest.skip('torch before 2.10 asks for a driver even where tensors hold no numbers')
     draw_shifts.cache_clear()  # which keeps tensors
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), HostCopies() as copies:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Noted(copies_to_host) as copies:
         yield copies
     draw_shifts.cache_clear()
 
@@ -425,7 +421,7 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
 
 
 def test_mps_is_not_asked_for_float64():
-    with fake_gpu(), CopiesOfTwoKinds() as copies:
+    with fake_gpu(), Noted(changes_device_and_type) as copies:
         x0, level = torch.ones(2, 3, 4, 4, device='mps'), torch.zeros(2, device='mps')
         x = q_sample(x0, level, torch.ones_like(x0))
         evidence = log_likelihood_ratio(x, level, -1, 1)

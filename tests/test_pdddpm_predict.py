@@ -768,6 +768,7 @@ def test_a_preprocessor_with_a_reading_of_its_own_is_refused(one_case, tmp_path,
 
 def test_a_report_of_an_earlier_prediction_is_told(one_case, tmp_path, capsys):
     predict(one_case, tmp_path, *QUICK, '-samples', '2', '--report')
+    predict(one_case, tmp_path, *QUICK, '-samples', '2', '--continue_prediction')  # the mask stays as it is shown
     assert 'of an earlier prediction' not in capsys.readouterr().err
     predict(one_case, tmp_path, *QUICK, '-samples', '2')
     assert f'{tmp_path / "report.html"} is of an earlier prediction: add --report' in capsys.readouterr().err

@@ -201,8 +201,11 @@ def predict_and_report(args: argparse.Namespace, predictor: PDDDPMPredictor, ima
     if not images[args.part_id::args.num_parts]:  # a part without cases
         refresh_summary(output)
     no_report = ''
-    if not args.report and images[args.part_id::args.num_parts] and (output / REPORT).is_file():
-        logger.warning('%s is of an earlier prediction: add --report to write it again.', output / REPORT)
+    report, ending = output / REPORT, predictor.dataset_json['file_ending']
+    if not args.report and report.is_file() and any(
+            mask.is_file() and mask.stat().st_mtime_ns > report.stat().st_mtime_ns
+            for mask in (output / f'{case_name(files, predictor)}{ending}' for files in images)):
+        logger.warning('%s is of an earlier prediction: add --report to write it again.', report)
     if args.report:
         cases = {case_name(files, predictor): [Path(file) for file in files] for files in images}
         try:

@@ -103,7 +103,6 @@ class CasePreprocessor:
         """Image (channels, Z, Y, X), mask and properties as nnU-Net's preprocessor makes them of those that were read.
         """
         preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
-
         return preprocessor.run_case_npy(image, mask, properties, self.plans_manager, self.configuration_manager,
                                          self.dataset_json)
 
