@@ -15,10 +15,10 @@ import test_cuda
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy import ndimage
-from test_network import EPS, X0, make_refiner, noisy_batch, patch
 from test_properties import pointwise_refiner, volume_predictor
 from test_resampling import export_of
-from test_tune import Labels
+from test_tuning_scores import Labels
+from tiny_refiner import EPS, X0, make_refiner, noisy_batch, patch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -397,6 +397,8 @@ def test_a_volume_on_a_gpu_stays_there(monkeypatch, sampling, regions):
                         lambda size, device, **kwargs: torch.ones(tuple(size), device=device))
     with fake_gpu() as copies:
         to_fake_gpu(predictor.refiner)
+        # it is there, and torch refuses to move fake parameters that any weak reference is left of
+        monkeypatch.setattr(predictor.refiner, 'to', lambda device: predictor.refiner)
         predictor.device = CUDA
         predictor.predict_sliding_window_return_logits = lambda image: torch.empty((3, 11, 8, 10), device=CUDA).half()
         volume = Volume(predictor, torch.empty(1, 11, 8, 10), CUDA)

@@ -17,7 +17,7 @@ from conftest import REFINED, Workspace
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from test_network import SETTINGS, make_refiner
+from tiny_refiner import SETTINGS, make_refiner
 from torch import nn
 
 from nnunet_pdddpm.diffusion.coding import MaskCoding, harden, logits_to_probabilities, one_hot, regions_to_channels
@@ -75,7 +75,8 @@ class Pointwise(nn.Module):
 
 class PointwiseDenoiser(Pointwise):
     def forward(self, image, mask, log_snr):
-        return super().forward(image) + mask * torch.cos(log_snr).reshape(-1, *[1] * (image.ndim - 1))
+        shown = 0 if mask is None else mask * torch.cos(log_snr).reshape(-1, *[1] * (image.ndim - 1))
+        return super().forward(image) + shown
 
 
 def pointwise_refiner(classes: int, scale: float, regions: bool, sampling: SamplingSettings) -> Refiner:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET_ID, PLANS, REFINED, Workspace
-from test_network import make_refiner, patch
+from tiny_refiner import make_refiner, patch
 
 from nnunet_pdddpm.commands.predict import main
 from nnunet_pdddpm.demo.phantom import make_case

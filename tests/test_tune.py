@@ -1,4 +1,4 @@
-"""nnUNetv2_pdddpm_tune and the tuning at the end of training: the rule, the sweep, what is stored, what is left out."""
+"""nnUNetv2_pdddpm_tune and the tuning at the end of training: the sweep, what is stored, what is left out."""
 from __future__ import annotations
 
 import csv
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,17 +19,12 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from conftest import DATASET, DATASET_ID, PLANS, STOCK, Workspace, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from scipy import stats
 from torch import Tensor
 
 from nnunet_pdddpm.commands.tune import main
 from nnunet_pdddpm.diffusion.coding import logits_to_probabilities, one_hot
 from nnunet_pdddpm.diffusion.levels import LevelTable
 from nnunet_pdddpm.diffusion.process import log_likelihood_ratio, noise_scale, signal
-from nnunet_pdddpm.evaluation.overlap import iou_matrix
-from nnunet_pdddpm.evaluation.parts import octants, volumes_of_parts
-from nnunet_pdddpm.evaluation.raters import fair_ged_squared
-from nnunet_pdddpm.evaluation.scores import kernel_score
 from nnunet_pdddpm.evaluation.voxelwise import class_statistics
 from nnunet_pdddpm.inference.errors import NNUNET_INF_ERROR
 from nnunet_pdddpm.inference.intervals import FIELDS
@@ -43,24 +38,15 @@ from nnunet_pdddpm.tuning import budget as budget_module
 from nnunet_pdddpm.tuning import case_sweep as case_sweep_module
 from nnunet_pdddpm.tuning import sweep as sweep_module
 from nnunet_pdddpm.tuning import tune as tune_module
-from nnunet_pdddpm.tuning.budget import cases_within_budget
 from nnunet_pdddpm.tuning.case_sweep import CaseSweep
 from nnunet_pdddpm.tuning.cases import Case, ValidationCases
-from nnunet_pdddpm.tuning.choice import (
-    MaskRow,
-    SampleRow,
-    TuningError,
-    choose_mask,
-    choose_measured,
-    choose_samples,
-    difference_interval,
-)
+from nnunet_pdddpm.tuning.choice import TuningError, difference_interval
 from nnunet_pdddpm.tuning.fold import FoldData
 from nnunet_pdddpm.tuning.report import describe_mask, describe_samples
 from nnunet_pdddpm.tuning.scores import Truth
 from nnunet_pdddpm.tuning.stored import store
 from nnunet_pdddpm.tuning.sweep import mask_candidates, sweep
-from nnunet_pdddpm.tuning.temperature import GRID, fit_temperature, likelihoods
+from nnunet_pdddpm.tuning.temperature import GRID
 from nnunet_pdddpm.tuning.tune import open_model
 
 CPU = torch.device('cpu')
@@ -70,281 +56,31 @@ CHECKPOINTS = ('checkpoint_final.pth', 'checkpoint_best.pth')
 CASES = ('phantom_000', 'phantom_003', 'phantom_006')  # held out in fold 0
 
 
-# the rule
-
-BASE = np.linspace(0.6, 0.9, 20)
-NOISE = np.random.default_rng(0).standard_normal(20) / 50
-WITHOUT_MEAN = NOISE - NOISE.mean()
-
-
-def of_cases(values) -> np.ndarray:
-    return np.broadcast_to(values, 20).copy()
-
-
-def mask(dice, nll=0.1, steps=1, **settings) -> MaskRow:
-    """The mean of the samples unless settings say otherwise."""
-    return MaskRow(SamplingSettings(steps=steps, **{'mask_blind': 0.0, **settings}), of_cases(dice), of_cases(nll))
-
-
-def samples(energy, **settings) -> SampleRow:
-    return SampleRow(SamplingSettings(**settings), of_cases(energy), of_cases(0.3))
-
-
-STOCK_ROW = mask(BASE, 0.2, mask_stock=1.0)
-
-
-def test_the_interval_of_a_difference_is_that_of_the_mean_of_paired_differences():
-    assert difference_interval(BASE + 0.01, BASE) == pytest.approx((0.01, 0.01))
-    low, high = difference_interval(BASE + NOISE, BASE)
-    assert (low, high) == pytest.approx(stats.ttest_1samp(NOISE, 0).confidence_interval(0.95))
-    undefined = np.where(np.arange(20) == 3, np.nan, BASE)  # a false positive where there is nothing counts as 0
-    found_something = np.where(np.arange(20) == 3, 0, BASE)
-    assert difference_interval(undefined, found_something)[1] > 0.02
-    assert difference_interval(undefined, undefined) == (0, 0)
-    assert difference_interval(BASE[:1], BASE[:1]) == (-np.inf, np.inf)
-    nothing = np.full(15, np.nan)  # cases without foreground tell nothing
-    assert difference_interval(np.append(BASE + NOISE, nothing), np.append(BASE, nothing)) == pytest.approx((low, high))
-    # people's masks of one image are not independent
-    many = difference_interval(np.repeat(BASE + NOISE, 10), np.repeat(BASE, 10), np.repeat(np.arange(20), 10).tolist())
-    assert many == pytest.approx((low, high))
-    assert difference_interval(BASE + NOISE, BASE, [7] * 20) == (-np.inf, np.inf)
-
-
-def test_the_mask_is_accurate_then_likely_then_cheap():
-    best = mask(BASE + 0.02, 0.15, steps=2)
-    as_accurate = mask(BASE + 0.015 + WITHOUT_MEAN, 0.10, steps=5)
-    cheaper_than_that = mask(BASE + 0.015 + WITHOUT_MEAN, 0.102 + WITHOUT_MEAN, steps=3)
-    likelier_but_worse = mask(BASE + 0.01, 0.01)
-    rows = [STOCK_ROW, best, as_accurate, likelier_but_worse]
-    assert choose_mask(rows) is as_accurate
-    assert choose_mask([*rows, cheaper_than_that]) is cheaper_than_that
-    assert choose_mask(list(reversed([*rows, cheaper_than_that]))) is cheaper_than_that
-    assert choose_mask([STOCK_ROW, likelier_but_worse, best]) is best
-
-
-def test_no_mask_below_stocks_dice_is_chosen():
-    within_noise_but_below = mask(BASE - 0.001 + WITHOUT_MEAN, 0.01)
-    assert choose_mask([STOCK_ROW, within_noise_but_below]) is STOCK_ROW
-    better = mask(BASE + 0.004, 0.3)
-    assert choose_mask([STOCK_ROW, within_noise_but_below, better]) is better
-    as_good = mask(BASE, 0.01)
-    assert choose_mask([STOCK_ROW, as_good]) is as_good
-    assert choose_mask([STOCK_ROW, mask(BASE, 0.2)]) is STOCK_ROW  # it costs less
-    with pytest.raises(TuningError, match='No validation case has foreground'):
-        choose_mask([mask(np.nan, mask_stock=1.0), mask(BASE)])
-
-
-def test_network_calls_are_those_of_plain_prediction():
-    calls = [mask(BASE, steps=3, mask_samples=2, **weights).calls for weights in (
-        {'mask_stock': 1.0}, {'mask_blind': 1.0}, {'mask_stock': 0.5, 'mask_blind': 0.5}, {'mask_stock': 0.5}, {},
-        {'mask_blind': 0.5})]
-    assert calls == [1, 1, 2, 1 + 2 * 3, 1 + 2 * 3, 2 + 2 * 3]
-    assert [samples(0.1, samples_from=of, steps=3).calls for of in ('stock', 'blind', 'chain')] == [0, 0, 3]
-
-
-def test_samples_have_the_lowest_energy_then_they_are_cheap():
-    thresholds = samples(0.196 + WITHOUT_MEAN, samples_from='stock', temperature=1.0)
-    best, as_close = samples(0.19, start=0.8, steps=3), samples(0.195 + WITHOUT_MEAN, start=0.6, steps=2)
-    as_cheap = samples(0.194 + WITHOUT_MEAN, start=0.4, steps=2)
-    assert choose_samples([best, thresholds, as_close]) is thresholds  # a chain is no better, as far as can be told
-    far = replace(thresholds, energy=of_cases(0.25))
-    assert choose_samples([best, far]) is best
-    assert choose_samples([far, as_close, best]) is as_close
-    assert choose_samples([far, as_close, as_cheap, best]) is as_cheap
-
-
-def test_a_budget_leaves_out_cases_but_not_below_five():
-    assert cases_within_budget(20, 0.001, [1000] * 20) == list(range(20))
-    half = cases_within_budget(19.9 / 2, 0.001, [1000] * 20)
-    assert len(half) == 9 and half[0] == 0 and half[-1] == 19
-    assert len(cases_within_budget(5, 0.001, [1000] * 20)) == 5
-    assert cases_within_budget(4.9, 0.001, [1000] * 20) == []
-    assert cases_within_budget(11, 0.001, [9000, 1000, 1000]) == [0, 1, 2]
-    assert cases_within_budget(10.9, 0.001, [9000, 1000, 1000]) == []
-
-
-# scores
-
-class Labels:
-    """What `Truth` asks of a label manager."""
-    def __init__(self, regions=None, ignore=None, heads=3):
-        self.has_regions, self.foreground_regions = regions is not None, regions
-        self.ignore_label, self.num_segmentation_heads = ignore, heads
-
-
-def test_dice_is_over_labels_that_are_there_and_the_ignore_label_counts_nowhere():
-    truth = np.array([[[0, 0, 1, 1, -1, 3, 3, 0]]])
-    probabilities = np.array([[0.9, 0.2, 0.3, 0.1, 0.8, 0.1, 0, 1], [0.1, 0.8, 0.6, 0.9, 0.1, 0.9, 1, 0],
-                              [0, 0, 0.1, 0, 0.1, 0, 0, 0]], np.float32)
-    scored = Truth(truth, Labels(ignore=3), CPU).score(torch.from_numpy(probabilities)[:, None, None])
-    valid = [0, 1, 2, 3, 4, 7]
-    nll = class_statistics(probabilities[:, valid], np.array([0, 0, 1, 1, 0, 0])).negative_log_likelihood
-    assert scored == pytest.approx((2 * 2 / (2 + 3), nll), rel=1e-5)  # label 2 is nowhere: left out
-    nothing = Truth(np.zeros((1, 1, 8)), Labels(), CPU)
-    assert np.isnan(nothing.score(torch.eye(3)[0].reshape(3, 1, 1, 1).expand(3, 1, 1, 8))[0])
-
-
-def test_regions_overlap_and_their_nll_is_binary():
-    truth = np.array([[[0, 1, 2, 2]]])
-    p = np.array([[0.1, 0.7, 0.9, 0.4], [0.2, 0.6, 0.8, 0.9]], np.float32)
-    dice, nll = Truth(truth, Labels([(1, 2), 2], heads=2), CPU).score(torch.from_numpy(p)[:, None, None])
-    assert dice == pytest.approx(np.mean([2 * 2 / (3 + 2), 2 * 2 / (2 + 3)]))
-    assert nll == pytest.approx(-np.log([0.9, 0.7, 0.9, 0.4, 0.8, 0.4, 0.8, 0.9]).mean(), rel=1e-5)
-
-
-@pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
-@pytest.mark.parametrize('number', [0, 3])
-def test_the_energy_of_samples_is_that_of_the_evaluations_functions(regions, number):
-    """Of the masks that are drawn, without what is to be ignored; to the truth without raters."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, (1 + number, 2, 6, 7))
-    labels[0, :, 0] = 3  # to be ignored
-    truth = Truth(labels[0], Labels(regions, 3, 2 if regions else 3), CPU, labels[1:])
-    p = torch.from_numpy(rng.random((5, 2 if regions else 3, 2, 6, 7)))
-    p = p if regions else p / p.sum(1, keepdim=True)
-    stock, p = p[0], p[1:]
-    stock[:, :, :, -2:] = torch.tensor([0.0, 0.0] if regions else [1.0, 0.0, 0.0]).reshape(-1, 1, 1, 1)  # no foreground
-    shifts = torch.tensor([[0.3, -0.5], [0.3, -0.5]] if regions else [[0, 0.2], [-0.4, 0], [0.8, -0.1]])
-    parts = torch.from_numpy(rng.integers(0, 2, (2, 6, 7)))
-    logits = (torch.logit(p) if regions else p.log()) + shifts[:, parts]
-    drawn = (logits > 0).numpy() if regions else logits.argmax(1).numpy()[:, None] == [[[[1]]], [[[2]]]]
-    given = labels[1:] if number else labels[:1]
-    others = np.stack([np.isin(given, of) for of in (regions or (1, 2))], 1)
-    index, eight = octants((stock.amax(0) if regions else 1 - stock[0]).numpy() > 0.1)
-    valid = np.index_exp[..., 1:, :]
-    energy, ged = [], []
-    for label in (0, 1):
-        one, other = drawn[:, label][valid], others[:, label][valid]
-        expected = 1 + float((stock if regions else stock[1:])[label][valid].sum())
-        of_parts = np.stack([volumes_of_parts(m, index[valid], eight) for m in (*one, *other)]) / expected
-        apart = np.linalg.norm(of_parts[:, None] - of_parts, axis=-1)
-        d = 1 - iou_matrix(np.stack([*one, *other]), np.stack([*one, *other])) + apart / (1 + apart)
-        energy.append(kernel_score(d[:4, 4:], d[:4, :4]))
-        ged.append(fair_ged_squared(iou_matrix(one, other), iou_matrix(one, one), iou_matrix(other, other)))
-    truth.set_parts(stock)
-    assert truth.energy([truth.drawn(sample, shifts, parts) for sample in p]) == pytest.approx(
-        (np.mean(energy), np.mean(ged)))
-
-
-def test_a_label_that_the_stock_model_does_not_expect_does_not_outweigh_all_other_cases():
-    labels = np.zeros((1, 30, 30), int)
-    labels[0, 5:25, 5:25] = 1
-    truth = Truth(labels, Labels(heads=2), CPU)
-    truth.set_parts(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1).expand(2, 1, 30, 30))
-    nothing = torch.zeros(900, dtype=torch.uint8)
-    assert 1.9 < truth.energy([nothing, nothing])[0] <= 2
-
-
-NUM_MASKS = 30
-
-
-@pytest.fixture(scope='module')
-def nested() -> tuple[list[Truth], list[Tensor]]:
-    """Discs of NUM_MASKS sizes, each as the truth and as a sample; the stock model knows how often each voxel is in."""
-    y, x = np.mgrid[:24, :24] - 11.5
-    discs = np.hypot(y, x)[None] < np.linspace(3, 11, NUM_MASKS)[:, None, None]
-    p = torch.from_numpy(discs.mean(0))[None]
-    truths = [Truth(disc[None].astype(int), Labels(heads=2), CPU) for disc in discs]
-    for truth in truths:
-        truth.set_parts(torch.stack([1 - p, p]))
-    return truths, [truth.truth for truth in truths]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def exact(rng: np.random.Generator, n: int) -> np.ndarray:
-    return rng.integers(0, NUM_MASKS, n)
-
-
-def narrow(rng: np.random.Generator, n: int) -> np.ndarray:
-    return rng.integers(NUM_MASKS // 6, NUM_MASKS - NUM_MASKS // 6, n)
-
-
-def energies(nested, draw: Callable[..., np.ndarray], n: int, cases: int) -> np.ndarray:
-    """(cases, 2) of `Truth.energy`; the truths are the same for every sampler."""
-    truths, masks = nested
-    of_truth, rng = np.random.default_rng(1), np.random.default_rng(2)
-    return np.array([truths[exact(of_truth, 1)[0]].energy([masks[i] for i in draw(rng, n)]) for _ in range(cases)])
-
-
-def test_the_energys_expectation_does_not_depend_on_the_number_of_samples(nested):
-    """It is that of independent draws: half of the mean distance between two of them."""
-    truths, masks = nested
-    distances = np.array([[truth.energy([mask]) for truth in truths] for mask in masks])  # of a single sample
-    expected = distances.mean((0, 1)) / 2
-    for n, cases in ((2, 1500), (8, 250)):
-        for value, expectation in zip(energies(nested, exact, n, cases).T, expected, strict=True):
-            mean, error = mean_and_error(value)
-            assert abs(mean - expectation) < 4 * error and 4 * error < 0.25 * expectation, n
-
-
-def wide(rng: np.random.Generator, n: int) -> np.ndarray:
-    return np.where(rng.random(n) < 0.5, 0, NUM_MASKS - 1)
-
-
-@pytest.mark.parametrize(('n', 'cases'), [(2, 1500), (4, 700)])
-def test_independent_exact_samples_have_the_lowest_energy_however_few_they_are(nested, n, cases):
-    right = energies(nested, exact, n, cases)
-    for wrong in (narrow, wide):
-        for difference in (energies(nested, wrong, n, cases) - right).T:
-            mean, error = mean_and_error(difference)
-            assert mean > 4 * error
-
-
-# temperature
-
-@pytest.mark.parametrize('regions', [None, [(1, 2), 2]])
-@pytest.mark.parametrize('temperature', [0.7, 2.0])
-def test_a_known_temperature_is_recovered(regions, temperature):
-    """Labels are drawn from the probabilities; the network is too sure or not sure enough by a factor."""
-    generator = torch.Generator().manual_seed(0)
-    of_cases = []
-    for _ in range(3):
-        right = 2 * torch.randn((2 if regions else 3, 10, 40, 40), generator=generator)
-        if regions:  # the second lies within the first
-            outer = torch.rand(right[0].shape, generator=generator) < right[0].sigmoid()
-            inner = torch.rand(right[0].shape, generator=generator) < right[1].sigmoid()
-            labels = torch.where(outer, torch.where(inner, 2, 1), 0)
-            right[1] = torch.logit(right[0].sigmoid() * right[1].sigmoid())
-        else:
-            gumbel = -(-torch.rand(right.shape, generator=generator).log()).log()
-            labels = (right + gumbel).argmax(0)
-        truth = Truth(labels.numpy(), Labels(regions, 3, 2 if regions else 3), CPU)
-        of_cases.append(likelihoods(right * temperature, truth, regions is not None))
-    assert fit_temperature(of_cases) == pytest.approx(temperature, rel=0.04)
-    ignored = likelihoods(right, Truth(np.full(labels.shape, 3), Labels(regions, 3, 2 if regions else 3), CPU),
-                          regions is not None)
-    assert fit_temperature([*of_cases, ignored]) == fit_temperature(of_cases) and fit_temperature([ignored]) == 1
-    assert fit_temperature([np.arange(len(GRID))]) == 0.5 and fit_temperature([-np.arange(len(GRID))]) == 8
-
-
 # the sweep on what is known
 
 class Exact(torch.nn.Module):
     """The denoiser that knows which masks there are, and that all are as probable: it gives the exact posterior."""
 
-    def __init__(self, masks: Tensor, blind_level: float) -> None:
+    def __init__(self, masks: Tensor) -> None:
         super().__init__()
-        self.masks, self.blind_level = masks, blind_level  # (K, C, Z, Y, X) of 0 and 1
+        self.masks = masks  # (K, C, Z, Y, X) of 0 and 1
 
-    def forward(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor:
-        if log_snr[0] == self.blind_level:
+    def forward(self, image: Tensor, noisy: Tensor | None, log_snr: Tensor) -> Tensor:
+        if noisy is None:
             weights = torch.ones(len(image), len(self.masks)) / len(self.masks)
         else:
             likeness = torch.einsum('bczyx,kczyx->bk', noisy, 2 * self.masks - 1)
             scale = signal(log_snr) / noise_scale(log_snr) ** 2
             weights = (likeness * scale[:, None].float()).softmax(1)
         logits = torch.einsum('bk,kczyx->bczyx', weights, self.masks).clamp(1e-6).log()
-        return logits - log_likelihood_ratio(noisy, log_snr, -1, 1) if log_snr[0] != self.blind_level else logits
+        return logits if noisy is None else logits - log_likelihood_ratio(noisy, log_snr, -1, 1)
 
 
 class Stock(Exact):
     """Knows how often each voxel is in them."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return super().forward(image, image, torch.full((len(image),), self.blind_level))
+        return super().forward(image, None, torch.zeros(len(image)))
 
 
 class KnownCases:
@@ -394,7 +130,7 @@ def test_an_exact_chain_is_chosen_where_masks_are_no_thresholds_and_only_there(t
     share[1:-1] = 1 / (1 + np.exp(log_snr - log_snr[20]))[1:-1]
     refiner.store_levels(LevelTable(tuple(log_snr), tuple(share)))
     masks = torch.cat([one_hot(torch.from_numpy(labels)[None, None], 3) for labels in known])
-    refiner.denoiser, refiner.presegmenter = Exact(masks, refiner.blind_level), Stock(masks, refiner.blind_level)
+    refiner.denoiser, refiner.presegmenter = Exact(masks), Stock(masks)
     found = sweep(predictor, KnownCases([known[i % len(known)] for i in range(12)]))
     chain, thresholds = (min(np.mean(row.energy) for row in found.samples if (row.calls > 0) == with_chain)
                          for with_chain in (True, False))
@@ -403,25 +139,6 @@ def test_an_exact_chain_is_chosen_where_masks_are_no_thresholds_and_only_there(t
     else:
         assert found.chosen_samples.samples_from == 'stock' and thresholds < 1.2 * chain
         assert found.temperature == pytest.approx(1, abs=0.05)
-
-
-def test_a_mask_that_plain_prediction_makes_worse_than_stocks_is_not_taken():
-    def mask(stock: float, blind: float, dice: float, nll: float) -> MaskRow:
-        settings = SamplingSettings(mask_stock=stock, mask_blind=blind)
-        return MaskRow(settings, np.full(6, dice), np.full(6, nll))
-    stock, blind, blend, samples = rows = [mask(1, 0, 0.80, 0.3), mask(0, 1, 0.81, 0.2), mask(0.5, 0.5, 0.82, 0.1),
-                                           mask(0, 0, 0.83, 0.1)]
-    of_plain = {samples.settings: 0.79, blend.settings: 0.805}
-    asked = []
-
-    def plain(settings: SamplingSettings) -> np.ndarray:
-        asked.append(settings)
-        return np.full(6, of_plain[settings])
-    assert choose_measured(rows, plain) == (blend.settings, pytest.approx(0.805))
-    assert asked == [samples.settings, blend.settings]
-    of_plain[blend.settings] = 0.7
-    assert choose_measured(rows, plain) == (blind.settings, pytest.approx(0.81))  # the same in plain prediction
-    assert choose_measured([stock, samples], plain) == (stock.settings, pytest.approx(0.80))
 
 
 # the sweep and what is stored
@@ -734,8 +451,8 @@ def make_up(monkeypatch, of: dict[int, float], thresholds: float = 0.9) -> list[
 class Nothing(torch.nn.Module):
     """A denoiser that says nothing."""
 
-    def forward(self, image: Tensor, noisy: Tensor, log_snr: Tensor) -> Tensor:
-        return torch.zeros_like(noisy)
+    def forward(self, image: Tensor, noisy: Tensor | None, log_snr: Tensor) -> Tensor:
+        return image.new_zeros((len(image), 3, *image.shape[2:]))
 
 
 @pytest.mark.parametrize(('energies', 'thresholds', 'passes', 'tried'), [

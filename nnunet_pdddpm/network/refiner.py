@@ -279,8 +279,7 @@ class Refiner(nn.Module):
         if self.design.parameterisation == 'eps':
             raise ValueError('This model predicts noise and has no blind mask: set mask_blind to 0, and samples_from '
                              'to chain or stock.')
-        nothing = image.new_zeros((image.shape[0], self.num_channels, *image.shape[2:]))
-        output = self.denoiser(image, nothing, self._level(self.blind_level, image))
+        output = self.denoiser(image, None, self._level(self.blind_level, image))
         return (output[0] if isinstance(output, list) else output) / temperature
 
     def _tempered(self, logits: Tensor, temperature: float) -> Tensor:
