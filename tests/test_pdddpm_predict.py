@@ -1,7 +1,6 @@
-"""nnUNetv2_pdddpm_predict: files, geometry, numbers, repeatability, continuation, refusals and the Python API."""
+"""nnUNetv2_pdddpm_predict: files, geometry, numbers, repeatability, continuation and the Python API."""
 from __future__ import annotations
 
-import argparse
 import csv
 import filecmp
 import itertools
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -23,113 +21,43 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import (
-    DATASET,
-    DATASET_ID,
-    PLANS,
-    REFINED,
-    STOCK,
-    Workspace,
-    make_trainer,
-    prepare,
-    run_command,
-)
-from nnunetv2.inference import predict_from_raw_data
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from conftest import DATASET, STOCK, Workspace
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from predicting import (
+    EVERYTHING,
+    MARGIN,
+    OF_SAMPLES,
+    OF_STOCK,
+    QUICK,
+    arguments,
+    assert_same_results,
+    command,
+    images,
+    model_folder,
+    predict,
+    predict_by_nnunet,
+    read,
+    refusal,
+    rows,
+    samples_of,
+    write_odd_case,
+)
 from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
-from nnunet_pdddpm.commands.predict import NO_FLAG, SETTINGS, main, main_modelfolder
-from nnunet_pdddpm.demo.phantom import make_case, write_dataset
+from nnunet_pdddpm.commands.predict import SETTINGS, main_modelfolder
+from nnunet_pdddpm.demo.phantom import make_case
 from nnunet_pdddpm.inference.errors import PredictionError
 from nnunet_pdddpm.inference.export import Outputs
 from nnunet_pdddpm.inference.intervals import FIELDS
 from nnunet_pdddpm.inference.predictor import PDDDPMPredictor
 from nnunet_pdddpm.inference.spread import Spread
 from nnunet_pdddpm.inference.volume import Volume
-from nnunet_pdddpm.network.settings import CHOICES, KINDS, RANGES, SamplingSettings
+from nnunet_pdddpm.network.settings import KINDS, SamplingSettings
 from nnunet_pdddpm.network.state import stored_settings
 from nnunet_pdddpm.tuning.stored import store, store_calibration
 
 CASES = ('odd', 'phantom_009', 'phantom_010')
-MARGIN = ((2, 3), (3, 2), (4, 1))  # zeros around 'odd', which nnU-Net crops away
-SAMPLING = ('-samples', '4', '-start', '0.9', '-steps', '2')
-EVERYTHING = (*SAMPLING, '--uncertainty', 'all', '--save_samples', '--save_presegmentation', '--save_probabilities')
-QUICK = ('--disable_tta', '-step_size', '1', '--save_samples')
-OF_STOCK = ('-mask_stock', '1', '-mask_blind', '0')
-OF_SAMPLES = ('-mask_stock', '0', '-mask_blind', '0')
-NOT_RESULTS = ('predict_from_raw_data_args.json', 'dataset.json', 'plans.json', 'pdddpm_summary.json',
-               'pdddpm_summary.csv')
-
-
-def arguments(source: Path, output: Path, *flags: str, folds=(0,), trainer: str = REFINED) -> list[str]:
-    return ['-i', str(source), '-o', str(output), '-d', str(DATASET_ID), '-c', '3d_fullres', '-tr', trainer,
-            '-p', PLANS, '-f', *map(str, folds), '-device', 'cpu', '--disable_progress_bar', *flags]
-
-
-def predict(source: Path, output: Path, *flags: str, **kwargs) -> Path:
-    """The command in this process, all of it: importing nnU-Net takes longer than predicting."""
-    main(arguments(source, output, *flags, '-npp', '0', '-nps', '0', **kwargs))
-    return output
-
-
-def predict_by_nnunet(source: Path, output: Path, folds: tuple[int, ...], model: Path, **kwargs) -> Path:
-    """nnU-Net's own prediction, as `nnUNetv2_predict` makes it, with probabilities."""
-    predictor = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False, **kwargs)
-    predictor.initialize_from_trained_model_folder(str(model), folds)
-    output.mkdir(parents=True)
-    predictor.predict_from_files_sequential(str(source), str(output), save_probabilities=True)
-    return output
-
-
-def model_folder(trainer: str = REFINED, dataset: str = DATASET, configuration: str = '3d_fullres') -> Path:
-    return Path(os.environ['nnUNet_results']) / dataset / f'{trainer}__{PLANS}__{configuration}'
-
-
-def read(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def rows(folder: Path) -> dict[str, dict]:
-    """The summary's rows by case, without what differs from run to run."""
-    cases = json.loads((folder / 'pdddpm_summary.json').read_text())['cases']
-    return {row['case']: {key: value for key, value in row.items() if key != 'seconds'} for row in cases}
-
-
-def images(folder: Path) -> dict[str, bytes]:
-    """Everything but the summary and what nnU-Net notes about the call: relative path -> content."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob('*')
-            if file.is_file() and file.name not in NOT_RESULTS and file.parent.name != 'pdddpm_cases'}
-
-
-def assert_same_results(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    of_one, of_other = images(one), images(other)
-    assert of_one.keys() == of_other.keys()
-    assert [name for name in of_one if of_one[name] != of_other[name]] == []
-
-
-def refusal(call, *args, **kwargs) -> str:
-    """What is said when a call is refused: one line, with exit status 1."""
-    with pytest.raises(SystemExit) as refused:
-        call(*args, **kwargs)
-    assert isinstance(refused.value.code, str)  # Python prints it and exits with 1
-    assert refused.value.code.startswith('Error: ') and '\n' not in refused.value.code
-    return refused.value.code
-
-
-def write_odd_case(folder: Path, degrees: tuple[float, float, float] = (20, -35, 50)) -> None:
-    """A phantom with its own spacing, origin, oblique axes and a margin of zeros."""
-    image = sitk.GetImageFromArray(np.pad(make_case((17, 25, 19), 77)[0], MARGIN))
-    image.SetSpacing((1.1, 1.3, 1.2))
-    image.SetOrigin((17.0, -230.5, 81.25))
-    image.SetDirection(Rotation.from_euler('xyz', degrees, degrees=True).as_matrix().ravel())
-    folder.mkdir(exist_ok=True)
-    sitk.WriteImage(image, str(folder / 'odd_0000.nii.gz'))
-
-
 @pytest.fixture(scope='module')
 def source(refined: Workspace, tmp_path_factory) -> Path:
     """Two phantoms and the odd case."""
@@ -364,14 +292,6 @@ def test_the_real_command_on_one_case_with_background_processes_gives_the_same_b
     assert [name for name in alone if alone[name] != among[name]] == []
 
 
-def command(flags: list[str]) -> subprocess.CompletedProcess[str]:
-    """The console script where it is installed, else the module."""
-    script = Path(sys.executable).parent / 'nnUNetv2_pdddpm_predict'
-    if script.exists():
-        return run_command(script.name, *flags)
-    return run_command(Path(sys.executable).name, '-m', 'nnunet_pdddpm.commands.predict', *flags)
-
-
 # the summary
 
 @pytest.mark.parametrize('folds', [1, 2])
@@ -576,10 +496,6 @@ def test_with_more_folds_than_samples_there_is_one_sample_a_fold(one_case, tmp_p
 
 
 # sampling settings
-
-def samples_of(folder: Path) -> list[np.ndarray]:
-    return [read(file) for file in sorted((folder / 'samples').iterdir())]
-
 
 def test_samples_differ_from_one_another_and_with_the_seed(predicted, quick, one_case, tmp_path):
     for case in CASES:
@@ -825,136 +741,6 @@ def group_is_alive(group: int) -> bool:
     return True
 
 
-# refusals
-
-def test_what_cannot_be_predicted_is_refused_in_one_sentence_and_nothing_is_written(source, one_case, tmp_path,
-                                                                                    monkeypatch):
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'two_channels').mkdir()
-    for channel in range(2):
-        shutil.copy(one_case / 'phantom_009_0000.nii.gz', tmp_path / 'two_channels' / f'case_{channel:04d}.nii.gz')
-    out = tmp_path / 'out'
-    refusals = {
-        'no PDDDPM trainer': refusal(predict, one_case, out, trainer=STOCK),
-        'no trained model in': refusal(predict, one_case, out, trainer='PDDDPMTrainerNotThere'),
-        'fold_2/checkpoint_final.pth': refusal(predict, one_case, out, folds=(0, 2)),
-        'fold_all/checkpoint_final.pth': refusal(predict, one_case, out, folds=('all',)),
-        'checkpoint_other.pth does not exist': refusal(predict, one_case, out, '-chk', 'checkpoint_other.pth'),
-        f'{tmp_path / "empty"} holds no images': refusal(predict, tmp_path / 'empty', out),
-        f'{tmp_path / "none"} does not exist': refusal(predict, tmp_path / 'none', out),
-        'case in ': refusal(predict, tmp_path / 'two_channels', out),
-        'There is no data set with the id 799': refusal(predict, one_case, out, '-d', '799'),
-    }
-    assert 'has 2 channel files, the model needs 1' in refusals['case in ']
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    refusals['There is no cuda device'] = refusal(predict, one_case, out, '-device', 'cuda')
-    for what, said in refusals.items():
-        assert what.lower() in said.lower(), said
-    assert not out.exists()
-
-
-def test_a_refused_command_exits_with_1(one_case, tmp_path):
-    result = command(arguments(one_case, tmp_path / 'out', '-start', '5'))
-    assert result.returncode == 1
-    assert result.stdout.strip().splitlines()[-1].startswith('Error: start=5.0 ')
-    assert not (tmp_path / 'out').exists()
-
-
-def test_every_sampling_setting_has_a_flag_or_is_named_among_those_without():
-    assert sorted([*SETTINGS, *NO_FLAG]) == sorted(KINDS) == sorted([*RANGES, *CHOICES])
-
-
-@pytest.mark.parametrize('name', [name for name in SETTINGS if name in RANGES])
-def test_a_setting_out_of_range_is_refused_with_its_range_and_nothing_is_written(one_case, tmp_path, name):
-    low, high = RANGES[name]
-    kind = KINDS[name]
-    step = 1 if kind is int else 0.01
-    for value in [kind(low - step), kind(high + step), *([math.nan, math.inf] if kind is float else [])]:
-        assert refusal(predict, one_case, tmp_path / 'out', f'-{name}', str(value)) == (
-            f'Error: {name}={value} in the command line and environment is out of range: it must lie in {low} to '
-            f'{high}.')
-    assert not (tmp_path / 'out').exists()
-
-
-def test_a_flag_counts_before_the_environment_is_refused(one_case, tmp_path, monkeypatch):
-    monkeypatch.setenv('nnUNet_pdddpm_mask_stock', '0.5')  # and 1 of the blind mask is stored
-    assert 'mask_stock=0.5 and mask_blind=1' in refusal(predict, one_case, tmp_path / 'out', *QUICK)
-    (row,) = rows(predict(one_case, tmp_path / 'out', *QUICK, '-samples', '1', '-mask_blind', '0.5')).values()
-    assert row['settings'][0]['mask_stock'] == row['settings'][0]['mask_blind'] == 0.5
-
-
-@pytest.mark.parametrize(('folds', 'checkpoint', 'says'), [
-    (['0'], 'checkpoint_final.pth', 'nnUNetv2_pdddpm_tune does it'), (['all'], 'checkpoint_final.pth', 'no case out'),
-    (['0'], 'checkpoint_best.pth', '--val --val_best does it')])
-def test_what_calibrates_a_model_is_said_by_its_fold_and_checkpoint(tmp_path, folds, checkpoint, says):
-    folder = tmp_path / DATASET / model_folder().name
-    shutil.copytree(model_folder(), folder)
-    final = folder / 'fold_0' / 'checkpoint_final.pth'
-    store(final.parent, SamplingSettings())  # which drops the calibration
-    if folds == ['all']:
-        shutil.move(final.parent, folder / 'fold_all')
-    predictor = PDDDPMPredictor(device=torch.device('cpu'))
-    predictor.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
-    assert all(says in label.with_label for label in predictor.calibrated.values())
-    assert says in predictor.ranking.describe()
-
-
-@pytest.mark.parametrize(('flags', 'says'), [
-    (('-mask_stock', '0.7', '-mask_blind', '0.5'), 'mask_stock=0.7 and mask_blind=0.5 in the command line and '
-                                                   'environment are weights of which the sum cannot be above 1'),
-    (('-mask_stock', '0.25'), 'mask_stock=0.25 and mask_blind=1 in')],  # which is stored
-    ids=['both named', 'one stored'])
-def test_weights_that_sum_to_more_than_1_are_refused(one_case, tmp_path, flags, says):
-    assert refusal(predict, one_case, tmp_path / 'out', *flags).startswith(f'Error: {says}')
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize(('flag', 'value'), [('-part_id', '1'), ('-step_size', '0'), ('-step_size', '1.5'),
-                                             ('-uncertainty', 'much'), ('-device', 'tpu'), ('-steps', 'two'),
-                                             ('-steps', '1.5'), ('-start', 'high'), ('-samples_from', 'truth'),
-                                             ('-start_mask', 'hard'), ('-t_start', '300'), ('-eta', '1'),
-                                             ('-blend', '0.5'), ('-mask_samples', '2')])
-def test_flags_out_of_range_are_refused_by_name(one_case, tmp_path, capsys, flag, value):
-    with pytest.raises(SystemExit) as refused:
-        predict(one_case, tmp_path / 'out', flag, value)
-    assert refused.value.code == 2 and flag.strip('-') in capsys.readouterr().err
-    assert not (tmp_path / 'out').exists()
-
-
-# nnU-Net's flags
-
-class Captured(Exception):
-    """Carries a parser out of a command."""
-
-
-def parser_of(entry_point, *args) -> argparse.ArgumentParser:
-    def parse_args(self, *_):
-        raise Captured(self)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Captured) as captured:
-        patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
-        entry_point(*args)
-    return captured.value.args[0]
-
-
-@pytest.mark.parametrize(('theirs', 'ours'), [
-    (predict_from_raw_data.predict_entry_point, main),
-    (predict_from_raw_data.predict_entry_point_modelfolder, main_modelfolder)])
-def test_every_flag_of_nnunets_command_is_there_with_the_same_default(theirs, ours):
-    stock, extended = parser_of(theirs), parser_of(ours, [])
-    known = {flag: action for action in extended._actions for flag in action.option_strings}
-    flags = [(flag, action) for action in stock._actions for flag in action.option_strings]
-    assert len(flags) > 15
-    for flag, action in flags:
-        assert flag in known, f'{flag} of nnU-Net is not accepted'
-        own = known[flag]
-        assert (own.nargs, own.required, own.dest) == (action.nargs, action.required, action.dest), flag
-        default = {'-tr': 'PDDDPMTrainer', '-f': list(action.default)} if flag in ('-tr', '-f') else {}
-        if action.dest != 'help':
-            assert own.default == default.get(flag, action.default), flag
-        if action.type is not None and flag != '-f':
-            assert (own.type or str) == action.type, flag
-
-
 # Python
 
 def test_from_python_it_is_used_as_nnunets_predictor(source, quick, tmp_path):
@@ -988,88 +774,3 @@ def test_folds_can_be_named_as_nnunets_predictor_takes_them(refined, folds):
     assert len(predictor.fold_settings) == len(predictor.list_of_parameters) == (1 if folds in ('0', ['1']) else 2)
     with pytest.raises(PredictionError, match='fold_all/checkpoint_final.pth'):
         predictor.initialize_from_trained_model_folder(str(model_folder()), 'all')
-
-
-# regions, slices, pictures
-
-REGIONS = 'Dataset704_RegionsIn2d'
-
-
-@pytest.fixture(scope='module')
-def in_2d(refined: Workspace, tmp_path_factory) -> SimpleNamespace:
-    """A 2d model with the regions whole (labels 1 and 2) and lesion (2), and what it predicts."""
-    raw = Path(os.environ['nnUNet_raw']) / REGIONS
-    write_dataset(raw, num_training=6, num_test=1, shape=(8, 26, 22), seed=3)
-    description = json.loads((raw / 'dataset.json').read_text())
-    description['labels'] = {'background': 0, 'whole thing': [1, 2], 'lesion': 2}
-    description['regions_class_order'] = [1, 2]
-    (raw / 'dataset.json').write_text(json.dumps(description))
-    prepare(raw, '2d')
-    for trainer in (STOCK, REFINED):
-        make_trainer(trainer, 0, '2d', 704).run_training()
-    model, folder = model_folder(REFINED, REGIONS, '2d'), tmp_path_factory.mktemp('in_2d')
-
-    def run(name, *flags, model=model, source=raw / 'imagesTs'):
-        main_modelfolder(['-i', str(source), '-o', str(folder / name), '-m', str(model), '-f', '0', '-device', 'cpu',
-                          '-npp', '0', '-nps', '0', '--disable_progress_bar', '--save_samples', '--disable_tta',
-                          '--uncertainty', 'all', '--save_probabilities', '-start', '0.9', '-samples', '3', *OF_SAMPLES,
-                          *flags])
-        return folder / name
-    return SimpleNamespace(raw=raw, model=model, run=run, predicted=run('predicted'))
-
-
-def test_regions_have_their_names_and_volumes(in_2d):
-    row = next(iter(rows(in_2d.predicted).values()))
-    mask = read(in_2d.predicted / f'{row["case"]}.nii.gz')
-    assert set(np.unique(mask)) <= {0, 1, 2}
-    samples = samples_of(in_2d.predicted)
-    ml = np.prod(sitk.ReadImage(str(next((in_2d.raw / 'imagesTs').iterdir()))).GetSpacing()) / 1000
-    saved = np.load(in_2d.predicted / f'{row["case"]}.npz')['probabilities']
-    assert list(row['labels']) == ['whole thing', 'lesion']
-    for channel, (name, labels) in enumerate((('whole thing', (1, 2)), ('lesion', (2,)))):
-        values = row['labels'][name]
-        assert values['volume_ml'] == pytest.approx(ml * np.isin(mask, labels).sum(), rel=1e-5)
-        assert values['volume_ml_mean'] == pytest.approx(ml * np.isin(samples, labels).sum() / 3, rel=1e-5)
-        file = f'{row["case"]}_probability_{name.replace(" ", "_")}.nii.gz'
-        probability = read(in_2d.predicted / 'uncertainty' / file)
-        np.testing.assert_allclose(probability, saved[channel], atol=1e-3)
-    assert read(in_2d.predicted / 'uncertainty' / f'{row["case"]}_uncertainty.nii.gz').max() <= 1
-
-
-def test_the_default_mask_of_regions_in_slices_is_what_nnunets_own_command_predicts(in_2d, tmp_path):
-    ours = in_2d.run('default', '-mask_blind', '1')
-    theirs = predict_by_nnunet(in_2d.raw / 'imagesTs', tmp_path / 'nnunet', (0,), in_2d.model, use_mirroring=False)
-    (case,) = rows(ours)
-    assert filecmp.cmp(theirs / f'{case}.nii.gz', ours / f'{case}.nii.gz', shallow=False)
-    assert read(ours / f'{case}.nii.gz').any()
-
-
-def test_slices_of_a_2d_model_share_their_noise(in_2d, monkeypatch):
-    monkeypatch.setattr('nnunet_pdddpm.inference.volume.SLICE_CORRELATION', 0.0)
-    independent = in_2d.run('independent')
-    of_one, of_other = (np.load(next(folder.glob('*.npz')))['probabilities']
-                        for folder in (in_2d.predicted, independent))
-    assert np.abs(of_one - of_other).max() > 1e-3
-
-
-def test_pictures_get_pictures(in_2d, tmp_path):
-    model, source = tmp_path / 'model', tmp_path / 'images'
-    shutil.copytree(in_2d.model, model, ignore=shutil.ignore_patterns('validation', '*.png'))
-    for file, key, value in (('plans.json', 'image_reader_writer', 'NaturalImage2DIO'),
-                             ('dataset.json', 'file_ending', '.png')):
-        content = json.loads((model / file).read_text())
-        content[key] = value
-        (model / file).write_text(json.dumps(content))
-    source.mkdir()
-    picture = make_case((8, 40, 30), 5)[0][4]
-    sitk.WriteImage(sitk.GetImageFromArray(picture.clip(0, 255).astype(np.uint8)), str(source / 'photo_0000.png'))
-    out = in_2d.run('pictures', model=model, source=source)
-    mask = read(out / 'photo.png')
-    row = rows(out)['photo']
-    assert row['labels']['whole thing']['volume_ml'] == pytest.approx((mask > 0).sum() / 1000)  # 1 mm thick
-    assert len(samples_of(out)) == 3
-    for name, channel in (('probability_whole_thing', 0), ('probability_lesion', 1)):
-        values = read(out / 'uncertainty' / f'photo_{name}.png')
-        assert values.shape == mask.shape
-        saved = np.load(out / 'photo.npz')['probabilities'][channel, 0]
-        np.testing.assert_allclose(values / 65534, saved, atol=1e-3)
