@@ -20,8 +20,6 @@ from nnunet_pdddpm.file_names import FINAL_CHECKPOINT
 
 STAGES = ('measure', 'table')
 NEEDS = {name: name for name in SUBJECTS}
-POOLED_CASES = 60
-"""Training cases whose deep features are known, at most."""
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -38,12 +36,11 @@ def run(name: str, args: argparse.Namespace) -> None:
 
 
 def measure(subject: Subject, work: Path, data: str | None, fold: int, into: Path) -> None:
-    """All that is known of the validation cases, of training cases, and of the versions of the test cases."""
+    """All that is known of the validation cases, and of the versions of the test cases."""
     subject.dataset.enter(work)
     (into / 'test').mkdir(parents=True, exist_ok=True)
     models = Models(subject, work, fold)
     measure_validation(models, into / 'fit.json')
-    measure_pooled(models, into / 'pooled.json')
     measure_tests(models, data, into / 'test')
 
 
@@ -82,42 +79,6 @@ def measure_validation(models: Models, file: Path) -> None:
 
 
 @torch.inference_mode()
-def measure_pooled(models: Models, file: Path) -> None:
-    """Deep features of training cases."""
-    if file.is_file():
-        return
-    predictor, trainer = models.predictor, models.trainer()
-    trainer.do_split()  # which finds out how the cases are stored
-    train = models.subject.dataset.splits(models.work)[models.fold]['train'][:POOLED_CASES]
-    dataset, found = trainer.dataset_class(trainer.preprocessed_dataset_folder, train, None), []
-    predictor.refiner.load_state_dict(predictor.list_of_parameters[0])
-    for name in dataset.identifiers:
-        with Pooled(predictor) as pooled, predictor.using_stock_network(False):
-            predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(dataset.load_case(name)[0][:])))
-        found.append(pooled.mean())
-    file.write_text(json.dumps(found))
-
-
-class Pooled:
-    """Within it: the stock model's deepest features, averaged over each tile."""
-
-    def __init__(self, predictor: Any) -> None:
-        self.encoder, self.tiles = predictor.refiner.presegmenter.encoder, []
-
-    def __enter__(self) -> Pooled:
-        self.hook = self.encoder.register_forward_hook(lambda module, inputs, skips: self.tiles.append(
-            skips[-1].float().mean((0, *range(2, skips[-1].ndim)))))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hook.remove()
-
-    def mean(self) -> list[float]:
-        """Over tiles."""
-        return torch.stack(self.tiles).mean(0).tolist()
-
-
-@torch.inference_mode()
 def measure_tests(models: Models, data: str | None, into: Path) -> None:
     """What is known of the test cases' versions, a file for each case; versions that are there are left alone."""
     for number, case in enumerate(models.subject.tests(models.work, data, models.predictor)):
@@ -130,7 +91,7 @@ def measure_tests(models: Models, data: str | None, into: Path) -> None:
 
 
 def measure_version(models: Models, case: Case, number: int, family: str, strength: int) -> dict[str, Any]:
-    """Of one image: Dice and features of each label, mean entropy, the stock folds' Dice, deep features."""
+    """Of one image: Dice and features of each label, mean entropy, and the stock folds' Dice."""
     from nnunet_pdddpm.inference.quality import dice_of_pairs
     predictor, (name, image, truth, properties) = models.predictor, case
     if family != CLEAN:
@@ -141,8 +102,7 @@ def measure_version(models: Models, case: Case, number: int, family: str, streng
     pixels, labels, _ = preprocessor.run_case_npy(image, truth, {**properties}, predictor.plans_manager,
                                                   predictor.configuration_manager, predictor.dataset_json)
     preprocessed = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
-    with Pooled(predictor) as pooled:
-        prediction = predictor.predict_volume(preprocessed, case=name)
+    prediction = predictor.predict_volume(preprocessed, case=name)
     mask, own = prediction.logits.argmax(0).numpy(), prediction.presegmentation
     assert own is not None
     masks = [logits.argmax(0).numpy() for logits in (own.float(), *(
@@ -151,7 +111,7 @@ def measure_version(models: Models, case: Case, number: int, family: str, streng
         'dice': dice(mask == value, labels[0] == value, truth[0] == value),
         'features': None if (found := prediction.quality[label].features) is None else found.tolist(),
         'folds': dice_of_pairs([m == value for m in masks])} for label, value in models.subject.labels.items()},
-        'entropy': float(prediction.spread.maps()['uncertainty'].mean()), 'pooled': pooled.mean()}
+        'entropy': float(prediction.spread.maps()['uncertainty'].mean())}
 
 
 def dice(mask: np.ndarray, cropped: np.ndarray, truth: np.ndarray) -> float:

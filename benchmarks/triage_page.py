@@ -14,8 +14,6 @@ from datasets.versions import CLEAN, SUBJECTS, Subject
 from orders import failures_found, normalised_aurc
 from page import markdown, write
 from scipy.special import expit
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
 from statistics_of_trainings import difference, files_of_trainings, spread
 
 from nnunet_pdddpm.inference.dice_regression import (
@@ -31,13 +29,12 @@ from nnunet_pdddpm.inference.ranking import Ranking, ranking_of
 FAILED, FIRST = 0.8, 0.2
 """Dice of a failure; part of the list that is looked at."""
 RESAMPLINGS, LOTS, SEED = 1000, 200, 25
-COMPONENTS = 10
 FEWEST = 8
 """Versions of a family below which its rank correlation says nothing."""
 PACKAGE, EXPECTED = 'as the package does it', "the probabilities' expected Dice"
 FOLDS, ENTROPY = 'pairwise Dice of 3 stock folds', 'mean entropy'
 DIFFERENCE = 'difference to the stock folds'
-REGRESSION, DISTANCE = 'the regression', 'Mahalanobis distance of deep features'
+REGRESSION = 'the regression'
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,13 @@ def read(subject: Subject, into: Path) -> Training:
     found, labels = [one for *_, one in versions], [[*one['labels'].values()] for *_, one in versions]
     regression = {name: LabelModel.fit(fitted_on[fitted_on[:, channel, KIND] > 0, channel], ALL_FEATURES)
                   for name, channel in subject.labels.items()}
-    distance = mahalanobis(np.array(json.loads((into / 'pooled.json').read_text())))
     lows = np.array([ranking.judge(qualities(one)).low for one in found], float)
     scores = {PACKAGE: np.zeros(len(lows)) if ranking.key is None else np.nan_to_num(lows, nan=-1.0),
               REGRESSION: np.array([by_models(regression, one) for one in found]),
               EXPECTED: np.array([np.mean([expit(one['features'][0]) if one['features'] else 0 for one in of_labels])
                                   for of_labels in labels]),
               FOLDS: np.array([np.mean([one['folds'] or 0 for one in of_labels]) for of_labels in labels]),
-              ENTROPY: -np.array([one['entropy'] for one in found]),
-              DISTANCE: -distance(np.array([one['pooled'] for one in found]))}
+              ENTROPY: -np.array([one['entropy'] for one in found])}
     return Training(np.array([np.mean([one['dice'] for one in of_labels]) for of_labels in labels]),
                     np.array([name for name, *_ in versions]), np.array([family for _, family, _ in versions]), scores,
                     lows, ranking)
@@ -93,13 +88,6 @@ def by_models(models: dict[str, LabelModel], version: dict[str, Any]) -> float:
     known = [[float(value[0]) for value in models[name].estimate(label.features[None])]
              for name, label in qualities(version).items() if label.features is not None]
     return float(case_estimates(*np.array(known).T[:, None])[0][0]) if known else -10.0
-
-
-def mahalanobis(training: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Distance of features (n, F) to those of training cases: PCA, then Ledoit and Wolf's covariance."""
-    components = PCA(min(COMPONENTS, *training.shape), random_state=0).fit(training)
-    covariance = LedoitWolf().fit(components.transform(training))
-    return lambda features: covariance.mahalanobis(components.transform(features))
 
 
 def table_of_orders(trainings: list[Training]) -> str:

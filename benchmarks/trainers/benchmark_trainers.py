@@ -30,6 +30,7 @@ class ShortTraining:
         self.num_epochs = int(os.environ.get('benchmark_epochs', 1))
         self.num_iterations_per_epoch = int(os.environ.get('benchmark_iterations', 250))
         self.num_val_iterations_per_epoch = 1
+        self.save_every = 1  # an interrupted training goes on with the epoch that it was in
         self.tuning_share = 0  # the benchmarks name their settings
         self.logger.plot_progress_png = lambda output_folder: None  # would take a seventh of the time
 
